@@ -1,0 +1,45 @@
+// The exponential of the softmax, for arguments of at most 0.
+#pragma once
+
+#include "longspan/detail/simd.hpp"
+#include "longspan/version.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// Scores are kept in units in which their exponential is cheapest: powers of 2 for float, of e for double.
+/// score_unit is that unit's factor, log2(e) or 1: exp(s) = weight(s * score_unit).
+template <class Real>
+inline constexpr Real score_unit = Real(1);
+template <>
+inline constexpr float score_unit<float> = 1.44269504088896340736f;
+
+/// 2^x for float, e^x for double, for x <= 0; NaN for NaN.
+///
+/// float   at most 1 ulp from the exact value down to 2^-126, exactly 1 at 0, exactly 0 below -126.5
+/// double  Eigen's exp, exactly 0 below -708
+///
+/// The float form rounds x to n by adding 1.5 * 2^23 + 127, whose low bits then are the exponent field of 2^n,
+/// and takes 2^(x - n) from a minimax polynomial of degree 6. Degree 5 is 1 % faster in a whole call and is off
+/// by 1.8 ulp and at 0; Eigen's pexp(x * ln 2) costs 8 % more and is off by 33 ulp for the product with ln 2.
+LONGSPAN_INLINE Packet<float> weight(Packet<float> x) {
+  const Packet<float> clamped = max(x, broadcast(-127.0f));  // in this order NaN stays NaN
+  const Packet<float> magic = broadcast(12582912.0f + 127.0f);
+  const Packet<float> shifted = clamped + magic;
+  const Packet<float> f = clamped - (shifted - magic);
+  Packet<float> p = broadcast(0.000153458124f);
+  p = fma(p, f, broadcast(0.00133999309f));
+  p = fma(p, f, broadcast(0.00961848907f));
+  p = fma(p, f, broadcast(0.0555032864f));
+  p = fma(p, f, broadcast(0.240226462f));
+  p = fma(p, f, broadcast(0.693147182f));
+  p = fma(p, f, broadcast(1.0f));
+  return p * exponent_field_of_low_bits(shifted);
+}
+
+LONGSPAN_INLINE Packet<double> weight(Packet<double> x) {
+  return select(less(x, broadcast(-708.0)), broadcast(0.0), exp(x));
+}
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,105 @@
+// One call of an attention functor, its shapes checked.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include "longspan/eigen.hpp"
+#include "longspan/element.hpp"
+#include "longspan/error.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// `first_query` of a functor: the last query stands where the last key does.
+inline constexpr Index queries_end_at_keys = std::numeric_limits<Index>::min();
+/// `scale` of a functor: 1 / sqrt(head_dim).
+inline constexpr double default_scale = 0;
+
+namespace detail {
+
+template <class Tq, class Tk, class Tv, class To>
+struct Problem {
+  using Real = Arithmetic<Tq>;
+
+  TensorView<const Tq> q;
+  TensorView<const Tk> k;
+  TensorView<const Tv> v;
+  TensorView<To> out;
+  RowsView<Real> lse;  ///< data is null where no lse is wanted
+  Index first_query = 0;
+  double scale = 1;
+
+  Index group() const noexcept { return k.heads == 0 ? 1 : q.heads / k.heads; }
+  Index q_len() const noexcept { return q.rows; }
+  Index kv_len() const noexcept { return k.rows; }
+  Index head_dim() const noexcept { return q.cols; }
+  Index value_dim() const noexcept { return v.cols; }
+
+  /// The same call with its two options resolved.
+  Problem at(Index wanted_first_query, double wanted_scale) const {
+    Problem p = *this;
+    p.first_query = wanted_first_query == queries_end_at_keys ? kv_len() - q_len() : wanted_first_query;
+    p.scale = wanted_scale != default_scale ? wanted_scale
+                                            : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim())));
+    return p;
+  }
+};
+
+/// The element type of the log-sum-exps of queries Q.
+template <class Q>
+using LseOf = Arithmetic<typename decltype(view(std::declval<const Q&>()))::Element>;
+
+/// Stands for "no lse wanted".
+template <class Real>
+constexpr RowsView<Real> no_rows() {
+  return {nullptr, -1, -1, -1, 0, 0, 1};
+}
+
+template <class Tq, class Tk, class Tv, class To, class Tl>
+auto checked_problem(std::string_view function, TensorView<Tq> q, TensorView<Tk> k, TensorView<Tv> v,
+                     TensorView<To> out, RowsView<Tl> lse) {
+  static_assert(Element<Tq> && Element<Tk> && Element<Tv> && Element<To>,
+                "longspan: tensors hold float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(!std::is_const_v<To>, "longspan: out is written, and this tensor is const");
+  static_assert(!std::is_const_v<Tl>, "longspan: lse is written, and this tensor is const");
+  using Real = Arithmetic<Tq>;
+  static_assert(std::is_same_v<std::remove_const_t<Tl>, Real>,
+                "longspan: lse holds float, or double where q does");
+
+  // The texts are made only when they are needed: a call that is right allocates nothing here.
+  const auto text = [](Index x) { return std::to_string(x); };
+  if (k.batch != q.batch || k.cols != q.cols) {
+    refuse(function, "k", shape_text(k),
+           "[" + text(q.batch) + ", kv_heads, kv_len, " + text(q.cols) + "] as q is " + shape_text(q));
+  }
+  if (k.heads > 0 ? q.heads % k.heads != 0 : q.heads != 0) {
+    refuse(function, "the number of heads of k", text(k.heads), "a divisor of the " + text(q.heads) + " heads of q");
+  }
+  if (v.batch != k.batch || v.heads != k.heads || v.rows != k.rows) {
+    refuse(function, "v", shape_text(v),
+           "[" + text(k.batch) + ", " + text(k.heads) + ", " + text(k.rows) + ", value_dim] as k is " + shape_text(k));
+  }
+  if (out.batch != q.batch || out.heads != q.heads || out.rows != q.rows || out.cols != v.cols) {
+    refuse(function, "out", shape_text(out), shape_text(q.batch, q.heads, q.rows, v.cols));
+  }
+  const bool with_lse = lse.batch >= 0;
+  if (with_lse && (lse.batch != q.batch || lse.heads != q.heads || lse.rows != q.rows)) {
+    refuse(function, "lse", shape_text(lse), shape_text(q.batch, q.heads, q.rows));
+  }
+  const void *output = out.data, *inputs[] = {q.data, k.data, v.data};
+  for (const void* input : inputs) {
+    if (!out.empty() && output == input) refuse(function, "out", "the memory of an input", "memory of its own");
+  }
+  return Problem<std::remove_const_t<Tq>, std::remove_const_t<Tk>, std::remove_const_t<Tv>, To>{
+      q, k, v, out, with_lse ? lse : RowsView<Real>{}};
+}
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,41 @@
+// Memory for kernels, cut from one block that is reserved before they start.
+#pragma once
+
+#include <cstddef>
+#include <limits>
+
+#include "longspan/error.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+constexpr Index round_up(Index x, Index multiple) { return (x + multiple - 1) / multiple * multiple; }
+constexpr Index divide_up(Index x, Index by) { return (x + by - 1) / by; }
+
+/// Cuts 64-byte aligned arrays from a block, one behind the other. Without a block it only counts, so the same
+/// cutting code that hands out the arrays also says how many bytes they need.
+class Arena {
+ public:
+  explicit Arena(std::byte* block = nullptr) : block_(block) {}
+
+  template <class T>
+  T* take(Index count) {
+    constexpr std::size_t most = static_cast<std::size_t>(std::numeric_limits<Index>::max()) / 2;
+    if (static_cast<std::size_t>(count) > (most - used_) / sizeof(T)) {
+      raise("longspan: the scratch memory of a call would be larger than the address space");
+    }
+    T* array = block_ == nullptr ? nullptr : reinterpret_cast<T*>(block_ + used_);
+    used_ += static_cast<std::size_t>(round_up(count * static_cast<Index>(sizeof(T)), 64));
+    return array;
+  }
+  std::size_t used() const noexcept { return used_; }
+
+ private:
+  std::byte* block_;
+  std::size_t used_ = 0;
+};
+
+}  // namespace detail
+LONGSPAN_END

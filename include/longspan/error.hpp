@@ -1,0 +1,70 @@
+// The one exception of the library, and how its text is made.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+#if !defined(__cpp_exceptions) && !defined(LONGSPAN_ERROR_HANDLER)
+#include <cstdio>
+#include <cstdlib>
+#endif
+
+LONGSPAN_BEGIN
+
+/// A shape, an option or a file that cannot be accepted. The text names function, argument, got and wanted.
+/// Thrown before anything is written. Values of tensors are never an error.
+class Error : public std::invalid_argument {
+ public:
+  using std::invalid_argument::invalid_argument;
+};
+
+namespace detail {
+
+/// Throws Error. Compiled with -fno-exceptions it calls LONGSPAN_ERROR_HANDLER(text) if the including program
+/// defines that macro (it must not return), and else prints the text and aborts.
+[[noreturn]] inline void raise(const std::string& text) {
+#if defined(__cpp_exceptions)
+  throw Error(text);
+#elif defined(LONGSPAN_ERROR_HANDLER)
+  LONGSPAN_ERROR_HANDLER(text.c_str());
+#else
+  std::fprintf(stderr, "%s\n", text.c_str());
+  std::abort();
+#endif
+}
+
+[[noreturn]] inline void refuse(std::string_view function, std::string_view argument, std::string_view got,
+                                std::string_view wanted) {
+  std::string text = "longspan: ";
+  text.append(function).append(": ").append(argument).append(" is ").append(got);
+  raise(text.append(", wanted ").append(wanted));
+}
+
+inline std::string shape_text(Index a, Index b, Index c) {
+  std::string text = "[";
+  return text.append(std::to_string(a)).append(", ").append(std::to_string(b)).append(", ").append(std::to_string(c)).append("]");
+}
+
+inline std::string shape_text(Index a, Index b, Index c, Index d) {
+  std::string text = shape_text(a, b, c);
+  text.pop_back();
+  return text + ", " + std::to_string(d) + "]";
+}
+
+template <class T>
+std::string shape_text(const TensorView<T>& x) {
+  return shape_text(x.batch, x.heads, x.rows, x.cols);
+}
+
+template <class T>
+std::string shape_text(const RowsView<T>& x) {
+  return shape_text(x.batch, x.heads, x.rows);
+}
+
+}  // namespace detail
+
+LONGSPAN_END

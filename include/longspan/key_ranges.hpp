@@ -1,0 +1,96 @@
+// Ranges of key indices: the vocabulary in which masks say what can be skipped.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// The keys begin .. end - 1; empty when end <= begin.
+struct KeyRange {
+  static constexpr Index highest = std::numeric_limits<Index>::max() / 4;  // room to add two of them
+  static constexpr Index lowest = -highest;
+
+  Index begin = 0;
+  Index end = 0;
+
+  static constexpr KeyRange everything() noexcept { return {lowest, highest}; }
+
+  constexpr bool empty() const noexcept { return end <= begin; }
+  constexpr bool contains(Index j) const noexcept { return begin <= j && j < end; }
+  constexpr bool contains(KeyRange inner) const noexcept { return begin <= inner.begin && inner.end <= end; }
+  constexpr bool overlaps(KeyRange other) const noexcept {
+    return std::max(begin, other.begin) < std::min(end, other.end);
+  }
+  constexpr bool operator==(const KeyRange&) const = default;
+};
+
+/// At most `capacity` ranges, rising, with gaps between them. A range that would be one too many closes the
+/// narrowest gap: the set may then hold keys that were never put in, never fewer.
+class KeyRanges {
+ public:
+  static constexpr int capacity = 8;
+
+  constexpr KeyRanges() = default;
+  constexpr explicit KeyRanges(KeyRange range) { add(range); }
+
+  constexpr const KeyRange* begin() const noexcept { return ranges_.data(); }
+  constexpr const KeyRange* end() const noexcept { return ranges_.data() + count_; }
+  constexpr int size() const noexcept { return count_; }
+  constexpr bool empty() const noexcept { return count_ == 0; }
+
+  constexpr void add(KeyRange range) {
+    if (range.empty()) return;
+    int first = 0;
+    while (first < count_ && ranges_[at(first)].end < range.begin) ++first;
+    int last = first;  // ranges [first, last) touch the new one and become part of it
+    for (; last < count_ && ranges_[at(last)].begin <= range.end; ++last) {
+      range = {std::min(range.begin, ranges_[at(last)].begin), std::max(range.end, ranges_[at(last)].end)};
+    }
+    if (last == first) {
+      std::move_backward(ranges_.begin() + first, ranges_.begin() + count_, ranges_.begin() + count_ + 1);
+      ++count_;
+    } else {
+      std::move(ranges_.begin() + last, ranges_.begin() + count_, ranges_.begin() + first + 1);
+      count_ -= last - first - 1;
+    }
+    ranges_[at(first)] = range;
+    if (count_ > capacity) close_narrowest_gap();
+  }
+
+ private:
+  static constexpr std::size_t at(int i) { return static_cast<std::size_t>(i); }
+
+  constexpr void close_narrowest_gap() {
+    int narrowest = 0;
+    for (int i = 1; i + 1 < count_; ++i) {
+      if (gap_behind(i) < gap_behind(narrowest)) narrowest = i;
+    }
+    ranges_[at(narrowest)].end = ranges_[at(narrowest + 1)].end;
+    std::move(ranges_.begin() + narrowest + 2, ranges_.begin() + count_, ranges_.begin() + narrowest + 1);
+    --count_;
+  }
+  constexpr Index gap_behind(int i) const { return ranges_[at(i + 1)].begin - ranges_[at(i)].end; }
+
+  std::array<KeyRange, capacity + 1> ranges_{};
+  int count_ = 0;
+};
+
+constexpr KeyRanges united(KeyRanges a, const KeyRanges& b) {
+  for (const KeyRange& range : b) a.add(range);
+  return a;
+}
+
+constexpr KeyRanges intersection(const KeyRanges& a, const KeyRanges& b) {
+  KeyRanges common;
+  for (const KeyRange& x : a) {
+    for (const KeyRange& y : b) common.add({std::max(x.begin, y.begin), std::min(x.end, y.end)});
+  }
+  return common;
+}
+
+LONGSPAN_END

@@ -1,0 +1,196 @@
+// Partial attention results and the three ways to combine them: merge, with_lse, gate.
+//
+// Softmax attention over any subset of the keys gives each query a partial: its normalised output and the
+// log-sum-exp of its scores. Partials over disjoint sets of keys form a commutative monoid under `merge`; its
+// identity is out = 0, lse = -infinity, which is what attention over no keys gives.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <span>
+#include <string>
+#include <type_traits>
+
+#include "longspan/detail/problem.hpp"
+#include "longspan/detail/simd.hpp"
+#include "longspan/eigen.hpp"
+#include "longspan/element.hpp"
+#include "longspan/error.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// The result of attention over some of the keys: out [batch, heads, q_len, value_dim], lse [batch, heads, q_len].
+/// Owns nothing.
+template <Element T>
+struct Partial {
+  using Real = std::conditional_t<std::is_const_v<T>, const Arithmetic<T>, Arithmetic<T>>;
+
+  TensorView<T> out;
+  RowsView<Real> lse;
+
+  operator Partial<const T>() const noexcept
+    requires(!std::is_const_v<T>)
+  {
+    return {out, lse};
+  }
+};
+
+/// A partial of two tensors.
+template <TensorLike Out, RowsLike Lse>
+auto partial(Out&& out, Lse&& lse) {
+  const auto values = view(out);
+  const auto rows = rows_view(lse);
+  using T = typename std::remove_cvref_t<decltype(values)>::Element;
+  return Partial<T>{values, rows};
+}
+
+/// The same output under another log-weight. Landmark attention is a merge in which each block carries the logit
+/// of its landmark instead of its own log-sum-exp.
+template <Element T, RowsLike Lse>
+Partial<const T> with_lse(const Partial<T>& part, Lse&& lse) {
+  return {part.out, rows_view(lse)};
+}
+
+namespace detail {
+
+template <class T>
+void check_partial(std::string_view function, const std::string& argument, const Partial<T>& part,
+                   const TensorView<std::remove_const_t<T>>& wanted) {
+  const TensorView<T>& out = part.out;
+  if (out.batch != wanted.batch || out.heads != wanted.heads || out.rows != wanted.rows || out.cols != wanted.cols) {
+    refuse(function, "the output of " + argument, shape_text(out), shape_text(wanted));
+  }
+  if (part.lse.batch != out.batch || part.lse.heads != out.heads || part.lse.rows != out.rows) {
+    refuse(function, "the lse of " + argument, shape_text(part.lse), shape_text(out.batch, out.heads, out.rows));
+  }
+}
+
+/// work(b, h, i) for each row of a tensor, a few hundred rows to a task.
+template <class T, class E, class Work>
+void for_each_row(const TensorView<T>& like, const E& executor, const Work& work) {
+  constexpr Index rows_in_task = 256;
+  const Index chunks = (like.rows + rows_in_task - 1) / rows_in_task;
+  executor.for_each(like.batch * like.heads * chunks, [&](Index task, Index) {
+    const Index head = task / chunks, first = task % chunks * rows_in_task;
+    for (Index i = first; i < std::min(like.rows, first + rows_in_task); ++i) {
+      work(head / like.heads, head % like.heads, i);
+    }
+  });
+}
+
+/// to[c] = sum over n of weight[n] * from[n][c]. `to` may be one of `from`.
+template <class T, class Real>
+void weighted_sum(std::span<const T* const> from, std::span<const Real> weights, T* to, Index cols) {
+  Index c = 0;
+  for (; c + lanes<Real> <= cols; c += lanes<Real>) {
+    Packet<Real> sum = broadcast(Real(0));
+    for (std::size_t n = 0; n < from.size(); ++n) {
+      // A part of weight 0 is absent, even if it holds NaN.
+      if (weights[n] != Real(0)) sum = fma(broadcast(weights[n]), load_as<Real>(from[n] + c), sum);
+    }
+    store_as(to + c, sum);
+  }
+  for (; c < cols; ++c) {
+    Real sum = 0;
+    for (std::size_t n = 0; n < from.size(); ++n) {
+      if (weights[n] != Real(0)) sum += weights[n] * static_cast<Real>(from[n][c]);
+    }
+    to[c] = static_cast<T>(sum);
+  }
+}
+
+}  // namespace detail
+
+/// The partial over the union of the keys: lse = log sum_n exp(lse_n), out = sum_n exp(lse_n - lse) * out_n.
+///
+/// Shapes    every part and `into` alike
+/// Aliasing  `into` may be one of the parts; else it overlaps none
+/// Cost      one pass over the parts
+/// Error     out within (parts + 4) u of sum_n weight_n |out_n|, lse within 2 u (1 + |lse|), u = 2^-24 for float
+/// Exact     parts in any order of two give the same bits; a part with lse = -infinity changes nothing, whatever
+///           its output holds
+/// Throws    Error when shapes disagree or there are more than 64 parts, before anything is written
+template <Element T, ExecutionLike E = openmp>
+  requires(!std::is_const_v<T>)
+void merge(std::span<const Partial<const T>> parts, const Partial<T>& into, E&& execution = E{}) {
+  using Real = Arithmetic<T>;
+  constexpr std::size_t most = 64;
+  if (parts.size() > most) detail::refuse("merge", "the number of parts", std::to_string(parts.size()), "at most 64");
+  detail::check_partial<T>("merge", "the result", into, into.out);
+  for (std::size_t n = 0; n < parts.size(); ++n) {
+    detail::check_partial<const T>("merge", "part " + std::to_string(n), parts[n], into.out);
+  }
+  const auto merge_row = [&](Index b, Index h, Index i) {
+    constexpr Real nothing = -std::numeric_limits<Real>::infinity();
+    Real weights[most], top = nothing;
+    const T* rows[most];
+    for (std::size_t n = 0; n < parts.size(); ++n) {
+      weights[n] = parts[n].lse(b, h, i);
+      rows[n] = parts[n].out.row(b, h, i);
+      if (weights[n] > top || weights[n] != weights[n]) top = weights[n];
+    }
+    Real sum = 0;
+    for (std::size_t n = 0; n < parts.size(); ++n) {
+      // lse - top would be NaN for a part that saw no key, beside others that saw none.
+      weights[n] = weights[n] == nothing ? Real(0) : std::exp(weights[n] - top);
+      sum += weights[n];
+    }
+    for (std::size_t n = 0; n < parts.size(); ++n) weights[n] = weights[n] == Real(0) ? Real(0) : weights[n] / sum;
+    detail::weighted_sum<T, Real>({rows, parts.size()}, {weights, parts.size()}, into.out.row(b, h, i), into.out.cols);
+    into.lse(b, h, i) = sum == Real(0) ? nothing : top + std::log(sum);
+  };
+  detail::with_executor(execution, [&](const auto& executor) { detail::for_each_row(into.out, executor, merge_row); });
+}
+
+template <Element T, ExecutionLike E = openmp>
+  requires(!std::is_const_v<T>)
+void merge(std::initializer_list<Partial<const T>> parts, const Partial<T>& into, E&& execution = E{}) {
+  merge(std::span<const Partial<const T>>(parts.begin(), parts.size()), into, execution);
+}
+
+/// out = g * a + (1 - g) * b with g = sigmoid(beta): Infini-attention's gate, a the memory and b the local part.
+///
+/// Shapes    a, b, out [batch, heads, rows, cols]; beta one number [1], one for each head [heads], or [heads, cols]
+///           (a view [rows, cols] of 1 or heads rows and 1 or cols columns)
+/// Aliasing  out may be a or b
+/// Cost      one pass
+/// Error     3 u (g |a| + (1 - g) |b|). A side whose gate is 0 has no effect, even if it holds NaN
+/// Throws    Error when shapes disagree, before out is touched
+/// Source    Munkhdalai et al. 2024 (arXiv 2404.07143), eq. 10
+template <TensorLike A, TensorLike B, TensorLike Out, class Real, ExecutionLike E = openmp>
+void gate(MatrixView<const Real> beta, const A& a, const B& b, Out&& out, E&& execution = E{}) {
+  const auto memory = view(a), local = view(b);
+  const auto to = view(out);
+  using T = typename std::remove_cvref_t<decltype(to)>::Element;
+  static_assert(std::is_same_v<Real, Arithmetic<T>>, "longspan: beta holds float, or double where the tensors do");
+  for (const auto& [name, x] : {std::pair{"a", TensorView<const T>(memory)}, {"b", TensorView<const T>(local)}}) {
+    if (x.batch != to.batch || x.heads != to.heads || x.rows != to.rows || x.cols != to.cols) {
+      detail::refuse("gate", name, detail::shape_text(x), detail::shape_text(to));
+    }
+  }
+  if ((beta.rows != 1 && beta.rows != to.heads) || (beta.cols != 1 && beta.cols != to.cols)) {
+    detail::refuse("gate", "beta", "[" + std::to_string(beta.rows) + ", " + std::to_string(beta.cols) + "]",
+                   "[1 or " + std::to_string(to.heads) + ", 1 or " + std::to_string(to.cols) + "]");
+  }
+  const auto gate_row = [&](Index batch, Index h, Index i) {
+    const Real* of_head = beta.row(beta.rows == 1 ? 0 : h);
+    const T *x = memory.row(batch, h, i), *y = local.row(batch, h, i);
+    T* z = to.row(batch, h, i);
+    for (Index c = 0; c < to.cols; ++c) {
+      const Real logit = of_head[beta.cols == 1 ? 0 : c];
+      // Both from their own exponential: 1 - g would lose every digit of a small one.
+      const Real g = 1 / (1 + std::exp(-logit)), rest = 1 / (1 + std::exp(logit));
+      const Real from_memory = g == Real(0) ? Real(0) : g * static_cast<Real>(x[c]);
+      const Real from_local = rest == Real(0) ? Real(0) : rest * static_cast<Real>(y[c]);
+      z[c] = static_cast<T>(from_memory + from_local);
+    }
+  };
+  detail::with_executor(execution, [&](const auto& executor) { detail::for_each_row(to, executor, gate_row); });
+}
+
+LONGSPAN_END

@@ -1,0 +1,171 @@
+// Positions written into queries and keys: rotary, xpos, or none.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <string>
+
+#include "longspan/eigen.hpp"
+#include "longspan/element.hpp"
+#include "longspan/error.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// Which two coordinates of a row turn together. Published weights need the one they were trained with, and the
+/// wrong one fails silently, so there is no default.
+enum class Pairing : std::uint8_t {
+  interleaved,  ///< (0, 1), (2, 3), ...: RoFormer, GPT-J
+  half_split,   ///< (0, n/2), (1, n/2 + 1), ...: GPT-NeoX, Llama as Hugging Face stores it
+};
+
+/// What a row is for; xpos scales queries up and keys down.
+enum class Role : std::uint8_t { query, key };
+
+/// A position encoding: `encode(rows, first_position, role)` changes rows of floats or doubles in place, row i at
+/// position first_position + i.
+/// `check(cols)` throws where rows of that length cannot be encoded.
+template <class P>
+concept Position = std::is_object_v<P> && requires(const P& encoding, float* row, Index x, Role role) {
+  encoding.encode(MatrixView<float>{row, x, x, x}, x, role);
+  encoding.check(x);
+};
+
+/// No position encoding: q and k are taken as they are.
+struct no_position {
+  template <class Real>
+  void encode(MatrixView<Real>, Index, Role) const noexcept {}
+  void check(Index) const noexcept {}
+};
+
+namespace detail {
+
+/// Turns pair p of a row at position n by the angle n * base^(-2p / turned), and multiplies it by
+/// exp(n * growth(p)).
+///
+/// Angles are made in double: at position 10^6 a float angle is off by 0.06. cos and sin are called at multiples
+/// of 64 only, and turned on from there row by row, always from that multiple, so the bits of a row depend on its
+/// position and not on which rows are encoded with it.
+template <class Real, class Growth>
+void rotate_rows(MatrixView<Real> x, Index first_position, Index turned, double base, Pairing pairing,
+                 const Growth& growth) {
+  constexpr Index stretch = 64, chunk = 16;
+  const Index pairs = turned / 2;
+  const Index step = pairing == Pairing::interleaved ? 2 : 1, partner = pairing == Pairing::interleaved ? 1 : pairs;
+  for (Index first_pair = 0; first_pair < pairs; first_pair += chunk) {
+    const Index count = std::min(chunk, pairs - first_pair);
+    std::array<double, chunk> c{}, s{}, turn_c{}, turn_s{};
+    for (Index i = 0; i < x.rows; ++i) {
+      const Index position = first_position + i;
+      const Index into = ((position % stretch) + stretch) % stretch;
+      // (c + i s) is exp(growth n) times the turn by the angle of n; (turn_c + i turn_s) is one step of it.
+      if (into == 0 || i == 0) {
+        for (Index p = 0; p < count; ++p) {
+          const double frequency =
+              std::pow(base, -2.0 * static_cast<double>(first_pair + p) / static_cast<double>(turned));
+          const double rate = growth(first_pair + p), from = static_cast<double>(position - into);
+          const auto at = static_cast<std::size_t>(p);
+          c[at] = std::exp(rate * from) * std::cos(frequency * from);
+          s[at] = std::exp(rate * from) * std::sin(frequency * from);
+          turn_c[at] = std::exp(rate) * std::cos(frequency);
+          turn_s[at] = std::exp(rate) * std::sin(frequency);
+        }
+      }
+      const Index turns = i == 0 ? into : (into == 0 ? 0 : 1);
+      for (Index t = 0; t < turns; ++t) {
+        for (std::size_t p = 0; p < chunk; ++p) {
+          const double next = c[p] * turn_c[p] - s[p] * turn_s[p];
+          s[p] = c[p] * turn_s[p] + s[p] * turn_c[p];
+          c[p] = next;
+        }
+      }
+      Real* row = x.row(i) + first_pair * step;
+      for (Index p = 0; p < count; ++p) {
+        const Real cosine = static_cast<Real>(c[static_cast<std::size_t>(p)]);
+        const Real sine = static_cast<Real>(s[static_cast<std::size_t>(p)]);
+        const Real a = row[p * step], b = row[p * step + partner];
+        row[p * step] = a * cosine - b * sine;
+        row[p * step + partner] = a * sine + b * cosine;
+      }
+    }
+  }
+}
+
+inline void check_turned(std::string_view function, Index turned, Index cols) {
+  if (turned < 0 || turned % 2 != 0 || turned > cols) {
+    refuse(function, "the number of turned dimensions", std::to_string(turned),
+           "an even number of at most head_dim = " + std::to_string(cols));
+  }
+}
+
+}  // namespace detail
+
+/// Rotary positions: pair p of a row at position n is turned by n * base^(-2p / dims).
+///
+/// Source  Su et al. 2021 (RoFormer, arXiv 2104.09864), eq. 34.
+struct rotary {
+  Pairing pairing;
+  double base = 10000;
+  Index dims = 0;  ///< how many leading dimensions are turned, even; 0: all
+
+  explicit rotary(Pairing which, double frequency_base = 10000, Index turned_dims = 0)
+      : pairing(which), base(frequency_base), dims(turned_dims) {}
+
+  /// Row i of `rows` stands at position `first_position` + i. Changed in place.
+  template <class Real>
+  void encode(MatrixView<Real> rows, Index first_position, Role) const {
+    detail::rotate_rows(rows, first_position, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
+  }
+  void check(Index cols) const { detail::check_turned("rotary", turned(cols), cols); }
+
+ private:
+  Index turned(Index cols) const noexcept { return dims == 0 ? cols : dims; }
+};
+
+/// Rotary positions whose scores also fall with distance: a query is multiplied by zeta_p^((n - centre) /
+/// scale_base) and a key by the inverse, with zeta_p = (2p / d + 0.4) / 1.4.
+///
+/// Only the product is bounded: far from the centre the factors leave the range of float. Positions within
+/// 60 * scale_base of the centre are safe; set `centre` to the middle of what is attended.
+///
+/// Source  Sun et al. 2022 (A Length-Extrapolatable Transformer, arXiv 2212.10554), eq. 11 and algorithm 1.
+struct xpos {
+  Pairing pairing;
+  double scale_base = 512;
+  Index centre = 0;
+  double base = 10000;
+
+  explicit xpos(Pairing which, double decay_base = 512, Index around = 0, double frequency_base = 10000)
+      : pairing(which), scale_base(decay_base), centre(around), base(frequency_base) {}
+
+  template <class Real>
+  void encode(MatrixView<Real> rows, Index first_position, Role role) const {
+    const double sign = role == Role::query ? 1 : -1, cols = static_cast<double>(rows.cols);
+    const auto growth = [&](Index p) {
+      return sign * std::log((2 * static_cast<double>(p) / cols + 0.4) / 1.4) / scale_base;
+    };
+    // Turned about the centre too: scores see only differences of positions.
+    detail::rotate_rows(rows, first_position - centre, rows.cols, base, pairing, growth);
+  }
+  void check(Index cols) const { detail::check_turned("xpos", cols, cols); }
+};
+
+/// Encodes x in place: row i of every head stands at position `first_position` + i.
+///
+/// Shapes  x [batch, heads, rows, cols], float or double
+/// Cost    about 3 * batch * heads * rows * cols flop; no allocation
+/// Error   each coordinate within 2 ulp of the pair's length, at any position up to 2^40
+/// Throws  Error when rows of x cannot be encoded, before x is touched
+template <TensorLike X, Position P>
+void encode_positions(X&& x, const P& encoding, Index first_position, Role role) {
+  const auto tensor = view(x);
+  encoding.check(tensor.cols);
+  for (Index b = 0; b < tensor.batch; ++b) {
+    for (Index h = 0; h < tensor.heads; ++h) encoding.encode(tensor.matrix(b, h), first_position, role);
+  }
+}
+
+LONGSPAN_END

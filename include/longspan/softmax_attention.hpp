@@ -1,0 +1,89 @@
+// Exact softmax attention, blocked and parallel.
+#pragma once
+
+#include <utility>
+
+#include "longspan/detail/forward.hpp"
+#include "longspan/detail/parts.hpp"
+#include "longspan/eigen.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/position.hpp"
+#include "longspan/score.hpp"
+#include "longspan/version.hpp"
+
+LONGSPAN_BEGIN
+
+/// out[i] = sum_j p_ij v[j],  p_ij = exp(s_ij - lse[i]),  s_ij = score(scale * q[i].k[j]),
+/// lse[i] = log sum_j exp(s_ij), over the keys j that the mask lets query i see.
+///
+///   softmax_attention attend{causal{}, softcap{50}};       // parts in any order, each left out or given once:
+///   attend(q, k, v, out);                                  // a mask, a score, a position encoding
+///   attend(q, k, v, out, lse);
+///   attend(q, k, v, out, lse, execution);                  // Execution, or an executor alone
+///
+/// Shapes    q [batch, heads, q_len, head_dim]        k [batch, kv_heads, kv_len, head_dim]
+///           v [batch, kv_heads, kv_len, value_dim]   out [batch, heads, q_len, value_dim]
+///           lse [batch, heads, q_len], natural logarithm
+///           kv_heads divides heads; query head h reads KV head h / (heads / kv_heads).
+/// Types     each tensor float, double, Eigen::bfloat16 or Eigen::half; arithmetic and lse are double when q is,
+///           else float.
+/// Positions row i of q stands at position `first_query` + i, key j at j.
+/// Aliasing  out and lse overlap no input, nor each other.
+/// Cost      2 * q_len * kv_len * (head_dim + value_dim) flop per head, less what the mask skips in blocks of
+///           keys. Scratch for each worker about 16 * (head_dim + value_dim + 128) packets, none per key.
+/// Error     |out - exact| <= 16 u (1 + a_i) sum_j p_ij |v_j|, a_i = sum_j p_ij scale sum_c |q_ic k_jc|, with
+///           u = 2^-24 for float: it does not grow with kv_len. 16-bit outputs are rounded once more.
+/// Masked    what a query does not see has no effect on its row, even if it holds NaN. A row that sees no key
+///           gives 0 and lse = -infinity. A score of -infinity hides the key.
+/// Bits      do not depend on the executor, on how many threads it has, nor on batch and heads beside.
+/// Throws    Error when shapes disagree, before anything is written. What an executor throws passes through.
+/// Source    Vaswani et al. 2017 (arXiv 1706.03762), eq. 1; blocked as Dao et al. 2022 (arXiv 2205.14135),
+///           algorithm 1, with queries in the lanes.
+template <Mask M = everything, Score S = unchanged, Position P = no_position>
+struct softmax_attention {
+  M mask{};
+  S score{};
+  P position{};
+  double scale = default_scale;             ///< multiplies q.k; 1 / sqrt(head_dim) unless set
+  Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
+
+  softmax_attention() = default;
+
+  template <class... Parts>
+    requires(sizeof...(Parts) > 0 && detail::parts_are<M, S, P, Parts...>)
+  explicit softmax_attention(Parts... parts)
+      : mask(detail::take_part<detail::MaskPart, M>(parts...)),
+        score(detail::take_part<detail::ScorePart, S>(parts...)),
+        position(detail::take_part<detail::PositionPart, P>(parts...)) {}
+
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out) const {
+    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>());
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, E&& execution) const {
+    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>(), execution);
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) const {
+    operator()(q, k, v, out, lse, openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) const {
+    const auto problem =
+        detail::checked_problem("softmax_attention", view(q), view(k), view(v), view(out), rows_view(lse));
+    position.check(problem.head_dim());
+    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      detail::forward(problem.at(first_query, scale), mask, score, position, executor, workspace);
+    });
+  }
+};
+
+template <class... Parts>
+  requires(sizeof...(Parts) > 0)
+softmax_attention(Parts...) -> softmax_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
+                                                 detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                                                 detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+
+LONGSPAN_END
