@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "longspan/detail/exp2.hpp"
@@ -20,6 +21,13 @@ inline constexpr Real hidden_score = std::numeric_limits<Real>::lowest();
 /// The maximum of a lane that has seen nothing.
 template <class Real>
 inline constexpr Real nothing_seen = std::numeric_limits<Real>::lowest() / 4;
+
+/// The natural log-sum-exp of a lane: -infinity where it has seen nothing.
+template <class Real>
+Real lse_of(Real top, Real sum) {
+  if (sum == Real(0)) return -std::numeric_limits<Real>::infinity();
+  return static_cast<Real>(static_cast<double>(top) / double(score_unit<Real>) + std::log(static_cast<double>(sum)));
+}
 
 /// Invariant, with S the scores absorbed so far in score units: top = max(S), sum = sum of weight(S - top) and
 /// o[column][lane] = sum of weight(S - top) * v[column]. Nothing absorbed: sum == 0, o == 0.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "longspan/detail/decode.hpp"
 #include "longspan/detail/key_block.hpp"
 #include "longspan/detail/problem.hpp"
 #include "longspan/detail/scratch.hpp"
@@ -60,15 +61,17 @@ class Forward {
     if (splits_ == 1) {
       executor.for_each(tasks, [&](Index task, Index worker) {
         Arena arena(memory + worker * worker_bytes);
-        run_task(task, cut_worker(arena));
+        Worker own = cut_worker(arena);
+        run_task(task, own);
       });
       return;
     }
     Arena arena(memory + parts_at);
     Accumulator<Real>* parts = cut_parts(arena, tasks);
     executor.for_each(tasks * splits_, [&](Index part, Index worker) {
-      Arena own(memory + worker * worker_bytes);
-      run_split(part / splits_, part % splits_, cut_worker(own), parts[part]);
+      Arena own_arena(memory + worker * worker_bytes);
+      Worker own = cut_worker(own_arena);
+      run_split(part / splits_, part % splits_, own, parts[part]);
     });
     executor.for_each(tasks, [&](Index task, Index) { join_splits(task, parts + task * splits_); });
   }
@@ -117,14 +120,14 @@ class Forward {
             call_.first_query};
   }
 
-  void run_task(Index task, Worker worker) const {
+  void run_task(Index task, Worker& worker) const {
     Index tiles = 0;
     for (; tiles < per_task_ && lanes_of(task, tiles).count > 0; ++tiles) start(worker, tiles, lanes_of(task, tiles));
     absorb_keys(worker, tiles, lanes_of(task, 0), {0, call_.kv_len()});
     for (Index t = 0; t < tiles; ++t) worker.tiles[t].finish(call_.out, call_.lse);
   }
 
-  void run_split(Index task, Index split, Worker worker, const Accumulator<Real>& part) const {
+  void run_split(Index task, Index split, Worker& worker, const Accumulator<Real>& part) const {
     start(worker, 0, lanes_of(task, 0));
     const Index first = split * split_keys_;
     absorb_keys(worker, 1, lanes_of(task, 0), {first, std::min(call_.kv_len(), first + split_keys_)});
@@ -179,6 +182,9 @@ template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, c
 void forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score, const P& position, const E& executor,
              Workspace& workspace) {
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
+  if constexpr (std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>) {
+    if (call.q_len() * call.group() <= most_decode_queries) return Decode(call, mask).run(executor, workspace);
+  }
   Forward<Tq, Tk, Tv, To, M, S, P>(call, mask, score, position, executor.workers()).run(executor, workspace);
 }
 

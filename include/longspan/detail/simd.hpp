@@ -154,6 +154,16 @@ LONGSPAN_INLINE Packet<Real> select(Packet<Real> condition, Packet<Real> yes, Pa
   return {Eigen::internal::pselect(condition.raw, yes.raw, no.raw)};
 }
 
+/// Asks for the cache lines of `bytes` bytes that will be read soon. Never faults.
+LONGSPAN_INLINE void prefetch(const void* from, Index bytes) {
+#if defined(__GNUC__) || defined(__clang__)
+  for (Index at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 3);
+#else
+  static_cast<void>(from);
+  static_cast<void>(bytes);
+#endif
+}
+
 /// Swaps lane and index of `lanes` packets.
 template <class Real>
 LONGSPAN_INLINE void transpose(Packet<Real> (&rows)[std::size_t(lanes<Real>)]) {
@@ -167,21 +177,53 @@ LONGSPAN_INLINE void transpose(Packet<Real> (&rows)[std::size_t(lanes<Real>)]) {
   }
 }
 
+/// Lane i of the result is the sum of the lanes of rows[i]. `rows` is used up.
+template <class Real>
+LONGSPAN_INLINE Packet<Real> sums_of_rows(Packet<Real> (&rows)[std::size_t(lanes<Real>)]) {
+  transpose<Real>(rows);
+  LONGSPAN_UNROLL
+  for (int apart = 1; apart < lanes<Real>; apart *= 2) {
+    LONGSPAN_UNROLL
+    for (int i = 0; i < lanes<Real>; i += 2 * apart) rows[i] = rows[i] + rows[i + apart];
+  }
+  return rows[0];
+}
+
+/// Does Eigen have packets of both types, as long as each other, and a cast between them?
+template <class From, class To>
+inline constexpr bool casts_packets =
+    !std::is_same_v<From, double> && !std::is_same_v<To, double> && Eigen::internal::packet_traits<From>::size > 1 &&
+    int(Eigen::internal::packet_traits<From>::size) == int(Eigen::internal::packet_traits<To>::size) &&
+    Eigen::internal::type_casting_traits<From, To>::VectorizedCast;
+
 /// `lanes` elements of any element type, converted.
 template <class Real, class T>
 LONGSPAN_INLINE Packet<Real> load_as(const T* from) {
   if constexpr (std::is_same_v<T, Real>) {
     return load(from);
+  } else if constexpr (casts_packets<T, Real>) {
+    using Stored = typename Eigen::internal::packet_traits<T>::type;
+    return {Eigen::internal::pcast<Stored, typename Packet<Real>::Raw>(Eigen::internal::ploadu<Stored>(from))};
   } else {
     alignas(64) Real buffer[std::size_t(lanes<Real>)];
     for (int i = 0; i < lanes<Real>; ++i) buffer[i] = static_cast<Real>(from[i]);
     return load(static_cast<const Real*>(buffer));
   }
 }
+/// The first `count` lanes from memory, the others 0; reads nothing behind them.
+template <class Real, class T>
+LONGSPAN_INLINE Packet<Real> load_part(const T* from, Index count) {
+  alignas(64) Real buffer[std::size_t(lanes<Real>)] = {};
+  for (Index i = 0; i < count; ++i) buffer[i] = static_cast<Real>(from[i]);
+  return load(static_cast<const Real*>(buffer));
+}
 template <class Real, class T>
 LONGSPAN_INLINE void store_as(T* to, Packet<Real> x) {
   if constexpr (std::is_same_v<T, Real>) {
     store(to, x);
+  } else if constexpr (casts_packets<Real, T>) {
+    using Stored = typename Eigen::internal::packet_traits<T>::type;
+    Eigen::internal::pstoreu(to, Eigen::internal::pcast<typename Packet<Real>::Raw, Stored>(x.raw));
   } else {
     alignas(64) Real buffer[std::size_t(lanes<Real>)];
     store(static_cast<Real*>(buffer), x);

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <type_traits>
 
 #include "longspan/detail/accumulator.hpp"
@@ -366,10 +364,7 @@ void QueryTile<Real, M, S>::write(const Accumulator<Real>& state, const QueryLan
   }
   if (lse.data == nullptr) return;
   for (Index lane = 0; lane < queries.count; ++lane) {
-    const double sum = static_cast<double>(state.sum[lane]);
-    const double top = static_cast<double>(state.top[lane]) / double(score_unit<Real>);
-    lse(queries.batch, queries.head(lane), queries.row(lane)) =
-        sum == 0 ? -std::numeric_limits<Real>::infinity() : static_cast<Real>(top + std::log(sum));
+    lse(queries.batch, queries.head(lane), queries.row(lane)) = lse_of(state.top[lane], state.sum[lane]);
   }
 }
 

@@ -1,0 +1,323 @@
+// Attention for a few queries to a KV head: each key and value row is read once for all of them.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "longspan/detail/accumulator.hpp"
+#include "longspan/detail/problem.hpp"
+#include "longspan/detail/query_lanes.hpp"
+#include "longspan/detail/row_kernel.hpp"
+#include "longspan/detail/scratch.hpp"
+#include "longspan/detail/simd.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// Up to so many queries (q_len times the heads of a group) take this path; more are as fast in the lanes.
+inline constexpr Index most_decode_queries = 8;
+
+/// The running softmax of the queries of one KV head, one row of `o` to a query. As Accumulator, turned.
+template <class Real>
+struct RowAccumulator {
+  Real* o = nullptr;  ///< [queries][stride]
+  Real* top = nullptr;
+  Real* sum = nullptr;
+  Index queries = 0;
+  Index stride = 0;
+
+  static RowAccumulator take(Arena& arena, Index queries, Index value_dim) {
+    RowAccumulator a;
+    a.queries = queries;
+    a.stride = round_up(value_dim, lanes<Real>);
+    a.o = arena.take<Real>(queries * a.stride);
+    a.top = arena.take<Real>(queries);
+    a.sum = arena.take<Real>(queries);
+    return a;
+  }
+
+  void clear() const {
+    std::fill_n(o, queries * stride, Real(0));
+    std::fill_n(top, queries, nothing_seen<Real>);
+    std::fill_n(sum, queries, Real(0));
+  }
+
+  /// As Accumulator::merge.
+  void merge(const RowAccumulator& other) const {
+    for (Index g = 0; g < queries; ++g) {
+      const Packet<Real> mine = broadcast(top[g]), others = broadcast(other.top[g]), both = max(mine, others);
+      const Packet<Real> my_share = weight(mine - both), other_share = weight(others - both);
+      for (Index c = 0; c < stride; c += lanes<Real>) {
+        Real* to = o + g * stride + c;
+        store(to, fma(load<Real>(to), my_share, load<Real>(other.o + g * stride + c) * other_share));
+      }
+      const Packet<Real> total = fma(broadcast(sum[g]), my_share, broadcast(other.sum[g]) * other_share);
+      alignas(64) Real of_lane[std::size_t(lanes<Real>)];
+      store<Real>(of_lane, total);
+      sum[g] = of_lane[0];
+      store<Real>(of_lane, both);
+      top[g] = of_lane[0];
+    }
+  }
+};
+
+template <class Tq, class Tk, class Tv, class To, Mask M>
+class Decode {
+ public:
+  using Call = Problem<Tq, Tk, Tv, To>;
+  using Real = typename Call::Real;
+  static constexpr Index w = lanes<Real>;
+
+  Decode(const Call& call, const M& mask)
+      : call_(call),
+        mask_(mask),
+        queries_(call.q_len() * call.group()),
+        // One query reads K and V fastest in long stretches of each (256 keys: 88 % of the stream rate, 64: 83 %);
+        // several want the keys of their passes in the first caches.
+        block_keys_(queries_ == 1 ? 256 : 128),
+        stretches_(std::max<Index>(1, divide_up(call.kv_len(), keys_in_stretch))) {}
+
+  template <class E>
+  void run(const E& executor, Workspace& workspace) {
+    const Index workers = executor.workers(), kv_heads = call_.k.batch * call_.k.heads;
+    Arena counting;
+    cut_worker(counting);
+    const Index worker_bytes = static_cast<Index>(counting.used()), parts_at = worker_bytes * workers;
+    cut_parts(counting, kv_heads * stretches_);
+    std::byte* memory = workspace.reserve(static_cast<std::size_t>(parts_at) + counting.used());
+
+    Arena arena(memory + parts_at);
+    RowAccumulator<Real>* parts = cut_parts(arena, kv_heads * stretches_);
+    executor.for_each(kv_heads * stretches_, [&](Index part, Index worker_index) {
+      Arena own(memory + worker_index * worker_bytes);
+      const Worker worker = cut_worker(own);
+      absorb_stretch(part / stretches_, part % stretches_, worker, parts[part]);
+      if (stretches_ == 1) write(part, parts[part]);
+    });
+    if (stretches_ > 1) {
+      executor.for_each(kv_heads, [&](Index kv_head, Index) { join(kv_head, parts + kv_head * stretches_); });
+    }
+  }
+
+ private:
+  static constexpr Index most_block_keys = 256;
+
+  struct Worker {
+    Real* q = nullptr;       ///< [queries][q_stride], scaled, zero behind head_dim
+    Real* scores = nullptr;  ///< [block keys * queries of a pass], and one packet
+    bool* seen = nullptr;    ///< the same shape
+  };
+
+  Index q_stride() const { return round_up(call_.head_dim(), w); }
+
+  Worker cut_worker(Arena& arena) const {
+    constexpr Index scores = most_block_keys * most_decode_queries + lanes<Real>;
+    return {arena.take<Real>(queries_ * q_stride()), arena.take<Real>(scores), arena.take<bool>(scores)};
+  }
+
+  RowAccumulator<Real>* cut_parts(Arena& arena, Index count) const {
+    auto* parts = arena.take<RowAccumulator<Real>>(count);
+    for (Index i = 0; i < count; ++i) {
+      const auto part = RowAccumulator<Real>::take(arena, queries_, call_.value_dim());
+      if (parts != nullptr) parts[i] = part;
+    }
+    return parts;
+  }
+
+  QueryLanes queries_of(Index kv_head) const {
+    return {kv_head / call_.k.heads, kv_head % call_.k.heads * call_.group(), call_.group(), 0, queries_,
+            call_.first_query};
+  }
+
+  void pack_queries(const QueryLanes& queries, Real* q) const {
+    const Real factor = static_cast<Real>(call_.scale * double(score_unit<Real>));
+    for (Index g = 0; g < queries_; ++g) {
+      const Tq* row = call_.q.row(queries.batch, queries.head(g), queries.row(g));
+      Real* to = q + g * q_stride();
+      for (Index c = 0; c < call_.head_dim(); ++c) to[c] = static_cast<Real>(row[c]) * factor;
+      std::fill(to + call_.head_dim(), to + q_stride(), Real(0));
+    }
+  }
+
+  void absorb_stretch(Index kv_head, Index stretch, const Worker& worker, const RowAccumulator<Real>& state) const {
+    const QueryLanes queries = queries_of(kv_head);
+    const auto k = call_.k.matrix(queries.batch, kv_head % call_.k.heads);
+    const auto v = call_.v.matrix(queries.batch, kv_head % call_.k.heads);
+    state.clear();
+    pack_queries(queries, worker.q);
+    const Index from = stretch * keys_in_stretch, to = std::min(call_.kv_len(), from + keys_in_stretch);
+    const KeyRanges ranges = intersection(key_ranges(mask_, queries.tile(0, queries_, {0, 0})),
+                                          KeyRanges(KeyRange{from, to}));
+    Index done = from;
+    for (const KeyRange& range : ranges) {
+      Index first = std::max(done, range.begin / block_keys_ * block_keys_);
+      for (; first < range.end; first += block_keys_) {
+        absorb_block(queries, k, v, {first, std::min(first + block_keys_, to)}, worker, state);
+      }
+      done = first;
+    }
+  }
+
+  /// The queries in passes of 8, 4, 2 and 1.
+  void absorb_block(const QueryLanes& queries, MatrixView<const Tk> k, MatrixView<const Tv> v, KeyRange keys,
+                    const Worker& worker, const RowAccumulator<Real>& state) const {
+    const Seen seen = classify(mask_, queries.tile(0, queries_, keys));
+    if (seen == Seen::none) return;
+    for (Index first = 0; first < queries_;) {
+      const Index pass = std::min<Index>(w, static_cast<Index>(std::bit_floor(std::size_t(queries_ - first))));
+      with_queries(pass, [&]<int count>() {
+        if constexpr (count <= lanes<Real>) absorb_pass<count>(queries, first, k, v, keys, seen, worker, state);
+      });
+      first += pass;
+    }
+  }
+
+  template <class Work>
+  static void with_queries(Index queries, const Work& work) {
+    if (queries == 8) return work.template operator()<8>();
+    if (queries == 4) return work.template operator()<4>();
+    if (queries == 2) return work.template operator()<2>();
+    work.template operator()<1>();
+  }
+
+  template <int count>
+  void absorb_pass(const QueryLanes& queries, Index first, MatrixView<const Tk> k, MatrixView<const Tv> v,
+                   KeyRange range, Seen seen, const Worker& worker, const RowAccumulator<Real>& state) const {
+    const Index keys = range.end - range.begin;
+    score_keys<count>(k.row(range.begin), k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
+                      call_.head_dim(), worker.scores);
+    const Index scores = round_up(keys * count, w);
+    std::fill(worker.scores + keys * count, worker.scores + scores, hidden_score<Real>);
+    if (seen == Seen::some) hide<count>(queries, first, range, worker);
+
+    alignas(64) Real shrink[std::size_t(w)];
+    weigh<count>(worker.scores, scores, state.top + first, state.sum + first, shrink);
+    const bool plain = seen == Seen::all || all_finite(v, range);
+    if (!plain) return add_seen_values<count>(v, range, worker, first, state, shrink);
+    for (Index column = 0; column < state.stride;) {
+      const Index packets = std::min<Index>(most_value_packets,
+                                            static_cast<Index>(std::bit_floor(std::size_t((state.stride - column) / w))));
+      with_queries(packets, [&]<int wide>() {
+        if constexpr (wide <= most_value_packets) {
+          constexpr int together = std::min(count, std::max(1, value_accumulators / wide));
+          for (int g = 0; g < count; g += together) {
+            add_values<together, wide>(v.row(range.begin) + column, v.row_stride,
+                                       std::min(w, call_.value_dim() - column - (wide - 1) * w), keys,
+                                       worker.scores + g, count, state.o + (first + g) * state.stride + column,
+                                       state.stride, shrink + g, g == 0 && first == 0);
+          }
+        }
+      });
+      column += packets * w;
+    }
+  }
+
+  /// Accumulators of add_values: as many as leave registers for the rows. Whole rows for some of the heads are
+  /// faster than half rows for all of them (GQA of 4: 9.4 against 9.9 ms).
+  static constexpr int value_accumulators = vector_registers == 32 ? 16 : 8;
+  static constexpr int most_value_packets = vector_registers == 32 ? 8 : 4;
+
+  template <int count>
+  void hide(const QueryLanes& queries, Index first, KeyRange keys, const Worker& worker) const {
+    Index at = 0;
+    for (Index j = keys.begin; j < keys.end; ++j) {
+      for (int g = 0; g < count; ++g, ++at) {
+        worker.seen[at] = sees(mask_, queries.batch, queries.head(first + g), queries.position(first + g), j);
+        if (!worker.seen[at]) worker.scores[at] = hidden_score<Real>;
+      }
+    }
+  }
+
+  /// Raises the tops to the scores, turns these into weights and adds them to the sums.
+  template <int count>
+  static void weigh(Real* scores, Index size, Real* top, Real* sum, Real* shrink) {
+    alignas(64) Real of_lane[std::size_t(w)];
+    for (int i = 0; i < w; ++i) of_lane[i] = top[i % count];
+    const Packet<Real> before = load<Real>(of_lane);
+    Packet<Real> raised = before;
+    for (Index i = 0; i < size; i += w) raised = max(raised, load<Real>(scores + i));
+    store<Real>(of_lane, raised);
+    for (int i = count; i < w; ++i) of_lane[i % count] = larger(of_lane[i % count], of_lane[i]);
+    for (int i = count; i < w; ++i) of_lane[i] = of_lane[i % count];
+    raised = load<Real>(of_lane);
+    store(shrink, weight(before - raised));
+    std::copy_n(of_lane, count, top);
+
+    Packet<Real> total = broadcast(Real(0));
+    for (Index i = 0; i < size; i += w) {
+      const Packet<Real> p = weight(load<Real>(scores + i) - raised);
+      total = total + p;
+      store(scores + i, p);
+    }
+    store<Real>(of_lane, total);
+    for (int i = count; i < w; ++i) of_lane[i % count] += of_lane[i];
+    for (int g = 0; g < count; ++g) sum[g] = sum[g] * shrink[g] + of_lane[g];
+  }
+
+  /// NaN, where either is, stays.
+  static Real larger(Real a, Real b) { return a < b || b != b ? b : a; }
+
+  bool all_finite(MatrixView<const Tv> v, KeyRange keys) const {
+    for (Index j = keys.begin; j < keys.end; ++j) {
+      const Tv* row = v.row(j);
+      Real zero = 0;
+      for (Index c = 0; c < v.cols; ++c) zero += static_cast<Real>(row[c]) * Real(0);
+      if (!(zero == Real(0))) return false;
+    }
+    return true;
+  }
+
+  /// A weight of 0 does not hide a value that is NaN or infinite: here hidden pairs are left out one by one.
+  template <int count>
+  void add_seen_values(MatrixView<const Tv> v, KeyRange keys, const Worker& worker, Index first,
+                       const RowAccumulator<Real>& state, const Real* shrink) const {
+    for (int g = 0; g < count; ++g) {
+      Real* o = state.o + (first + g) * state.stride;
+      for (Index c = 0; c < call_.value_dim(); ++c) o[c] *= shrink[g];
+      for (Index j = keys.begin; j < keys.end; ++j) {
+        const Index at = (j - keys.begin) * count + g;
+        if (!worker.seen[at]) continue;
+        const Tv* row = v.row(j);
+        for (Index c = 0; c < call_.value_dim(); ++c) o[c] += worker.scores[at] * static_cast<Real>(row[c]);
+      }
+    }
+  }
+
+  /// Stretches to spans, spans to the whole, as everywhere (see keys_in_stretch).
+  void join(Index kv_head, RowAccumulator<Real>* parts) const {
+    constexpr Index in_span = keys_in_span / keys_in_stretch;
+    for (Index span = 0; span < stretches_; span += in_span) {
+      for (Index i = span + 1; i < std::min(stretches_, span + in_span); ++i) parts[span].merge(parts[i]);
+      if (span > 0) parts[0].merge(parts[span]);
+    }
+    write(kv_head, parts[0]);
+  }
+
+  void write(Index kv_head, const RowAccumulator<Real>& state) const {
+    const QueryLanes queries = queries_of(kv_head);
+    for (Index g = 0; g < queries_; ++g) {
+      To* row = call_.out.row(queries.batch, queries.head(g), queries.row(g));
+      const Real factor = state.sum[g] == Real(0) ? Real(0) : 1 / state.sum[g];
+      for (Index c = 0; c < call_.value_dim(); ++c) row[c] = static_cast<To>(state.o[g * state.stride + c] * factor);
+      if (call_.lse.data != nullptr) {
+        call_.lse(queries.batch, queries.head(g), queries.row(g)) = lse_of(state.top[g], state.sum[g]);
+      }
+    }
+  }
+
+  const Call& call_;
+  const M& mask_;
+  Index queries_;
+  Index block_keys_;
+  Index stretches_;
+};
+
+}  // namespace detail
+LONGSPAN_END
