@@ -14,10 +14,6 @@
 LONGSPAN_BEGIN
 namespace detail {
 
-/// A score that counts as never seen. Finite, so that code compiled with -ffast-math keeps its meaning, and so
-/// far below `nothing_seen` that its weight is exactly 0 under any maximum.
-template <class Real>
-inline constexpr Real hidden_score = std::numeric_limits<Real>::lowest();
 /// The maximum of a lane that has seen nothing.
 template <class Real>
 inline constexpr Real nothing_seen = std::numeric_limits<Real>::lowest() / 4;

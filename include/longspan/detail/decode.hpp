@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "longspan/detail/accumulator.hpp"
+#include "longspan/detail/float_products.hpp"
 #include "longspan/detail/problem.hpp"
 #include "longspan/detail/query_lanes.hpp"
 #include "longspan/detail/row_kernel.hpp"
@@ -194,7 +195,7 @@ class Decode {
     score_keys<count>(k.row(range.begin), k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
                       call_.head_dim(), worker.scores);
     const Index scores = round_up(keys * count, w);
-    std::fill(worker.scores + keys * count, worker.scores + scores, hidden_score<Real>);
+    std::fill(worker.scores + keys * count, worker.scores + scores, FloatProducts<Real>::hidden);
     if (seen == Seen::some) hide<count>(queries, first, range, worker);
 
     alignas(64) Real shrink[std::size_t(w)];
@@ -230,7 +231,7 @@ class Decode {
     for (Index j = keys.begin; j < keys.end; ++j) {
       for (int g = 0; g < count; ++g, ++at) {
         worker.seen[at] = sees(mask_, queries.batch, queries.head(first + g), queries.position(first + g), j);
-        if (!worker.seen[at]) worker.scores[at] = hidden_score<Real>;
+        if (!worker.seen[at]) worker.scores[at] = FloatProducts<Real>::hidden;
       }
     }
   }

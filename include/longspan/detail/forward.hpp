@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "longspan/detail/decode.hpp"
 #include "longspan/detail/key_block.hpp"
@@ -18,17 +19,20 @@
 LONGSPAN_BEGIN
 namespace detail {
 
+template <class T, class... Types>
+inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
+
 /// Tiles of one KV head that a task takes through each block of keys together. It hides the conversion of 16-bit
 /// blocks (6-10 % of a call with one tile, 1-2 % with four) and the misses of widely strided rows.
 inline constexpr Index tiles_in_task = 4;
 
-template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P>
+template <class Products, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P>
 class Forward {
  public:
   using Call = Problem<Tq, Tk, Tv, To>;
-  using Real = typename Call::Real;
-  using Queries = QueryTile<Real, M, S>;
-  using Blocks = KeyBlocks<Real, Tk, Tv, P>;
+  using Real = typename Products::Real;
+  using Queries = QueryTile<Products, M, S>;
+  using Blocks = KeyBlocks<Products, Tk, Tv, P>;
 
   Forward(const Call& call, const M& mask, const S& score, const P& position, Index workers)
       : call_(call), mask_(mask), score_(score), position_(position) {
@@ -78,7 +82,7 @@ class Forward {
 
  private:
   struct Worker {
-    TileScratch<Real> scratch;
+    TileScratch<Products> scratch;
     Blocks blocks;
     Queries tiles[tiles_in_task];
   };
@@ -87,7 +91,7 @@ class Forward {
 
   Worker cut_worker(Arena& arena) const {
     Worker worker;
-    worker.scratch = TileScratch<Real>::take(arena, call_.head_dim(), padded_value_dim(),
+    worker.scratch = TileScratch<Products>::take(arena, call_.head_dim(), padded_value_dim(),
                                              !std::is_same_v<P, no_position>);
     worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
     for (Index t = 0; t < per_task_; ++t) {
@@ -152,12 +156,13 @@ class Forward {
     const Index kv_head = lanes_of_tile.first_head / call_.group();
     const auto k = call_.k.matrix(lanes_of_tile.batch, kv_head);
     const auto v = call_.v.matrix(lanes_of_tile.batch, kv_head);
+    constexpr Index keys_in_block = Products::keys_in_block;
     Index done = 0;  // a block that two ranges touch is visited once
     for (const KeyRange& range : ranges) {
       Index first = std::max(done, range.begin / keys_in_block * keys_in_block);
       for (; first < range.end; first += keys_in_block) {
         const Index begin = std::max(first, keys.begin), end = std::min(first + keys_in_block, keys.end);
-        const KeyBlock<Real> block = worker.blocks.block(k, v, position_, begin, end - begin);
+        const KeyBlock<Products> block = worker.blocks.block(k, v, position_, begin, end - begin);
         for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb(block, worker.scratch);
       }
       done = first;
@@ -178,14 +183,28 @@ class Forward {
   Index split_keys_ = 0;
 };
 
+template <class Products, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
+void run_forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score, const P& position,
+                 const E& executor, Workspace& workspace) {
+  Forward<Products, Tq, Tk, Tv, To, M, S, P>(call, mask, score, position, executor.workers()).run(executor, workspace);
+}
+
 template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
 void forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score, const P& position, const E& executor,
-             Workspace& workspace) {
+             Workspace& workspace, [[maybe_unused]] bool bf16_products) {
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
-  if constexpr (std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>) {
+  constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
+  if constexpr (plain) {
     if (call.q_len() * call.group() <= most_decode_queries) return Decode(call, mask).run(executor, workspace);
   }
-  Forward<Tq, Tk, Tv, To, M, S, P>(call, mask, score, position, executor.workers()).run(executor, workspace);
+#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+  if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
+    if (bf16_products && call.scale > 0 && call.head_dim() % 2 == 0) {
+      return run_forward<Bf16Products>(call, mask, score, position, executor, workspace);
+    }
+  }
+#endif
+  run_forward<FloatProducts<Arithmetic<Tq>>>(call, mask, score, position, executor, workspace);
 }
 
 }  // namespace detail

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "longspan/detail/bf16_products.hpp"
+#include "longspan/detail/float_products.hpp"
 #include "longspan/detail/microkernel.hpp"
 #include "longspan/detail/scratch.hpp"
 #include "longspan/detail/simd.hpp"
@@ -14,21 +16,14 @@
 LONGSPAN_BEGIN
 namespace detail {
 
-/// Keys are taken in blocks of 128, cut at multiples of 128 in key index. Speed is flat from 96 to 256.
-inline constexpr Index keys_in_block = 128;
-
-template <class Real>
+template <class Products>
 struct KeyBlock {
-  const Real* k = nullptr;
-  const Real* v = nullptr;
+  const typename Products::Key* k = nullptr;
+  const typename Products::Value* v = nullptr;
   Index k_stride = 0;
   Index v_stride = 0;  ///< rows of v can be read up to a multiple of tile_rows columns
   Index first_key = 0;
   Index keys = 0;
-
-  KeyBlock part(Index begin, Index end) const noexcept {
-    return {k + begin * k_stride, v + begin * v_stride, k_stride, v_stride, first_key + begin, end - begin};
-  }
 };
 
 /// Converts rows to Real; columns [cols, to_cols) become 0.
@@ -46,24 +41,26 @@ void convert_rows(const T* from, Index from_stride, Index rows, Index cols, Real
 /// Gives blocks of one KV head: straight from the tensors where their type and layout allow it, through scratch
 /// where rows must be converted, position-encoded or padded. A copy of float blocks that need none of that would
 /// cost 5-16 %.
-template <class Real, class Tk, class Tv, Position P>
+template <class Products, class Tk, class Tv, Position P>
 class KeyBlocks {
  public:
+  using Real = typename Products::Real;
+
   static constexpr bool copies_k = !std::is_same_v<Tk, Real> || !std::is_same_v<P, no_position>;
   static bool copies_v(Index value_dim) { return !std::is_same_v<Tv, Real> || value_dim % tile_rows != 0; }
 
   static KeyBlocks take(Arena& arena, Index head_dim, Index value_dim) {
     KeyBlocks blocks;
     blocks.padded_value_dim_ = round_up(value_dim, tile_rows);
-    if (copies_k) blocks.k_ = arena.take<Real>(keys_in_block * head_dim);
-    if (copies_v(value_dim)) blocks.v_ = arena.take<Real>(keys_in_block * blocks.padded_value_dim_);
+    if (copies_k) blocks.k_ = arena.take<Real>(Products::keys_in_block * head_dim);
+    if (copies_v(value_dim)) blocks.v_ = arena.take<Real>(Products::keys_in_block * blocks.padded_value_dim_);
     return blocks;
   }
 
   /// The keys [first_key, first_key + keys), at most one block of them.
-  KeyBlock<Real> block(MatrixView<const Tk> k, MatrixView<const Tv> v, const P& position, Index first_key,
+  KeyBlock<Products> block(MatrixView<const Tk> k, MatrixView<const Tv> v, const P& position, Index first_key,
                        Index keys) const {
-    KeyBlock<Real> block{nullptr, nullptr, k.row_stride, v.row_stride, first_key, keys};
+    KeyBlock<Products> block{nullptr, nullptr, k.row_stride, v.row_stride, first_key, keys};
     if constexpr (copies_k) {
       convert_rows(k.row(first_key), k.row_stride, keys, k.cols, k_, k.cols);
       position.encode(MatrixView<Real>{k_, keys, k.cols, k.cols}, first_key, Role::key);
@@ -87,6 +84,30 @@ class KeyBlocks {
   Real* v_ = nullptr;
   Index padded_value_dim_ = 0;
 };
+
+#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+/// bfloat16 keys are read in place, values in pairs of two keys.
+template <>
+class KeyBlocks<Bf16Products, Eigen::bfloat16, Eigen::bfloat16, no_position> {
+ public:
+  static KeyBlocks take(Arena& arena, Index, Index value_dim) {
+    KeyBlocks blocks;
+    blocks.padded_value_dim_ = round_up(value_dim, tile_rows);
+    blocks.v_ = arena.take<Bf16Products::Value>(Bf16Products::keys_in_block / 2 * blocks.padded_value_dim_);
+    return blocks;
+  }
+
+  KeyBlock<Bf16Products> block(MatrixView<const Eigen::bfloat16> k, MatrixView<const Eigen::bfloat16> v,
+                               const no_position&, Index first_key, Index keys) const {
+    Bf16Products::pair_values(v.row(first_key), v.row_stride, keys, v.cols, v_, padded_value_dim_);
+    return {k.row(first_key), v_, k.row_stride, padded_value_dim_, first_key, keys};
+  }
+
+ private:
+  Bf16Products::Value* v_ = nullptr;
+  Index padded_value_dim_ = 0;
+};
+#endif
 
 }  // namespace detail
 LONGSPAN_END

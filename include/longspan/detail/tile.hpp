@@ -21,22 +21,38 @@ LONGSPAN_BEGIN
 namespace detail {
 
 /// What the tiles of one worker share: all of it is free again when a block is absorbed.
-template <class Real>
+template <class Products>
 struct TileScratch {
-  Real* scores = nullptr;       ///< [keys_in_block + tile_rows][tile_lanes]
-  Real* block_output = nullptr;  ///< [padded value_dim][tile_lanes]
-  Real* rows = nullptr;         ///< [tile_lanes][head_dim], for position encoding
+  using Real = typename Products::Real;
+
+  Real* scores = nullptr;                        ///< [keys_in_block + tile_rows][tile_lanes]
+  typename Products::Weight* weights = nullptr;  ///< [keys_in_block / keys_in_row][tile_lanes]
+  Real* block_output = nullptr;                  ///< [padded value_dim][tile_lanes]
+  Real* rows = nullptr;                          ///< [tile_lanes][head_dim], for position encoding
 
   static TileScratch take(Arena& arena, Index head_dim, Index padded_value_dim, bool encodes) {
-    constexpr Index width = tile_lanes<Real>;
-    return {arena.take<Real>((keys_in_block + tile_rows) * width), arena.take<Real>(padded_value_dim * width),
-            encodes ? arena.take<Real>(width * head_dim) : nullptr};
+    constexpr Index width = tile_lanes<Real>, keys = Products::keys_in_block;
+    TileScratch scratch;
+    scratch.scores = arena.take<Real>((keys + tile_rows) * width);
+    if constexpr (std::is_same_v<Real, typename Products::Weight>) {
+      scratch.weights = scratch.scores;  // a weight stands where its score stood
+    } else {
+      scratch.weights = arena.take<typename Products::Weight>(keys / Products::keys_in_row * width);
+    }
+    scratch.block_output = arena.take<Real>(padded_value_dim * width);
+    if (encodes) scratch.rows = arena.take<Real>(width * head_dim);
+    return scratch;
   }
 };
 
-template <class Real, Mask M, Score S>
+template <class Products, Mask M, Score S>
 class QueryTile {
  public:
+  using Real = typename Products::Real;
+  using Query = typename Products::Query;
+  using Weight = typename Products::Weight;
+  using Block = KeyBlock<Products>;
+  using Scratch = TileScratch<Products>;
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
   static constexpr Index width = tile_lanes<Real>;
   static constexpr Index w = lanes<Real>;
@@ -44,7 +60,7 @@ class QueryTile {
   static QueryTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len) {
     QueryTile tile;
     tile.head_dim_ = head_dim;
-    tile.q_ = arena.take<Real>(head_dim * width);
+    tile.q_ = arena.take<Query>(Products::query_rows(head_dim) * width);
     tile.state_ = LeveledAccumulator<Real>::take(arena, padded_value_dim, width, kv_len);
     return tile;
   }
@@ -52,44 +68,51 @@ class QueryTile {
   /// Starts the tile: its queries, scaled and position-encoded, go to the lanes.
   template <class Tq, Position P>
   void start(const QueryLanes& queries, const M& mask, const S& score, TensorView<const Tq> q, double scale,
-             const P& position, const TileScratch<Real>& scratch) {
+             const P& position, const Scratch& scratch) {
     lanes_ = queries;
     score_ = &score;
     packets_ = static_cast<int>(divide_up(queries.count, w));
     mask_.prepare(mask, queries);
     state_.clear();
-    const Real factor = static_cast<Real>(scale * (changes_score ? 1.0 : double(score_unit<Real>)));
-    if constexpr (std::is_same_v<P, no_position>) {
-      pack([&](Index lane) { return q.row(lanes_.batch, lanes_.head(lane), lanes_.row(lane)); }, factor);
-    } else {
-      encode(q, position, scratch.rows);
-      pack([&](Index lane) { return static_cast<const Real*>(scratch.rows + lane * head_dim_); }, factor);
+    const double to_units = scale * (changes_score ? 1.0 : double(score_unit<Real>));
+    factor_ = Products::score_factor(to_units);
+    if constexpr (!std::is_same_v<P, no_position>) encode(q, position, scratch.rows);
+    for (int c = 0; c < packets_; ++c) {
+      const auto row_of = [&](Index i) {
+        const Index lane = std::min(c * w + i, lanes_.count - 1);
+        if constexpr (std::is_same_v<P, no_position>) {
+          return q.row(lanes_.batch, lanes_.head(lane), lanes_.row(lane));
+        } else {
+          return static_cast<const Real*>(scratch.rows + lane * head_dim_);
+        }
+      };
+      Products::pack(row_of, head_dim_, Products::query_factor(to_units), q_ + c * w);
     }
   }
 
   KeyRanges ranges() const { return mask_.ranges(); }
 
   /// Absorbs a block that lies within one block of the key grid.
-  void absorb(const KeyBlock<Real>& block, const TileScratch<Real>& scratch) {
+  void absorb(const Block& block, const Scratch& scratch) {
     const Runs runs = cut_into_runs(mask_, packets_, block.first_key, block.keys);
     if (runs.empty()) return;
     const Accumulator<Real>& state = state_.at_key(block.first_key);
 
     alignas(64) Real top[std::size_t(width)], shrink[std::size_t(width)], sum[std::size_t(width)];
-    std::copy_n(state.top, width, top);
+    std::fill_n(top, width, Products::hidden);
     if constexpr (TileMask<Real, M>::may_hide) mask_.enter_block(block.first_key);
     for (const Run& run : runs) score_run(block, run, scratch.scores, top);
     raise_tops(state, top, shrink, sum);
     for (const Run& run : runs) {
+      const Index lane = run.first_packet * w;
       with_packets(run.packets, [&]<int packets>() {
-        const Index lane = run.first_packet * w;
-        weigh_rows<packets>(scratch.scores + run.begin * width + lane, width, run.end - run.begin, top + lane,
-                            sum + lane);
+        Products::template weigh_rows<packets>(scratch.scores + run.begin * width + lane, run.end - run.begin, factor_,
+                                               top + lane, sum + lane, weights_of(run, scratch));
       });
     }
     add_sums(state, shrink, sum);
     if (runs.count == 1 && !must_check_values(runs.run[0])) {
-      value_run(block, runs.run[0], scratch.scores, state.o, Into::rescaled, shrink);
+      value_run(block, runs.run[0], weights_of(runs.run[0], scratch), state.o, Into::rescaled, shrink);
     } else {
       add_runs(block, runs, scratch, state, shrink);
     }
@@ -109,28 +132,31 @@ class QueryTile {
                     RowsView<Real> lse);
 
  private:
-  template <class RowOfLane>
-  void pack(const RowOfLane& row_of_lane, Real factor);
   template <class Tq, Position P>
   void encode(TensorView<const Tq> q, const P& position, Real* rows) const;
 
-  void score_run(const KeyBlock<Real>& block, const Run& run, Real* scores, Real* top) const;
+  void score_run(const Block& block, const Run& run, Real* scores, Real* top) const;
   Packet<Real> change_score(Packet<Real> s, int c, Index key) const;
-  void raise_tops(const Accumulator<Real>& state, const Real* top, Real* shrink, Real* sum) const;
+  void raise_tops(const Accumulator<Real>& state, Real* top, Real* shrink, Real* sum) const;
   void add_sums(const Accumulator<Real>& state, const Real* shrink, const Real* sum) const;
 
+  static Weight* weights_of(const Run& run, const Scratch& scratch) {
+    return scratch.weights + run.begin / Products::keys_in_row * width + run.first_packet * w;
+  }
   bool must_check_values(const Run& run) const { return run.partial != 0 || changes_score; }
-  void value_run(const KeyBlock<Real>& block, const Run& run, const Real* weights, Real* o, Into into,
+  void value_run(const Block& block, const Run& run, const Weight* weights, Real* o, Into into,
                  const Real* scale) const;
-  void value_run_past_hidden(const KeyBlock<Real>& block, const Run& run, const Real* weights, Real* o) const;
-  void add_runs(const KeyBlock<Real>& block, const Runs& runs, const TileScratch<Real>& scratch,
-                const Accumulator<Real>& state, const Real* shrink) const;
+  bool values_finite(const Block& block, const Run& run) const;
+  void value_run_past_hidden(const Block& block, const Run& run, const Weight* weights, Real* o) const;
+  void add_runs(const Block& block, const Runs& runs, const Scratch& scratch, const Accumulator<Real>& state,
+                const Real* shrink) const;
 
   QueryLanes lanes_;
   TileMask<Real, M> mask_;
   const S* score_ = nullptr;
   LeveledAccumulator<Real> state_;
-  Real* q_ = nullptr;  ///< [head_dim][width]
+  Query* q_ = nullptr;  ///< [query_rows][width]
+  Real factor_ = 1;     ///< scores come out of the products in units of this
   Index head_dim_ = 0;
   int packets_ = 0;
 };
@@ -138,9 +164,9 @@ class QueryTile {
 // ---------------------------------------------------------------------------------------------------------------
 // Queries in
 
-template <class Real, Mask M, Score S>
+template <class Products, Mask M, Score S>
 template <class Tq, Position P>
-void QueryTile<Real, M, S>::encode(TensorView<const Tq> q, const P& position, Real* rows) const {
+void QueryTile<Products, M, S>::encode(TensorView<const Tq> q, const P& position, Real* rows) const {
   for (Index lane = 0; lane < lanes_.count; ++lane) {
     const Tq* row = q.row(lanes_.batch, lanes_.head(lane), lanes_.row(lane));
     convert_rows(row, head_dim_, 1, head_dim_, rows + lane * head_dim_, head_dim_);
@@ -153,41 +179,19 @@ void QueryTile<Real, M, S>::encode(TensorView<const Tq> q, const P& position, Re
   }
 }
 
-template <class Real, Mask M, Score S>
-template <class RowOfLane>
-void QueryTile<Real, M, S>::pack(const RowOfLane& row_of_lane, Real factor) {
-  const Packet<Real> by = broadcast(factor);
-  for (int c = 0; c < packets_; ++c) {
-    decltype(row_of_lane(0)) row[std::size_t(w)];
-    for (Index i = 0; i < w; ++i) row[i] = row_of_lane(std::min(c * w + i, lanes_.count - 1));
-    Real* to = q_ + c * w;
-    Index column = 0;
-    for (; column + w <= head_dim_; column += w) {
-      Packet<Real> square[std::size_t(w)];
-      LONGSPAN_UNROLL
-      for (int i = 0; i < w; ++i) square[i] = load_as<Real>(row[i] + column) * by;
-      transpose<Real>(square);
-      LONGSPAN_UNROLL
-      for (int i = 0; i < w; ++i) store(to + (column + i) * width, square[i]);
-    }
-    for (; column < head_dim_; ++column) {
-      for (Index i = 0; i < w; ++i) to[column * width + i] = static_cast<Real>(row[i][column]) * factor;
-    }
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------------------
 // Scores
 
-template <class Real, Mask M, Score S>
-void QueryTile<Real, M, S>::score_run(const KeyBlock<Real>& block, const Run& run, Real* scores, Real* top) const {
+template <class Products, Mask M, Score S>
+void QueryTile<Products, M, S>::score_run(const Block& block, const Run& run, Real* scores, Real* top) const {
   const Index first_lane = run.first_packet * w;
   alignas(64) Real highest[std::size_t(width)];
   std::copy_n(top, width, highest);
   with_packets(run.packets, [&]<int packets>() {
     for (Index j = run.begin; j < run.end; j += tile_rows) {
-      score_rows<packets>(block.k + j * block.k_stride, block.k_stride, run.end - j, q_ + first_lane, width,
-                          head_dim_, scores + j * width + first_lane, width, highest + first_lane);
+      Products::template score_rows<packets>(block.k + j * block.k_stride, block.k_stride, run.end - j,
+                                             q_ + first_lane, head_dim_, scores + j * width + first_lane,
+                                             highest + first_lane);
     }
   });
   for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
@@ -201,7 +205,7 @@ void QueryTile<Real, M, S>::score_run(const KeyBlock<Real>& block, const Run& ru
       Packet<Real> s = load<Real>(scores + j * width + c * w);
       if constexpr (changes_score) s = change_score(s, c, block.first_key + j);
       if constexpr (TileMask<Real, M>::may_hide) {
-        if (hides) s = select(mask_.visible(c, block.first_key + j), s, broadcast(hidden_score<Real>));
+        if (hides) s = select(mask_.visible(c, block.first_key + j), s, broadcast(Products::hidden));
       }
       of_packet = max(of_packet, s);
       store(scores + j * width + c * w, s);
@@ -210,8 +214,8 @@ void QueryTile<Real, M, S>::score_run(const KeyBlock<Real>& block, const Run& ru
   }
 }
 
-template <class Real, Mask M, Score S>
-Packet<Real> QueryTile<Real, M, S>::change_score(Packet<Real> s, int c, Index key) const {
+template <class Products, Mask M, Score S>
+auto QueryTile<Products, M, S>::change_score(Packet<Real> s, int c, Index key) const -> Packet<Real> {
   alignas(64) Real values[std::size_t(w)];
   if constexpr (PacketScore<S, Packet<Real>>) {
     for (Index i = 0; i < w; ++i) values[i] = static_cast<Real>(lanes_.position(c * w + i) - key);
@@ -226,21 +230,24 @@ Packet<Real> QueryTile<Real, M, S>::change_score(Packet<Real> s, int c, Index ke
     s = load<Real>(values);
   }
   // A score of -infinity hides its key, in a finite way.
-  return max(s * broadcast(score_unit<Real>), broadcast(hidden_score<Real>));
+  return max(s * broadcast(score_unit<Real>), broadcast(Products::hidden));
 }
 
-template <class Real, Mask M, Score S>
-void QueryTile<Real, M, S>::raise_tops(const Accumulator<Real>& state, const Real* top, Real* shrink, Real* sum) const {
+/// Turns the highest scores of a block into the new tops, in score units.
+template <class Products, Mask M, Score S>
+void QueryTile<Products, M, S>::raise_tops(const Accumulator<Real>& state, Real* top, Real* shrink, Real* sum) const {
   for (Index lane = 0; lane < packets_ * w; lane += w) {
-    const Packet<Real> raised = load<Real>(top + lane);
-    store(shrink + lane, weight(load<Real>(state.top + lane) - raised));
+    const Packet<Real> before = load<Real>(state.top + lane);
+    const Packet<Real> raised = max(before, load<Real>(top + lane) * broadcast(factor_));
+    store(shrink + lane, weight(before - raised));
     store(state.top + lane, raised);
+    store(top + lane, raised);
     store(sum + lane, broadcast(Real(0)));
   }
 }
 
-template <class Real, Mask M, Score S>
-void QueryTile<Real, M, S>::add_sums(const Accumulator<Real>& state, const Real* shrink, const Real* sum) const {
+template <class Products, Mask M, Score S>
+void QueryTile<Products, M, S>::add_sums(const Accumulator<Real>& state, const Real* shrink, const Real* sum) const {
   for (Index lane = 0; lane < packets_ * w; lane += w) {
     store(state.sum + lane, fma(load<Real>(state.sum + lane), load<Real>(shrink + lane), load<Real>(sum + lane)));
   }
@@ -249,44 +256,50 @@ void QueryTile<Real, M, S>::add_sums(const Accumulator<Real>& state, const Real*
 // ---------------------------------------------------------------------------------------------------------------
 // Values
 
-template <class Real, Mask M, Score S>
-void QueryTile<Real, M, S>::value_run(const KeyBlock<Real>& block, const Run& run, const Real* weights, Real* o,
-                                      Into into, const Real* scale) const {
+template <class Products, Mask M, Score S>
+void QueryTile<Products, M, S>::value_run(const Block& block, const Run& run, const Weight* weights, Real* o, Into into,
+                                          const Real* scale) const {
   const Index lane = run.first_packet * w, columns = state_.columns();
+  const Index rows = divide_up(run.end - run.begin, Products::keys_in_row);
+  const auto* v = block.v + run.begin / Products::keys_in_row * block.v_stride;
   with_packets(run.packets, [&]<int packets>() {
     for (Index column = 0; column < columns; column += tile_rows) {
-      value_rows<packets>(block.v + run.begin * block.v_stride + column, block.v_stride,
-                          weights + run.begin * width + lane, width, run.end - run.begin, o + column * width + lane,
-                          width, into, scale + lane);
+      Products::template value_rows<packets>(v + column, block.v_stride, weights, rows, o + column * width + lane,
+                                             into, scale + lane);
     }
   });
 }
 
-/// Is every value of the rows finite?
-template <class Real>
-bool all_finite(const Real* rows, Index stride, Index count, Index cols) {
-  Packet<Real> worst = broadcast(Real(0));
+/// x * 0 is 0 for finite x and NaN for the others, and NaN stays in a sum.
+template <class Products, Mask M, Score S>
+bool QueryTile<Products, M, S>::values_finite(const Block& block, const Run& run) const {
   Real rest = 0;
-  for (Index i = 0; i < count; ++i, rows += stride) {
-    Index c = 0;
-    // x * 0 is 0 for finite x and NaN for the others, and NaN stays in a sum.
-    for (; c + lanes<Real> <= cols; c += lanes<Real>) worst = fma(load(rows + c), broadcast(Real(0)), worst);
-    for (; c < cols; ++c) rest += rows[c] * Real(0);
+  for (Index j = run.begin; j < run.end; ++j) {
+    Index column = 0;
+    if constexpr (std::is_same_v<typename Products::Value, Real>) {
+      Packet<Real> zero = broadcast(Real(0));
+      const Real* row = block.v + j * block.v_stride;
+      for (; column + w <= state_.columns(); column += w) zero = fma(load(row + column), broadcast(Real(0)), zero);
+      alignas(64) Real of_lane[std::size_t(w)];
+      store<Real>(of_lane, zero);
+      for (const Real x : of_lane) rest += x;
+    }
+    for (; column < state_.columns(); ++column) {
+      rest += Products::value_of(block.v, block.v_stride, j, column) * Real(0);
+    }
   }
-  alignas(64) Real of_lane[std::size_t(lanes<Real>)];
-  store(static_cast<Real*>(of_lane), worst);
-  for (const Real x : of_lane) rest += x;
   return rest == Real(0);
 }
 
 /// A weight of 0 does not hide a value that is NaN or infinite. Where such a value stands among keys that a lane
 /// must not see, its products are selected away lane by lane.
-template <class Real, Mask M, Score S>
-void QueryTile<Real, M, S>::value_run_past_hidden(const KeyBlock<Real>& block, const Run& run, const Real* weights,
-                                                  Real* o) const {
+template <class Products, Mask M, Score S>
+void QueryTile<Products, M, S>::value_run_past_hidden(const Block& block, const Run& run, const Weight* weights,
+                                                      Real* o) const {
   for (Index j = run.begin; j < run.end; ++j) {
     for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
-      const Packet<Real> p = load(weights + j * width + c * w), zero = broadcast(Real(0));
+      const Packet<Real> zero = broadcast(Real(0));
+      const Packet<Real> p = Products::weight_of(weights + (c - run.first_packet) * w, j - run.begin);
       Packet<Real> hidden = less(zero, zero);
       if constexpr (changes_score) hidden = equal(p, zero);
       if constexpr (TileMask<Real, M>::may_hide) {
@@ -297,8 +310,8 @@ void QueryTile<Real, M, S>::value_run_past_hidden(const KeyBlock<Real>& block, c
       for (Index column = 0; column < state_.columns(); ++column) {
         Real* to = o + column * width + c * w;
         const Packet<Real> before = load<Real>(to);
-        const Packet<Real> after = fma(broadcast(block.v + j * block.v_stride + column), p, before);
-        store(to, select(hidden, before, after));
+        const Packet<Real> v = broadcast(Products::value_of(block.v, block.v_stride, j, column));
+        store(to, select(hidden, before, fma(v, p, before)));
       }
     }
   }
@@ -307,17 +320,16 @@ void QueryTile<Real, M, S>::value_run_past_hidden(const KeyBlock<Real>& block, c
 /// More than one run, or values that must be looked at: the block's own output is made first, run behind run in
 /// key order, and then added. So every lane's sum is taken in the same order as from one run over the block, and
 /// its bits do not depend on the queries beside it.
-template <class Real, Mask M, Score S>
-void QueryTile<Real, M, S>::add_runs(const KeyBlock<Real>& block, const Runs& runs, const TileScratch<Real>& scratch,
-                                     const Accumulator<Real>& state, const Real* shrink) const {
+template <class Products, Mask M, Score S>
+void QueryTile<Products, M, S>::add_runs(const Block& block, const Runs& runs, const Scratch& scratch,
+                                         const Accumulator<Real>& state, const Real* shrink) const {
   std::fill_n(scratch.block_output, state.columns * width, Real(0));
   for (const Run& run : runs) {
-    const bool plain = !must_check_values(run) || all_finite(block.v + run.begin * block.v_stride, block.v_stride,
-                                                             run.end - run.begin, state.columns);
-    if (plain) {
-      value_run(block, run, scratch.scores, scratch.block_output, Into::continued, shrink);
+    const Weight* weights = weights_of(run, scratch);
+    if (!must_check_values(run) || values_finite(block, run)) {
+      value_run(block, run, weights, scratch.block_output, Into::continued, shrink);
     } else {
-      value_run_past_hidden(block, run, scratch.scores, scratch.block_output);
+      value_run_past_hidden(block, run, weights, scratch.block_output);
     }
   }
   for (Index column = 0; column < state.columns; ++column) {
@@ -332,9 +344,9 @@ void QueryTile<Real, M, S>::add_runs(const KeyBlock<Real>& block, const Runs& ru
 // ---------------------------------------------------------------------------------------------------------------
 // Outputs
 
-template <class Real, Mask M, Score S>
+template <class Products, Mask M, Score S>
 template <class To>
-void QueryTile<Real, M, S>::write(const Accumulator<Real>& state, const QueryLanes& queries, TensorView<To> out,
+void QueryTile<Products, M, S>::write(const Accumulator<Real>& state, const QueryLanes& queries, TensorView<To> out,
                                   RowsView<Real> lse) {
   const Packet<Real> zero = broadcast(Real(0)), one = broadcast(Real(1));
   for (Index first_lane = 0; first_lane < queries.count; first_lane += w) {

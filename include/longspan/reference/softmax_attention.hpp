@@ -42,7 +42,9 @@ struct softmax_attention {
   }
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
   void operator()(const Q& queries, const K& keys, const V& values, Out&& output, Lse&& log_sum_exp) const {
-    const auto q = view(queries), k = view(keys), v = view(values);
+    const auto q = view(queries);
+    const auto k = view(keys);
+    const auto v = view(values);
     const auto out = view(output);
     const auto lse = rows_view(log_sum_exp);
     const Index group = k.heads == 0 ? 1 : q.heads / k.heads;

@@ -1,0 +1,77 @@
+// How a tile multiplies: in float or double, on rows that are converted to it where they are not.
+#pragma once
+
+#include <limits>
+
+#include "longspan/detail/microkernel.hpp"
+#include "longspan/detail/query_lanes.hpp"
+#include "longspan/detail/simd.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// The arithmetic of a tile. What another kind of it must offer is what stands here.
+template <class RealType>
+struct FloatProducts {
+  using Real = RealType;
+  using Query = Real;   ///< element of the packed queries, [query_rows][tile_lanes]
+  using Key = Real;     ///< element of key rows
+  using Value = Real;   ///< element of value rows, [keys / keys_in_row][columns]
+  using Weight = Real;  ///< element of weight rows, [keys / keys_in_row][tile_lanes]
+  static constexpr Index keys_in_row = 1;
+  /// Keys are taken in blocks of 128, cut at multiples of 128 in key index. Speed is flat from 96 to 256.
+  static constexpr Index keys_in_block = 128;
+  /// A score that counts as never seen. Finite, so that code compiled with -ffast-math keeps its meaning, and so
+  /// far below `nothing_seen` that its weight is exactly 0 under any maximum.
+  static constexpr Real hidden = std::numeric_limits<Real>::lowest();
+
+  static Index query_rows(Index head_dim) { return head_dim; }
+  /// The scale goes into the queries; scores come out in score units.
+  static Real query_factor(double scale) { return static_cast<Real>(scale); }
+  static Real score_factor(double) { return Real(1); }
+
+  /// Packs one packet of queries, lane i from row_of(i), times `factor`.
+  template <class RowOf>
+  static void pack(const RowOf& row_of, Index head_dim, Real factor, Query* to) {
+    constexpr Index w = lanes<Real>, width = tile_lanes<Real>;
+    decltype(row_of(0)) row[std::size_t(w)];
+    for (Index i = 0; i < w; ++i) row[i] = row_of(i);
+    const Packet<Real> by = broadcast(factor);
+    Index column = 0;
+    for (; column + w <= head_dim; column += w) {
+      Packet<Real> square[std::size_t(w)];
+      LONGSPAN_UNROLL
+      for (int i = 0; i < w; ++i) square[i] = load_as<Real>(row[i] + column) * by;
+      transpose<Real>(square);
+      LONGSPAN_UNROLL
+      for (int i = 0; i < w; ++i) store(to + (column + i) * width, square[i]);
+    }
+    for (; column < head_dim; ++column) {
+      for (Index i = 0; i < w; ++i) to[column * width + i] = static_cast<Real>(row[i][column]) * factor;
+    }
+  }
+
+  template <int packets>
+  static void score_rows(const Key* k, Index k_stride, Index k_rows, const Query* q, Index head_dim, Real* s,
+                         Real* highest) {
+    detail::score_rows<packets>(k, k_stride, k_rows, q, tile_lanes<Real>, head_dim, s, tile_lanes<Real>, highest);
+  }
+  template <int packets>
+  static void weigh_rows(Real* s, Index keys, Real, const Real* shift, Real* total, Weight*) {
+    detail::weigh_rows<packets>(s, tile_lanes<Real>, keys, shift, total);
+  }
+  template <int packets>
+  static void value_rows(const Value* v, Index v_stride, const Weight* p, Index rows, Real* o, Into into,
+                         const Real* scale) {
+    detail::value_rows<packets>(v, v_stride, p, tile_lanes<Real>, rows, o, tile_lanes<Real>, into, scale);
+  }
+
+  /// The weights of key j for one packet of queries, and one value of it.
+  static Packet<Real> weight_of(const Weight* p, Index j) { return load(p + j * tile_lanes<Real>); }
+  static Real value_of(const Value* v, Index v_stride, Index j, Index column) { return v[j * v_stride + column]; }
+};
+
+}  // namespace detail
+LONGSPAN_END
