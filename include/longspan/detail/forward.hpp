@@ -183,10 +183,18 @@ class Forward {
   Index split_keys_ = 0;
 };
 
-template <class Products, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
-void run_forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score, const P& position,
-                 const E& executor, Workspace& workspace) {
-  Forward<Products, Tq, Tk, Tv, To, M, S, P>(call, mask, score, position, executor.workers()).run(executor, workspace);
+/// Work below which waking a team costs more than it saves: about 5 us of one core, multiplying or reading.
+inline constexpr double least_parallel_tile_flop = 1e6;
+inline constexpr double least_parallel_decode_flop = 1e5;
+
+/// task(executor), or task(serial{}) for little work. Bits are the same.
+template <class E, class Task>
+void run_where_it_pays(double flop, double least_parallel, const E& executor, const Task& task) {
+  if (flop < least_parallel) {
+    task(serial{});
+  } else {
+    task(executor);
+  }
 }
 
 template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
@@ -195,16 +203,24 @@ void forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score,
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
   constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
   if constexpr (plain) {
-    if (call.q_len() * call.group() <= most_decode_queries) return Decode(call, mask).run(executor, workspace);
-  }
-#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
-  if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
-    if (bf16_products && call.scale > 0 && call.head_dim() % 2 == 0) {
-      return run_forward<Bf16Products>(call, mask, score, position, executor, workspace);
+    if (call.q_len() * call.group() <= most_decode_queries) {
+      return run_where_it_pays(call.flop(), least_parallel_decode_flop, executor, [&](const auto& where) {
+        Decode(call, mask).run(where, workspace);
+      });
     }
   }
+  run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
+#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+    if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
+      if (bf16_products && call.scale > 0 && call.head_dim() % 2 == 0) {
+        using Pass = Forward<Bf16Products, Tq, Tk, Tv, To, M, S, P>;
+        return Pass(call, mask, score, position, where.workers()).run(where, workspace);
+      }
+    }
 #endif
-  run_forward<FloatProducts<Arithmetic<Tq>>>(call, mask, score, position, executor, workspace);
+    using Pass = Forward<FloatProducts<Arithmetic<Tq>>, Tq, Tk, Tv, To, M, S, P>;
+    Pass(call, mask, score, position, where.workers()).run(where, workspace);
+  });
 }
 
 }  // namespace detail

@@ -42,6 +42,12 @@ struct Problem {
   Index head_dim() const noexcept { return q.cols; }
   Index value_dim() const noexcept { return v.cols; }
 
+  /// Multiplications and additions of the two products, mask left aside.
+  double flop() const noexcept {
+    return 2.0 * static_cast<double>(q.batch * q.heads) * static_cast<double>(q_len()) * static_cast<double>(kv_len()) *
+           static_cast<double>(head_dim() + value_dim());
+  }
+
   /// The same call with its two options resolved.
   Problem at(Index wanted_first_query, double wanted_scale) const {
     Problem p = *this;

@@ -16,6 +16,10 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #if defined(__GNUC__) || defined(__clang__)
 #define LONGSPAN_INLINE inline __attribute__((always_inline))
 #else
@@ -189,6 +193,35 @@ LONGSPAN_INLINE Packet<Real> sums_of_rows(Packet<Real> (&rows)[std::size_t(lanes
   return rows[0];
 }
 
+// Eigen 3.4 converts half in software when compiled by g++: its test for F16C fails there.
+#if defined(__F16C__) && !defined(EIGEN_DONT_VECTORIZE)
+inline constexpr bool converts_half = true;
+
+LONGSPAN_INLINE Packet<float> load_half(const Eigen::half* from) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+#elif defined(EIGEN_VECTORIZE_AVX)
+  return {Packet<float>::Raw(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};
+#else
+  return {Packet<float>::Raw(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))))};
+#endif
+}
+LONGSPAN_INLINE void store_half(Eigen::half* to, Packet<float> x) {
+  constexpr int nearest = 0;
+#if defined(EIGEN_VECTORIZE_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x.raw, nearest));
+#elif defined(EIGEN_VECTORIZE_AVX)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x.raw, nearest));
+#else
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_cvtps_ph(x.raw, nearest));
+#endif
+}
+#else
+inline constexpr bool converts_half = false;
+Packet<float> load_half(const Eigen::half* from);
+void store_half(Eigen::half* to, Packet<float> x);
+#endif
+
 /// Does Eigen have packets of both types, as long as each other, and a cast between them?
 template <class From, class To>
 inline constexpr bool casts_packets =
@@ -201,6 +234,8 @@ template <class Real, class T>
 LONGSPAN_INLINE Packet<Real> load_as(const T* from) {
   if constexpr (std::is_same_v<T, Real>) {
     return load(from);
+  } else if constexpr (converts_half && std::is_same_v<T, Eigen::half> && std::is_same_v<Real, float>) {
+    return load_half(from);
   } else if constexpr (casts_packets<T, Real>) {
     using Stored = typename Eigen::internal::packet_traits<T>::type;
     return {Eigen::internal::pcast<Stored, typename Packet<Real>::Raw>(Eigen::internal::ploadu<Stored>(from))};
@@ -221,6 +256,8 @@ template <class Real, class T>
 LONGSPAN_INLINE void store_as(T* to, Packet<Real> x) {
   if constexpr (std::is_same_v<T, Real>) {
     store(to, x);
+  } else if constexpr (converts_half && std::is_same_v<T, Eigen::half> && std::is_same_v<Real, float>) {
+    store_half(to, x);
   } else if constexpr (casts_packets<Real, T>) {
     using Stored = typename Eigen::internal::packet_traits<T>::type;
     Eigen::internal::pstoreu(to, Eigen::internal::pcast<typename Packet<Real>::Raw, Stored>(x.raw));
