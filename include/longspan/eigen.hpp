@@ -4,10 +4,10 @@
 // module, which costs its includers about as much as all of <Eigen/Core>.
 #pragma once
 
-#include "longspan/detail/eigen_core.hpp"
 #include <concepts>
 #include <type_traits>
 
+#include "longspan/detail/eigen_core.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/view.hpp"
@@ -61,10 +61,11 @@ constexpr void require_row_major() {
 }  // namespace detail
 
 /// What `view()` turns into a TensorView: a view, a row-major Eigen::Tensor or TensorMap of rank 2 to 4
-/// ([rows, cols], [heads, rows, cols], [batch, heads, rows, cols]), or an Eigen matrix, Map, Ref or block, which
-/// is one head.
+/// ([rows, cols], [heads, rows, cols], [batch, heads, rows, cols]), or an Eigen matrix, Map, Ref or block,
+/// which is one head.
 template <class X>
-concept TensorLike = detail::is_tensor_view<std::remove_cvref_t<X>> || detail::EigenTensor<X> || detail::EigenMatrix<X>;
+concept TensorLike =
+    detail::is_tensor_view<std::remove_cvref_t<X>> || detail::EigenTensor<X> || detail::EigenMatrix<X>;
 
 /// The view of a tensor. Costs nothing; the tensor must outlive the view.
 template <class T>
@@ -73,35 +74,39 @@ constexpr TensorView<T> view(const TensorView<T>& x) noexcept {
 }
 
 template <class X>
-  requires detail::EigenTensor<X>
+requires detail::EigenTensor<X>
 auto view(X&& x) {
   using Tensor = std::remove_cvref_t<X>;
-  static_assert(Tensor::NumDimensions >= 2 && Tensor::NumDimensions <= 4,
-                "longspan: a tensor has rank 2 [rows, cols], 3 [heads, rows, cols] or 4 [batch, heads, rows, cols]");
+  static_assert(
+      Tensor::NumDimensions >= 2 && Tensor::NumDimensions <= 4,
+      "longspan: a tensor has rank 2 [rows, cols], 3 [heads, rows, cols] or 4 [batch, heads, rows, cols]");
   detail::require_row_major<Tensor>();
   return compact_view(x.data(), detail::dimension_from_end(x, 3), detail::dimension_from_end(x, 2),
                       detail::dimension_from_end(x, 1), detail::dimension_from_end(x, 0));
 }
 
 template <class X>
-  requires detail::EigenMatrix<X>
+requires detail::EigenMatrix<X>
 auto view(X&& x) {
   using Matrix = std::remove_cvref_t<X>;
-  static_assert(bool(Matrix::IsRowMajor),
-                "longspan: this matrix is column-major, which is Eigen's default; declare it "
-                "Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>, one query or key a row");
+  static_assert(
+      bool(Matrix::IsRowMajor),
+      "longspan: this matrix is column-major, which is Eigen's default; declare it "
+      "Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>, one query or key a row");
   if (x.innerStride() != 1) {
     detail::refuse("view", "the inner stride of an Eigen matrix", std::to_string(x.innerStride()), "1");
   }
   using Pointer = decltype(x.data());
   const Index rows = x.rows(), cols = x.cols(), stride = x.outerStride();
-  return TensorView<std::remove_pointer_t<Pointer>>{x.data(), 1, 1, rows, cols, rows * stride, rows * stride, stride};
+  return TensorView<std::remove_pointer_t<Pointer>>{x.data(),      1,     1, rows, cols, rows * stride,
+                                                    rows * stride, stride};
 }
 
 /// What `rows_view()` turns into a RowsView: a RowsView, a row-major Eigen::Tensor or TensorMap of rank 1 to 3
 /// ([rows], [heads, rows], [batch, heads, rows]), or an Eigen vector.
 template <class X>
-concept RowsLike = (detail::is_view<std::remove_cvref_t<X>> && !detail::is_tensor_view<std::remove_cvref_t<X>>) ||
+concept RowsLike = (detail::is_view<std::remove_cvref_t<X>> &&
+                    !detail::is_tensor_view<std::remove_cvref_t<X>>) ||
                    detail::EigenTensor<X> || detail::EigenMatrix<X>;
 
 template <class T>
@@ -110,7 +115,7 @@ constexpr RowsView<T> rows_view(const RowsView<T>& x) noexcept {
 }
 
 template <class X>
-  requires detail::EigenTensor<X>
+requires detail::EigenTensor<X>
 auto rows_view(X&& x) {
   using Tensor = std::remove_cvref_t<X>;
   static_assert(Tensor::NumDimensions >= 1 && Tensor::NumDimensions <= 3,
@@ -121,13 +126,13 @@ auto rows_view(X&& x) {
 }
 
 template <class X>
-  requires detail::EigenMatrix<X>
+requires detail::EigenMatrix<X>
 auto rows_view(X&& x) {
   static_assert(bool(std::remove_cvref_t<X>::IsVectorAtCompileTime),
                 "longspan: log-sum-exps of one head are an Eigen vector, one number for each query");
   using Pointer = decltype(x.data());
-  return RowsView<std::remove_pointer_t<Pointer>>{x.data(), 1, 1, static_cast<Index>(x.size()), 0, 0,
-                                                  static_cast<Index>(x.innerStride())};
+  return RowsView<std::remove_pointer_t<Pointer>>{
+      x.data(), 1, 1, static_cast<Index>(x.size()), 0, 0, static_cast<Index>(x.innerStride())};
 }
 
 LONGSPAN_END

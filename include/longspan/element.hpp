@@ -1,9 +1,9 @@
 // The element types a tensor may hold, and the type in which the arithmetic on them is done.
 #pragma once
 
-#include "longspan/detail/eigen_core.hpp"
 #include <type_traits>
 
+#include "longspan/detail/eigen_core.hpp"
 #include "longspan/version.hpp"
 
 LONGSPAN_BEGIN
@@ -15,7 +15,8 @@ inline constexpr bool is_one_of = (std::is_same_v<T, Types> || ...);
 
 /// float, double, Eigen::bfloat16 or Eigen::half. The 16-bit types are for storage only.
 template <class T>
-concept Element = detail::is_one_of<std::remove_const_t<T>, float, double, Eigen::bfloat16, Eigen::half>;
+concept Element = detail::is_one_of < std::remove_const_t<T>,
+float, double, Eigen::bfloat16, Eigen::half > ;
 
 /// Arithmetic is done in the type of the queries: double for double, float for all others.
 template <Element T>

@@ -46,7 +46,12 @@ namespace detail {
 
 inline std::string shape_text(Index a, Index b, Index c) {
   std::string text = "[";
-  return text.append(std::to_string(a)).append(", ").append(std::to_string(b)).append(", ").append(std::to_string(c)).append("]");
+  return text.append(std::to_string(a))
+      .append(", ")
+      .append(std::to_string(b))
+      .append(", ")
+      .append(std::to_string(c))
+      .append("]");
 }
 
 inline std::string shape_text(Index a, Index b, Index c, Index d) {

@@ -26,8 +26,8 @@ struct serial {
 
 /// A team of OpenMP threads; `threads` = 0 takes what OpenMP would (OMP_NUM_THREADS). The default.
 ///
-/// Inside a parallel region, and in a program compiled without OpenMP, it runs on the caller's thread. It sets
-/// nothing: neither omp_set_num_threads nor any other global of the process.
+/// Inside a parallel region, and in a program compiled without OpenMP, it runs on the caller's thread. It
+/// sets nothing: neither omp_set_num_threads nor any other global of the process.
 struct openmp {
   Index threads = 0;
 
@@ -42,8 +42,8 @@ struct openmp {
 /// Anything that runs tasks: a framework's thread pool fits with these two members.
 ///
 ///   workers()             at most so many tasks run at one time
-///   for_each(n, task)     calls task(t, worker) once for each t in [0, n), with 0 <= worker < workers() and no
-///                         worker number in use by two tasks at one time; returns when all are done
+///   for_each(n, task)     calls task(t, worker) once for each t in [0, n), with 0 <= worker < workers() and
+///                         no worker number in use by two tasks at one time; returns when all are done
 ///
 /// Results do not depend on the executor, to the bit: work is cut by shape and merged in a fixed order.
 template <class E>
@@ -63,7 +63,7 @@ class Workspace {
     if (bytes > size_) {
       memory_.reset();
       size_ = 0;
-      memory_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{alignment})));
+      memory_.reset(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{alignment})));
       size_ = bytes;
     }
     return memory_.get();
@@ -73,15 +73,17 @@ class Workspace {
 
  private:
   struct Release {
-    void operator()(std::byte* memory) const noexcept { ::operator delete(memory, std::align_val_t{alignment}); }
+    void operator()(std::byte* memory) const noexcept {
+      ::operator delete (memory, std::align_val_t{alignment});
+    }
   };
   std::unique_ptr<std::byte, Release> memory_;
   std::size_t size_ = 0;
 };
 
-/// An executor with a workspace: the optional last argument of every functor. Keep one for each calling thread,
-/// and from the second call of a shape on nothing is allocated. A functor called without one runs on `openmp{}`
-/// and allocates its scratch for the length of the call.
+/// An executor with a workspace: the optional last argument of every functor. Keep one for each calling
+/// thread, and from the second call of a shape on nothing is allocated. A functor called without one runs on
+/// `openmp{}` and allocates its scratch for the length of the call.
 template <Executor E = openmp>
 struct Execution {
   E executor{};

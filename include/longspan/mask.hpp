@@ -18,8 +18,9 @@ LONGSPAN_BEGIN
 /// How much of a tile is seen: no pair of it, every pair, or perhaps some.
 enum class Seen : std::uint8_t { none, some, all };
 
-/// The queries [first_query, first_query + queries) of the heads [first_head, first_head + heads) of one batch
-/// row, against the keys [first_key, first_key + keys). Queries are named by position (see softmax_attention).
+/// The queries [first_query, first_query + queries) of the heads [first_head, first_head + heads) of one
+/// batch row, against the keys [first_key, first_key + keys). Queries are named by position (see
+/// softmax_attention).
 struct Tile {
   Index batch = 0;
   Index first_head = 0;
@@ -33,17 +34,17 @@ struct Tile {
   constexpr KeyRange key_range() const noexcept { return {first_key, first_key + keys}; }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
-// What a mask may offer. The least is `sees`; the rest makes it faster, and a mask that leaves it out is slow but
-// never wrong.
+// ----------------------------------------------------------------------------------------------------------
+// What a mask may offer. The least is `sees`; the rest makes it faster, and a mask that leaves it out is slow
+// but never wrong.
 //
-//   bool sees(Index i, Index j) const                  does the query at position i see key j?
-//   bool sees(Index b, Index h, Index i, Index j)      ... where that depends on batch row or head
-//   Seen classify(const Tile&) const                   `none` and `all` must be true, `some` is always allowed
-//   KeyRanges key_ranges(const Tile&) const            every key outside is hidden from every query of the tile
+//   bool sees(Index i, Index j) const                does the query at position i see key j?
+//   bool sees(Index b, Index h, Index i, Index j)    the same, where it depends on batch row or head
+//   Seen classify(const Tile&) const                 `none` and `all` must be true, `some` always may be said
+//   KeyRanges key_ranges(const Tile&) const          every key outside is hidden from all of the tile
 //
-// Where the keys of each query are one range whose two ends never fall from one query to the next, a mask says
-// that range, and all the answers above follow from it:
+// Where the keys of each query are one range whose two ends never fall from one query to the next, a mask
+// says that range, and all the answers above follow from it:
 //
 //   KeyRange keys(Index b, Index i) const
 
@@ -66,7 +67,7 @@ concept SeesByHead = requires(const M& mask, Index x) {
 }  // namespace detail
 
 template <class M>
-concept Mask = std::is_object_v<M> && (RangeMask<M> || detail::SeesByPosition<M> || detail::SeesByHead<M>);
+concept Mask = std::is_object_v<M> &&(RangeMask<M> || detail::SeesByPosition<M> || detail::SeesByHead<M>);
 
 /// Does the query at position i of head h, batch row b, see key j?
 template <Mask M>
@@ -83,11 +84,14 @@ constexpr bool sees(const M& mask, Index b, Index h, Index i, Index j) {
 template <Mask M>
 constexpr Seen classify(const M& mask, const Tile& tile) {
   if constexpr (RangeMask<M>) {
-    const KeyRange first = mask.keys(tile.batch, tile.first_query), last = mask.keys(tile.batch, tile.last_query());
+    const KeyRange first = mask.keys(tile.batch, tile.first_query),
+                   last = mask.keys(tile.batch, tile.last_query());
     const KeyRange tile_keys = tile.key_range();
     if (!KeyRange{first.begin, last.end}.overlaps(tile_keys)) return Seen::none;
     return KeyRange{last.begin, first.end}.contains(tile_keys) ? Seen::all : Seen::some;
-  } else if constexpr (requires { { mask.classify(tile) } -> std::convertible_to<Seen>; }) {
+  } else if constexpr (requires {
+                         { mask.classify(tile) } -> std::convertible_to<Seen>;
+                       }) {
     return mask.classify(tile);
   } else {
     return Seen::some;
@@ -98,15 +102,18 @@ constexpr Seen classify(const M& mask, const Tile& tile) {
 template <Mask M>
 constexpr KeyRanges key_ranges(const M& mask, const Tile& tile) {
   if constexpr (RangeMask<M>) {
-    return KeyRanges({mask.keys(tile.batch, tile.first_query).begin, mask.keys(tile.batch, tile.last_query()).end});
-  } else if constexpr (requires { { mask.key_ranges(tile) } -> std::convertible_to<KeyRanges>; }) {
+    return KeyRanges(
+        {mask.keys(tile.batch, tile.first_query).begin, mask.keys(tile.batch, tile.last_query()).end});
+  } else if constexpr (requires {
+                         { mask.key_ranges(tile) } -> std::convertible_to<KeyRanges>;
+                       }) {
     return mask.key_ranges(tile);
   } else {
     return KeyRanges(KeyRange::everything());
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // The masks of the library
 
 /// No mask: every query sees every key.
@@ -114,8 +121,8 @@ struct everything {
   constexpr KeyRange keys(Index, Index) const noexcept { return KeyRange::everything(); }
 };
 
-/// Query i sees the keys 0 .. i. With fewer queries than keys the last query is aligned with the last key, since
-/// that is where positions stand unless `first_query` says otherwise.
+/// Query i sees the keys 0 .. i. With fewer queries than keys the last query is aligned with the last key,
+/// since that is where positions stand unless `first_query` says otherwise.
 struct causal {
   constexpr KeyRange keys(Index, Index i) const noexcept { return {KeyRange::lowest, i + 1}; }
 };
@@ -127,7 +134,8 @@ struct window {
   Index right = unlimited;
 
   constexpr KeyRange keys(Index, Index i) const noexcept {
-    return {left == unlimited ? KeyRange::lowest : i - left, right == unlimited ? KeyRange::highest : i + right + 1};
+    return {left == unlimited ? KeyRange::lowest : i - left,
+            right == unlimited ? KeyRange::highest : i + right + 1};
   }
 };
 
@@ -148,8 +156,8 @@ struct segments {
   }
 };
 
-/// Packed documents: document n holds the positions starts[n] .. starts[n + 1] - 1, and a query sees the keys of
-/// its own document. `starts` rises and is not owned.
+/// Packed documents: document n holds the positions starts[n] .. starts[n + 1] - 1, and a query sees the keys
+/// of its own document. `starts` rises and is not owned.
 struct documents {
   std::span<const Index> starts;
 
@@ -160,15 +168,15 @@ struct documents {
   }
 };
 
-/// Batch row b has lengths[b] keys; those behind are padding. `!padding{pads}` is padding on the left: the first
-/// pads[b] keys are hidden. One length for each batch row; not owned.
+/// Batch row b has lengths[b] keys; those behind are padding. `!padding{pads}` is padding on the left: the
+/// first pads[b] keys are hidden. One length for each batch row; not owned.
 struct padding {
   std::span<const Index> lengths;
 
   constexpr KeyRange keys(Index b, Index) const noexcept { return {0, lengths[static_cast<std::size_t>(b)]}; }
 };
 
-// ---------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // Masks made of masks
 
 /// What both see. `a & b`.
@@ -188,9 +196,7 @@ struct both {
   constexpr KeyRanges key_ranges(const Tile& tile) const {
     return intersection(longspan::key_ranges(a, tile), longspan::key_ranges(b, tile));
   }
-  constexpr KeyRange keys(Index batch, Index i) const
-    requires(RangeMask<A> && RangeMask<B>)
-  {
+  constexpr KeyRange keys(Index batch, Index i) const requires(RangeMask<A>&& RangeMask<B>) {
     const KeyRange of_a = a.keys(batch, i), of_b = b.keys(batch, i);
     return {std::max(of_a.begin, of_b.begin), std::min(of_a.end, of_b.end)};
   }
@@ -220,7 +226,9 @@ template <Mask A>
 struct inverse {
   A a;
 
-  constexpr bool sees(Index batch, Index h, Index i, Index j) const { return !longspan::sees(a, batch, h, i, j); }
+  constexpr bool sees(Index batch, Index h, Index i, Index j) const {
+    return !longspan::sees(a, batch, h, i, j);
+  }
   constexpr Seen classify(const Tile& tile) const {
     const Seen of_a = longspan::classify(a, tile);
     return of_a == Seen::some ? Seen::some : of_a == Seen::all ? Seen::none : Seen::all;

@@ -24,8 +24,8 @@
 
 LONGSPAN_BEGIN
 
-/// The result of attention over some of the keys: out [batch, heads, q_len, value_dim], lse [batch, heads, q_len].
-/// Owns nothing.
+/// The result of attention over some of the keys: out [batch, heads, q_len, value_dim], lse [batch, heads,
+/// q_len]. Owns nothing.
 template <Element T>
 struct Partial {
   using Real = std::conditional_t<std::is_const_v<T>, const Arithmetic<T>, Arithmetic<T>>;
@@ -33,11 +33,7 @@ struct Partial {
   TensorView<T> out;
   RowsView<Real> lse;
 
-  operator Partial<const T>() const noexcept
-    requires(!std::is_const_v<T>)
-  {
-    return {out, lse};
-  }
+  operator Partial<const T>() const noexcept requires(!std::is_const_v<T>) { return {out, lse}; }
 };
 
 /// A partial of two tensors.
@@ -49,8 +45,8 @@ auto partial(Out&& out, Lse&& lse) {
   return Partial<T>{values, rows};
 }
 
-/// The same output under another log-weight. Landmark attention is a merge in which each block carries the logit
-/// of its landmark instead of its own log-sum-exp.
+/// The same output under another log-weight. Landmark attention is a merge in which each block carries the
+/// logit of its landmark instead of its own log-sum-exp.
 template <Element T, RowsLike Lse>
 Partial<const T> with_lse(const Partial<T>& part, Lse&& lse) {
   return {part.out, rows_view(lse)};
@@ -62,11 +58,13 @@ template <class T>
 void check_partial(std::string_view function, const std::string& argument, const Partial<T>& part,
                    const TensorView<std::remove_const_t<T>>& wanted) {
   const TensorView<T>& out = part.out;
-  if (out.batch != wanted.batch || out.heads != wanted.heads || out.rows != wanted.rows || out.cols != wanted.cols) {
+  if (out.batch != wanted.batch || out.heads != wanted.heads || out.rows != wanted.rows ||
+      out.cols != wanted.cols) {
     refuse(function, "the output of " + argument, shape_text(out), shape_text(wanted));
   }
   if (part.lse.batch != out.batch || part.lse.heads != out.heads || part.lse.rows != out.rows) {
-    refuse(function, "the lse of " + argument, shape_text(part.lse), shape_text(out.batch, out.heads, out.rows));
+    refuse(function, "the lse of " + argument, shape_text(part.lse),
+           shape_text(out.batch, out.heads, out.rows));
   }
 }
 
@@ -111,16 +109,18 @@ void weighted_sum(std::span<const T* const> from, std::span<const Real> weights,
 /// Shapes    every part and `into` alike
 /// Aliasing  `into` may be one of the parts; else it overlaps none
 /// Cost      one pass over the parts
-/// Error     out within (parts + 4) u of sum_n weight_n |out_n|, lse within 2 u (1 + |lse|), u = 2^-24 for float
-/// Exact     parts in any order of two give the same bits; a part with lse = -infinity changes nothing, whatever
-///           its output holds
+/// Error     out within (parts + 4) u of sum_n weight_n |out_n|, lse within 2 u (1 + |lse|); u = 2^-24 for
+///           float
+/// Exact     two parts give the same bits in either order; a part with lse = -infinity changes nothing,
+///           whatever its output holds
 /// Throws    Error when shapes disagree or there are more than 64 parts, before anything is written
 template <Element T, ExecutionLike E = openmp>
-  requires(!std::is_const_v<T>)
-void merge(std::span<const Partial<const T>> parts, const Partial<T>& into, E&& execution = E{}) {
+requires(!std::is_const_v<T>) void merge(std::span<const Partial<const T>> parts, const Partial<T>& into,
+                                         E&& execution = E{}) {
   using Real = Arithmetic<T>;
   constexpr std::size_t most = 64;
-  if (parts.size() > most) detail::refuse("merge", "the number of parts", std::to_string(parts.size()), "at most 64");
+  if (parts.size() > most)
+    detail::refuse("merge", "the number of parts", std::to_string(parts.size()), "at most 64");
   detail::check_partial<T>("merge", "the result", into, into.out);
   for (std::size_t n = 0; n < parts.size(); ++n) {
     detail::check_partial<const T>("merge", "part " + std::to_string(n), parts[n], into.out);
@@ -140,23 +140,26 @@ void merge(std::span<const Partial<const T>> parts, const Partial<T>& into, E&& 
       weights[n] = weights[n] == nothing ? Real(0) : std::exp(weights[n] - top);
       sum += weights[n];
     }
-    for (std::size_t n = 0; n < parts.size(); ++n) weights[n] = weights[n] == Real(0) ? Real(0) : weights[n] / sum;
-    detail::weighted_sum<T, Real>({rows, parts.size()}, {weights, parts.size()}, into.out.row(b, h, i), into.out.cols);
+    for (std::size_t n = 0; n < parts.size(); ++n)
+      weights[n] = weights[n] == Real(0) ? Real(0) : weights[n] / sum;
+    detail::weighted_sum<T, Real>({rows, parts.size()}, {weights, parts.size()}, into.out.row(b, h, i),
+                                  into.out.cols);
     into.lse(b, h, i) = sum == Real(0) ? nothing : top + std::log(sum);
   };
-  detail::with_executor(execution, [&](const auto& executor) { detail::for_each_row(into.out, executor, merge_row); });
+  detail::with_executor(execution,
+                        [&](const auto& executor) { detail::for_each_row(into.out, executor, merge_row); });
 }
 
 template <Element T, ExecutionLike E = openmp>
-  requires(!std::is_const_v<T>)
-void merge(std::initializer_list<Partial<const T>> parts, const Partial<T>& into, E&& execution = E{}) {
+requires(!std::is_const_v<T>) void merge(std::initializer_list<Partial<const T>> parts,
+                                         const Partial<T>& into, E&& execution = E{}) {
   merge(std::span<const Partial<const T>>(parts.begin(), parts.size()), into, execution);
 }
 
-/// out = g * a + (1 - g) * b with g = sigmoid(beta): Infini-attention's gate, a the memory and b the local part.
+/// out = g * a + (1 - g) * b with g = sigmoid(beta): Infini-attention's gate, a the memory, b the local part.
 ///
-/// Shapes    a, b, out [batch, heads, rows, cols]; beta one number [1], one for each head [heads], or [heads, cols]
-///           (a view [rows, cols] of 1 or heads rows and 1 or cols columns)
+/// Shapes    a, b, out [batch, heads, rows, cols]; beta [1], [heads] or [heads, cols], as a view of 1 or heads
+///           rows and 1 or cols columns
 /// Aliasing  out may be a or b
 /// Cost      one pass
 /// Error     3 u (g |a| + (1 - g) |b|). A side whose gate is 0 has no effect, even if it holds NaN
@@ -167,8 +170,10 @@ void gate(MatrixView<const Real> beta, const A& a, const B& b, Out&& out, E&& ex
   const auto memory = view(a), local = view(b);
   const auto to = view(out);
   using T = typename std::remove_cvref_t<decltype(to)>::Element;
-  static_assert(std::is_same_v<Real, Arithmetic<T>>, "longspan: beta holds float, or double where the tensors do");
-  for (const auto& [name, x] : {std::pair{"a", TensorView<const T>(memory)}, {"b", TensorView<const T>(local)}}) {
+  static_assert(std::is_same_v<Real, Arithmetic<T>>,
+                "longspan: beta holds float, or double where the tensors do");
+  for (const auto& [name, x] :
+       {std::pair{"a", TensorView<const T>(memory)}, {"b", TensorView<const T>(local)}}) {
     if (x.batch != to.batch || x.heads != to.heads || x.rows != to.rows || x.cols != to.cols) {
       detail::refuse("gate", name, detail::shape_text(x), detail::shape_text(to));
     }
@@ -190,7 +195,8 @@ void gate(MatrixView<const Real> beta, const A& a, const B& b, Out&& out, E&& ex
       z[c] = static_cast<T>(from_memory + from_local);
     }
   };
-  detail::with_executor(execution, [&](const auto& executor) { detail::for_each_row(to, executor, gate_row); });
+  detail::with_executor(execution,
+                        [&](const auto& executor) { detail::for_each_row(to, executor, gate_row); });
 }
 
 LONGSPAN_END

@@ -15,8 +15,8 @@
 
 LONGSPAN_BEGIN
 
-/// Which two coordinates of a row turn together. Published weights need the one they were trained with, and the
-/// wrong one fails silently, so there is no default.
+/// Which two coordinates of a row turn together. Published weights need the one they were trained with, and
+/// the wrong one fails silently, so there is no default.
 enum class Pairing : std::uint8_t {
   interleaved,  ///< (0, 1), (2, 3), ...: RoFormer, GPT-J
   half_split,   ///< (0, n/2), (1, n/2 + 1), ...: GPT-NeoX, Llama as Hugging Face stores it
@@ -25,9 +25,8 @@ enum class Pairing : std::uint8_t {
 /// What a row is for; xpos scales queries up and keys down.
 enum class Role : std::uint8_t { query, key };
 
-/// A position encoding: `encode(rows, first_position, role)` changes rows of floats or doubles in place, row i at
-/// position first_position + i.
-/// `check(cols)` throws where rows of that length cannot be encoded.
+/// A position encoding: `encode(rows, first_position, role)` changes rows of floats or doubles in place, row
+/// i at position first_position + i. `check(cols)` throws where rows of that length cannot be encoded.
 template <class P>
 concept Position = std::is_object_v<P> && requires(const P& encoding, float* row, Index x, Role role) {
   encoding.encode(MatrixView<float>{row, x, x, x}, x, role);
@@ -46,15 +45,16 @@ namespace detail {
 /// Turns pair p of a row at position n by the angle n * base^(-2p / turned), and multiplies it by
 /// exp(n * growth(p)).
 ///
-/// Angles are made in double: at position 10^6 a float angle is off by 0.06. cos and sin are called at multiples
-/// of 64 only, and turned on from there row by row, always from that multiple, so the bits of a row depend on its
-/// position and not on which rows are encoded with it.
+/// Angles are made in double: at position 10^6 a float angle is off by 0.06. cos and sin are called at
+/// multiples of 64 only, and turned on from there row by row, always from that multiple, so the bits of a row
+/// depend on its position and not on which rows are encoded with it.
 template <class Real, class Growth>
 void rotate_rows(MatrixView<Real> x, Index first_position, Index turned, double base, Pairing pairing,
                  const Growth& growth) {
   constexpr Index stretch = 64, chunk = 16;
   const Index pairs = turned / 2;
-  const Index step = pairing == Pairing::interleaved ? 2 : 1, partner = pairing == Pairing::interleaved ? 1 : pairs;
+  const Index step = pairing == Pairing::interleaved ? 2 : 1,
+              partner = pairing == Pairing::interleaved ? 1 : pairs;
   for (Index first_pair = 0; first_pair < pairs; first_pair += chunk) {
     const Index count = std::min(chunk, pairs - first_pair);
     std::array<double, chunk> c{}, s{}, turn_c{}, turn_s{};

@@ -16,8 +16,8 @@
 
 LONGSPAN_BEGIN
 
-/// A score function: takes s = scale * q.k of head h in batch row b, for the query at position i and key j, and
-/// returns what the softmax is to see instead. A lambda will do:
+/// A score function: takes s = scale * q.k of head h in batch row b, for the query at position i and key j,
+/// and returns what the softmax is to see instead. A lambda will do:
 ///
 ///   [](float s, Index b, Index h, Index i, Index j) { return s + table[h][i - j]; }
 ///
@@ -45,7 +45,7 @@ struct ScoreValueOf {
   using type = Real;
 };
 template <class S, class Real>
-  requires requires { typename FirstArgument<decltype(&S::operator())>::type; }
+requires requires { typename FirstArgument<decltype(&S::operator())>::type; }
 struct ScoreValueOf<S, Real> {
   using type = typename FirstArgument<decltype(&S::operator())>::type;
 };
@@ -85,7 +85,8 @@ struct softcap {
   }
 };
 
-/// s - slopes[h] * |i - j|. Press et al. 2021 (arXiv 2108.12409), section 3. One slope for each head; not owned.
+/// s - slopes[h] * |i - j|. Press et al. 2021 (arXiv 2108.12409), section 3. One slope for each head; not
+/// owned.
 struct alibi {
   std::span<const float> slopes;
 
@@ -99,24 +100,27 @@ struct alibi {
   }
 };
 
-/// The slopes of the paper: 2^(-8 n / heads) for head n = 1 .. heads when heads is a power of two; else those of
-/// the next lower power of two, followed by every second one of the next higher.
+/// The slopes of the paper: 2^(-8 n / heads) for head n = 1 .. heads when heads is a power of two; else those
+/// of the next lower power of two, followed by every second one of the next higher.
 inline std::vector<float> alibi_slopes(Index heads) {
   std::vector<float> slopes;
   Index power = 1;
   while (power * 2 <= heads) power *= 2;
   for (Index n = 1; n <= std::min(power, heads); ++n) {
-    slopes.push_back(static_cast<float>(std::exp2(-8.0 * static_cast<double>(n) / static_cast<double>(power))));
+    slopes.push_back(
+        static_cast<float>(std::exp2(-8.0 * static_cast<double>(n) / static_cast<double>(power))));
   }
   for (Index n = 1; n <= heads - power; ++n) {
-    slopes.push_back(static_cast<float>(std::exp2(-4.0 * static_cast<double>(2 * n - 1) / static_cast<double>(power))));
+    slopes.push_back(
+        static_cast<float>(std::exp2(-4.0 * static_cast<double>(2 * n - 1) / static_cast<double>(power))));
   }
   return slopes;
 }
 
-/// s + bias[b, h, i, j], from a tensor [batch or 1, heads or 1, queries or 1, keys]; a dimension of 1 is repeated.
-/// Its row 0 belongs to the query at position `first_query`, which by default is where the queries of a
-/// [queries, keys] bias stand. Its values are read through scalar code: prefer a mask or alibi where one will do.
+/// s + bias[b, h, i, j], from a tensor [batch or 1, heads or 1, queries or 1, keys]; a dimension of 1 is
+/// repeated. Its row 0 belongs to the query at position `first_query`, which by default is where the queries
+/// of a [queries, keys] bias stand. Its values are read through scalar code: prefer a mask or alibi where one
+/// will do.
 template <class T>
 struct additive_bias {
   TensorView<const T> bias;
@@ -151,8 +155,7 @@ struct piped {
   }
   template <class Real>
   detail::Packet<Real> on_packet(detail::Packet<Real> s, Index h, detail::Packet<Real> distance) const
-    requires(detail::PacketScore<A, detail::Packet<Real>> && detail::PacketScore<B, detail::Packet<Real>>)
-  {
+      requires(detail::PacketScore<A, detail::Packet<Real>>&& detail::PacketScore<B, detail::Packet<Real>>) {
     return second.on_packet(first.on_packet(s, h, distance), h, distance);
   }
 };

@@ -17,17 +17,17 @@ LONGSPAN_BEGIN
 /// out[i] = sum_j p_ij v[j],  p_ij = exp(s_ij - lse[i]),  s_ij = score(scale * q[i].k[j]),
 /// lse[i] = log sum_j exp(s_ij), over the keys j that the mask lets query i see.
 ///
-///   softmax_attention attend{causal{}, softcap{50}};       // parts in any order, each left out or given once:
-///   attend(q, k, v, out);                                  // a mask, a score, a position encoding
+///   softmax_attention attend{causal{}, softcap{50}};  // a mask, a score, a position encoding, in any order
+///   attend(q, k, v, out);
 ///   attend(q, k, v, out, lse);
-///   attend(q, k, v, out, lse, execution);                  // Execution, or an executor alone
+///   attend(q, k, v, out, lse, execution);             // an Execution, or an executor alone
 ///
 /// Shapes    q [batch, heads, q_len, head_dim]        k [batch, kv_heads, kv_len, head_dim]
 ///           v [batch, kv_heads, kv_len, value_dim]   out [batch, heads, q_len, value_dim]
 ///           lse [batch, heads, q_len], natural logarithm
-///           kv_heads divides heads; query head h reads KV head h / (heads / kv_heads).
-/// Types     each tensor float, double, Eigen::bfloat16 or Eigen::half; arithmetic and lse are double when q is,
-///           else float.
+///           kv_heads divides heads; query head h reads KV head h / (heads / kv_heads). Any size may be 0.
+/// Types     each tensor float, double, Eigen::bfloat16 or Eigen::half; arithmetic and lse are double when q
+///           is, else float.
 /// Positions row i of q stands at position `first_query` + i, key j at j.
 /// Aliasing  out and lse overlap no input, nor each other.
 /// Cost      2 * q_len * kv_len * (head_dim + value_dim) flop per head, less what the mask skips in blocks of
@@ -36,7 +36,9 @@ LONGSPAN_BEGIN
 ///           u = 2^-24 for float: it does not grow with kv_len. 16-bit outputs are rounded once more.
 /// Masked    what a query does not see has no effect on its row, even if it holds NaN. A row that sees no key
 ///           gives 0 and lse = -infinity. A score of -infinity hides the key.
-/// Bits      do not depend on the executor, on how many threads it has, nor on batch and heads beside.
+/// Bits      do not depend on the executor, on how many threads it has, on batch and heads beside, nor on the
+///           queries beside, but for one thing: calls of up to 8 queries to a KV head (q_len * heads /
+///           kv_heads) have a kernel of their own, with bits of its own.
 /// Throws    Error when shapes disagree, before anything is written. What an executor throws passes through.
 /// Source    Vaswani et al. 2017 (arXiv 1706.03762), eq. 1; blocked as Dao et al. 2022 (arXiv 2205.14135),
 ///           algorithm 1, with queries in the lanes.
@@ -48,14 +50,15 @@ struct softmax_attention {
   double scale = default_scale;             ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
   /// Where q, k, v and out are all bfloat16 and the processor multiplies bfloat16 pairs (AVX512-BF16), do so:
-  /// twice as fast; weights are then rounded to bfloat16, which adds 2^-9 sum_j p_ij |v_j| to the error.
+  /// twice as fast; weights are then rounded to bfloat16, which adds 2^-9 sum_j p_ij |v_j| to the error of
+  /// out, and 1e-4 to that of lse.
   bool bf16_products = true;
 
   softmax_attention() = default;
 
   template <class... Parts>
-    requires(sizeof...(Parts) > 0 && detail::parts_are<M, S, P, Parts...>)
-  explicit softmax_attention(Parts... parts)
+  requires(sizeof...(Parts) > 0 &&
+           detail::parts_are<M, S, P, Parts...>) explicit softmax_attention(Parts... parts)
       : mask(detail::take_part<detail::MaskPart, M>(parts...)),
         score(detail::take_part<detail::ScorePart, S>(parts...)),
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
@@ -85,9 +88,9 @@ struct softmax_attention {
 };
 
 template <class... Parts>
-  requires(sizeof...(Parts) > 0)
-softmax_attention(Parts...) -> softmax_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
-                                                 detail::PartOf<detail::ScorePart, unchanged, Parts...>,
-                                                 detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+requires(sizeof...(Parts) > 0) softmax_attention(Parts...)
+->softmax_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
+                    detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                    detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 LONGSPAN_END

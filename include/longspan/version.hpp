@@ -4,11 +4,12 @@
 #define LONGSPAN_VERSION_MAJOR 0
 #define LONGSPAN_VERSION_MINOR 1
 #define LONGSPAN_VERSION_PATCH 0
-#define LONGSPAN_VERSION (LONGSPAN_VERSION_MAJOR * 10000 + LONGSPAN_VERSION_MINOR * 100 + LONGSPAN_VERSION_PATCH)
+#define LONGSPAN_VERSION \
+  (LONGSPAN_VERSION_MAJOR * 10000 + LONGSPAN_VERSION_MINOR * 100 + LONGSPAN_VERSION_PATCH)
 
 // Two translation units of one program may be compiled for different instruction sets, or one with OpenMP and
-// one without. Their kernels are different functions and must have different names, or the linker keeps one of
-// the two for both. So the inline namespace carries what changes the code.
+// one without. Their kernels are different functions and must have different names, or the linker keeps one
+// of the two for both. So the inline namespace carries what changes the code.
 #if defined(EIGEN_DONT_VECTORIZE)
 #define LONGSPAN_ABI_ISA scalar
 #elif defined(__AVX512BF16__)

@@ -20,9 +20,7 @@ struct MatrixView {
   Index row_stride = 0;
 
   constexpr T* row(Index i) const noexcept { return data + i * row_stride; }
-  constexpr operator MatrixView<const T>() const noexcept
-    requires(!std::is_const_v<T>)
-  {
+  constexpr operator MatrixView<const T>() const noexcept requires(!std::is_const_v<T>) {
     return {data, rows, cols, row_stride};
   }
 };
@@ -46,7 +44,9 @@ struct TensorView {
   constexpr T* row(Index b, Index h, Index i) const noexcept {
     return data + b * batch_stride + h * head_stride + i * row_stride;
   }
-  constexpr MatrixView<T> matrix(Index b, Index h) const noexcept { return {row(b, h, 0), rows, cols, row_stride}; }
+  constexpr MatrixView<T> matrix(Index b, Index h) const noexcept {
+    return {row(b, h, 0), rows, cols, row_stride};
+  }
   constexpr bool empty() const noexcept { return batch == 0 || heads == 0 || rows == 0 || cols == 0; }
   /// Rows [first, first + count) of every head.
   constexpr TensorView slice_rows(Index first, Index count) const noexcept {
@@ -55,9 +55,7 @@ struct TensorView {
     part.rows = count;
     return part;
   }
-  constexpr operator TensorView<const T>() const noexcept
-    requires(!std::is_const_v<T>)
-  {
+  constexpr operator TensorView<const T>() const noexcept requires(!std::is_const_v<T>) {
     return {data, batch, heads, rows, cols, batch_stride, head_stride, row_stride};
   }
 };
@@ -78,9 +76,7 @@ struct RowsView {
   constexpr T& operator()(Index b, Index h, Index i) const noexcept {
     return data[b * batch_stride + h * head_stride + i * row_stride];
   }
-  constexpr operator RowsView<const T>() const noexcept
-    requires(!std::is_const_v<T>)
-  {
+  constexpr operator RowsView<const T>() const noexcept requires(!std::is_const_v<T>) {
     return {data, batch, heads, rows, batch_stride, head_stride, row_stride};
   }
 };

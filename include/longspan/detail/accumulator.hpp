@@ -22,11 +22,12 @@ inline constexpr Real nothing_seen = std::numeric_limits<Real>::lowest() / 4;
 template <class Real>
 Real lse_of(Real top, Real sum) {
   if (sum == Real(0)) return -std::numeric_limits<Real>::infinity();
-  return static_cast<Real>(static_cast<double>(top) / double(score_unit<Real>) + std::log(static_cast<double>(sum)));
+  return static_cast<Real>(static_cast<double>(top) / double(score_unit<Real>) +
+                           std::log(static_cast<double>(sum)));
 }
 
-/// Invariant, with S the scores absorbed so far in score units: top = max(S), sum = sum of weight(S - top) and
-/// o[column][lane] = sum of weight(S - top) * v[column]. Nothing absorbed: sum == 0, o == 0.
+/// Invariant, with S the scores absorbed so far in score units: top = max(S), sum = sum of weight(S - top)
+/// and o[column][lane] = sum of weight(S - top) * v[column]. Nothing absorbed: sum == 0, o == 0.
 template <class Real>
 struct Accumulator {
   Real* o = nullptr;  ///< [columns][stride]
@@ -54,7 +55,8 @@ struct Accumulator {
   /// Adds what `other` has absorbed, keys that this one has not: exact where either has absorbed nothing.
   void merge(const Accumulator& other) const {
     for (Index lane = 0; lane < stride; lane += lanes<Real>) {
-      const Packet<Real> mine = load<Real>(top + lane), others = load<Real>(other.top + lane), both = max(mine, others);
+      const Packet<Real> mine = load<Real>(top + lane), others = load<Real>(other.top + lane),
+                         both = max(mine, others);
       const Packet<Real> my_share = weight(mine - both), other_share = weight(others - both);
       store(top + lane, both);
       store(sum + lane, fma(load<Real>(sum + lane), my_share, load<Real>(other.sum + lane) * other_share));
@@ -67,10 +69,10 @@ struct Accumulator {
   }
 };
 
-/// Keys are absorbed in runs of at most 2^11, runs merged into spans of at most 2^17, spans into the whole, each
-/// cut at multiples of its length in key index. The error of a sum then grows with the square roots of 2^11 / 128,
-/// 2^6 and keys / 2^17, not with that of the number of keys; and since the cuts do not depend on who computes
-/// them, keys can be split among threads without changing a bit.
+/// Keys are absorbed in runs of at most 2^11, runs merged into spans of at most 2^17, spans into the whole,
+/// each cut at multiples of its length in key index. The error of a sum then grows with the square roots of
+/// 2^11 / 128, 2^6 and keys / 2^17, not with that of the number of keys; and since the cuts do not depend on
+/// who computes them, keys can be split among threads without changing a bit.
 inline constexpr Index keys_in_stretch = Index{1} << 11;
 inline constexpr Index keys_in_span = Index{1} << 17;
 
@@ -81,7 +83,8 @@ class LeveledAccumulator {
   static LeveledAccumulator take(Arena& arena, Index columns, Index stride, Index kv_len) {
     LeveledAccumulator a;
     a.levels_ = 1 + (kv_len > keys_in_stretch) + (kv_len > keys_in_span);
-    for (int level = 0; level < a.levels_; ++level) a.level_[level] = Accumulator<Real>::take(arena, columns, stride);
+    for (int level = 0; level < a.levels_; ++level)
+      a.level_[level] = Accumulator<Real>::take(arena, columns, stride);
     return a;
   }
 

@@ -1,8 +1,9 @@
-// How a tile multiplies where the processor has bfloat16 dot products (AVX512-BF16): twice the speed of float.
+// How a tile multiplies where the processor has bfloat16 dot products (AVX512-BF16): twice the speed of
+// float.
 //
 // VDPBF16PS adds two products of bfloat16 pairs to a float. Scores lose nothing by it, q and k being bfloat16
-// already. Weights are rounded to bfloat16 before they meet the values, a relative error of 2^-9 each; the sums
-// that divide the outputs are taken before that rounding.
+// already. Weights are rounded to bfloat16 before they meet the values, a relative error of 2^-9 each; the
+// sums that divide the outputs are taken before that rounding.
 #pragma once
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(EIGEN_DONT_VECTORIZE)
@@ -33,7 +34,8 @@ namespace detail {
 
 struct Bf16Products {
   using Real = float;
-  using Pair = std::uint32_t;  ///< two bfloat16: of columns c and c + 1 (queries), of keys j and j + 1 (others)
+  using Pair =
+      std::uint32_t;  ///< two bfloat16: of columns c and c + 1 (queries), of keys j and j + 1 (others)
   using Query = Pair;
   using Key = Eigen::bfloat16;
   using Value = Pair;
@@ -99,12 +101,14 @@ struct Bf16Products {
     }
   }
 
-  /// pairs[j / 2] = weight(factor * s[j] - shift) of two keys, rounded; `total` grows by the unrounded weights.
+  /// pairs[j / 2] = weight(factor * s[j] - shift) of two keys, rounded; `total` grows by the unrounded
+  /// weights.
   template <int packets>
-  static void weigh_rows(float* s, Index keys, float factor, const float* shift, float* total, Weight* pairs) {
+  static void weigh_rows(float* s, Index keys, float factor, const float* shift, float* total,
+                         Weight* pairs) {
     if (keys % 2 != 0) std::fill_n(s + keys * width, packets * 16, hidden);
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                                22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const Packet<float> by = broadcast(factor);
     Packet<float> sum[std::size_t(packets)], down[std::size_t(packets)];
     LONGSPAN_UNROLL
@@ -164,7 +168,8 @@ struct Bf16Products {
 
   static Packet<float> weight_of(const Weight* p, Index j) {
     const __m512i pairs = _mm512_loadu_si512(p + j / 2 * width);
-    const __m512i high = j % 2 == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_and_si512(pairs, _mm512_set1_epi32(-65536));
+    const __m512i high =
+        j % 2 == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_and_si512(pairs, _mm512_set1_epi32(-65536));
     return {_mm512_castsi512_ps(high)};
   }
   static float value_of(const Value* v, Index v_stride, Index j, Index column) {
@@ -174,20 +179,22 @@ struct Bf16Products {
 
   /// Rows of values as pairs of two keys: to[j / 2][column]. Missing keys and columns become 0.
   static void pair_values(const Key* v, Index v_stride, Index keys, Index cols, Value* to, Index to_cols) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
+                                         38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (Index j = 0; j < keys; j += 2, v += 2 * v_stride, to += to_cols) {
       const bool two = j + 1 < keys;
       const Key* next = v + v_stride;
       Index c = 0;
       for (; c + 32 <= cols; c += 32) {
-        const __m512i a = _mm512_loadu_si512(v + c), b = two ? _mm512_loadu_si512(next + c) : _mm512_setzero_si512();
+        const __m512i a = _mm512_loadu_si512(v + c),
+                      b = two ? _mm512_loadu_si512(next + c) : _mm512_setzero_si512();
         _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(a, low, b));
         _mm512_storeu_si512(to + c + 16, _mm512_permutex2var_epi16(a, high, b));
       }
       for (; c < cols; ++c) {
-        to[c] = std::bit_cast<std::uint16_t>(v[c]) | (two ? Pair{std::bit_cast<std::uint16_t>(next[c])} << 16 : 0);
+        to[c] = std::bit_cast<std::uint16_t>(v[c]) |
+                (two ? Pair{std::bit_cast<std::uint16_t>(next[c])} << 16 : 0);
       }
       std::fill(to + c, to + to_cols, Pair{0});
     }
@@ -213,8 +220,8 @@ struct Bf16Products {
     return std::bit_cast<__m512bh>(_mm512_set1_epi32(pair));
   }
 
-  /// As `weight`, to 7.5e-5 relative by degree 3: far inside the rounding to bfloat16 that follows, and 2-4 % of a
-  /// call faster than degree 5.
+  /// As `weight`, to 7.5e-5 relative by degree 3: far inside the rounding to bfloat16 that follows, and 2-4 %
+  /// of a call faster than degree 5.
   static LONGSPAN_INLINE Packet<float> coarse_weight(Packet<float> x) {
     const Packet<float> clamped = max(x, broadcast(-127.0f)), magic = broadcast(12582912.0f + 127.0f);
     const Packet<float> shifted = clamped + magic, f = clamped - (shifted - magic);

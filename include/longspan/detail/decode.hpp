@@ -80,8 +80,8 @@ class Decode {
       : call_(call),
         mask_(mask),
         queries_(call.q_len() * call.group()),
-        // One query reads K and V fastest in long stretches of each (256 keys: 88 % of the stream rate, 64: 83 %);
-        // several want the keys of their passes in the first caches.
+        // One query reads K and V fastest in long stretches of each (256 keys: 88 % of the stream rate, 64:
+        // 83 %); several want the keys of their passes in the first caches.
         block_keys_(queries_ == 1 ? 256 : 128),
         stretches_(std::max<Index>(1, divide_up(call.kv_len(), keys_in_stretch))) {}
 
@@ -147,15 +147,16 @@ class Decode {
     }
   }
 
-  void absorb_stretch(Index kv_head, Index stretch, const Worker& worker, const RowAccumulator<Real>& state) const {
+  void absorb_stretch(Index kv_head, Index stretch, const Worker& worker,
+                      const RowAccumulator<Real>& state) const {
     const QueryLanes queries = queries_of(kv_head);
     const auto k = call_.k.matrix(queries.batch, kv_head % call_.k.heads);
     const auto v = call_.v.matrix(queries.batch, kv_head % call_.k.heads);
     state.clear();
     pack_queries(queries, worker.q);
     const Index from = stretch * keys_in_stretch, to = std::min(call_.kv_len(), from + keys_in_stretch);
-    const KeyRanges ranges = intersection(key_ranges(mask_, queries.tile(0, queries_, {0, 0})),
-                                          KeyRanges(KeyRange{from, to}));
+    const KeyRanges ranges =
+        intersection(key_ranges(mask_, queries.tile(0, queries_, {0, 0})), KeyRanges(KeyRange{from, to}));
     Index done = from;
     for (const KeyRange& range : ranges) {
       Index first = std::max(done, range.begin / block_keys_ * block_keys_);
@@ -172,9 +173,11 @@ class Decode {
     const Seen seen = classify(mask_, queries.tile(0, queries_, keys));
     if (seen == Seen::none) return;
     for (Index first = 0; first < queries_;) {
-      const Index pass = std::min<Index>(w, static_cast<Index>(std::bit_floor(std::size_t(queries_ - first))));
+      const Index pass =
+          std::min<Index>(w, static_cast<Index>(std::bit_floor(std::size_t(queries_ - first))));
       with_queries(pass, [&]<int count>() {
-        if constexpr (count <= lanes<Real>) absorb_pass<count>(queries, first, k, v, keys, seen, worker, state);
+        if constexpr (count <= lanes<Real>)
+          absorb_pass<count>(queries, first, k, v, keys, seen, worker, state);
       });
       first += pass;
     }
@@ -203,16 +206,17 @@ class Decode {
     const bool plain = seen == Seen::all || all_finite(v, range);
     if (!plain) return add_seen_values<count>(v, range, worker, first, state, shrink);
     for (Index column = 0; column < state.stride;) {
-      const Index packets = std::min<Index>(most_value_packets,
-                                            static_cast<Index>(std::bit_floor(std::size_t((state.stride - column) / w))));
+      const Index packets = std::min<Index>(
+          most_value_packets, static_cast<Index>(std::bit_floor(std::size_t((state.stride - column) / w))));
       with_queries(packets, [&]<int wide>() {
         if constexpr (wide <= most_value_packets) {
           constexpr int together = std::min(count, std::max(1, value_accumulators / wide));
           for (int g = 0; g < count; g += together) {
             add_values<together, wide>(v.row(range.begin) + column, v.row_stride,
                                        std::min(w, call_.value_dim() - column - (wide - 1) * w), keys,
-                                       worker.scores + g, count, state.o + (first + g) * state.stride + column,
-                                       state.stride, shrink + g, g == 0 && first == 0);
+                                       worker.scores + g, count,
+                                       state.o + (first + g) * state.stride + column, state.stride,
+                                       shrink + g, g == 0 && first == 0);
           }
         }
       });
@@ -220,8 +224,8 @@ class Decode {
     }
   }
 
-  /// Accumulators of add_values: as many as leave registers for the rows. Whole rows for some of the heads are
-  /// faster than half rows for all of them (GQA of 4: 9.4 against 9.9 ms).
+  /// Accumulators of add_values: as many as leave registers for the rows. Whole rows for some of the heads
+  /// are faster than half rows for all of them (GQA of 4: 9.4 against 9.9 ms).
   static constexpr int value_accumulators = vector_registers == 32 ? 16 : 8;
   static constexpr int most_value_packets = vector_registers == 32 ? 8 : 4;
 
@@ -306,7 +310,8 @@ class Decode {
     for (Index g = 0; g < queries_; ++g) {
       To* row = call_.out.row(queries.batch, queries.head(g), queries.row(g));
       const Real factor = state.sum[g] == Real(0) ? Real(0) : 1 / state.sum[g];
-      for (Index c = 0; c < call_.value_dim(); ++c) row[c] = static_cast<To>(state.o[g * state.stride + c] * factor);
+      for (Index c = 0; c < call_.value_dim(); ++c)
+        row[c] = static_cast<To>(state.o[g * state.stride + c] * factor);
       if (call_.lse.data != nullptr) {
         call_.lse(queries.batch, queries.head(g), queries.row(g)) = lse_of(state.top[g], state.sum[g]);
       }

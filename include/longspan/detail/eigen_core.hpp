@@ -1,5 +1,6 @@
-// <Eigen/Core>, without the warnings that g++ 12 gives about its own AVX-512 intrinsics (GCC bug 105593). They
-// come out of Eigen's packet functions; an including program that has read <Eigen/Core> before sees them.
+// <Eigen/Core>, without the warnings that g++ 12 gives about its own AVX-512 intrinsics (GCC bug 105593).
+// They come out of Eigen's packet functions; an including program that has read <Eigen/Core> before sees
+// them.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)

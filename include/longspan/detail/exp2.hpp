@@ -19,9 +19,10 @@ inline constexpr float score_unit<float> = 1.44269504088896340736f;
 /// float   at most 1 ulp from the exact value down to 2^-126, exactly 1 at 0, exactly 0 below -126.5
 /// double  Eigen's exp, exactly 0 below -708
 ///
-/// The float form rounds x to n by adding 1.5 * 2^23 + 127, whose low bits then are the exponent field of 2^n,
-/// and takes 2^(x - n) from a minimax polynomial of degree 6. Degree 5 is 1 % faster in a whole call and is off
-/// by 1.8 ulp and at 0; Eigen's pexp(x * ln 2) costs 8 % more and is off by 33 ulp for the product with ln 2.
+/// The float form rounds x to n by adding 1.5 * 2^23 + 127, whose low bits then are the exponent field of
+/// 2^n, and takes 2^(x - n) from a minimax polynomial of degree 6. Degree 5 is 1 % faster in a whole call and
+/// is off by 1.8 ulp and at 0; Eigen's pexp(x * ln 2) costs 8 % more and is off by 33 ulp for the product
+/// with ln 2.
 LONGSPAN_INLINE Packet<float> weight(Packet<float> x) {
   const Packet<float> clamped = max(x, broadcast(-127.0f));  // in this order NaN stays NaN
   const Packet<float> magic = broadcast(12582912.0f + 127.0f);

@@ -23,8 +23,8 @@ struct FloatProducts {
   static constexpr Index keys_in_row = 1;
   /// Keys are taken in blocks of 128, cut at multiples of 128 in key index. Speed is flat from 96 to 256.
   static constexpr Index keys_in_block = 128;
-  /// A score that counts as never seen. Finite, so that code compiled with -ffast-math keeps its meaning, and so
-  /// far below `nothing_seen` that its weight is exactly 0 under any maximum.
+  /// A score that counts as never seen. Finite, so that code compiled with -ffast-math keeps its meaning, and
+  /// so far below `nothing_seen` that its weight is exactly 0 under any maximum.
   static constexpr Real hidden = std::numeric_limits<Real>::lowest();
 
   static Index query_rows(Index head_dim) { return head_dim; }
@@ -56,7 +56,8 @@ struct FloatProducts {
   template <int packets>
   static void score_rows(const Key* k, Index k_stride, Index k_rows, const Query* q, Index head_dim, Real* s,
                          Real* highest) {
-    detail::score_rows<packets>(k, k_stride, k_rows, q, tile_lanes<Real>, head_dim, s, tile_lanes<Real>, highest);
+    detail::score_rows<packets>(k, k_stride, k_rows, q, tile_lanes<Real>, head_dim, s, tile_lanes<Real>,
+                                highest);
   }
   template <int packets>
   static void weigh_rows(Real* s, Index keys, Real, const Real* shift, Real* total, Weight*) {
@@ -70,7 +71,9 @@ struct FloatProducts {
 
   /// The weights of key j for one packet of queries, and one value of it.
   static Packet<Real> weight_of(const Weight* p, Index j) { return load(p + j * tile_lanes<Real>); }
-  static Real value_of(const Value* v, Index v_stride, Index j, Index column) { return v[j * v_stride + column]; }
+  static Real value_of(const Value* v, Index v_stride, Index j, Index column) {
+    return v[j * v_stride + column];
+  }
 };
 
 }  // namespace detail

@@ -22,8 +22,8 @@ namespace detail {
 template <class T, class... Types>
 inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
 
-/// Tiles of one KV head that a task takes through each block of keys together. It hides the conversion of 16-bit
-/// blocks (6-10 % of a call with one tile, 1-2 % with four) and the misses of widely strided rows.
+/// Tiles of one KV head that a task takes through each block of keys together. It hides the conversion of
+/// 16-bit blocks (6-10 % of a call with one tile, 1-2 % with four) and the misses of widely strided rows.
 inline constexpr Index tiles_in_task = 4;
 
 template <class Products, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P>
@@ -92,7 +92,7 @@ class Forward {
   Worker cut_worker(Arena& arena) const {
     Worker worker;
     worker.scratch = TileScratch<Products>::take(arena, call_.head_dim(), padded_value_dim(),
-                                             !std::is_same_v<P, no_position>);
+                                                 !std::is_same_v<P, no_position>);
     worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
     for (Index t = 0; t < per_task_; ++t) {
       worker.tiles[t] = Queries::take(arena, call_.head_dim(), padded_value_dim(), call_.kv_len());
@@ -111,8 +111,8 @@ class Forward {
     return parts;
   }
 
-  /// Tile t of task `task`. Heads rise from task to task, so that the threads share the keys of one head in the
-  /// cache; within a head the tiles fall, since under a causal mask the last ones are the longest.
+  /// Tile t of task `task`. Heads rise from task to task, so that the threads share the keys of one head in
+  /// the cache; within a head the tiles fall, since under a causal mask the last ones are the longest.
   QueryLanes lanes_of(Index task, Index t) const {
     const Index head_task = task / tasks_in_head_, chunk = tasks_in_head_ - 1 - task % tasks_in_head_;
     const Index first_row = (chunk * per_task_ + t) * tile_lanes<Real>;
@@ -126,7 +126,8 @@ class Forward {
 
   void run_task(Index task, Worker& worker) const {
     Index tiles = 0;
-    for (; tiles < per_task_ && lanes_of(task, tiles).count > 0; ++tiles) start(worker, tiles, lanes_of(task, tiles));
+    for (; tiles < per_task_ && lanes_of(task, tiles).count > 0; ++tiles)
+      start(worker, tiles, lanes_of(task, tiles));
     absorb_keys(worker, tiles, lanes_of(task, 0), {0, call_.kv_len()});
     for (Index t = 0; t < tiles; ++t) worker.tiles[t].finish(call_.out, call_.lse);
   }
@@ -198,15 +199,14 @@ void run_where_it_pays(double flop, double least_parallel, const E& executor, co
 }
 
 template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
-void forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score, const P& position, const E& executor,
-             Workspace& workspace, [[maybe_unused]] bool bf16_products) {
+void forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score, const P& position,
+             const E& executor, Workspace& workspace, [[maybe_unused]] bool bf16_products) {
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
   constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
   if constexpr (plain) {
     if (call.q_len() * call.group() <= most_decode_queries) {
-      return run_where_it_pays(call.flop(), least_parallel_decode_flop, executor, [&](const auto& where) {
-        Decode(call, mask).run(where, workspace);
-      });
+      return run_where_it_pays(call.flop(), least_parallel_decode_flop, executor,
+                               [&](const auto& where) { Decode(call, mask).run(where, workspace); });
     }
   }
   run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {

@@ -38,9 +38,9 @@ void convert_rows(const T* from, Index from_stride, Index rows, Index cols, Real
   }
 }
 
-/// Gives blocks of one KV head: straight from the tensors where their type and layout allow it, through scratch
-/// where rows must be converted, position-encoded or padded. A copy of float blocks that need none of that would
-/// cost 5-16 %.
+/// Gives blocks of one KV head: straight from the tensors where their type and layout allow it, through
+/// scratch where rows must be converted, position-encoded or padded. A copy of float blocks that need none of
+/// that would cost 5-16 %.
 template <class Products, class Tk, class Tv, Position P>
 class KeyBlocks {
  public:
@@ -59,7 +59,7 @@ class KeyBlocks {
 
   /// The keys [first_key, first_key + keys), at most one block of them.
   KeyBlock<Products> block(MatrixView<const Tk> k, MatrixView<const Tv> v, const P& position, Index first_key,
-                       Index keys) const {
+                           Index keys) const {
     KeyBlock<Products> block{nullptr, nullptr, k.row_stride, v.row_stride, first_key, keys};
     if constexpr (copies_k) {
       convert_rows(k.row(first_key), k.row_stride, keys, k.cols, k_, k.cols);

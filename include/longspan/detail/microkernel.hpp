@@ -1,9 +1,9 @@
 // The three inner loops of attention, on tiles that stay in registers.
 //
 // Queries are in the lanes. Scores S[key][lane], weights P[key][lane] and outputs O[column][lane] are rows of
-// packets, so max, exp and sum are all vertical; K and V are read by broadcast, in their own layout, at any row
-// stride: no packing and no horizontal sums. With keys in the lanes and K packed once per head the same tile is
-// 7-8 % slower, packed per tile 22 %.
+// packets, so max, exp and sum are all vertical; K and V are read by broadcast, in their own layout, at any
+// row stride: no packing and no horizontal sums. With keys in the lanes and K packed once per head the same
+// tile is 7-8 % slower, packed per tile 22 %.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,9 @@
 LONGSPAN_BEGIN
 namespace detail {
 
-/// Register tiles, rows x packets: 8 x 3 with 32 vector registers (24 accumulators reach 99 % of the FMA roof,
-/// 4 x 4 only 78 %), 4 x 3 with 16, or 4 x 2 where the product of a multiply-add needs a register of its own.
+/// Register tiles, rows x packets: 8 x 3 with 32 vector registers (24 accumulators reach 99 % of the FMA
+/// roof, 4 x 4 only 78 %), 4 x 3 with 16, or 4 x 2 where the product of a multiply-add needs a register of
+/// its own.
 inline constexpr int tile_rows = vector_registers == 32 ? 8 : 4;
 inline constexpr int tile_packets = vector_registers == 32 || has_fused_multiply_add ? 3 : 2;
 
@@ -36,8 +37,8 @@ LONGSPAN_INLINE void with_packets(int packets, const Work& work) {
 /// `k_rows` (1 to tile_rows) keys exist: rows behind repeat the last one, which changes no maximum. All of
 /// tile_rows rows of S are written.
 template <int packets, class Real>
-void score_rows(const Real* k, Index k_stride, Index k_rows, const Real* q, Index q_stride, Index head_dim, Real* s,
-                Index s_stride, Real* highest) {
+void score_rows(const Real* k, Index k_stride, Index k_rows, const Real* q, Index q_stride, Index head_dim,
+                Real* s, Index s_stride, Real* highest) {
   constexpr int w = lanes<Real>;
   const Real* row[std::size_t(tile_rows)];
   LONGSPAN_UNROLL
@@ -106,8 +107,8 @@ enum class Into : unsigned char {
 
 /// sum = sum_j V[j][r] * P[j][lane] over `keys` keys, for the value columns r < tile_rows, into O[r][lane].
 template <int packets, class Real>
-void value_rows(const Real* v, Index v_stride, const Real* p, Index p_stride, Index keys, Real* o, Index o_stride,
-                Into into, const Real* scale) {
+void value_rows(const Real* v, Index v_stride, const Real* p, Index p_stride, Index keys, Real* o,
+                Index o_stride, Into into, const Real* scale) {
   constexpr int w = lanes<Real>;
   Packet<Real> sum[std::size_t(tile_rows)][std::size_t(packets)];
   LONGSPAN_UNROLL

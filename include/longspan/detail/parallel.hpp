@@ -69,7 +69,7 @@ void parallel_for([[maybe_unused]] Index threads, Index tasks, Task& task) {
 #if defined(_OPENMP)
   if (const Index team = std::min(threads, tasks); team > 1) {
     FirstFailure failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(team))
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast <int>(team))
     for (Index t = 0; t < tasks; ++t) {
       failure.guard(t, [&] { task(t, static_cast<Index>(omp_get_thread_num())); });
     }

@@ -51,9 +51,9 @@ using PartOf = typename PartOfChecked<Kind, Default, Parts...>::type;
 
 /// Are these the parts of a functor with mask M, score S and position encoding P?
 template <class M, class S, class P, class... Parts>
-inline constexpr bool parts_are = std::is_same_v<M, PartOf<MaskPart, everything, Parts...>> &&
-                                  std::is_same_v<S, PartOf<ScorePart, unchanged, Parts...>> &&
-                                  std::is_same_v<P, PartOf<PositionPart, no_position, Parts...>>;
+inline constexpr bool parts_are = std::is_same_v<M, PartOf<MaskPart, everything, Parts...>>&&
+    std::is_same_v<S, PartOf<ScorePart, unchanged, Parts...>>&&
+        std::is_same_v<P, PartOf<PositionPart, no_position, Parts...>>;
 
 /// The value of the part of that kind, or a default one.
 template <class Kind, class Part, class... Parts>

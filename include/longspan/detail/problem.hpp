@@ -44,16 +44,17 @@ struct Problem {
 
   /// Multiplications and additions of the two products, mask left aside.
   double flop() const noexcept {
-    return 2.0 * static_cast<double>(q.batch * q.heads) * static_cast<double>(q_len()) * static_cast<double>(kv_len()) *
-           static_cast<double>(head_dim() + value_dim());
+    return 2.0 * static_cast<double>(q.batch * q.heads) * static_cast<double>(q_len()) *
+           static_cast<double>(kv_len()) * static_cast<double>(head_dim() + value_dim());
   }
 
   /// The same call with its two options resolved.
   Problem at(Index wanted_first_query, double wanted_scale) const {
     Problem p = *this;
     p.first_query = wanted_first_query == queries_end_at_keys ? kv_len() - q_len() : wanted_first_query;
-    p.scale = wanted_scale != default_scale ? wanted_scale
-                                            : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim())));
+    p.scale = wanted_scale != default_scale
+                  ? wanted_scale
+                  : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim())));
     return p;
   }
 };
@@ -86,11 +87,13 @@ auto checked_problem(std::string_view function, TensorView<Tq> q, TensorView<Tk>
            "[" + text(q.batch) + ", kv_heads, kv_len, " + text(q.cols) + "] as q is " + shape_text(q));
   }
   if (k.heads > 0 ? q.heads % k.heads != 0 : q.heads != 0) {
-    refuse(function, "the number of heads of k", text(k.heads), "a divisor of the " + text(q.heads) + " heads of q");
+    refuse(function, "the number of heads of k", text(k.heads),
+           "a divisor of the " + text(q.heads) + " heads of q");
   }
   if (v.batch != k.batch || v.heads != k.heads || v.rows != k.rows) {
     refuse(function, "v", shape_text(v),
-           "[" + text(k.batch) + ", " + text(k.heads) + ", " + text(k.rows) + ", value_dim] as k is " + shape_text(k));
+           "[" + text(k.batch) + ", " + text(k.heads) + ", " + text(k.rows) + ", value_dim] as k is " +
+               shape_text(k));
   }
   if (out.batch != q.batch || out.heads != q.heads || out.rows != q.rows || out.cols != v.cols) {
     refuse(function, "out", shape_text(out), shape_text(q.batch, q.heads, q.rows, v.cols));
@@ -101,7 +104,8 @@ auto checked_problem(std::string_view function, TensorView<Tq> q, TensorView<Tk>
   }
   const void *output = out.data, *inputs[] = {q.data, k.data, v.data};
   for (const void* input : inputs) {
-    if (!out.empty() && output == input) refuse(function, "out", "the memory of an input", "memory of its own");
+    if (!out.empty() && output == input)
+      refuse(function, "out", "the memory of an input", "memory of its own");
   }
   return Problem<std::remove_const_t<Tq>, std::remove_const_t<Tk>, std::remove_const_t<Tv>, To>{
       q, k, v, out, with_lse ? lse : RowsView<Real>{}};

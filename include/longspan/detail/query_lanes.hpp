@@ -14,9 +14,9 @@ namespace detail {
 template <class Real>
 inline constexpr int tile_lanes = tile_packets* lanes<Real>;
 
-/// The queries of one tile. The query heads that share a KV head lie interleaved in the lanes, (position, head)
-/// pairs with the head running fastest: K and V are then read once for all of them, and a tile spans fewer
-/// positions, so less of it lies on the causal diagonal.
+/// The queries of one tile. The query heads that share a KV head lie interleaved in the lanes, (position,
+/// head) pairs with the head running fastest: K and V are then read once for all of them, and a tile spans
+/// fewer positions, so less of it lies on the causal diagonal.
 struct QueryLanes {
   Index batch = 0;
   Index first_head = 0;      ///< of the heads that share the tile
@@ -33,8 +33,8 @@ struct QueryLanes {
   /// The tile that the lanes [first, first + lanes) make with the keys [begin, end).
   Tile tile(Index first, Index lanes_used, KeyRange keys) const noexcept {
     const Index from = position(first);
-    return {batch, first_head, heads, from, position(first + lanes_used - 1) - from + 1, keys.begin,
-            keys.end - keys.begin};
+    return {batch,      first_head,           heads, from, position(first + lanes_used - 1) - from + 1,
+            keys.begin, keys.end - keys.begin};
   }
 };
 

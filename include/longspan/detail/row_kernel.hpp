@@ -13,16 +13,17 @@
 LONGSPAN_BEGIN
 namespace detail {
 
-/// Rows are asked for this far ahead. Measured with 2 threads over DRAM: 8 KB brings float rows from 26 to 29-33
-/// GB/s, four heads sharing rows from 17 to 24; 16 KB is equal or worse, 32 KB costs 10-15 %.
+/// Rows are asked for this far ahead. Measured with 2 threads over DRAM: 8 KB brings float rows from 26 to
+/// 29-33 GB/s, four heads sharing rows from 17 to 24; 16 KB is equal or worse, 32 KB costs 10-15 %.
 inline constexpr Index prefetch_bytes = 8192;
 
 /// s[j * queries + g] = k[j].q[g] for `keys` keys and a power of two of queries, at most `lanes`.
 ///
-/// q [queries][q_stride], zero behind head_dim up to whole packets. Whole packets of s are written: sums behind the
-/// last key are those of the last key again.
+/// q [queries][q_stride], zero behind head_dim up to whole packets. Whole packets of s are written: sums
+/// behind the last key are those of the last key again.
 template <int queries, class Real, class Tk>
-void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride, Index head_dim, Real* s) {
+void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride, Index head_dim,
+                Real* s) {
   constexpr int w = lanes<Real>, keys_at_once = w / queries;
   const Index whole = head_dim / w * w;
   for (Index first = 0; first < keys; first += keys_at_once, s += w) {
@@ -40,12 +41,14 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
       for (int j = 0; j < keys_at_once; ++j) {
         const Packet<Real> of_key = load_key(row[j] + column);
         LONGSPAN_UNROLL
-        for (int g = 0; g < queries; ++g) sum[j * queries + g] = fma(of_key, of_query[g], sum[j * queries + g]);
+        for (int g = 0; g < queries; ++g)
+          sum[j * queries + g] = fma(of_key, of_query[g], sum[j * queries + g]);
       }
     };
     LONGSPAN_UNROLL
     for (int j = 0; j < keys_at_once; ++j) {
-      prefetch(reinterpret_cast<const char*>(row[j]) + prefetch_bytes, head_dim * static_cast<Index>(sizeof(Tk)));
+      prefetch(reinterpret_cast<const char*>(row[j]) + prefetch_bytes,
+               head_dim * static_cast<Index>(sizeof(Tk)));
     }
     LONGSPAN_NO_UNROLL
     for (Index column = 0; column < whole; column += w) {
@@ -57,11 +60,11 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
 }
 
 /// o[g][c] = scale[g] * o[g][c] + sum_j p[j * p_stride + g] * v[j][c], for `queries` rows of o and `packets`
-/// packets of columns; of the last packet, `last_columns` columns exist. The first to read a row asks for those
-/// ahead.
+/// packets of columns; of the last packet, `last_columns` columns exist. The first to read a row asks for
+/// those ahead.
 template <int queries, int packets, class Real, class Tv>
-void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, const Real* p, Index p_stride, Real* o,
-                Index o_stride, const Real* scale, bool reads_first) {
+void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, const Real* p, Index p_stride,
+                Real* o, Index o_stride, const Real* scale, bool reads_first) {
   constexpr int w = lanes<Real>;
   Packet<Real> sum[std::size_t(queries)][std::size_t(packets)];
   LONGSPAN_UNROLL
@@ -86,13 +89,15 @@ void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, con
     for (Index j = 0; j < keys; ++j) {
       const Tv* row = v + j * v_stride;
       if (reads_first) {
-        prefetch(reinterpret_cast<const char*>(row) + prefetch_bytes, packets * w * static_cast<Index>(sizeof(Tv)));
+        prefetch(reinterpret_cast<const char*>(row) + prefetch_bytes,
+                 packets * w * static_cast<Index>(sizeof(Tv)));
       }
       add(row, p + j * p_stride, [](const Tv* from) { return load_as<Real>(from); });
     }
   } else {
     for (Index j = 0; j < keys; ++j) {
-      add(v + j * v_stride, p + j * p_stride, [&](const Tv* from) { return load_part<Real>(from, last_columns); });
+      add(v + j * v_stride, p + j * p_stride,
+          [&](const Tv* from) { return load_part<Real>(from, last_columns); });
     }
   }
   LONGSPAN_UNROLL

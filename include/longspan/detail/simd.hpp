@@ -1,10 +1,9 @@
 // One packet of float or double, on Eigen's packet math: the only file that touches Eigen::internal.
 //
-// Written on Eigen's packets the kernels cost 0-2 % against AVX-512 intrinsics, and run on every instruction set
-// that Eigen knows.
+// Written on Eigen's packets the kernels cost 0-2 % against AVX-512 intrinsics, and run on every instruction
+// set that Eigen knows.
 #pragma once
 
-#include "longspan/detail/eigen_core.hpp"
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -13,6 +12,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "longspan/detail/eigen_core.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -39,8 +39,9 @@
 #define LONGSPAN_NO_UNROLL
 #endif
 
-// g++ 12 says of its own intrinsics that they use an uninitialised value (its bug 105593, seen through inlining),
-// and of vector types that template arguments lose their attributes. Neither is ours, and both would reach users.
+// g++ 12 says of its own intrinsics that they use an uninitialised value (its bug 105593, seen through
+// inlining), and of vector types that template arguments lose their attributes. Neither is ours, and both
+// would reach users.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -123,11 +124,12 @@ template <class Real>
 LONGSPAN_INLINE Packet<Real> exp(Packet<Real> a) {
   return {Eigen::internal::pexp(a.raw)};
 }
-/// The float whose exponent field is the low 8 bits of x, its sign and fraction 0: x's bits shifted left by 23.
+/// The float whose exponent field is the low 8 bits of x, its sign and fraction 0: x's bits shifted left
+/// by 23.
 template <std::same_as<float> Real>
 LONGSPAN_INLINE Packet<Real> exponent_field_of_low_bits(Packet<Real> x) {
   using Raw = typename Packet<Real>::Raw;
-  if constexpr (lanes<Real> > 1) {
+  if constexpr (lanes < Real >> 1) {
     using Bits = typename Eigen::internal::unpacket_traits<Raw>::integer_packet;
     const auto bits = Eigen::internal::preinterpret<Bits>(x.raw);
     return {Eigen::internal::preinterpret<Raw>(Eigen::internal::plogical_shift_left<23>(bits))};
@@ -171,7 +173,7 @@ LONGSPAN_INLINE void prefetch(const void* from, Index bytes) {
 /// Swaps lane and index of `lanes` packets.
 template <class Real>
 LONGSPAN_INLINE void transpose(Packet<Real> (&rows)[std::size_t(lanes<Real>)]) {
-  if constexpr (lanes<Real> > 1) {
+  if constexpr (lanes < Real >> 1) {
     Eigen::internal::PacketBlock<typename Packet<Real>::Raw, lanes<Real>> block;
     LONGSPAN_UNROLL
     for (int i = 0; i < lanes<Real>; ++i) block.packet[i] = rows[i].raw;
@@ -224,10 +226,11 @@ void store_half(Eigen::half* to, Packet<float> x);
 
 /// Does Eigen have packets of both types, as long as each other, and a cast between them?
 template <class From, class To>
-inline constexpr bool casts_packets =
-    !std::is_same_v<From, double> && !std::is_same_v<To, double> && Eigen::internal::packet_traits<From>::size > 1 &&
-    int(Eigen::internal::packet_traits<From>::size) == int(Eigen::internal::packet_traits<To>::size) &&
-    Eigen::internal::type_casting_traits<From, To>::VectorizedCast;
+inline constexpr bool casts_packets = !std::is_same_v<From, double> && !std::is_same_v<To, double> &&
+                                      Eigen::internal::packet_traits<From>::size > 1 &&
+                                      int(Eigen::internal::packet_traits<From>::size) ==
+                                          int(Eigen::internal::packet_traits<To>::size) &&
+                                      Eigen::internal::type_casting_traits<From, To>::VectorizedCast;
 
 /// `lanes` elements of any element type, converted.
 template <class Real, class T>
@@ -238,7 +241,8 @@ LONGSPAN_INLINE Packet<Real> load_as(const T* from) {
     return load_half(from);
   } else if constexpr (casts_packets<T, Real>) {
     using Stored = typename Eigen::internal::packet_traits<T>::type;
-    return {Eigen::internal::pcast<Stored, typename Packet<Real>::Raw>(Eigen::internal::ploadu<Stored>(from))};
+    return {
+        Eigen::internal::pcast<Stored, typename Packet<Real>::Raw>(Eigen::internal::ploadu<Stored>(from))};
   } else {
     alignas(64) Real buffer[std::size_t(lanes<Real>)];
     for (int i = 0; i < lanes<Real>; ++i) buffer[i] = static_cast<Real>(from[i]);

@@ -106,8 +106,8 @@ class QueryTile {
     for (const Run& run : runs) {
       const Index lane = run.first_packet * w;
       with_packets(run.packets, [&]<int packets>() {
-        Products::template weigh_rows<packets>(scratch.scores + run.begin * width + lane, run.end - run.begin, factor_,
-                                               top + lane, sum + lane, weights_of(run, scratch));
+        Products::template weigh_rows<packets>(scratch.scores + run.begin * width + lane, run.end - run.begin,
+                                               factor_, top + lane, sum + lane, weights_of(run, scratch));
       });
     }
     add_sums(state, shrink, sum);
@@ -161,7 +161,7 @@ class QueryTile {
   int packets_ = 0;
 };
 
-// ---------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // Queries in
 
 template <class Products, Mask M, Score S>
@@ -179,7 +179,7 @@ void QueryTile<Products, M, S>::encode(TensorView<const Tq> q, const P& position
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // Scores
 
 template <class Products, Mask M, Score S>
@@ -235,7 +235,8 @@ auto QueryTile<Products, M, S>::change_score(Packet<Real> s, int c, Index key) c
 
 /// Turns the highest scores of a block into the new tops, in score units.
 template <class Products, Mask M, Score S>
-void QueryTile<Products, M, S>::raise_tops(const Accumulator<Real>& state, Real* top, Real* shrink, Real* sum) const {
+void QueryTile<Products, M, S>::raise_tops(const Accumulator<Real>& state, Real* top, Real* shrink,
+                                           Real* sum) const {
   for (Index lane = 0; lane < packets_ * w; lane += w) {
     const Packet<Real> before = load<Real>(state.top + lane);
     const Packet<Real> raised = max(before, load<Real>(top + lane) * broadcast(factor_));
@@ -247,25 +248,27 @@ void QueryTile<Products, M, S>::raise_tops(const Accumulator<Real>& state, Real*
 }
 
 template <class Products, Mask M, Score S>
-void QueryTile<Products, M, S>::add_sums(const Accumulator<Real>& state, const Real* shrink, const Real* sum) const {
+void QueryTile<Products, M, S>::add_sums(const Accumulator<Real>& state, const Real* shrink,
+                                         const Real* sum) const {
   for (Index lane = 0; lane < packets_ * w; lane += w) {
-    store(state.sum + lane, fma(load<Real>(state.sum + lane), load<Real>(shrink + lane), load<Real>(sum + lane)));
+    store(state.sum + lane,
+          fma(load<Real>(state.sum + lane), load<Real>(shrink + lane), load<Real>(sum + lane)));
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // Values
 
 template <class Products, Mask M, Score S>
-void QueryTile<Products, M, S>::value_run(const Block& block, const Run& run, const Weight* weights, Real* o, Into into,
-                                          const Real* scale) const {
+void QueryTile<Products, M, S>::value_run(const Block& block, const Run& run, const Weight* weights, Real* o,
+                                          Into into, const Real* scale) const {
   const Index lane = run.first_packet * w, columns = state_.columns();
   const Index rows = divide_up(run.end - run.begin, Products::keys_in_row);
   const auto* v = block.v + run.begin / Products::keys_in_row * block.v_stride;
   with_packets(run.packets, [&]<int packets>() {
     for (Index column = 0; column < columns; column += tile_rows) {
-      Products::template value_rows<packets>(v + column, block.v_stride, weights, rows, o + column * width + lane,
-                                             into, scale + lane);
+      Products::template value_rows<packets>(v + column, block.v_stride, weights, rows,
+                                             o + column * width + lane, into, scale + lane);
     }
   });
 }
@@ -279,7 +282,8 @@ bool QueryTile<Products, M, S>::values_finite(const Block& block, const Run& run
     if constexpr (std::is_same_v<typename Products::Value, Real>) {
       Packet<Real> zero = broadcast(Real(0));
       const Real* row = block.v + j * block.v_stride;
-      for (; column + w <= state_.columns(); column += w) zero = fma(load(row + column), broadcast(Real(0)), zero);
+      for (; column + w <= state_.columns(); column += w)
+        zero = fma(load(row + column), broadcast(Real(0)), zero);
       alignas(64) Real of_lane[std::size_t(w)];
       store<Real>(of_lane, zero);
       for (const Real x : of_lane) rest += x;
@@ -291,11 +295,11 @@ bool QueryTile<Products, M, S>::values_finite(const Block& block, const Run& run
   return rest == Real(0);
 }
 
-/// A weight of 0 does not hide a value that is NaN or infinite. Where such a value stands among keys that a lane
-/// must not see, its products are selected away lane by lane.
+/// A weight of 0 does not hide a value that is NaN or infinite. Where such a value stands among keys that a
+/// lane must not see, its products are selected away lane by lane.
 template <class Products, Mask M, Score S>
-void QueryTile<Products, M, S>::value_run_past_hidden(const Block& block, const Run& run, const Weight* weights,
-                                                      Real* o) const {
+void QueryTile<Products, M, S>::value_run_past_hidden(const Block& block, const Run& run,
+                                                      const Weight* weights, Real* o) const {
   for (Index j = run.begin; j < run.end; ++j) {
     for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
       const Packet<Real> zero = broadcast(Real(0));
@@ -317,9 +321,9 @@ void QueryTile<Products, M, S>::value_run_past_hidden(const Block& block, const 
   }
 }
 
-/// More than one run, or values that must be looked at: the block's own output is made first, run behind run in
-/// key order, and then added. So every lane's sum is taken in the same order as from one run over the block, and
-/// its bits do not depend on the queries beside it.
+/// More than one run, or values that must be looked at: the block's own output is made first, run behind run
+/// in key order, and then added. So every lane's sum is taken in the same order as from one run over the
+/// block, and its bits do not depend on the queries beside it.
 template <class Products, Mask M, Score S>
 void QueryTile<Products, M, S>::add_runs(const Block& block, const Runs& runs, const Scratch& scratch,
                                          const Accumulator<Real>& state, const Real* shrink) const {
@@ -341,13 +345,13 @@ void QueryTile<Products, M, S>::add_runs(const Block& block, const Runs& runs, c
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // Outputs
 
 template <class Products, Mask M, Score S>
 template <class To>
-void QueryTile<Products, M, S>::write(const Accumulator<Real>& state, const QueryLanes& queries, TensorView<To> out,
-                                  RowsView<Real> lse) {
+void QueryTile<Products, M, S>::write(const Accumulator<Real>& state, const QueryLanes& queries,
+                                      TensorView<To> out, RowsView<Real> lse) {
   const Packet<Real> zero = broadcast(Real(0)), one = broadcast(Real(1));
   for (Index first_lane = 0; first_lane < queries.count; first_lane += w) {
     const Index used = std::min(w, queries.count - first_lane);

@@ -51,7 +51,7 @@ class TileMask {
 
 /// Where each query sees one range of keys, a key's index is compared with the two ends that each lane holds.
 template <class Real, Mask M>
-  requires RangeMask<M>
+requires RangeMask<M>
 class TileMask<Real, M> {
  public:
   static constexpr bool may_hide = !std::is_same_v<M, everything>;
@@ -61,7 +61,8 @@ class TileMask<Real, M> {
     for (int lane = 0; lane < tile_lanes<Real>; ++lane) {
       // Lanes of one position see the same keys.
       const bool repeats = lane > 0 && lanes_of_tile.row(lane) == lanes_of_tile.row(lane - 1);
-      keys_[at(lane)] = repeats ? keys_[at(lane - 1)] : mask.keys(lanes_of_tile.batch, lanes_of_tile.position(lane));
+      keys_[at(lane)] =
+          repeats ? keys_[at(lane - 1)] : mask.keys(lanes_of_tile.batch, lanes_of_tile.position(lane));
     }
   }
   KeyRanges ranges() const {
@@ -82,7 +83,8 @@ class TileMask<Real, M> {
     constexpr Index beyond = 1 << 20;
     for (int lane = 0; lane < tile_lanes<Real>; ++lane) {
       const KeyRange of_lane = keys_[at(lane)];
-      begin_[at(lane)] = static_cast<Real>(std::clamp<Index>(of_lane.begin - first_key, -1, beyond)) - Real(0.5);
+      begin_[at(lane)] =
+          static_cast<Real>(std::clamp<Index>(of_lane.begin - first_key, -1, beyond)) - Real(0.5);
       end_[at(lane)] = static_cast<Real>(std::clamp<Index>(of_lane.end - first_key, -1, beyond)) - Real(0.5);
     }
   }
@@ -150,9 +152,9 @@ Run run_of(const TileMask<Real, M>& mask, int packets, Index first_key, Index be
   return run;
 }
 
-/// Cuts a block into runs. A block that is seen whole is one run; where a mask's edge crosses it, it is looked at
-/// in strips as many keys high as a packet has lanes, so that the causal diagonal shrinks packet by packet
-/// (at q_len = 512, head_dim 64 that is 8 % of a call).
+/// Cuts a block into runs. A block that is seen whole is one run; where a mask's edge crosses it, it is
+/// looked at in strips as many keys high as a packet has lanes, so that the causal diagonal shrinks packet by
+/// packet (at q_len = 512, head_dim 64 that is 8 % of a call).
 template <class Real, Mask M>
 Runs cut_into_runs(const TileMask<Real, M>& mask, int packets, Index first_key, Index keys) {
   constexpr Index strip = std::max(lanes<Real>, tile_rows);

@@ -20,7 +20,8 @@ inline void merge(std::span<const Partial<const double>> parts, const Partial<do
         double top = -std::numeric_limits<double>::infinity(), sum = 0;
         for (const auto& part : parts) top = std::fmax(top, part.lse(b, h, i));
         for (const auto& part : parts) {
-          if (part.lse(b, h, i) != -std::numeric_limits<double>::infinity()) sum += std::exp(part.lse(b, h, i) - top);
+          if (part.lse(b, h, i) != -std::numeric_limits<double>::infinity())
+            sum += std::exp(part.lse(b, h, i) - top);
         }
         const double lse = sum == 0 ? top : top + std::log(sum);
         into.lse(b, h, i) = lse;

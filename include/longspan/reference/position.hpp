@@ -23,16 +23,19 @@ inline void encode_row(double*, Index, const no_position&, Index, Role) {}
 inline void encode_row(double* row, Index cols, const rotary& encoding, Index n, Role) {
   const Index turned = encoding.dims == 0 ? cols : encoding.dims;
   for (Index p = 0; p < turned / 2; ++p) {
-    const double frequency = std::pow(encoding.base, -2.0 * static_cast<double>(p) / static_cast<double>(turned));
+    const double frequency =
+        std::pow(encoding.base, -2.0 * static_cast<double>(p) / static_cast<double>(turned));
     const bool neighbours = encoding.pairing == Pairing::interleaved;
-    turn(row, neighbours ? 2 * p : p, neighbours ? 2 * p + 1 : p + turned / 2, static_cast<double>(n) * frequency, 1);
+    turn(row, neighbours ? 2 * p : p, neighbours ? 2 * p + 1 : p + turned / 2,
+         static_cast<double>(n) * frequency, 1);
   }
 }
 
 inline void encode_row(double* row, Index cols, const xpos& encoding, Index n, Role role) {
   const double from_centre = static_cast<double>(n - encoding.centre);
   for (Index p = 0; p < cols / 2; ++p) {
-    const double frequency = std::pow(encoding.base, -2.0 * static_cast<double>(p) / static_cast<double>(cols));
+    const double frequency =
+        std::pow(encoding.base, -2.0 * static_cast<double>(p) / static_cast<double>(cols));
     const double zeta = (2.0 * static_cast<double>(p) / static_cast<double>(cols) + 0.4) / 1.4;
     const double power = std::pow(zeta, from_centre / encoding.scale_base);
     const bool neighbours = encoding.pairing == Pairing::interleaved;

@@ -17,8 +17,8 @@
 LONGSPAN_BEGIN
 namespace reference {
 
-/// longspan::softmax_attention with the same parts and options. Outputs and lse of any type, arithmetic in double;
-/// cost 2 * q_len * kv_len * (head_dim + value_dim) scalar flop per head.
+/// longspan::softmax_attention with the same parts and options. Outputs and lse of any type, arithmetic in
+/// double; cost 2 * q_len * kv_len * (head_dim + value_dim) scalar flop per head.
 template <Mask M = everything, Score S = unchanged, Position P = no_position>
 struct softmax_attention {
   M mask{};
@@ -30,8 +30,8 @@ struct softmax_attention {
   softmax_attention() = default;
 
   template <class... Parts>
-    requires(sizeof...(Parts) > 0 && detail::parts_are<M, S, P, Parts...>)
-  explicit softmax_attention(Parts... parts)
+  requires(sizeof...(Parts) > 0 &&
+           detail::parts_are<M, S, P, Parts...>) explicit softmax_attention(Parts... parts)
       : mask(detail::take_part<detail::MaskPart, M>(parts...)),
         score(detail::take_part<detail::ScorePart, S>(parts...)),
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
@@ -60,13 +60,16 @@ struct softmax_attention {
         const auto encoded_k = encoded(k.matrix(b, h / group), position, 0, Role::key);
         for (Index row = 0; row < q.rows; ++row) {
           const Index i = first + row;
-          std::vector<double> p(static_cast<std::size_t>(k.rows), 0.0), o(static_cast<std::size_t>(v.cols), 0.0);
+          std::vector<double> p(static_cast<std::size_t>(k.rows), 0.0),
+              o(static_cast<std::size_t>(v.cols), 0.0);
           double top = -std::numeric_limits<double>::infinity();
           for (Index j = 0; j < k.rows; ++j) {
             double& s = p[static_cast<std::size_t>(j)];
-            for (Index c = 0; c < q.cols; ++c) s += at(encoded_q, row, c, q.cols) * at(encoded_k, j, c, q.cols);
-            s = sees(mask, b, h, i, j) ? static_cast<double>(score(static_cast<ScoreValue>(factor * s), b, h, i, j))
-                                       : -std::numeric_limits<double>::infinity();
+            for (Index c = 0; c < q.cols; ++c)
+              s += at(encoded_q, row, c, q.cols) * at(encoded_k, j, c, q.cols);
+            s = sees(mask, b, h, i, j)
+                    ? static_cast<double>(score(static_cast<ScoreValue>(factor * s), b, h, i, j))
+                    : -std::numeric_limits<double>::infinity();
             if (s > top || std::isnan(s)) top = s;
           }
           double sum = 0;
@@ -95,10 +98,10 @@ struct softmax_attention {
 };
 
 template <class... Parts>
-  requires(sizeof...(Parts) > 0)
-softmax_attention(Parts...) -> softmax_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
-                                                 detail::PartOf<detail::ScorePart, unchanged, Parts...>,
-                                                 detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+requires(sizeof...(Parts) > 0) softmax_attention(Parts...)
+->softmax_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
+                    detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                    detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 }  // namespace reference
 LONGSPAN_END
