@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <cstring>
@@ -118,7 +119,14 @@ LONGSPAN_INLINE Packet<Real> abs(Packet<Real> a) {
 }
 template <class Real>
 LONGSPAN_INLINE Packet<Real> tanh(Packet<Real> a) {
-  return {Eigen::internal::ptanh(a.raw)};
+  if constexpr (bool(Eigen::internal::packet_traits<Real>::HasTanh)) {
+    return {Eigen::internal::ptanh(a.raw)};
+  } else {  // double in Eigen 3.4
+    alignas(64) Real of_lane[std::size_t(lanes<Real>)];
+    store(static_cast<Real*>(of_lane), a);
+    for (Real& x : of_lane) x = std::tanh(x);
+    return load(static_cast<const Real*>(of_lane));
+  }
 }
 template <class Real>
 LONGSPAN_INLINE Packet<Real> exp(Packet<Real> a) {
