@@ -1,11 +1,13 @@
 // Positions written into queries and keys: rotary, xpos, or none.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
@@ -42,50 +44,67 @@ struct no_position {
 
 namespace detail {
 
+/// cos and sin of up to 16 pairs at one position: c + i s = exp(n * rate) (cos(n * frequency) + i sin(...)).
+struct PairTurns {
+  static constexpr Index capacity = 16;
+  using Numbers = std::array<double, capacity>;
+
+  Numbers frequency{}, rate{}, c{}, s{}, turn_c{}, turn_s{};
+
+  void add(Index p, double pair_frequency, double pair_rate) {
+    const auto at = static_cast<std::size_t>(p);
+    frequency[at] = pair_frequency;
+    rate[at] = pair_rate;
+    turn_c[at] = std::exp(pair_rate) * std::cos(pair_frequency);
+    turn_s[at] = std::exp(pair_rate) * std::sin(pair_frequency);
+  }
+  void start_at(Index position, Index count) {
+    for (std::size_t p = 0; p < static_cast<std::size_t>(count); ++p) {
+      const double n = static_cast<double>(position), stretched = std::exp(rate[p] * n);
+      c[p] = stretched * std::cos(frequency[p] * n);
+      s[p] = stretched * std::sin(frequency[p] * n);
+    }
+  }
+  /// To the next position.
+  void turn() {
+    for (std::size_t p = 0; p < capacity; ++p) {
+      const double next = c[p] * turn_c[p] - s[p] * turn_s[p];
+      s[p] = c[p] * turn_s[p] + s[p] * turn_c[p];
+      c[p] = next;
+    }
+  }
+};
+
 /// Turns pair p of a row at position n by the angle n * base^(-2p / turned), and multiplies it by
 /// exp(n * growth(p)).
 ///
-/// Angles are made in double: at position 10^6 a float angle is off by 0.06. cos and sin are called at
-/// multiples of 64 only, and turned on from there row by row, always from that multiple, so the bits of a row
-/// depend on its position and not on which rows are encoded with it.
+/// Angles are made in double: at position 10^6 a float angle is off by 0.06. For rows of float, cos and sin
+/// are called at multiples of 64 only, and turned on from there row by row, always from that multiple, so the
+/// bits of a row depend on its position and not on which rows are encoded with it. The 63 turns cost 1e-14,
+/// too much for rows of double: these call them for every row.
 template <class Real, class Growth>
 void rotate_rows(MatrixView<Real> x, Index first_position, Index turned, double base, Pairing pairing,
                  const Growth& growth) {
-  constexpr Index stretch = 64, chunk = 16;
+  constexpr Index stretch = std::is_same_v<Real, double> ? 1 : 64;
   const Index pairs = turned / 2;
-  const Index step = pairing == Pairing::interleaved ? 2 : 1,
-              partner = pairing == Pairing::interleaved ? 1 : pairs;
-  for (Index first_pair = 0; first_pair < pairs; first_pair += chunk) {
-    const Index count = std::min(chunk, pairs - first_pair);
-    std::array<double, chunk> c{}, s{}, turn_c{}, turn_s{};
+  const bool neighbours = pairing == Pairing::interleaved;
+  const Index step = neighbours ? 2 : 1, partner = neighbours ? 1 : pairs;
+  for (Index first_pair = 0; first_pair < pairs; first_pair += PairTurns::capacity) {
+    const Index count = std::min(PairTurns::capacity, pairs - first_pair);
+    PairTurns turns;
+    for (Index p = 0; p < count; ++p) {
+      const double exponent = -2.0 * static_cast<double>(first_pair + p) / static_cast<double>(turned);
+      turns.add(p, std::pow(base, exponent), growth(first_pair + p));
+    }
     for (Index i = 0; i < x.rows; ++i) {
       const Index position = first_position + i;
-      const Index into = ((position % stretch) + stretch) % stretch;
-      // (c + i s) is exp(growth n) times the turn by the angle of n; (turn_c + i turn_s) is one step of it.
-      if (into == 0 || i == 0) {
-        for (Index p = 0; p < count; ++p) {
-          const double frequency =
-              std::pow(base, -2.0 * static_cast<double>(first_pair + p) / static_cast<double>(turned));
-          const double rate = growth(first_pair + p), from = static_cast<double>(position - into);
-          const auto at = static_cast<std::size_t>(p);
-          c[at] = std::exp(rate * from) * std::cos(frequency * from);
-          s[at] = std::exp(rate * from) * std::sin(frequency * from);
-          turn_c[at] = std::exp(rate) * std::cos(frequency);
-          turn_s[at] = std::exp(rate) * std::sin(frequency);
-        }
-      }
-      const Index turns = i == 0 ? into : (into == 0 ? 0 : 1);
-      for (Index t = 0; t < turns; ++t) {
-        for (std::size_t p = 0; p < chunk; ++p) {
-          const double next = c[p] * turn_c[p] - s[p] * turn_s[p];
-          s[p] = c[p] * turn_s[p] + s[p] * turn_c[p];
-          c[p] = next;
-        }
-      }
+      const Index behind = ((position % stretch) + stretch) % stretch;
+      if (behind == 0 || i == 0) turns.start_at(position - behind, count);
+      for (Index t = 0; t < (i == 0 ? behind : std::min<Index>(behind, 1)); ++t) turns.turn();
       Real* row = x.row(i) + first_pair * step;
       for (Index p = 0; p < count; ++p) {
-        const Real cosine = static_cast<Real>(c[static_cast<std::size_t>(p)]);
-        const Real sine = static_cast<Real>(s[static_cast<std::size_t>(p)]);
+        const Real cosine = static_cast<Real>(turns.c[static_cast<std::size_t>(p)]);
+        const Real sine = static_cast<Real>(turns.s[static_cast<std::size_t>(p)]);
         const Real a = row[p * step], b = row[p * step + partner];
         row[p * step] = a * cosine - b * sine;
         row[p * step + partner] = a * sine + b * cosine;

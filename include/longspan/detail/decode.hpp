@@ -285,12 +285,15 @@ class Decode {
                        const RowAccumulator<Real>& state, const Real* shrink) const {
     for (int g = 0; g < count; ++g) {
       Real* o = state.o + (first + g) * state.stride;
-      for (Index c = 0; c < call_.value_dim(); ++c) o[c] *= shrink[g];
-      for (Index j = keys.begin; j < keys.end; ++j) {
-        const Index at = (j - keys.begin) * count + g;
-        if (!worker.seen[at]) continue;
-        const Tv* row = v.row(j);
-        for (Index c = 0; c < call_.value_dim(); ++c) o[c] += worker.scores[at] * static_cast<Real>(row[c]);
+      for (Index c = 0; c < state.stride; c += w) {
+        const Index columns = std::min(w, call_.value_dim() - c);
+        Packet<Real> sum = broadcast(Real(0));
+        for (Index j = keys.begin; j < keys.end; ++j) {
+          const Index at = (j - keys.begin) * count + g;
+          if (!worker.seen[at]) continue;
+          sum = fma(broadcast(worker.scores[at]), load_part<Real>(v.row(j) + c, columns), sum);
+        }
+        store(o + c, fma(broadcast(shrink[g]), load<Real>(o + c), sum));
       }
     }
   }
