@@ -50,7 +50,7 @@ struct softmax_attention {
   double scale = default_scale;             ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
   /// Where q, k, v and out are all bfloat16 and the processor multiplies bfloat16 pairs (AVX512-BF16), do so:
-  /// twice as fast; weights are then rounded to bfloat16, which adds 2^-9 sum_j p_ij |v_j| to the error of
+  /// twice as fast; weights are then rounded to bfloat16, which adds 2^-8 sum_j p_ij |v_j| to the error of
   /// out, and 1e-4 to that of lse.
   bool bf16_products = true;
 

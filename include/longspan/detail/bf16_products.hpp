@@ -2,7 +2,7 @@
 // float.
 //
 // VDPBF16PS adds two products of bfloat16 pairs to a float. Scores lose nothing by it, q and k being bfloat16
-// already. Weights are rounded to bfloat16 before they meet the values, a relative error of 2^-9 each; the
+// already. Weights are rounded to bfloat16 before they meet the values, a relative error of up to 2^-8 each; the
 // sums that divide the outputs are taken before that rounding.
 #pragma once
 

@@ -1,0 +1,85 @@
+// What a comparison has found, before anybody prints it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "compare/contender.hpp"
+#include "compare/options.hpp"
+#include "support/machine.hpp"
+#include "support/timing.hpp"
+
+namespace bench {
+
+enum class Verdict : unsigned char { timed, skipped, wrong };
+
+/// A contender at a length.
+struct Cell {
+  std::size_t contender = 0;
+  Index length = 0;
+  Verdict verdict = Verdict::skipped;
+  std::string note;  ///< why there is no time
+  Times seconds;
+  double flop = 0;  ///< useful ones, see Contender::flop
+  double roof = 0;  ///< FLOP/s of multiply-adds, the best sample between the rounds of this length
+  double state_bytes = 0;
+  double distance = 0;     ///< from exact attention, relative, Euclidean norm, on the sampled rows
+  double error_ratio = 0;  ///< from its own oracle, in units of what a float kernel may be off by
+
+  bool is_timed() const { return verdict == Verdict::timed; }
+  double flop_rate() const { return flop / seconds.median; }
+  double percent_of_roof() const { return 100 * flop_rate() / roof; }
+  double tokens_per_second(const Shape& shape) const {
+    return static_cast<double>(shape.batch * length) / seconds.median;
+  }
+};
+
+struct Results {
+  Options options;
+  Machine machine;
+  std::string input;
+  Shape shape;
+  std::vector<Contender> contenders;
+  std::vector<Index> lengths;
+  std::vector<double> keys_in_effect;  ///< of a sampled row, the middle one, for each length
+  std::vector<Cell> cells;             ///< by length, then in the order of the contenders
+  double roof = 0;                     ///< the middle one of the roofs of the lengths
+
+  bool any_wrong() const {
+    return std::any_of(cells.begin(), cells.end(), [](const Cell& c) { return c.verdict == Verdict::wrong; });
+  }
+  /// How many times faster than the baseline at the same length; 0 where that was not timed.
+  double speed_up(const Cell& cell) const {
+    for (const Cell& other : cells) {
+      if (other.length == cell.length && other.is_timed() && contenders[other.contender].baseline) {
+        return other.seconds.median / cell.seconds.median;
+      }
+    }
+    return 0;
+  }
+};
+
+inline std::string problem_text(const Results& r) {
+  const Shape& s = r.shape;
+  return "causal prefill, float32, " + (s.batch > 1 ? "batch of " + std::to_string(s.batch) + ", " : "") +
+         counted(s.heads, "head") + " over " + counted(s.kv_heads, "KV head") + ", head_dim " +
+         std::to_string(s.head_dim) +
+         (s.value_dim != s.head_dim ? ", value_dim " + std::to_string(s.value_dim) : "") + ", " +
+         counted(r.options.threads, "thread");
+}
+
+inline std::string machine_text(const Machine& m) {
+  return m.cpu + ", " + counted(m.cores, "core") + ", " + m.compiler + ", Eigen " + m.eigen + ", longspan " +
+         m.longspan;
+}
+
+/// The reports.
+std::string text_report(const Results& results);
+std::string json_report(const Results& results);
+std::string html_report(const Results& results);
+
+/// Runs the comparison; see comparison.cpp for the order of things.
+struct Source;
+Results compared(const Options& options, const Source& source, std::vector<Contender> contenders);
+
+}  // namespace bench

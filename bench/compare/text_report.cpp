@@ -1,0 +1,43 @@
+// The table on the terminal: at most 110 columns.
+#include "compare/results.hpp"
+#include "support/text_table.hpp"
+
+namespace bench {
+
+std::string text_report(const Results& r) {
+  TextTable table;
+  table.add_column("tokens", TextTable::Align::right);
+  table.add_column("contender", TextTable::Align::left);
+  for (const char* title : {"ms", "tokens/s", "GFLOP/s", "% roof", "x naive", "state", "vs exact", "error"}) {
+    table.add_column(title, TextTable::Align::right);
+  }
+  for (const Cell& cell : r.cells) {
+    if (cell.contender == 0 && cell.length != r.lengths.front()) table.add_rule();
+    const std::string length = cell.contender == 0 ? std::to_string(cell.length) : "";
+    const std::string& name = r.contenders[cell.contender].name;
+    if (!cell.is_timed()) {
+      table.add_row({length, name}, cell.note);
+      continue;
+    }
+    const double speed_up = r.speed_up(cell);
+    table.add_row({length, name, readable(1e3 * cell.seconds.median),
+                   per_second(cell.tokens_per_second(r.shape)), printed("%.1f", cell.flop_rate() / 1e9),
+                   printed("%.1f", cell.percent_of_roof()), speed_up > 0 ? printed("%.2f", speed_up) : "-",
+                   bytes_text(cell.state_bytes), printed("%.1e", cell.distance),
+                   printed("%.2f", cell.error_ratio)});
+  }
+  std::string text = "longspan compare: " + problem_text(r) + "\n";
+  text += machine_text(r.machine) + "\n";
+  text += "FMA roof " + printed("%.0f", r.roof / 1e9) + " GFLOP/s, measured in this run\n";
+  text += "input: " + r.input + "\n\n" + table.text() + "\n";
+  text +=
+      "ms        median of the rounds          GFLOP/s   useful work, 4 H N^2 d / 2: half of the square is "
+      "masked\n"
+      "% roof    of the FMA roof               state     bytes kept to continue behind the last token\n"
+      "vs exact  relative distance from exact attention on sampled rows, Euclidean norm\n"
+      "error     max |out - double| / (u (1 + a) sum p |v|): right up to 16, checked before any time is "
+      "taken\n";
+  return text;
+}
+
+}  // namespace bench

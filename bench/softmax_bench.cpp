@@ -1,0 +1,278 @@
+// softmax_attention over shapes, storage types and threads, beside the naive Eigen twin.
+//
+// Every family has the same arguments, so that two of them, or two builds, can be lined up. Before it is
+// timed each answer is held against double; a wrong one is an error and has no time.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "longspan/softmax_attention.hpp"
+#include "support/benchmark_program.hpp"
+#include "support/eigen_naive.hpp"
+#include "support/exact_rows.hpp"
+#include "support/hashed_values.hpp"
+
+namespace bench {
+namespace {
+
+enum class Order : unsigned char {
+  heads_first,
+  rows_first
+};  ///< in memory: [heads, rows, d] or [rows, heads, d]
+
+struct Case {
+  Index heads = 8;
+  Index kv_heads = 8;
+  Index q_len = 0;
+  Index kv_len = 0;
+  Index head_dim = 64;
+  Visible visible = Visible::causal;
+  Order order = Order::heads_first;
+
+  bool is_decode() const { return q_len < kv_len; }
+  double flop() const { return attention_flop(visible, 1, heads, q_len, kv_len, head_dim, head_dim); }
+  double cache_elements() const { return 2.0 * static_cast<double>(kv_heads * kv_len * head_dim); }
+
+  /// softmax_f32/heads:8/kv_heads:8/n:2048/d:64/causal:1/threads:1,
+  /// softmax_decode_f32/heads:32/.../m:4096/d:128/...
+  std::string name(const std::string& method, const std::string& type, Index threads) const {
+    const auto part = [](const char* key, Index value) {
+      return "/" + std::string(key) + ":" + std::to_string(value);
+    };
+    std::string text = method + (is_decode() ? "_decode_" : "_") + type;
+    text +=
+        (order == Order::rows_first ? "_rows_first" : "") + part("heads", heads) + part("kv_heads", kv_heads);
+    text += part("n", q_len) + (is_decode() ? part("m", kv_len) : "") + part("d", head_dim);
+    return text + (is_decode() ? "" : part("causal", visible == Visible::causal)) + part("threads", threads);
+  }
+};
+
+template <class T>
+longspan::TensorView<T> with_heads(longspan::TensorView<T> x, Index heads, Order order) {
+  if (order == Order::heads_first) return x;
+  return {x.data, 1, heads, x.rows, x.cols / heads, 0, x.cols / heads, x.cols};
+}
+
+/// What a case reads and writes, and the rows by which it is checked.
+template <class T>
+struct Data {
+  Case of;
+  Inputs<T> in;
+  OwnedTensor<T> out;
+  std::vector<ExactRow> exact;
+
+  explicit Data(const Case& c) : of(c) {
+    in = c.order == Order::heads_first ? hashed_inputs<T>(c.heads, c.kv_heads, c.q_len, c.kv_len, c.head_dim)
+                                       : hashed_inputs<T>(1, 1, c.q_len, c.kv_len, c.heads * c.head_dim);
+    out = in.empty_output();
+    const std::vector<RowId> rows = sampled_rows(1, c.heads, c.q_len, 4);
+    // A row of a long context takes the oracle long: about 2^22 keys in all, but a few rows at least.
+    const auto most = std::max<std::size_t>(4, (std::size_t{1} << 22) / static_cast<std::size_t>(c.kv_len));
+    std::vector<RowId> chosen;
+    for (std::size_t n = 0; n < std::min(most, rows.size()); ++n) {
+      chosen.push_back(rows[n * rows.size() / std::min(most, rows.size())]);
+    }
+    exact = exact_rows(q(), k(), v(), c.visible, std::span<const RowId>(chosen), default_threads());
+  }
+
+  longspan::TensorView<const T> q() const {
+    return with_heads(std::as_const(in.q).view(), of.heads, of.order);
+  }
+  longspan::TensorView<const T> k() const {
+    return with_heads(std::as_const(in.k).view(), of.kv_heads, of.order);
+  }
+  longspan::TensorView<const T> v() const {
+    return with_heads(std::as_const(in.v).view(), of.kv_heads, of.order);
+  }
+  longspan::TensorView<T> output() { return with_heads(out.view(), of.heads, of.order); }
+
+  /// The error of what `call` writes, see worst_ratio; infinite where it leaves a row unwritten.
+  template <class Call>
+  double ratio_of(const Call& call, Rounding rounding) {
+    std::fill(out.values().begin(), out.values().end(),
+              static_cast<T>(std::numeric_limits<float>::quiet_NaN()));
+    call();
+    if (!all_finite(std::as_const(out).values())) return std::numeric_limits<double>::infinity();
+    return worst_ratio(longspan::TensorView<const T>(output()), exact, rounding);
+  }
+};
+
+/// The data of the last case, and of no other: Google Benchmark enters a case several times to find its
+/// number of iterations, and all cases together would not fit into memory.
+class LastData {
+ public:
+  template <class T>
+  Data<T>& get(const Case& c, const std::string& type) {
+    const std::string name = c.name("", type, 0);
+    if (name != name_) {
+      data_.reset();
+      data_ = std::make_shared<Data<T>>(c);
+      name_ = name;
+    }
+    return *static_cast<Data<T>*>(data_.get());
+  }
+
+  const StreamRead& stream(Index threads) {
+    if (!stream_ || threads != stream_threads_) {
+      stream_.reset();
+      stream_ =
+          std::make_unique<StreamRead>(threads, (std::size_t{512} << 20) / static_cast<std::size_t>(threads));
+      stream_threads_ = threads;
+    }
+    return *stream_;
+  }
+
+ private:
+  std::shared_ptr<void> data_;
+  std::string name_;
+  std::unique_ptr<StreamRead> stream_;
+  Index stream_threads_ = 0;
+};
+
+/// Checks, times and reports one case. Roofs are sampled on both sides of the timed calls.
+template <class T, class Call>
+void run_case(benchmark::State& state, LastData& last, Data<T>& data, Index threads, Rounding rounding,
+              bool bf16_roof, const Call& call) {
+  const double ratio = data.ratio_of(call, rounding);
+  if (!(ratio <= highest_ratio)) {
+    state.SkipWithError(("wrong: error ratio " + printed("%.3g", ratio) + ", right is at most 16").c_str());
+    return;
+  }
+  double roof = 0;
+  const auto sample_roof = [&] {
+    const double best = best_of(3, [&] {
+      if (data.of.is_decode()) return last.stream(threads).sample();
+      return bf16_roof ? bf16_dot_peak(threads) : fma_peak(threads);
+    });
+    roof = std::max(roof, best);
+  };
+  sample_roof();
+  const double seconds = timed_calls(state, call);
+  sample_roof();
+  if (data.of.is_decode()) {
+    const double rate = data.of.cache_elements() * sizeof(T) / seconds;
+    set_counter(state, "GB/s", rate / 1e9);
+    set_counter(state, "%stream", 100 * rate / roof);
+  } else {
+    report_flop(state, data.of.flop(), seconds, roof);
+    if (bf16_roof) state.SetLabel("of the bf16 roof");
+  }
+  set_counter(state, "max_ratio", ratio);
+}
+
+/// Worst rounding of the storage type: half a unit in the last of its 8 (bfloat16) or 11 (half) bits.
+template <class T>
+constexpr double storage_rounding() {
+  return std::is_same_v<T, Eigen::bfloat16> ? 0x1p-8 : std::is_same_v<T, Eigen::half> ? 0x1p-11 : 0;
+}
+
+template <class Mask, class T>
+void run_softmax(benchmark::State& state, LastData& last, Data<T>& data, Index threads, bool products) {
+#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+  const bool uses_products = products && std::is_same_v<T, Eigen::bfloat16>;
+#else
+  const bool uses_products = false;
+#endif
+  longspan::softmax_attention attend{Mask{}};
+  attend.bf16_products = products;
+  longspan::Execution<longspan::openmp> execution(longspan::openmp{threads});
+  const auto q = data.q(), k = data.k(), v = data.v();
+  const auto out = data.output();
+  run_case(state, last, data, threads, {storage_rounding<T>(), uses_products ? storage_rounding<T>() : 0},
+           uses_products, [&] { attend(q, k, v, out, execution); });
+}
+
+class Registry {
+ public:
+  template <class T>
+  void add_softmax(const Case& c, const char* type, const char* variant = "", bool products = true) const {
+    for (const Index threads : thread_counts()) {
+      add(c.name("softmax", std::string(type) + variant, threads),
+          [=, last = last_](benchmark::State& state) {
+            Data<T>& data = last->get<T>(c, type);
+            c.visible == Visible::causal
+                ? run_softmax<longspan::causal>(state, *last, data, threads, products)
+                : run_softmax<longspan::everything>(state, *last, data, threads, products);
+          });
+    }
+  }
+
+  void add_naive(const Case& c) const {
+    for (const Index threads : thread_counts()) {
+      add(c.name("eigen_naive", "f32", threads), [=, last = last_](benchmark::State& state) {
+        Data<float>& data = last->get<float>(c, "f32");
+        EigenNaive attend(threads);
+        run_case(state, *last, data, threads, {}, false,
+                 [&] { attend(data.in, data.out.view(), c.visible); });
+      });
+    }
+  }
+
+  void add_all_types(const Case& c) const {
+    add_softmax<float>(c, "f32");
+    add_naive(c);
+    add_softmax<Eigen::bfloat16>(c, "bf16");
+    if (!c.is_decode()) add_softmax<Eigen::bfloat16>(c, "bf16", "_float_products", false);
+    add_softmax<Eigen::half>(c, "f16");
+  }
+
+ private:
+  static std::vector<Index> thread_counts() {
+    const Index all = default_threads();
+    return all > 1 ? std::vector<Index>{1, all} : std::vector<Index>{1};
+  }
+
+  template <class Run>
+  static void add(const std::string& name, const Run& run) {
+    benchmark::RegisterBenchmark(name.c_str(), run)->UseRealTime()->Unit(benchmark::kMillisecond);
+  }
+
+  std::shared_ptr<LastData> last_ = std::make_shared<LastData>();
+};
+
+void add_prefill(const Registry& registry) {
+  for (const Visible visible : {Visible::causal, Visible::all}) {
+    for (const Index head_dim : {64, 128}) {
+      for (const Index n : {512, 2048, 4096, 8192}) registry.add_all_types({8, 8, n, n, head_dim, visible});
+    }
+    registry.add_all_types({32, 8, 2048, 2048, 128, visible});
+    registry.add_softmax<float>({8, 8, 2048, 2048, 64, visible, Order::rows_first}, "f32");
+    registry.add_softmax<float>({8, 8, 2048, 2048, 128, visible, Order::rows_first}, "f32");
+    for (const Index head_dim : {32, 40, 80, 96, 112, 160, 192, 256}) {
+      registry.add_softmax<float>({8, 8, 2048, 2048, head_dim, visible}, "f32");
+    }
+  }
+}
+
+void add_small(const Registry& registry) {
+  for (const Index n : {1, 2, 4, 8, 16, 17, 24, 32, 47, 64}) {
+    const Case c{8, 8, n, n, 64, Visible::causal};
+    registry.add_softmax<float>(c, "f32");
+    registry.add_naive(c);
+  }
+}
+
+void add_decode(const Registry& registry) {
+  for (const Index kv_heads : {8, 32}) {
+    for (const Index kv_len : {4096, 8192, 16384, 32768, 65536, 131072}) {
+      for (const Index q_len : {1, 8})
+        registry.add_all_types({32, kv_heads, q_len, kv_len, 128, Visible::causal});
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bench
+
+int main(int count, char** words) {
+  return bench::run_benchmarks(count, words, [] {
+    const bench::Registry registry;
+    bench::add_prefill(registry);
+    bench::add_small(registry);
+    bench::add_decode(registry);
+  });
+}

@@ -1,0 +1,212 @@
+// What this machine can do at best: multiply-adds per second, and bytes read per second.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <vector>
+
+#include "longspan/detail/simd.hpp"
+#include "support/owned_tensor.hpp"
+#include "support/timing.hpp"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace bench {
+
+#if defined(_OPENMP)
+inline constexpr Index most_threads = 1024;
+#else
+inline constexpr Index most_threads = 1;
+#endif
+inline Index default_threads() { return longspan::openmp{}.workers(); }
+
+/// Seconds from a common start of `threads` threads until all of them have finished work(thread).
+template <class Work>
+double team_seconds([[maybe_unused]] Index threads, const Work& work) {
+#if defined(_OPENMP)
+  double start = 0, end = 0;
+#pragma omp parallel num_threads(static_cast <int>(threads))
+  {
+#pragma omp barrier
+#pragma omp master
+    start = seconds_now();
+#pragma omp barrier
+    work(static_cast<Index>(omp_get_thread_num()));
+#pragma omp barrier
+#pragma omp master
+    end = seconds_now();
+  }
+  return end - start;
+#else
+  return seconds_of([&] { work(Index{0}); });
+#endif
+}
+
+namespace detail {
+
+/// Keeps a result alive: the compiler must believe that somebody reads it.
+inline void keep(float x) {
+  static std::atomic<float> kept{0};
+  kept.store(x, std::memory_order_relaxed);
+}
+
+/// As many independent sums as stay in registers beside the two factors. A multiply-add takes 4 cycles and
+/// two are begun in each, so 8 would do with a perfect schedule; 24 need none.
+inline constexpr int fma_chains = longspan::detail::vector_registers == 32 ? 24 : 12;
+
+/// `rounds` times fma_chains multiply-adds. Out of line: `threads` copies must run the very same loop.
+template <class Real>
+[[gnu::noinline]] Real multiply_add(Index rounds, const Real* start) {
+  using longspan::detail::broadcast;
+  using longspan::detail::Packet;
+  constexpr int width = longspan::detail::lanes<Real>;
+  Packet<Real> sum[fma_chains];
+  LONGSPAN_UNROLL
+  for (int c = 0; c < fma_chains; ++c) sum[c] = longspan::detail::load(start + c);
+  const Packet<Real> shrink = broadcast(start[0]), add = broadcast(start[1]);
+  LONGSPAN_NO_UNROLL
+  for (Index n = 0; n < rounds; ++n) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < fma_chains; ++c) sum[c] = longspan::detail::fma(sum[c], shrink, add);
+  }
+  LONGSPAN_UNROLL
+  for (int c = 1; c < fma_chains; ++c) sum[0] = sum[0] + sum[c];
+  Real lanes[static_cast<std::size_t>(width)];
+  longspan::detail::store(static_cast<Real*>(lanes), sum[0]);
+  return lanes[0];
+}
+
+#if defined(__AVX512BF16__)
+/// The same for the bf16 dot product, 2 multiply-adds a lane.
+[[gnu::noinline]] inline float dot_bf16(Index rounds, const float* start) {
+  constexpr int chains = 24;
+  __m512 sum[chains];
+  LONGSPAN_UNROLL
+  for (int c = 0; c < chains; ++c) sum[c] = _mm512_loadu_ps(start + c);
+  const __m512bh a = _mm512_cvtne2ps_pbh(_mm512_set1_ps(start[0]), _mm512_set1_ps(start[1]));
+  LONGSPAN_NO_UNROLL
+  for (Index n = 0; n < rounds; ++n) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < chains; ++c) sum[c] = _mm512_dpbf16_ps(sum[c], a, a);
+  }
+  LONGSPAN_UNROLL
+  for (int c = 1; c < chains; ++c) sum[0] = _mm512_add_ps(sum[0], sum[c]);
+  return _mm512_cvtss_f32(sum[0]);
+}
+#endif
+
+/// Start values: the factor, the addend, then numbers that differ, or the compiler might merge equal chains.
+inline std::array<float, 64> chain_starts() {
+  std::array<float, 64> start{};
+  for (std::size_t i = 2; i < start.size(); ++i) start[i] = 0.01f * static_cast<float>(i);
+  start[0] = 0.999f;
+  start[1] = 0.001f;
+  return start;
+}
+
+/// Work per second of `work(rounds)`, which does `unit` a round on every thread of a team, in a sample of
+/// `seconds`. How many rounds that are is found on one thread by the best of three: a moment in which another
+/// program has the core must not make the sample short.
+template <class Work>
+double team_rate(Index threads, double unit, double seconds, const Work& work) {
+  Index rounds = 500;
+  double taken = 0;
+  while (taken < seconds / 20) {
+    rounds *= 2;
+    taken = seconds_of([&] { work(rounds); });
+    for (int again = 0; again < 2; ++again) taken = std::min(taken, seconds_of([&] { work(rounds); }));
+  }
+  rounds = std::max(rounds, static_cast<Index>(static_cast<double>(rounds) * seconds / taken));
+  taken = team_seconds(threads, [&](Index) { work(rounds); });
+  return unit * static_cast<double>(rounds) * static_cast<double>(threads) / taken;
+}
+
+/// The sum of `count` floats, a multiple of 8 packets: 8 loads in flight, nothing but loads in the loop.
+[[gnu::noinline]] inline float sum_of(const float* from, Index count) {
+  using longspan::detail::broadcast;
+  constexpr int streams = 8, width = longspan::detail::lanes<float>;
+  longspan::detail::Packet<float> sum[streams];
+  LONGSPAN_UNROLL
+  for (int s = 0; s < streams; ++s) sum[s] = broadcast(0.0f);
+  LONGSPAN_NO_UNROLL
+  for (Index i = 0; i < count; i += streams * width) {
+    LONGSPAN_UNROLL
+    for (int s = 0; s < streams; ++s) sum[s] = sum[s] + longspan::detail::load(from + i + s * width);
+  }
+  LONGSPAN_UNROLL
+  for (int s = 1; s < streams; ++s) sum[0] = sum[0] + sum[s];
+  float lanes[static_cast<std::size_t>(width)];
+  longspan::detail::store(static_cast<float*>(lanes), sum[0]);
+  return lanes[0];
+}
+
+}  // namespace detail
+
+/// f32 multiply-adds of a team, in FLOP/s: one sample.
+inline double fma_peak(Index threads, double seconds = 0.01) {
+  const std::array<float, 64> start = detail::chain_starts();
+  constexpr double unit = 2.0 * detail::fma_chains * longspan::detail::lanes<float>;
+  return detail::team_rate(threads, unit, seconds,
+                           [&](Index rounds) { detail::keep(detail::multiply_add(rounds, start.data())); });
+}
+
+/// bf16 dot products of a team, in FLOP/s; 0 where the build has no such instruction.
+inline double bf16_dot_peak([[maybe_unused]] Index threads, [[maybe_unused]] double seconds = 0.01) {
+#if defined(__AVX512BF16__)
+  const std::array<float, 64> start = detail::chain_starts();
+  return detail::team_rate(threads, 64.0 * 24, seconds,
+                           [&](Index rounds) { detail::keep(detail::dot_bf16(rounds, start.data())); });
+#else
+  return 0;
+#endif
+}
+
+/// Bytes read per second by a team of threads, each from a part of its own of one array. (Two threads at the
+/// same offset of two 2-MB-aligned arrays read only 27-37 GB/s on the machine where this reads 45-68.)
+class StreamRead {
+ public:
+  StreamRead(Index threads, std::size_t bytes_per_thread)
+      : threads_(threads),
+        floats_(static_cast<Index>(bytes_per_thread / sizeof(float)) / step * step),
+        memory_(1, 1, threads, floats_) {
+    // Written once, since pages that never were are all read from one page of zeros.
+    for (float& x : memory_.values()) x = 1;
+  }
+
+  /// One sample of about `seconds`, whole passes.
+  double sample(double seconds = 0.05) const {
+    Index passes = 1;
+    for (;;) {
+      const double taken = team_seconds(threads_, [&](Index thread) {
+        for (Index n = 0; n < passes; ++n)
+          detail::keep(detail::sum_of(memory_.view().row(0, 0, thread), floats_));
+      });
+      if (taken >= seconds || passes > Index{1} << 40) return bytes() * static_cast<double>(passes) / taken;
+      passes *= taken > 0 ? std::clamp<Index>(static_cast<Index>(1.2 * seconds / taken), 2, 1000) : 1000;
+    }
+  }
+
+  double bytes() const { return static_cast<double>(threads_ * floats_) * sizeof(float); }
+
+ private:
+  static constexpr Index step = 8 * longspan::detail::lanes<float>;
+  Index threads_, floats_;
+  OwnedTensor<float> memory_;
+};
+
+/// The best of several samples: what disturbs a sample only lowers it, and a roof is what can be reached.
+template <class Sample>
+double best_of(int samples, const Sample& sample) {
+  double best = 0;
+  for (int i = 0; i < samples; ++i) best = std::max(best, sample());
+  return best;
+}
+
+}  // namespace bench

@@ -1,0 +1,86 @@
+// Runs a variant of attention on tensors that a model dumped as .npy files, so that a port can be checked
+// against its original layer by layer. Copy this folder to run your own functor: write a file like
+// softmax.hpp for it and name it in `variants`.
+
+#include <array>
+#include <cstdio>
+#include <exception>
+#include <new>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "arguments.hpp"
+#include "softmax.hpp"
+
+namespace {
+
+using namespace attend_npy;
+
+struct Variant {
+  std::string_view name;
+  std::string_view help;  ///< one line for each key
+  void (*run)(const Arguments&);
+};
+
+constexpr std::array variants{
+    Variant{"softmax", softmax_help, softmax},
+};
+
+constexpr std::string_view usage =
+    "usage: attend_npy VARIANT [key=value ...] --q q.npy --k k.npy --v v.npy --out out.npy\n"
+    "                  [--lse lse.npy] [--dtype f32|f64|bf16|f16] [--threads n]\n"
+    "\n"
+    "Attention on tensors in .npy files, float32 or float64 in C order.\n"
+    "\n"
+    "  --q, --k, --v  in: [B, H, N, d], [B, Hkv, M, d], [B, Hkv, M, dv]; also [H, N, d] and [N, d]\n"
+    "  --out          out: as q, with dv for d\n"
+    "  --lse          out: the natural log-sum-exp of each query's scores, as q without d\n"
+    "  --dtype        type in which the kernel sees q, k and v (default: f64 if one of the files\n"
+    "                 is float64, else f32); the outputs are float64 with f64, else float32\n"
+    "  --threads      default: as many as OpenMP takes; the result is the same for any number\n";
+
+std::string help() {
+  std::string text(usage);
+  for (const Variant& variant : variants) {
+    text.append("\nkeys of ").append(variant.name).append("\n\n");
+    for (std::string_view lines = variant.help; !lines.empty();) {
+      const std::size_t length = lines.find('\n') + 1;
+      text.append("  ").append(lines.substr(0, length));
+      lines.remove_prefix(length);
+    }
+  }
+  return text;
+}
+
+void run(std::string_view name, std::span<const std::string_view> words) {
+  std::vector<std::string_view> names;
+  for (const Variant& variant : variants) {
+    if (variant.name == name) return variant.run(parse_arguments(words));
+    names.push_back(variant.name);
+  }
+  throw Error("unknown variant '" + std::string(name) + "', the variants are: " + listed(names));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::vector<std::string_view> words(argv + (argc > 0 ? 1 : 0), argv + argc);
+  if (words.empty()) {
+    std::fputs(help().c_str(), stderr);
+    return 2;
+  }
+  for (const std::string_view word : words) {
+    if (word == "--help") return std::fputs(help().c_str(), stdout) < 0 ? 2 : 0;
+  }
+  try {
+    run(words.front(), std::span(words).subspan(1));
+    return 0;
+  } catch (const std::bad_alloc&) {
+    std::fputs("attend_npy: not enough memory for these tensors\n", stderr);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "attend_npy: %s\n", error.what());
+  }
+  return 2;
+}
