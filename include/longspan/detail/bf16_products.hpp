@@ -2,8 +2,8 @@
 // float.
 //
 // VDPBF16PS adds two products of bfloat16 pairs to a float. Scores lose nothing by it, q and k being bfloat16
-// already. Weights are rounded to bfloat16 before they meet the values, a relative error of up to 2^-8 each; the
-// sums that divide the outputs are taken before that rounding.
+// already. Weights are rounded to bfloat16 before they meet the values, a relative error of up to 2^-8 each;
+// the sums that divide the outputs are taken before that rounding.
 #pragma once
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(EIGEN_DONT_VECTORIZE)
@@ -44,14 +44,13 @@ struct Bf16Products {
   static constexpr Index keys_in_block = 256;  // 128 is 2 % slower here
   /// Scores are scaled after the products, so nothing finite is sure to stay below `nothing_seen`.
   static constexpr float hidden = -std::numeric_limits<float>::infinity();
-  static constexpr Index width = tile_lanes<float>;
 
   static Index query_rows(Index head_dim) { return head_dim / 2; }
   static float query_factor(double) { return 1; }
   static float score_factor(double scale) { return static_cast<float>(scale); }
 
   template <class RowOf>
-  static void pack(const RowOf& row_of, Index head_dim, float, Query* to) {
+  static void pack(const RowOf& row_of, Index head_dim, float, Query* to, Index stride) {
     const Key* row[16];
     for (Index i = 0; i < 16; ++i) row[i] = row_of(i);
     Index column = 0;
@@ -62,24 +61,24 @@ struct Bf16Products {
       transpose<float>(square);
       LONGSPAN_UNROLL
       for (int i = 0; i < 16; ++i) {
-        _mm512_storeu_si512(to + (column / 2 + i) * width, _mm512_castps_si512(square[i].raw));
+        _mm512_storeu_si512(to + (column / 2 + i) * stride, _mm512_castps_si512(square[i].raw));
       }
     }
     for (; column < head_dim; column += 2) {
-      for (Index i = 0; i < 16; ++i) std::memcpy(to + column / 2 * width + i, row[i] + column, sizeof(Pair));
+      for (Index i = 0; i < 16; ++i) std::memcpy(to + column / 2 * stride + i, row[i] + column, sizeof(Pair));
     }
   }
 
   template <int packets>
   static void score_rows(const Key* k, Index k_stride, Index k_rows, const Query* q, Index head_dim, float* s,
-                         float* highest) {
+                         float* highest, Index stride) {
     const Key* row[std::size_t(tile_rows)];
     LONGSPAN_UNROLL
     for (int r = 0; r < tile_rows; ++r) row[r] = k + std::min<Index>(r, k_rows - 1) * k_stride;
     __m512 sum[std::size_t(tile_rows)][std::size_t(packets)];
     clear<packets>(sum);
     LONGSPAN_NO_UNROLL
-    for (Index i = 0; i < head_dim; i += 2, q += width) {
+    for (Index i = 0; i < head_dim; i += 2, q += stride) {
       __m512bh of_query[std::size_t(packets)];
       load_pairs<packets>(q, of_query);
       LONGSPAN_UNROLL
@@ -95,7 +94,7 @@ struct Bf16Products {
       LONGSPAN_UNROLL
       for (int r = 0; r < tile_rows; ++r) {
         top = _mm512_max_ps(sum[r][c], top);  // in this order NaN in top stays
-        _mm512_storeu_ps(s + r * width + c * 16, sum[r][c]);
+        _mm512_storeu_ps(s + r * stride + c * 16, sum[r][c]);
       }
       _mm512_storeu_ps(highest + c * 16, top);
     }
@@ -104,9 +103,9 @@ struct Bf16Products {
   /// pairs[j / 2] = weight(factor * s[j] - shift) of two keys, rounded; `total` grows by the unrounded
   /// weights.
   template <int packets>
-  static void weigh_rows(float* s, Index keys, float factor, const float* shift, float* total,
-                         Weight* pairs) {
-    if (keys % 2 != 0) std::fill_n(s + keys * width, packets * 16, hidden);
+  static void weigh_rows(float* s, Index keys, float factor, const float* shift, float* total, Weight* pairs,
+                         Index stride) {
+    if (keys % 2 != 0) std::fill_n(s + keys * stride, packets * 16, hidden);
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                                 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const Packet<float> by = broadcast(factor);
@@ -116,11 +115,11 @@ struct Bf16Products {
       sum[c] = load<float>(total + c * 16);
       down[c] = broadcast(0.0f) - load<float>(shift + c * 16);
     }
-    for (Index j = 0; j < keys; j += 2, s += 2 * width, pairs += width) {
+    for (Index j = 0; j < keys; j += 2, s += 2 * stride, pairs += stride) {
       LONGSPAN_UNROLL
       for (int c = 0; c < packets; ++c) {
         const Packet<float> first = coarse_weight(fma(load<float>(s + c * 16), by, down[c]));
-        const Packet<float> second = coarse_weight(fma(load<float>(s + width + c * 16), by, down[c]));
+        const Packet<float> second = coarse_weight(fma(load<float>(s + stride + c * 16), by, down[c]));
         sum[c] = sum[c] + (first + second);
         const __m512i rounded = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
         _mm512_storeu_si512(pairs + c * 16, _mm512_permutexvar_epi16(interleave, rounded));
@@ -132,18 +131,18 @@ struct Bf16Products {
 
   template <int packets>
   static void value_rows(const Value* v, Index v_stride, const Weight* p, Index rows, float* o, Into into,
-                         const float* scale) {
+                         const float* scale, Index stride) {
     __m512 sum[std::size_t(tile_rows)][std::size_t(packets)];
     clear<packets>(sum);
     if (into == Into::continued) {
       LONGSPAN_UNROLL
       for (int r = 0; r < tile_rows; ++r) {
         LONGSPAN_UNROLL
-        for (int c = 0; c < packets; ++c) sum[r][c] = _mm512_loadu_ps(o + r * width + c * 16);
+        for (int c = 0; c < packets; ++c) sum[r][c] = _mm512_loadu_ps(o + r * stride + c * 16);
       }
     }
     LONGSPAN_NO_UNROLL
-    for (Index j = 0; j < rows; ++j, v += v_stride, p += width) {
+    for (Index j = 0; j < rows; ++j, v += v_stride, p += stride) {
       __m512bh of_query[std::size_t(packets)];
       load_pairs<packets>(p, of_query);
       LONGSPAN_UNROLL
@@ -157,7 +156,7 @@ struct Bf16Products {
     for (int r = 0; r < tile_rows; ++r) {
       LONGSPAN_UNROLL
       for (int c = 0; c < packets; ++c) {
-        float* to = o + r * width + c * 16;
+        float* to = o + r * stride + c * 16;
         if (into == Into::rescaled) {
           sum[r][c] = _mm512_fmadd_ps(_mm512_loadu_ps(scale + c * 16), _mm512_loadu_ps(to), sum[r][c]);
         }
@@ -166,8 +165,8 @@ struct Bf16Products {
     }
   }
 
-  static Packet<float> weight_of(const Weight* p, Index j) {
-    const __m512i pairs = _mm512_loadu_si512(p + j / 2 * width);
+  static Packet<float> weight_of(const Weight* p, Index j, Index stride) {
+    const __m512i pairs = _mm512_loadu_si512(p + j / 2 * stride);
     const __m512i high =
         j % 2 == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_and_si512(pairs, _mm512_set1_epi32(-65536));
     return {_mm512_castsi512_ps(high)};

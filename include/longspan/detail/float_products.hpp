@@ -12,14 +12,15 @@
 LONGSPAN_BEGIN
 namespace detail {
 
-/// The arithmetic of a tile. What another kind of it must offer is what stands here.
+/// The arithmetic of a tile. What another kind of it must offer is what stands here. Rows of queries, scores,
+/// weights and outputs are `stride` lanes apart.
 template <class RealType>
 struct FloatProducts {
   using Real = RealType;
-  using Query = Real;   ///< element of the packed queries, [query_rows][tile_lanes]
+  using Query = Real;   ///< element of the packed queries, [query_rows][stride]
   using Key = Real;     ///< element of key rows
   using Value = Real;   ///< element of value rows, [keys / keys_in_row][columns]
-  using Weight = Real;  ///< element of weight rows, [keys / keys_in_row][tile_lanes]
+  using Weight = Real;  ///< element of weight rows, [keys / keys_in_row][stride]
   static constexpr Index keys_in_row = 1;
   /// Keys are taken in blocks of 128, cut at multiples of 128 in key index. Speed is flat from 96 to 256.
   static constexpr Index keys_in_block = 128;
@@ -34,8 +35,8 @@ struct FloatProducts {
 
   /// Packs one packet of queries, lane i from row_of(i), times `factor`.
   template <class RowOf>
-  static void pack(const RowOf& row_of, Index head_dim, Real factor, Query* to) {
-    constexpr Index w = lanes<Real>, width = tile_lanes<Real>;
+  static void pack(const RowOf& row_of, Index head_dim, Real factor, Query* to, Index stride) {
+    constexpr Index w = lanes<Real>;
     decltype(row_of(0)) row[std::size_t(w)];
     for (Index i = 0; i < w; ++i) row[i] = row_of(i);
     const Packet<Real> by = broadcast(factor);
@@ -46,31 +47,30 @@ struct FloatProducts {
       for (int i = 0; i < w; ++i) square[i] = load_as<Real>(row[i] + column) * by;
       transpose<Real>(square);
       LONGSPAN_UNROLL
-      for (int i = 0; i < w; ++i) store(to + (column + i) * width, square[i]);
+      for (int i = 0; i < w; ++i) store(to + (column + i) * stride, square[i]);
     }
     for (; column < head_dim; ++column) {
-      for (Index i = 0; i < w; ++i) to[column * width + i] = static_cast<Real>(row[i][column]) * factor;
+      for (Index i = 0; i < w; ++i) to[column * stride + i] = static_cast<Real>(row[i][column]) * factor;
     }
   }
 
   template <int packets>
   static void score_rows(const Key* k, Index k_stride, Index k_rows, const Query* q, Index head_dim, Real* s,
-                         Real* highest) {
-    detail::score_rows<packets>(k, k_stride, k_rows, q, tile_lanes<Real>, head_dim, s, tile_lanes<Real>,
-                                highest);
+                         Real* highest, Index stride) {
+    detail::score_rows<packets>(k, k_stride, k_rows, q, stride, head_dim, s, stride, highest);
   }
   template <int packets>
-  static void weigh_rows(Real* s, Index keys, Real, const Real* shift, Real* total, Weight*) {
-    detail::weigh_rows<packets>(s, tile_lanes<Real>, keys, shift, total);
+  static void weigh_rows(Real* s, Index keys, Real, const Real* shift, Real* total, Weight*, Index stride) {
+    detail::weigh_rows<packets>(s, stride, keys, shift, total);
   }
   template <int packets>
   static void value_rows(const Value* v, Index v_stride, const Weight* p, Index rows, Real* o, Into into,
-                         const Real* scale) {
-    detail::value_rows<packets>(v, v_stride, p, tile_lanes<Real>, rows, o, tile_lanes<Real>, into, scale);
+                         const Real* scale, Index stride) {
+    detail::value_rows<packets>(v, v_stride, p, stride, rows, o, stride, into, scale);
   }
 
   /// The weights of key j for one packet of queries, and one value of it.
-  static Packet<Real> weight_of(const Weight* p, Index j) { return load(p + j * tile_lanes<Real>); }
+  static Packet<Real> weight_of(const Weight* p, Index j, Index stride) { return load(p + j * stride); }
   static Real value_of(const Value* v, Index v_stride, Index j, Index column) {
     return v[j * v_stride + column];
   }

@@ -132,12 +132,14 @@ class Forward {
     for (Index t = 0; t < tiles; ++t) worker.tiles[t].finish(call_.out, call_.lse);
   }
 
-  void run_split(Index task, Index split, Worker& worker, const Accumulator<Real>& part) const {
+  void run_split(Index task, Index split, Worker& worker, Accumulator<Real>& part) const {
     start(worker, 0, lanes_of(task, 0));
     const Index first = split * split_keys_;
     absorb_keys(worker, 1, lanes_of(task, 0), {first, std::min(call_.kv_len(), first + split_keys_)});
+    const Accumulator<Real>& whole = worker.tiles[0].state().whole();
+    part.stride = whole.stride;
     part.clear();
-    part.merge(worker.tiles[0].state().whole());
+    part.merge(whole);
   }
 
   void join_splits(Index task, const Accumulator<Real>* parts) const {

@@ -25,7 +25,7 @@ template <class Products>
 struct TileScratch {
   using Real = typename Products::Real;
 
-  Real* scores = nullptr;                        ///< [keys_in_block + tile_rows][tile_lanes]
+  Real* scores = nullptr;                        ///< [keys_in_block + tile_rows][lanes of a tile]
   typename Products::Weight* weights = nullptr;  ///< [keys_in_block / keys_in_row][tile_lanes]
   Real* block_output = nullptr;                  ///< [padded value_dim][tile_lanes]
   Real* rows = nullptr;                          ///< [tile_lanes][head_dim], for position encoding
@@ -54,14 +54,14 @@ class QueryTile {
   using Block = KeyBlock<Products>;
   using Scratch = TileScratch<Products>;
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
-  static constexpr Index width = tile_lanes<Real>;
+  static constexpr Index most_lanes = tile_lanes<Real>;
   static constexpr Index w = lanes<Real>;
 
   static QueryTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len) {
     QueryTile tile;
     tile.head_dim_ = head_dim;
-    tile.q_ = arena.take<Query>(Products::query_rows(head_dim) * width);
-    tile.state_ = LeveledAccumulator<Real>::take(arena, padded_value_dim, width, kv_len);
+    tile.q_ = arena.take<Query>(Products::query_rows(head_dim) * most_lanes);
+    tile.state_ = LeveledAccumulator<Real>::take(arena, padded_value_dim, most_lanes, kv_len);
     return tile;
   }
 
@@ -72,8 +72,9 @@ class QueryTile {
     lanes_ = queries;
     score_ = &score;
     packets_ = static_cast<int>(divide_up(queries.count, w));
+    stride_ = packets_ * w;
     mask_.prepare(mask, queries);
-    state_.clear();
+    state_.clear(stride_);
     const double to_units = scale * (changes_score ? 1.0 : double(score_unit<Real>));
     factor_ = Products::score_factor(to_units);
     if constexpr (!std::is_same_v<P, no_position>) encode(q, position, scratch.rows);
@@ -86,7 +87,7 @@ class QueryTile {
           return static_cast<const Real*>(scratch.rows + lane * head_dim_);
         }
       };
-      Products::pack(row_of, head_dim_, Products::query_factor(to_units), q_ + c * w);
+      Products::pack(row_of, head_dim_, Products::query_factor(to_units), q_ + c * w, stride_);
     }
   }
 
@@ -97,24 +98,27 @@ class QueryTile {
     const Runs runs = cut_into_runs(mask_, packets_, block.first_key, block.keys);
     if (runs.empty()) return;
     const Accumulator<Real>& state = state_.at_key(block.first_key);
+    const bool first = state_.begins();
 
-    alignas(64) Real top[std::size_t(width)], shrink[std::size_t(width)], sum[std::size_t(width)];
-    std::fill_n(top, width, Products::hidden);
+    alignas(64) Real top[std::size_t(most_lanes)], shrink[std::size_t(most_lanes)],
+        sum[std::size_t(most_lanes)];
+    std::fill_n(top, stride_, Products::hidden);
     if constexpr (TileMask<Real, M>::may_hide) mask_.enter_block(block.first_key);
     for (const Run& run : runs) score_run(block, run, scratch.scores, top);
     raise_tops(state, top, shrink, sum);
     for (const Run& run : runs) {
       const Index lane = run.first_packet * w;
       with_packets(run.packets, [&]<int packets>() {
-        Products::template weigh_rows<packets>(scratch.scores + run.begin * width + lane, run.end - run.begin,
-                                               factor_, top + lane, sum + lane, weights_of(run, scratch));
+        Products::template weigh_rows<packets>(scratch.scores + run.begin * stride_ + lane,
+                                               run.end - run.begin, factor_, top + lane, sum + lane,
+                                               weights_of(run, scratch), stride_);
       });
     }
     add_sums(state, shrink, sum);
     if (runs.count == 1 && !must_check_values(runs.run[0])) {
       value_run(block, runs.run[0], weights_of(runs.run[0], scratch), state.o, Into::rescaled, shrink);
     } else {
-      add_runs(block, runs, scratch, state, shrink);
+      add_runs(block, runs, scratch, state, shrink, first);
     }
   }
 
@@ -140,8 +144,8 @@ class QueryTile {
   void raise_tops(const Accumulator<Real>& state, Real* top, Real* shrink, Real* sum) const;
   void add_sums(const Accumulator<Real>& state, const Real* shrink, const Real* sum) const;
 
-  static Weight* weights_of(const Run& run, const Scratch& scratch) {
-    return scratch.weights + run.begin / Products::keys_in_row * width + run.first_packet * w;
+  Weight* weights_of(const Run& run, const Scratch& scratch) const {
+    return scratch.weights + run.begin / Products::keys_in_row * stride_ + run.first_packet * w;
   }
   bool must_check_values(const Run& run) const { return run.partial != 0 || changes_score; }
   void value_run(const Block& block, const Run& run, const Weight* weights, Real* o, Into into,
@@ -149,16 +153,17 @@ class QueryTile {
   bool values_finite(const Block& block, const Run& run) const;
   void value_run_past_hidden(const Block& block, const Run& run, const Weight* weights, Real* o) const;
   void add_runs(const Block& block, const Runs& runs, const Scratch& scratch, const Accumulator<Real>& state,
-                const Real* shrink) const;
+                const Real* shrink, bool first) const;
 
   QueryLanes lanes_;
   TileMask<Real, M> mask_;
   const S* score_ = nullptr;
   LeveledAccumulator<Real> state_;
-  Query* q_ = nullptr;  ///< [query_rows][width]
+  Query* q_ = nullptr;  ///< [query_rows][stride]
   Real factor_ = 1;     ///< scores come out of the products in units of this
   Index head_dim_ = 0;
   int packets_ = 0;
+  Index stride_ = 0;  ///< lanes in those packets: a narrow tile is compact
 };
 
 // ----------------------------------------------------------------------------------------------------------
@@ -185,13 +190,13 @@ void QueryTile<Products, M, S>::encode(TensorView<const Tq> q, const P& position
 template <class Products, Mask M, Score S>
 void QueryTile<Products, M, S>::score_run(const Block& block, const Run& run, Real* scores, Real* top) const {
   const Index first_lane = run.first_packet * w;
-  alignas(64) Real highest[std::size_t(width)];
-  std::copy_n(top, width, highest);
+  alignas(64) Real highest[std::size_t(most_lanes)];
+  std::copy_n(top, stride_, highest);
   with_packets(run.packets, [&]<int packets>() {
     for (Index j = run.begin; j < run.end; j += tile_rows) {
       Products::template score_rows<packets>(block.k + j * block.k_stride, block.k_stride, run.end - j,
-                                             q_ + first_lane, head_dim_, scores + j * width + first_lane,
-                                             highest + first_lane);
+                                             q_ + first_lane, head_dim_, scores + j * stride_ + first_lane,
+                                             highest + first_lane, stride_);
     }
   });
   for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
@@ -202,13 +207,13 @@ void QueryTile<Products, M, S>::score_run(const Block& block, const Run& run, Re
     }
     Packet<Real> of_packet = load<Real>(top + c * w);
     for (Index j = run.begin; j < run.end; ++j) {
-      Packet<Real> s = load<Real>(scores + j * width + c * w);
+      Packet<Real> s = load<Real>(scores + j * stride_ + c * w);
       if constexpr (changes_score) s = change_score(s, c, block.first_key + j);
       if constexpr (TileMask<Real, M>::may_hide) {
         if (hides) s = select(mask_.visible(c, block.first_key + j), s, broadcast(Products::hidden));
       }
       of_packet = max(of_packet, s);
-      store(scores + j * width + c * w, s);
+      store(scores + j * stride_ + c * w, s);
     }
     store(top + c * w, of_packet);
   }
@@ -268,7 +273,7 @@ void QueryTile<Products, M, S>::value_run(const Block& block, const Run& run, co
   with_packets(run.packets, [&]<int packets>() {
     for (Index column = 0; column < columns; column += tile_rows) {
       Products::template value_rows<packets>(v + column, block.v_stride, weights, rows,
-                                             o + column * width + lane, into, scale + lane);
+                                             o + column * stride_ + lane, into, scale + lane, stride_);
     }
   });
 }
@@ -303,7 +308,8 @@ void QueryTile<Products, M, S>::value_run_past_hidden(const Block& block, const 
   for (Index j = run.begin; j < run.end; ++j) {
     for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
       const Packet<Real> zero = broadcast(Real(0));
-      const Packet<Real> p = Products::weight_of(weights + (c - run.first_packet) * w, j - run.begin);
+      const Packet<Real> p =
+          Products::weight_of(weights + (c - run.first_packet) * w, j - run.begin, stride_);
       Packet<Real> hidden = less(zero, zero);
       if constexpr (changes_score) hidden = equal(p, zero);
       if constexpr (TileMask<Real, M>::may_hide) {
@@ -312,7 +318,7 @@ void QueryTile<Products, M, S>::value_run_past_hidden(const Block& block, const 
         }
       }
       for (Index column = 0; column < state_.columns(); ++column) {
-        Real* to = o + column * width + c * w;
+        Real* to = o + column * stride_ + c * w;
         const Packet<Real> before = load<Real>(to);
         const Packet<Real> v = broadcast(Products::value_of(block.v, block.v_stride, j, column));
         store(to, select(hidden, before, fma(v, p, before)));
@@ -326,21 +332,24 @@ void QueryTile<Products, M, S>::value_run_past_hidden(const Block& block, const 
 /// block, and its bits do not depend on the queries beside it.
 template <class Products, Mask M, Score S>
 void QueryTile<Products, M, S>::add_runs(const Block& block, const Runs& runs, const Scratch& scratch,
-                                         const Accumulator<Real>& state, const Real* shrink) const {
-  std::fill_n(scratch.block_output, state.columns * width, Real(0));
+                                         const Accumulator<Real>& state, const Real* shrink,
+                                         bool first) const {
+  // Into an empty state the block's output may go straight.
+  Real* o = first ? state.o : scratch.block_output;
+  if (!first) std::fill_n(o, state.columns * stride_, Real(0));
   for (const Run& run : runs) {
     const Weight* weights = weights_of(run, scratch);
     if (!must_check_values(run) || values_finite(block, run)) {
-      value_run(block, run, weights, scratch.block_output, Into::continued, shrink);
+      value_run(block, run, weights, o, Into::continued, shrink);
     } else {
-      value_run_past_hidden(block, run, weights, scratch.block_output);
+      value_run_past_hidden(block, run, weights, o);
     }
   }
-  for (Index column = 0; column < state.columns; ++column) {
-    Real* to = state.o + column * width;
-    const Real* from = scratch.block_output + column * width;
-    for (Index lane = 0; lane < packets_ * w; lane += w) {
-      store(to + lane, fma(load<Real>(shrink + lane), load<Real>(to + lane), load<Real>(from + lane)));
+  if (first) return;
+  for (Index at = 0; at < state.columns * stride_; at += stride_) {
+    for (Index lane = 0; lane < stride_; lane += w) {
+      Real* to = state.o + at + lane;
+      store(to, fma(load<Real>(shrink + lane), load<Real>(to), load<Real>(o + at + lane)));
     }
   }
 }
@@ -368,13 +377,14 @@ void QueryTile<Products, M, S>::write(const Accumulator<Real>& state, const Quer
     for (; column + w <= out.cols; column += w) {
       Packet<Real> square[std::size_t(w)];
       LONGSPAN_UNROLL
-      for (int i = 0; i < w; ++i) square[i] = load<Real>(state.o + (column + i) * width + first_lane) * by;
+      for (int i = 0; i < w; ++i)
+        square[i] = load<Real>(state.o + (column + i) * state.stride + first_lane) * by;
       transpose<Real>(square);
       for (Index i = 0; i < used; ++i) store_as(row[i] + column, square[i]);
     }
     for (; column < out.cols; ++column) {
       for (Index i = 0; i < used; ++i) {
-        row[i][column] = static_cast<To>(state.o[column * width + first_lane + i] * factor[i]);
+        row[i][column] = static_cast<To>(state.o[column * state.stride + first_lane + i] * factor[i]);
       }
     }
   }
