@@ -15,7 +15,8 @@ namespace bench {
 
 class EigenNaive {
  public:
-  explicit EigenNaive(Index threads) : scores_(static_cast<std::size_t>(threads)) {}
+  /// Heads are the parallel loop. Eigen would start a team of its own inside a loop of one thread.
+  explicit EigenNaive(Index threads) : scores_(static_cast<std::size_t>(threads)) { Eigen::setNbThreads(1); }
 
   void operator()(const Inputs<float>& in, longspan::TensorView<float> out, Visible visible) {
     const Index heads = in.heads(), group = heads / in.kv_heads();

@@ -36,7 +36,7 @@ class KeyRanges {
   static constexpr int capacity = 8;
 
   constexpr KeyRanges() = default;
-  constexpr explicit KeyRanges(KeyRange range) { add(range); }
+  constexpr explicit KeyRanges(KeyRange range) : ranges_{range}, count_(range.empty() ? 0 : 1) {}
 
   constexpr const KeyRange* begin() const noexcept { return ranges_.data(); }
   constexpr const KeyRange* end() const noexcept { return ranges_.data() + count_; }

@@ -142,8 +142,9 @@ class Decode {
     for (Index g = 0; g < queries_; ++g) {
       const Tq* row = call_.q.row(queries.batch, queries.head(g), queries.row(g));
       Real* to = q + g * q_stride();
-      for (Index c = 0; c < call_.head_dim(); ++c) to[c] = static_cast<Real>(row[c]) * factor;
-      std::fill(to + call_.head_dim(), to + q_stride(), Real(0));
+      Index c = 0;
+      for (; c + w <= call_.head_dim(); c += w) store(to + c, load_as<Real>(row + c) * broadcast(factor));
+      if (c < q_stride()) store(to + c, load_part<Real>(row + c, call_.head_dim() - c) * broadcast(factor));
     }
   }
 
@@ -313,8 +314,10 @@ class Decode {
     for (Index g = 0; g < queries_; ++g) {
       To* row = call_.out.row(queries.batch, queries.head(g), queries.row(g));
       const Real factor = state.sum[g] == Real(0) ? Real(0) : 1 / state.sum[g];
-      for (Index c = 0; c < call_.value_dim(); ++c)
-        row[c] = static_cast<To>(state.o[g * state.stride + c] * factor);
+      const Real* o = state.o + g * state.stride;
+      Index c = 0;
+      for (; c + w <= call_.value_dim(); c += w) store_as(row + c, load(o + c) * broadcast(factor));
+      for (; c < call_.value_dim(); ++c) row[c] = static_cast<To>(o[c] * factor);
       if (call_.lse.data != nullptr) {
         call_.lse(queries.batch, queries.head(g), queries.row(g)) = lse_of(state.top[g], state.sum[g]);
       }
