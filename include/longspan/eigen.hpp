@@ -73,8 +73,7 @@ constexpr TensorView<T> view(const TensorView<T>& x) noexcept {
   return x;
 }
 
-template <class X>
-requires detail::EigenTensor<X>
+template <detail::EigenTensor X>
 auto view(X&& x) {
   using Tensor = std::remove_cvref_t<X>;
   static_assert(
@@ -85,8 +84,7 @@ auto view(X&& x) {
                       detail::dimension_from_end(x, 1), detail::dimension_from_end(x, 0));
 }
 
-template <class X>
-requires detail::EigenMatrix<X>
+template <detail::EigenMatrix X>
 auto view(X&& x) {
   using Matrix = std::remove_cvref_t<X>;
   static_assert(
@@ -102,7 +100,8 @@ auto view(X&& x) {
                                                     rows * stride, stride};
 }
 
-/// What `rows_view()` turns into a RowsView: a RowsView, a row-major Eigen::Tensor or TensorMap of rank 1 to 3
+/// What `rows_view()` turns into a RowsView: a RowsView, a row-major Eigen::Tensor or TensorMap of rank 1 to
+/// 3
 /// ([rows], [heads, rows], [batch, heads, rows]), or an Eigen vector.
 template <class X>
 concept RowsLike = (detail::is_view<std::remove_cvref_t<X>> &&
@@ -114,8 +113,7 @@ constexpr RowsView<T> rows_view(const RowsView<T>& x) noexcept {
   return x;
 }
 
-template <class X>
-requires detail::EigenTensor<X>
+template <detail::EigenTensor X>
 auto rows_view(X&& x) {
   using Tensor = std::remove_cvref_t<X>;
   static_assert(Tensor::NumDimensions >= 1 && Tensor::NumDimensions <= 3,
@@ -125,8 +123,7 @@ auto rows_view(X&& x) {
                            detail::dimension_from_end(x, 0));
 }
 
-template <class X>
-requires detail::EigenMatrix<X>
+template <detail::EigenMatrix X>
 auto rows_view(X&& x) {
   static_assert(bool(std::remove_cvref_t<X>::IsVectorAtCompileTime),
                 "longspan: log-sum-exps of one head are an Eigen vector, one number for each query");

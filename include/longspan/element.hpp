@@ -18,6 +18,10 @@ template <class T>
 concept Element = detail::is_one_of < std::remove_const_t<T>,
 float, double, Eigen::bfloat16, Eigen::half > ;
 
+/// An element type that can be written.
+template <class T>
+concept MutableElement = Element<T> && !std::is_const_v<T>;
+
 /// Arithmetic is done in the type of the queries: double for double, float for all others.
 template <Element T>
 using Arithmetic = std::conditional_t<std::is_same_v<std::remove_const_t<T>, double>, double, float>;

@@ -82,24 +82,28 @@ void for_each_row(const TensorView<T>& like, const E& executor, const Work& work
 }
 
 /// to[c] = sum over n of weight[n] * from[n][c]. `to` may be one of `from`.
+///
+/// Each product is rounded before it is added, as an fma with 0 that no compiler fuses with the addition: two
+/// parts then give the same bits in either order.
 template <class T, class Real>
 void weighted_sum(std::span<const T* const> from, std::span<const Real> weights, T* to, Index cols) {
-  Index c = 0;
-  for (; c + lanes<Real> <= cols; c += lanes<Real>) {
+  const auto sum_at = [&](const auto& load_at) {
     Packet<Real> sum = broadcast(Real(0));
     for (std::size_t n = 0; n < from.size(); ++n) {
       // A part of weight 0 is absent, even if it holds NaN.
-      if (weights[n] != Real(0)) sum = fma(broadcast(weights[n]), load_as<Real>(from[n] + c), sum);
+      if (weights[n] == Real(0)) continue;
+      sum = sum + fma(broadcast(weights[n]), load_at(from[n]), broadcast(Real(0)));
     }
-    store_as(to + c, sum);
+    return sum;
+  };
+  Index c = 0;
+  for (; c + lanes<Real> <= cols; c += lanes<Real>) {
+    store_as(to + c, sum_at([c](const T* row) { return load_as<Real>(row + c); }));
   }
-  for (; c < cols; ++c) {
-    Real sum = 0;
-    for (std::size_t n = 0; n < from.size(); ++n) {
-      if (weights[n] != Real(0)) sum += weights[n] * static_cast<Real>(from[n][c]);
-    }
-    to[c] = static_cast<T>(sum);
-  }
+  if (c == cols) return;
+  alignas(64) Real last[std::size_t(lanes<Real>)];
+  store<Real>(last, sum_at([&](const T* row) { return load_part<Real>(row + c, cols - c); }));
+  for (const Real* x = last; c < cols; ++c, ++x) to[c] = static_cast<T>(*x);
 }
 
 }  // namespace detail
@@ -114,9 +118,8 @@ void weighted_sum(std::span<const T* const> from, std::span<const Real> weights,
 /// Exact     two parts give the same bits in either order; a part with lse = -infinity changes nothing,
 ///           whatever its output holds
 /// Throws    Error when shapes disagree or there are more than 64 parts, before anything is written
-template <Element T, ExecutionLike E = openmp>
-requires(!std::is_const_v<T>) void merge(std::span<const Partial<const T>> parts, const Partial<T>& into,
-                                         E&& execution = E{}) {
+template <MutableElement T, ExecutionLike E = openmp>
+void merge(std::span<const Partial<const T>> parts, const Partial<T>& into, E&& execution = E{}) {
   using Real = Arithmetic<T>;
   constexpr std::size_t most = 64;
   if (parts.size() > most)
@@ -150,19 +153,18 @@ requires(!std::is_const_v<T>) void merge(std::span<const Partial<const T>> parts
                         [&](const auto& executor) { detail::for_each_row(into.out, executor, merge_row); });
 }
 
-template <Element T, ExecutionLike E = openmp>
-requires(!std::is_const_v<T>) void merge(std::initializer_list<Partial<const T>> parts,
-                                         const Partial<T>& into, E&& execution = E{}) {
+template <MutableElement T, ExecutionLike E = openmp>
+void merge(std::initializer_list<Partial<const T>> parts, const Partial<T>& into, E&& execution = E{}) {
   merge(std::span<const Partial<const T>>(parts.begin(), parts.size()), into, execution);
 }
 
 /// out = g * a + (1 - g) * b with g = sigmoid(beta): Infini-attention's gate, a the memory, b the local part.
 ///
-/// Shapes    a, b, out [batch, heads, rows, cols]; beta [1], [heads] or [heads, cols], as a view of 1 or heads
-///           rows and 1 or cols columns
+/// Shapes    a, b, out [batch, heads, rows, cols]; beta [1], [heads] or [heads, cols], as a view of
+///           1 or heads rows and 1 or cols columns
 /// Aliasing  out may be a or b
 /// Cost      one pass
-/// Error     3 u (g |a| + (1 - g) |b|). A side whose gate is 0 has no effect, even if it holds NaN
+/// Error     6 u (g |a| + (1 - g) |b|). A side whose gate is 0 has no effect, even if it holds NaN
 /// Throws    Error when shapes disagree, before out is touched
 /// Source    Munkhdalai et al. 2024 (arXiv 2404.07143), eq. 10
 template <TensorLike A, TensorLike B, TensorLike Out, class Real, ExecutionLike E = openmp>

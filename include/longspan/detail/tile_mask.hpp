@@ -16,7 +16,7 @@ LONGSPAN_BEGIN
 namespace detail {
 
 /// For any mask: asks `sees` for each pair of a tile that `classify` leaves open.
-template <class Real, Mask M>
+template <class Real, class M>
 class TileMask {
  public:
   static constexpr bool may_hide = true;
@@ -50,8 +50,7 @@ class TileMask {
 };
 
 /// Where each query sees one range of keys, a key's index is compared with the two ends that each lane holds.
-template <class Real, Mask M>
-requires RangeMask<M>
+template <class Real, RangeMask M>
 class TileMask<Real, M> {
  public:
   static constexpr bool may_hide = !std::is_same_v<M, everything>;
