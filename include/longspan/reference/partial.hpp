@@ -46,8 +46,10 @@ inline void gate(MatrixView<const double> beta, TensorView<const double> a, Tens
       for (Index i = 0; i < out.rows; ++i) {
         for (Index c = 0; c < out.cols; ++c) {
           const double logit = beta.row(beta.rows == 1 ? 0 : h)[beta.cols == 1 ? 0 : c];
-          const double g = 1 / (1 + std::exp(-logit));
-          out.row(batch, h, i)[c] = g * a.row(batch, h, i)[c] + (1 - g) * b.row(batch, h, i)[c];
+          const double g = 1 / (1 + std::exp(-logit)), rest = 1 / (1 + std::exp(logit));
+          double& o = out.row(batch, h, i)[c];
+          o = g == 0 ? 0 : g * a.row(batch, h, i)[c];
+          if (rest != 0) o += rest * b.row(batch, h, i)[c];
         }
       }
     }

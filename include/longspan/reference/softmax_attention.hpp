@@ -1,6 +1,7 @@
 // Softmax attention again, naive and in double: what the fast kernels are held to.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -49,7 +50,8 @@ struct softmax_attention {
     const auto lse = rows_view(log_sum_exp);
     const Index group = k.heads == 0 ? 1 : q.heads / k.heads;
     const Index first = first_query == queries_end_at_keys ? k.rows - q.rows : first_query;
-    const double factor = scale != default_scale ? scale : 1 / std::sqrt(static_cast<double>(q.cols));
+    const double factor =
+        scale != default_scale ? scale : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, q.cols)));
     using ScoreValue = detail::ScoreValue<S, double>;
     using To = typename std::remove_cvref_t<decltype(out)>::Element;
     using Tl = typename std::remove_cvref_t<decltype(lse)>::Element;

@@ -1,0 +1,43 @@
+# longspan_own_target(<target>): what all of Longspan's own programs are compiled with, and no user's.
+include(CheckCXXCompilerFlag)
+
+set(LONGSPAN_OWN_COMPILE_OPTIONS -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion)
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  list(APPEND LONGSPAN_OWN_COMPILE_OPTIONS -Wno-restrict)  # a false alarm about std::string + (GCC bug 105651)
+endif()
+if(LONGSPAN_WERROR)
+  list(APPEND LONGSPAN_OWN_COMPILE_OPTIONS -Werror)
+endif()
+
+if(LONGSPAN_ARCH)
+  set(LONGSPAN_MARCH -march=${LONGSPAN_ARCH})
+elseif(LONGSPAN_NATIVE)
+  set(LONGSPAN_MARCH -march=native)
+else()
+  set(LONGSPAN_MARCH "")
+endif()
+if(LONGSPAN_MARCH)
+  string(MAKE_C_IDENTIFIER "LONGSPAN_ACCEPTS${LONGSPAN_MARCH}" accepted)
+  check_cxx_compiler_flag(${LONGSPAN_MARCH} ${accepted})
+  if(NOT ${accepted} AND LONGSPAN_ARCH)
+    message(FATAL_ERROR "longspan: LONGSPAN_ARCH is ${LONGSPAN_ARCH}, wanted a name that "
+                        "${CMAKE_CXX_COMPILER} accepts in ${LONGSPAN_MARCH}")
+  elseif(NOT ${accepted})
+    message(STATUS "longspan: ${CMAKE_CXX_COMPILER_ID} does not know -march=native, LONGSPAN_NATIVE has no effect")
+    set(LONGSPAN_MARCH "")
+  endif()
+  list(APPEND LONGSPAN_OWN_COMPILE_OPTIONS ${LONGSPAN_MARCH})
+endif()
+
+set(LONGSPAN_OWN_LINK_OPTIONS "")
+if(LONGSPAN_SANITIZE)
+  list(APPEND LONGSPAN_OWN_COMPILE_OPTIONS -fsanitize=${LONGSPAN_SANITIZE} -fno-sanitize-recover=all
+       -fno-omit-frame-pointer)
+  list(APPEND LONGSPAN_OWN_LINK_OPTIONS -fsanitize=${LONGSPAN_SANITIZE})
+endif()
+
+function(longspan_own_target target)
+  target_link_libraries(${target} PRIVATE longspan::longspan)
+  target_compile_options(${target} PRIVATE ${LONGSPAN_OWN_COMPILE_OPTIONS})
+  target_link_options(${target} PRIVATE ${LONGSPAN_OWN_LINK_OPTIONS})
+endfunction()

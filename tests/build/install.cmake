@@ -1,0 +1,25 @@
+# Installs the build tree BUILD to the empty folder PREFIX: all headers of SOURCE are there, and nothing that the
+# package does not have.
+file(REMOVE_RECURSE ${PREFIX})
+execute_process(COMMAND ${CMAKE_COMMAND} --install ${BUILD} --prefix ${PREFIX} COMMAND_ERROR_IS_FATAL ANY)
+
+file(GLOB_RECURSE wanted RELATIVE ${SOURCE} ${SOURCE}/include/*)
+list(APPEND wanted share/pkgconfig/longspan.pc)
+foreach(file Config ConfigVersion Targets)
+  list(APPEND wanted share/cmake/longspan/longspan${file}.cmake)
+endforeach()
+list(APPEND wanted share/cmake/longspan/find_openmp.cmake)
+
+file(GLOB_RECURSE installed RELATIVE ${PREFIX} ${PREFIX}/*)
+list(SORT wanted)
+list(SORT installed)
+if(NOT installed STREQUAL wanted)
+  message(FATAL_ERROR "installed: ${installed}\nwanted: ${wanted}")
+endif()
+file(GLOB targets ${PREFIX}/share/cmake/longspan/*.cmake)
+foreach(file IN LISTS targets)
+  file(STRINGS ${file} paths REGEX "${SOURCE}|${BUILD}|${PREFIX}")
+  if(paths)
+    message(FATAL_ERROR "${file} holds paths of the machine that built it: ${paths}")
+  endif()
+endforeach()

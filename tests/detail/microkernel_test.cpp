@@ -1,0 +1,197 @@
+// The inner loops against scalar ones, for every number of packets and every number of rows.
+#include "longspan/detail/microkernel.hpp"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/random.hpp"
+
+namespace {
+
+using namespace longspan::detail;
+using longspan::Index;
+using test::Random;
+
+template <class Real>
+std::vector<Real> normals(Index count, Random& random) {
+  std::vector<Real> x(static_cast<std::size_t>(count));
+  for (Real& value : x) value = static_cast<Real>(random.normal());
+  return x;
+}
+
+template <class Real>
+inline constexpr double u = double(std::numeric_limits<Real>::epsilon()) / 2;
+constexpr double canary = 12345;
+
+template <class Real, int packets>
+void check_score_rows() {
+  constexpr Index used = packets * lanes<Real>, width = used + 5, k_stride = 70;
+  Random random(1);
+  for (const Index head_dim : {0, 1, 2, 7, 64}) {
+    for (Index rows = 1; rows <= tile_rows; ++rows) {
+      // Rows behind the last one hold NaN, and must not be read.
+      std::vector<Real> k(static_cast<std::size_t>(tile_rows * k_stride),
+                          std::numeric_limits<Real>::quiet_NaN());
+      for (Index r = 0; r < rows; ++r) {
+        for (Index c = 0; c < head_dim; ++c)
+          k[std::size_t(r * k_stride + c)] = static_cast<Real>(random.normal());
+      }
+      const auto q = normals<Real>(std::max<Index>(1, head_dim) * width, random);
+      std::vector<Real> s(std::size_t(tile_rows * width), Real(canary)),
+          highest = normals<Real>(width, random);
+      const std::vector<Real> before = highest;
+      score_rows<packets>(k.data(), k_stride, rows, q.data(), width, head_dim, s.data(), width,
+                          highest.data());
+      bool right = true;
+      for (Index lane = 0; lane < width; ++lane) {
+        Real top = before[std::size_t(lane)];
+        for (Index r = 0; r < tile_rows; ++r) {
+          const Real got = s[std::size_t(r * width + lane)];
+          if (lane >= used) {
+            right = right && got == Real(canary);
+            continue;
+          }
+          double wanted = 0, size = 0;
+          for (Index c = 0; c < head_dim; ++c) {
+            const double x = double(k[std::size_t(std::min(r, rows - 1) * k_stride + c)]) *
+                             double(q[std::size_t(c * width + lane)]);
+            wanted += x;
+            size += std::abs(x);
+          }
+          right = right && std::abs(double(got) - wanted) <= double(head_dim + 2) * u<Real> * size;
+          top = std::max(top, got);
+        }
+        right = right && highest[std::size_t(lane)] == top;
+      }
+      INFO("packets=" << packets << " rows=" << rows << " head_dim=" << head_dim);
+      CHECK(right);
+    }
+  }
+}
+
+template <class Real, int packets>
+void check_weigh_rows() {
+  constexpr Index used = packets * lanes<Real>, width = used + 3;
+  Random random(2);
+  for (const Index keys : {0, 1, 2, 3, 8, 17}) {
+    std::vector<Real> s = normals<Real>((keys + 1) * width, random), shift(std::size_t(width), Real(3));
+    std::vector<Real> total = normals<Real>(width, random);
+    for (Real& x : s) x = -std::abs(x) * 5;
+    if (keys > 2) s[std::size_t(2 * width)] = std::numeric_limits<Real>::lowest();
+    const std::vector<Real> scores = s, totals = total;
+    weigh_rows<packets>(s.data(), width, keys, shift.data(), total.data());
+    bool right = true;
+    for (Index lane = 0; lane < width; ++lane) {
+      double sum = double(totals[std::size_t(lane)]), size = std::abs(sum);
+      for (Index j = 0; j <= keys; ++j) {
+        const auto at = std::size_t(j * width + lane);
+        if (j == keys || lane >= used) {
+          right = right && s[at] == scores[at];
+          continue;
+        }
+        const double p = std::exp((double(scores[at]) - 3) / double(score_unit<Real>));
+        right = right && std::abs(double(s[at]) - p) <= 64 * u<Real> * p;
+        sum += p;
+        size += p;
+      }
+      if (lane < used)
+        right = right && std::abs(double(total[std::size_t(lane)]) - sum) <= 100 * u<Real> * size;
+    }
+    if (keys > 2) right = right && s[std::size_t(2 * width)] == 0;
+    INFO("packets=" << packets << " keys=" << keys);
+    CHECK(right);
+  }
+}
+
+template <class Real, int packets>
+void check_value_rows() {
+  constexpr Index used = packets * lanes<Real>, width = used + 2, v_stride = tile_rows + 3;
+  Random random(3);
+  for (const Index keys : {0, 1, 2, 9, 128}) {
+    for (const Into into : {Into::fresh, Into::continued, Into::rescaled}) {
+      const auto v = normals<Real>((keys + 1) * v_stride, random),
+                 p = normals<Real>((keys + 1) * width, random);
+      const auto scale = normals<Real>(width, random), before = normals<Real>(tile_rows * width, random);
+      std::vector<Real> o = before;
+      value_rows<packets>(v.data(), v_stride, p.data(), width, keys, o.data(), width, into, scale.data());
+      bool right = true;
+      for (Index r = 0; r < tile_rows; ++r) {
+        for (Index lane = 0; lane < width; ++lane) {
+          const auto at = std::size_t(r * width + lane);
+          const double old = double(before[at]);
+          double wanted = into == Into::fresh       ? 0
+                          : into == Into::continued ? old
+                                                    : old * double(scale[std::size_t(lane)]);
+          double size = std::abs(wanted);
+          for (Index j = 0; j < keys; ++j) {
+            const double x =
+                double(v[std::size_t(j * v_stride + r)]) * double(p[std::size_t(j * width + lane)]);
+            wanted += x;
+            size += std::abs(x);
+          }
+          right =
+              right && (lane < used ? std::abs(double(o[at]) - wanted) <= double(keys + 3) * u<Real> * size
+                                    : o[at] == before[at]);
+        }
+      }
+      INFO("packets=" << packets << " keys=" << keys << " into=" << int(into));
+      CHECK(right);
+    }
+  }
+}
+
+template <class Real, template <class, int> class Check>
+void for_each_packets() {
+  Check<Real, 1>::run();
+  Check<Real, 2>::run();
+  if constexpr (tile_packets == 3) Check<Real, 3>::run();
+}
+
+template <class Real, int packets>
+struct Scores {
+  static void run() { check_score_rows<Real, packets>(); }
+};
+template <class Real, int packets>
+struct Weights {
+  static void run() { check_weigh_rows<Real, packets>(); }
+};
+template <class Real, int packets>
+struct Products {
+  static void run() { check_value_rows<Real, packets>(); }
+};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("microkernel: scores of a few rows of keys", "[microkernel]", float, double) {
+  for_each_packets<TestType, Scores>();
+}
+TEMPLATE_TEST_CASE("microkernel: weights of scores", "[microkernel]", float, double) {
+  for_each_packets<TestType, Weights>();
+}
+TEMPLATE_TEST_CASE("microkernel: weighted values of a few columns", "[microkernel]", float, double) {
+  for_each_packets<TestType, Products>();
+}
+
+TEMPLATE_TEST_CASE("microkernel: NaN in a score stays in its lane", "[microkernel][nan]", float, double) {
+  constexpr Index width = lanes<TestType>;
+  Random random(4);
+  const auto k = normals<TestType>(tile_rows * 2, random);
+  std::vector<TestType> q = normals<TestType>(2 * width, random), s(std::size_t(tile_rows * width));
+  std::vector<TestType> highest(std::size_t(width), TestType(-1)), total(std::size_t(width), TestType(0));
+  q[std::size_t(width - 1)] = std::numeric_limits<TestType>::quiet_NaN();
+  score_rows<1>(k.data(), 2, tile_rows, q.data(), width, 2, s.data(), width, highest.data());
+  weigh_rows<1>(s.data(), width, tile_rows, std::vector<TestType>(std::size_t(width), TestType(50)).data(),
+                total.data());
+  for (Index lane = 0; lane < width; ++lane)
+    CHECK(std::isnan(total[std::size_t(lane)]) == (lane == width - 1));
+}
+
+TEST_CASE("microkernel: the number of packets is passed on", "[microkernel]") {
+  for (int packets = 1; packets <= tile_packets; ++packets) {
+    int got = 0;
+    with_packets(packets, [&]<int n>() { got = n; });
+    CHECK(got == packets);
+  }
+}

@@ -1,0 +1,489 @@
+// Runs the built program; LONGSPAN_ATTEND_NPY is its path.
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "examples/attend_npy/npy.hpp"
+#include "longspan/longspan.hpp"
+#include "longspan/reference/softmax_attention.hpp"
+#include "support/catch.hpp"
+#include "temporary_folder.hpp"
+
+#if defined(__SANITIZE_ADDRESS__)
+#define LONGSPAN_TEST_ADDRESS_SANITIZER
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define LONGSPAN_TEST_ADDRESS_SANITIZER
+#endif
+#endif
+
+namespace {
+
+using longspan::Index;
+
+struct Outcome {
+  int exit_code = -1;
+  std::string out, err;
+};
+
+/// Runs `attend_npy <words>` in the folder, through a shell that first does `before`.
+Outcome run(const TemporaryFolder& folder, const std::string& words, const std::string& before = "") {
+  const TemporaryFolder streams;
+  const auto quoted = [](const std::string& text) { return "'" + text + "'"; };
+  const std::string command = "cd " + quoted(folder.path()) + " && " + before + quoted(LONGSPAN_ATTEND_NPY) +
+                              " " + words + " >" + quoted(streams.file("out")) + " 2>" +
+                              quoted(streams.file("err"));
+  const int status = std::system(command.c_str());
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, streams.read("out"), streams.read("err")};
+}
+
+/// A tensor in double, whose values a float32 holds exactly.
+struct Values {
+  std::vector<Index> shape;
+  std::vector<double> values;
+
+  longspan::TensorView<const double> view() const {
+    return longspan::compact_view(values.data(), shape[0], shape[1], shape[2], shape[3]);
+  }
+  Values absolute() const {
+    Values result = *this;
+    for (double& x : result.values) x = std::abs(x);
+    return result;
+  }
+  template <class T>
+  Values rounded_to() const {
+    Values result = *this;
+    for (double& x : result.values) x = static_cast<double>(static_cast<T>(x));
+    return result;
+  }
+};
+
+Values random_values(const std::vector<Index>& shape, unsigned seed) {
+  std::mt19937 random(seed);
+  Values x{shape, std::vector<double>(static_cast<std::size_t>(*npy::value_count(shape)))};
+  for (double& value : x.values) value = static_cast<double>(random() >> 8) * 0x1p-22 - 2;
+  return x;
+}
+
+template <class T>
+void save(const TemporaryFolder& folder, const std::string& name, const std::vector<Index>& shape,
+          const std::vector<double>& values) {
+  struct {
+    std::string bytes;
+    void write(const void* from, std::size_t count) { bytes.append(static_cast<const char*>(from), count); }
+  } file;
+  const std::vector<T> converted(values.begin(), values.end());
+  npy::write(file, shape, std::span<const T>(converted));
+  folder.write(name, file.bytes);
+}
+
+/// q, k and v of grouped-query attention, saved as float32.
+struct Inputs {
+  Values q = random_values({2, 6, 19, 24}, 1), k = random_values({2, 2, 37, 24}, 2),
+         v = random_values({2, 2, 37, 5}, 3);
+
+  template <class T>
+  void save_as(const TemporaryFolder& folder) const {
+    save<T>(folder, "q.npy", q.shape, q.values);
+    save<T>(folder, "k.npy", k.shape, k.values);
+    save<T>(folder, "v.npy", v.shape, v.values);
+  }
+};
+
+const std::string files = " --q q.npy --k k.npy --v v.npy --out out.npy";
+
+std::vector<double> values_of(const npy::Array& array) {
+  return std::visit([](const auto& values) { return std::vector<double>(values.begin(), values.end()); },
+                    array.values);
+}
+
+bool holds_doubles(const npy::Array& array) {
+  return std::holds_alternative<std::vector<double>>(array.values);
+}
+
+/// The largest scale * sum_c |q_ic k_jc| of any query and key: no less than a_i of the error bound.
+double condition(const Inputs& in, double scale) {
+  const auto q = in.q.view(), k = in.k.view();
+  double largest = 0;
+  for (Index b = 0; b < q.batch; ++b) {
+    for (Index h = 0; h < q.heads; ++h) {
+      for (Index i = 0; i < q.rows; ++i) {
+        for (Index j = 0; j < k.rows; ++j) {
+          const double *x = q.row(b, h, i), *y = k.row(b, h / (q.heads / k.heads), j);
+          largest =
+              std::max(largest, std::transform_reduce(x, x + q.cols, y, 0.0, std::plus<>(),
+                                                      [](double s, double t) { return std::abs(s * t); }));
+        }
+      }
+    }
+  }
+  return std::abs(scale) * largest;
+}
+
+/// out and lse in the folder against the oracle, within the bound that softmax_attention promises.
+template <class Mask, class Score>
+void check_outputs(const TemporaryFolder& folder, const Inputs& in, const Mask& mask, const Score& score,
+                   std::optional<double> scale, double unit) {
+  const std::size_t rows = static_cast<std::size_t>(in.q.shape[0] * in.q.shape[1] * in.q.shape[2]);
+  const std::size_t value_dim = static_cast<std::size_t>(in.v.shape[3]);
+  std::vector<double> exact(rows * value_dim), gauge(rows * value_dim), exact_lse(rows);
+  const auto view_of = [&](std::vector<double>& x) {
+    return longspan::compact_view(x.data(), in.q.shape[0], in.q.shape[1], in.q.shape[2], in.v.shape[3]);
+  };
+  longspan::reference::softmax_attention oracle{mask, score};
+  if (scale) oracle.scale = *scale;
+  const Values absolute = in.v.absolute();
+  oracle(in.q.view(), in.k.view(), in.v.view(), view_of(exact),
+         longspan::compact_rows_view(exact_lse.data(), in.q.shape[0], in.q.shape[1], in.q.shape[2]));
+  oracle(in.q.view(), in.k.view(), absolute.view(), view_of(gauge));
+
+  const std::vector<double> out = values_of(npy::read(folder.file("out.npy")));
+  const std::vector<double> lse = values_of(npy::read(folder.file("lse.npy")));
+  REQUIRE(out.size() == exact.size());
+  REQUIRE(lse.size() == exact_lse.size());
+  const double a = condition(in, scale.value_or(1 / std::sqrt(static_cast<double>(in.q.shape[3]))));
+  int wrong = 0, wrong_lse = 0;  // counted so that a NaN is wrong
+  for (std::size_t n = 0; n < out.size(); ++n) {
+    wrong += !(std::abs(out[n] - exact[n]) <= 16 * unit * (1 + a) * gauge[n]);
+  }
+  for (std::size_t n = 0; n < lse.size(); ++n) {
+    wrong_lse += !(std::abs(lse[n] - exact_lse[n]) <= 16 * unit * (1 + a + std::abs(exact_lse[n])));
+  }
+  CHECK(wrong == 0);
+  CHECK(wrong_lse == 0);
+}
+
+constexpr double unit_of_float = 0x1p-24, unit_of_double = 0x1p-53;
+
+}  // namespace
+
+TEST_CASE("attend_npy softmax: agrees with the oracle for every key", "[attend_npy][oracle]") {
+  const TemporaryFolder folder;
+  const Inputs in;
+  in.save_as<float>(folder);
+  const auto check = [&](const std::string& keys, const auto& mask, const auto& score,
+                         std::optional<double> scale) {
+    for (const bool in_double : {false, true}) {
+      CAPTURE(keys, in_double);
+      const Outcome outcome =
+          run(folder, "softmax " + keys + files + " --lse lse.npy" + (in_double ? " --dtype f64" : ""));
+      REQUIRE(outcome.err == "");
+      REQUIRE(outcome.out == "");
+      REQUIRE(outcome.exit_code == 0);
+      check_outputs(folder, in, mask, score, scale, in_double ? unit_of_double : unit_of_float);
+    }
+  };
+  using longspan::causal, longspan::everything, longspan::softcap, longspan::unchanged, longspan::window;
+  check("", everything{}, unchanged{}, {});
+  check("causal=0", everything{}, unchanged{}, {});
+  check("causal=1", causal{}, unchanged{}, {});
+  check("window=7", window{.left = 6, .right = 6}, unchanged{}, {});
+  check("window=1", window{.left = 0, .right = 0}, unchanged{}, {});
+  check("causal=1 window=7", causal{} & window{.left = 6}, unchanged{}, {});
+  check("window=9223372036854775807 causal=1", causal{}, unchanged{}, {});
+  check("scale=0.5", everything{}, unchanged{}, 0.5);
+  check("scale=-1.5e-1", everything{}, unchanged{}, -0.15);
+  check("softcap=1.5", everything{}, softcap{1.5f}, {});
+  check("softcap=1.5 scale=2 window=9 causal=1", causal{} & window{.left = 8}, softcap{1.5f}, 2.0);
+}
+
+TEST_CASE("attend_npy softmax: window=W sees the keys less than W positions away", "[attend_npy][exact]") {
+  // Equal scores and a power of two of keys: out is the mean of the visible values, exactly.
+  const TemporaryFolder folder;
+  const Index length = 12;
+  std::vector<double> places(static_cast<std::size_t>(length));
+  std::iota(places.begin(), places.end(), 0.0);
+  save<float>(folder, "q.npy", {length, 1}, std::vector<double>(12, 0.0));
+  save<float>(folder, "k.npy", {length, 1}, std::vector<double>(12, 0.0));
+  save<float>(folder, "v.npy", {length, 1}, places);
+  REQUIRE(run(folder, "softmax window=4 causal=1" + files).exit_code == 0);
+  CHECK(values_of(npy::read(folder.file("out.npy")))[9] == (6 + 7 + 8 + 9) / 4.0);
+  // Not causal the last query still sees four, the first ones of them behind it.
+  REQUIRE(run(folder, "softmax window=4" + files).exit_code == 0);
+  CHECK(values_of(npy::read(folder.file("out.npy")))[0] == (0 + 1 + 2 + 3) / 4.0);
+  CHECK(values_of(npy::read(folder.file("out.npy")))[11] == (8 + 9 + 10 + 11) / 4.0);
+}
+
+TEST_CASE("attend_npy: --dtype is what the kernel sees, and decides what is written",
+          "[attend_npy][oracle]") {
+  const TemporaryFolder folder;
+  const Inputs in;
+  const bool doubles_in = GENERATE(false, true);
+  if (doubles_in) {
+    in.save_as<double>(folder);
+  } else {
+    in.save_as<float>(folder);
+  }
+  const auto check = [&](const std::string& dtype, const Inputs& seen, bool doubles_out) {
+    CAPTURE(dtype, doubles_in);
+    const Outcome outcome = run(folder, "softmax causal=1" + files + " --lse lse.npy" + dtype);
+    REQUIRE(outcome.err == "");
+    REQUIRE(outcome.exit_code == 0);
+    CHECK(holds_doubles(npy::read(folder.file("out.npy"))) == doubles_out);
+    CHECK(holds_doubles(npy::read(folder.file("lse.npy"))) == doubles_out);
+    check_outputs(folder, seen, longspan::causal{}, longspan::unchanged{}, {},
+                  doubles_out ? unit_of_double : unit_of_float);
+  };
+  const auto rounded = [&]<class T>(T) {
+    return Inputs{in.q.rounded_to<T>(), in.k.rounded_to<T>(), in.v.rounded_to<T>()};
+  };
+  check("", in, doubles_in);
+  check(" --dtype f32", in, false);
+  check(" --dtype f64", in, true);
+  check(" --dtype bf16", rounded(Eigen::bfloat16()), false);
+  check(" --dtype f16", rounded(Eigen::half()), false);
+}
+
+TEST_CASE("attend_npy: one float64 file among float32 files makes the call double", "[attend_npy]") {
+  const TemporaryFolder folder;
+  const Inputs in;
+  in.save_as<float>(folder);
+  save<double>(folder, "k.npy", in.k.shape, in.k.values);
+  REQUIRE(run(folder, "softmax" + files + " --lse lse.npy").exit_code == 0);
+  CHECK(holds_doubles(npy::read(folder.file("out.npy"))));
+  check_outputs(folder, in, longspan::everything{}, longspan::unchanged{}, {}, unit_of_double);
+}
+
+TEST_CASE("attend_npy: outputs have the rank of q", "[attend_npy]") {
+  const TemporaryFolder folder;
+  const Values q = random_values({1, 1, 6, 8}, 1), k = random_values({1, 1, 9, 8}, 2),
+               v = random_values({1, 1, 9, 3}, 3);
+  const auto last = [](const std::vector<Index>& shape, std::size_t rank) {
+    return std::vector<Index>(shape.end() - static_cast<std::ptrdiff_t>(rank), shape.end());
+  };
+  std::vector<double> first_out;
+  for (const std::size_t rank : {4u, 3u, 2u}) {
+    CAPTURE(rank);
+    save<float>(folder, "q.npy", last(q.shape, rank), q.values);
+    save<float>(folder, "k.npy", last(k.shape, rank), k.values);
+    save<float>(folder, "v.npy", last(v.shape, rank), v.values);
+    REQUIRE(run(folder, "softmax" + files + " --lse lse.npy").exit_code == 0);
+    const npy::Array out = npy::read(folder.file("out.npy"));
+    CHECK(out.shape == last({1, 1, 6, 3}, rank));
+    CHECK(npy::read(folder.file("lse.npy")).shape == last({1, 1, 6}, rank - 1));
+    if (first_out.empty()) first_out = values_of(out);
+    CHECK(values_of(out) == first_out);
+  }
+}
+
+TEST_CASE("attend_npy: sizes of 0 are sizes", "[attend_npy]") {
+  const TemporaryFolder folder;
+  const auto shapes_of = [&](const std::vector<Index>& q, const std::vector<Index>& k,
+                             const std::vector<Index>& v) {
+    save<float>(folder, "q.npy", q, std::vector<double>(static_cast<std::size_t>(*npy::value_count(q)), 1.0));
+    save<float>(folder, "k.npy", k, std::vector<double>(static_cast<std::size_t>(*npy::value_count(k)), 1.0));
+    save<float>(folder, "v.npy", v, std::vector<double>(static_cast<std::size_t>(*npy::value_count(v)), 1.0));
+    const Outcome outcome = run(folder, "softmax causal=1" + files + " --lse lse.npy");
+    REQUIRE(outcome.err == "");
+    return npy::read(folder.file("out.npy"));
+  };
+  CHECK(shapes_of({1, 2, 0, 4}, {1, 1, 3, 4}, {1, 1, 3, 5}).shape == std::vector<Index>{1, 2, 0, 5});
+  CHECK(shapes_of({0, 2, 3, 4}, {0, 1, 3, 4}, {0, 1, 3, 5}).shape == std::vector<Index>{0, 2, 3, 5});
+  CHECK(shapes_of({1, 2, 3, 4}, {1, 1, 3, 4}, {1, 1, 3, 0}).shape == std::vector<Index>{1, 2, 3, 0});
+
+  // No keys: every row sees none.
+  CHECK(values_of(shapes_of({1, 2, 3, 4}, {1, 1, 0, 4}, {1, 1, 0, 5})) == std::vector<double>(30, 0.0));
+  CHECK(values_of(npy::read(folder.file("lse.npy"))) ==
+        std::vector<double>(6, -std::numeric_limits<double>::infinity()));
+}
+
+TEST_CASE("attend_npy: the bits do not depend on --threads", "[attend_npy]") {
+  const TemporaryFolder folder;
+  Inputs().save_as<float>(folder);
+  std::string first;
+  for (const std::string threads : {"1", "2", "3", "7"}) {
+    REQUIRE(run(folder, "softmax causal=1" + files + " --threads " + threads).exit_code == 0);
+    if (first.empty()) first = folder.read("out.npy");
+    CHECK(folder.read("out.npy") == first);
+  }
+}
+
+TEST_CASE("attend_npy: the order of keys and options is free", "[attend_npy]") {
+  const TemporaryFolder folder;
+  Inputs().save_as<float>(folder);
+  REQUIRE(run(folder, "softmax causal=1 window=5" + files).exit_code == 0);
+  const std::string expected = folder.read("out.npy");
+  REQUIRE(run(folder, "softmax --out other.npy window=5 --v v.npy --k k.npy causal=1 --q q.npy").exit_code ==
+          0);
+  CHECK(folder.read("other.npy") == expected);
+}
+
+TEST_CASE("attend_npy: --help is on stdout, a call without arguments gets the same on stderr",
+          "[attend_npy]") {
+  const TemporaryFolder folder;
+  const Outcome help = run(folder, "--help"), late = run(folder, "softmax --out --help"),
+                none = run(folder, "");
+  CHECK(help.exit_code == 0);
+  CHECK(help.err == "");
+  CHECK(help.out.substr(0, 24) == "usage: attend_npy VARIAN");
+  CHECK(help.out.find("window=W") != std::string::npos);
+  CHECK(late.exit_code == 0);
+  CHECK(late.out == help.out);
+  CHECK(none.exit_code == 2);
+  CHECK(none.out == "");
+  CHECK(none.err == help.out);
+  CHECK(folder.names().empty());
+}
+
+namespace {
+
+/// One sentence on stderr, exit code 2, and the folder as it was.
+void check_refused(const TemporaryFolder& folder, const std::string& words, const std::string& sentence,
+                   const std::string& before = "") {
+  CAPTURE(words);
+  const auto names = folder.names();
+  const Outcome outcome = run(folder, words, before);
+  CHECK(outcome.exit_code == 2);
+  CHECK(outcome.out == "");
+  CHECK(outcome.err == "attend_npy: " + sentence + "\n");
+  CHECK(folder.names() == names);
+}
+
+}  // namespace
+
+TEST_CASE("attend_npy: a wrong command line is refused in one sentence and writes nothing",
+          "[attend_npy][errors]") {
+  const TemporaryFolder folder;
+  Inputs().save_as<float>(folder);
+  const std::string options = "--q, --k, --v, --out, --lse, --dtype and --threads";
+  check_refused(folder, "sofmax" + files, "unknown variant 'sofmax', the variants are: softmax");
+  check_refused(folder, "causal=1 softmax" + files, "unknown variant 'causal=1', the variants are: softmax");
+  check_refused(folder, "softmax casual=1" + files,
+                "unknown key 'casual', the keys of softmax are causal, window, scale and softcap");
+  check_refused(folder, "softmax causal=1 causal=1" + files, "the key causal is given twice");
+  check_refused(folder, "softmax causal" + files,
+                "'causal' is neither key=value nor one of the options " + options);
+  check_refused(folder, "softmax =1" + files, "'=1' is neither key=value nor one of the options " + options);
+  check_refused(folder, "softmax -q q.npy" + files,
+                "'-q' is neither key=value nor one of the options " + options);
+  check_refused(folder, "softmax --block 3" + files, "unknown option '--block', the options are " + options);
+  check_refused(folder, "softmax --q=q.npy" + files,
+                "unknown option '--q=q.npy', the options are " + options);
+  check_refused(folder, "softmax --q q.npy" + files, "the option --q is given twice");
+  check_refused(folder, "softmax" + files + " --lse", "the option --lse has no value");
+  check_refused(folder, "softmax --lse" + files, "the option --lse has no value");
+  check_refused(folder, "softmax --lse ''" + files, "the option --lse has no value");
+  check_refused(folder, "softmax", "the option --q is missing");
+  check_refused(folder, "softmax --q q.npy --k k.npy --v v.npy", "the option --out is missing");
+  check_refused(folder, "softmax" + files + " --lse out.npy",
+                "the options --out and --lse name the same file");
+  check_refused(folder, "softmax" + files + " --lse ../$(basename $PWD)/./out.npy",
+                "the options --out and --lse name the same file");
+  check_refused(folder, "softmax" + files + " --dtype float32",
+                "the option --dtype is 'float32', wanted f32, f64, bf16 or f16");
+  for (const std::string threads : {"0", "-1", "2x", "1.5", "4097", "99999999999999999999"}) {
+    check_refused(folder, "softmax" + files + " --threads " + threads,
+                  "the option --threads is '" + threads + "', wanted an integer from 1 to 4096");
+  }
+}
+
+TEST_CASE("attend_npy: a wrong value of a key is refused in one sentence and writes nothing",
+          "[attend_npy][errors]") {
+  const TemporaryFolder folder;
+  Inputs().save_as<float>(folder);
+  const auto check = [&](const std::string& key, const std::string& wanted,
+                         const std::vector<std::string>& values) {
+    for (const std::string& value : values) {
+      check_refused(folder, "softmax '" + key + "=" + value + "'" + files,
+                    "the key " + key + " is '" + value + "', wanted " + wanted);
+    }
+  };
+  check("causal", "0 or 1", {"", "2", "true", "01", " 1", "1 "});
+  check("window", "an integer from 1 to 2^63 - 1",
+        {"", "0", "-4", "+4", "4.0", "4k", " 4", "0x4", "9223372036854775808"});
+  check("scale", "a finite number other than 0",
+        {"", "0", "-0.0", "inf", "nan", "1e999", "1,5", "0.5f", "+1", "x=1"});
+  check("softcap", "a finite number above 0", {"", "0", "-1", "inf", "nan", "1e39", "1e-60", "50 "});
+}
+
+TEST_CASE("attend_npy: bad files are refused in one sentence and nothing is written",
+          "[attend_npy][errors]") {
+  const TemporaryFolder folder;
+  const Inputs in;
+  in.save_as<float>(folder);
+  check_refused(folder, "softmax --q none.npy --k k.npy --v v.npy --out out.npy",
+                "none.npy: cannot be read: No such file or directory");
+  check_refused(folder, "softmax --q . --k k.npy --v v.npy --out out.npy", ".: is not a regular file");
+  folder.write("short.npy", folder.read("v.npy").substr(0, 1000));
+  check_refused(folder, "softmax --q q.npy --k k.npy --v short.npy --out out.npy",
+                "short.npy: holds 872 bytes of values, wanted 2960 for the shape (2, 2, 37, 5)");
+  save<float>(folder, "flat.npy", {4}, {1, 2, 3, 4});
+  check_refused(folder, "softmax --q flat.npy --k k.npy --v v.npy --out out.npy",
+                "flat.npy: has the shape (4,), wanted 2 to 4 dimensions: [N, d], [H, N, d] or [B, H, N, d]");
+  save<float>(folder, "deep.npy", {1, 1, 1, 1, 1}, {1});
+  check_refused(
+      folder, "softmax --q deep.npy --k k.npy --v v.npy --out out.npy",
+      "deep.npy: has the shape (1, 1, 1, 1, 1), wanted 2 to 4 dimensions: [N, d], [H, N, d] or [B, H, N, d]");
+}
+
+TEST_CASE("attend_npy: shapes that disagree are refused and nothing is written", "[attend_npy][errors]") {
+  const TemporaryFolder folder;
+  const Inputs in;
+  const auto check = [&](const std::string& name, const std::vector<Index>& shape) {
+    in.save_as<float>(folder);
+    save<float>(folder, name, shape,
+                std::vector<double>(static_cast<std::size_t>(*npy::value_count(shape)), 1.0));
+    const auto names = folder.names();
+    const Outcome outcome = run(folder, "softmax" + files + " --lse lse.npy");
+    CAPTURE(name, outcome.err);
+    CHECK(outcome.exit_code == 2);
+    CHECK(outcome.err.substr(0, 12) == "attend_npy: ");
+    CHECK(outcome.err.find("softmax_attention: ") != std::string::npos);
+    CHECK(outcome.err.find('\n') == outcome.err.size() - 1);
+    CHECK(folder.names() == names);
+  };
+  check("q.npy", {1, 6, 19, 24});  // batch
+  check("q.npy", {2, 5, 19, 24});  // heads no multiple of kv_heads
+  check("k.npy", {2, 2, 37, 23});  // head_dim
+  check("v.npy", {2, 2, 36, 5});   // kv_len
+  check("v.npy", {2, 1, 37, 5});   // kv_heads
+  check("v.npy", {37, 5});         // one head of one batch row
+}
+
+TEST_CASE("attend_npy: a failure leaves the outputs of an earlier run alone", "[attend_npy][errors]") {
+  const TemporaryFolder folder;
+  Inputs().save_as<float>(folder);
+  folder.write("out.npy", "from an earlier run");
+  folder.write("lse.npy", "this too");
+  std::filesystem::create_directory(folder.file("folder"));
+
+  check_refused(folder, "softmax" + files + " --lse folder",
+                "folder: is there already and is not a regular file");
+  check_refused(folder, "softmax" + files + " --lse none/lse.npy",
+                "none/lse.npy: the folder to write it in does not exist");
+  // A disk that is full after 32 KiB (64 with some shells) of the 80 KB of out.npy. Some OpenMP runtimes
+  // write a file of their own, a smaller one.
+  save<float>(folder, "long.npy", {5000, 4}, std::vector<double>(20000, 1.0));
+  check_refused(folder, "softmax window=1 --q long.npy --k long.npy --v long.npy --out out.npy --lse lse.npy",
+                "out.npy: cannot be written: File too large", "trap '' XFSZ && ulimit -f 64 && ");
+  CHECK(folder.read("out.npy") == "from an earlier run");
+  CHECK(folder.read("lse.npy") == "this too");
+
+  REQUIRE(run(folder, "softmax" + files + " --lse lse.npy").exit_code == 0);
+  CHECK(npy::read(folder.file("out.npy")).shape == std::vector<Index>{2, 6, 19, 5});
+  CHECK(npy::read(folder.file("lse.npy")).shape == std::vector<Index>{2, 6, 19});
+  CHECK(folder.names() ==
+        std::set<std::string>{"q.npy", "k.npy", "v.npy", "out.npy", "lse.npy", "long.npy", "folder"});
+}
+
+TEST_CASE("attend_npy: an output that no memory holds is refused", "[attend_npy][errors]") {
+  const TemporaryFolder folder;
+  // Files without values may name any size: out would have 2^59 values, or more than can be counted in bytes.
+  save<float>(folder, "q.npy", {2, 2, 2, 1}, std::vector<double>(8, 1.0));
+  save<float>(folder, "k.npy", {2, 2, 0, 1}, {});
+  save<float>(folder, "v.npy", {2, 2, 0, Index(1) << 57}, {});
+  check_refused(folder, "softmax" + files,
+                "out.npy: would have the shape (2, 2, 2, 144115188075855872), too large for any memory");
+#if !defined(LONGSPAN_TEST_ADDRESS_SANITIZER)  // which ends the program where operator new would throw
+  save<float>(folder, "v.npy", {2, 2, 0, Index(1) << 56}, {});
+  check_refused(folder, "softmax" + files, "not enough memory for these tensors");
+#endif
+}

@@ -1,0 +1,10 @@
+// expect: TensorLike
+#include <longspan/longspan.hpp>
+#include <unsupported/Eigen/CXX11/Tensor>
+
+using Tensor = Eigen::Tensor<float, 4, Eigen::RowMajor>;
+
+void attend_all(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& out) {
+  longspan::softmax_attention attend{longspan::causal{}};
+  attend(q + q, k, v, out);
+}

@@ -1,0 +1,346 @@
+#include "longspan/mask.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/masks.hpp"
+#include "support/random.hpp"
+
+using longspan::causal;
+using longspan::classify;
+using longspan::documents;
+using longspan::everything;
+using longspan::Index;
+using longspan::key_ranges;
+using longspan::KeyRange;
+using longspan::KeyRanges;
+using longspan::padding;
+using longspan::Seen;
+using longspan::sees;
+using longspan::segments;
+using longspan::sinks;
+using longspan::Tile;
+using longspan::window;
+using test::MaskCase;
+// Argument-dependent lookup finds the operators for the library's own masks only.
+using longspan::operator&;
+using longspan::operator|;
+using longspan::operator!;
+
+namespace {
+
+/// What each query of [0, queries) sees of `keys` keys: one text of # and . for each.
+template <longspan::Mask M>
+std::vector<std::string> picture(const M& mask, Index queries, Index keys, Index b = 0, Index h = 0) {
+  std::vector<std::string> rows;
+  for (Index i = 0; i < queries; ++i) {
+    std::string& row = rows.emplace_back();
+    for (Index j = 0; j < keys; ++j) row += sees(mask, b, h, i, j) ? '#' : '.';
+  }
+  return rows;
+}
+using Picture = std::vector<std::string>;
+
+constexpr Index lowest_key = -6, keys_behind = 30;
+
+std::string text_of(const Tile& tile) {
+  return "batch " + std::to_string(tile.batch) + ", heads " + std::to_string(tile.first_head) + "+" +
+         std::to_string(tile.heads) + ", queries " + std::to_string(tile.first_query) + "+" +
+         std::to_string(tile.queries) + ", keys " + std::to_string(tile.first_key) + "+" +
+         std::to_string(tile.keys);
+}
+
+template <class Work>
+void for_each_row(const Tile& tile, const Work& work) {
+  for (Index h = tile.first_head; h < tile.first_head + tile.heads; ++h) {
+    for (Index i = tile.first_query; i < tile.first_query + tile.queries; ++i) work(h, i);
+  }
+}
+
+/// What is wrong with the mask's answers about the tile; empty where nothing is.
+std::string fault(const MaskCase& mask, const Tile& tile) {
+  Index seen = 0;
+  bool same = true, in_ranges = true;
+  const KeyRanges ranges = key_ranges(mask.mask, tile);
+  for_each_row(tile, [&](Index h, Index i) {
+    for (Index j = lowest_key; j < keys_behind; ++j) {
+      const bool yes = mask.meaning(tile.batch, h, i, j);
+      same &= sees(mask.mask, tile.batch, h, i, j) == yes;
+      seen += yes && tile.key_range().contains(j);
+      in_ranges &= !yes || std::any_of(ranges.begin(), ranges.end(),
+                                       [&](KeyRange range) { return range.contains(j); });
+    }
+  });
+  const Index pairs = tile.heads * tile.queries * tile.keys;
+  const Seen answer = classify(mask.mask, tile);
+  const char* wrong = !same                                                 ? "sees"
+                      : !in_ranges                                          ? "key_ranges"
+                      : answer == Seen::none && seen != 0                   ? "none"
+                      : answer == Seen::all && seen != pairs                ? "all"
+                      : mask.exact && answer == Seen::some && seen == 0     ? "some for none"
+                      : mask.exact && answer == Seen::some && seen == pairs ? "some for all"
+                                                                            : nullptr;
+  return wrong == nullptr ? std::string() : mask.text + ": " + wrong + " is wrong at " + text_of(tile);
+}
+
+Tile random_tile(test::Random& random) {
+  Tile tile;
+  tile.batch = random.between(0, 2);
+  tile.first_head = random.between(0, 3);
+  tile.heads = random.pick<Index>({1, 1, 2, 3});
+  tile.first_query = random.between(-9, 20);
+  tile.queries = random.between(1, 7);
+  tile.first_key = random.between(lowest_key, 20);
+  tile.keys = random.between(1, 9);
+  return tile;
+}
+
+}  // namespace
+
+TEST_CASE("mask: classify and key_ranges of every mask, on every small tile", "[mask]") {
+  for (const MaskCase& mask : test::library_masks()) {
+    std::string found;
+    for (Index batch = 0; batch < (mask.text == "padding" ? 3 : 1); ++batch) {
+      for (Index query = -9; query < 12; ++query) {
+        for (Index queries = 1; queries < 7; ++queries) {
+          for (Index key = lowest_key; key < 18; key += key < 0 ? 3 : 1) {
+            for (const Index keys : {1, 2, 3, 5, 8}) {
+              if (found.empty()) found = fault(mask, {batch, 0, 1, query, queries, key, keys});
+            }
+          }
+        }
+      }
+    }
+    CHECK(found == "");
+  }
+}
+
+TEST_CASE("mask: any combination answers truly, on random tiles", "[mask]") {
+  test::for_each_case(600, [](test::Random& random) {
+    const MaskCase mask = test::random_mask(random, static_cast<int>(random.between(1, 4)));
+    std::string found;
+    for (int n = 0; n < 60 && found.empty(); ++n) found = fault(mask, random_tile(random));
+    CHECK(found == "");
+  });
+}
+
+TEST_CASE("mask: combinations of two range masks, their types known", "[mask]") {
+  // `both` of two range masks is itself a range mask, and so answers in another way than other combinations.
+  const auto check = [](auto a, const MaskCase& of_a, auto b, const MaskCase& of_b) {
+    STATIC_REQUIRE(longspan::RangeMask<decltype(a & b)>);
+    STATIC_REQUIRE_FALSE(longspan::RangeMask<decltype(a | b)>);
+    MaskCase in_both = test::and_of(of_a, of_b), in_either = test::or_of(of_a, of_b);
+    in_both.mask = test::AnyMask(a & b);
+    in_either.mask = test::AnyMask(a | b);
+    const MaskCase in_neither = test::not_of(in_either);
+    test::for_each_case(1500, [&](test::Random& random) {
+      const Tile tile = random_tile(random);
+      const std::string found = fault(in_both, tile) + fault(in_either, tile) + fault(in_neither, tile);
+      if (!found.empty()) CHECK(found == "");
+    });
+    SUCCEED();
+  };
+  const std::array<Index, 4> starts = test::few_starts;
+  check(causal{}, test::causal_case(), window{.left = 3}, test::window_case(3, window::unlimited));
+  check(causal{}, test::causal_case(), sinks{4}, test::sinks_case(4));
+  check(causal{}, test::causal_case(), segments{5}, test::segments_case(5));
+  check(causal{}, test::causal_case(), documents{starts}, test::documents_case(0));
+  check(documents{starts}, test::documents_case(0), padding{test::padding_lengths}, test::padding_case());
+  check(window{2, 2}, test::window_case(2, 2), documents{starts}, test::documents_case(0));
+  check(window{2, 2}, test::window_case(2, 2), segments{4}, test::segments_case(4));
+  check(sinks{4}, test::sinks_case(4), segments{3}, test::segments_case(3));
+}
+
+TEST_CASE("mask: causal & window is exact", "[mask]") {
+  MaskCase mask = test::and_of(test::causal_case(), test::window_case(4, window::unlimited));
+  mask.mask = test::AnyMask(causal{} & window{.left = 4});
+  mask.exact = true;
+  test::for_each_case(3000, [&](test::Random& random) {
+    const std::string found = fault(mask, random_tile(random));
+    if (!found.empty()) CHECK(found == "");
+  });
+  CHECK(fault(mask, {0, 0, 1, 5, 3, 2, 6}) == "");
+}
+
+TEST_CASE("causal: query i sees the keys up to i", "[mask]") {
+  CHECK(picture(causal{}, 4, 5) == Picture{"#....", "##...", "###..", "####."});
+  CHECK_FALSE(sees(causal{}, 0, 0, -1, 0));
+}
+
+TEST_CASE("window: keys i - left to i + right", "[mask]") {
+  CHECK(picture(window{.left = 1, .right = 2}, 4, 6) == Picture{"###...", "####..", ".####.", "..####"});
+  CHECK(picture(window{.left = 1}, 3, 4) == Picture{"####", "####", ".###"});
+  CHECK(picture(window{.right = 0}, 3, 4) == Picture{"#...", "##..", "###."});
+  CHECK(picture(window{}, 2, 3) == Picture{"###", "###"});
+  CHECK(picture(window{0, 0}, 3, 3) == Picture{"#..", ".#.", "..#"});
+  CHECK(picture(causal{} & window{.left = 1}, 4, 4) == Picture{"#...", "##..", ".##.", "..##"});
+}
+
+TEST_CASE("sinks: the first keys, for every query", "[mask]") {
+  CHECK(picture(sinks{2}, 3, 4) == Picture{"##..", "##..", "##.."});
+  CHECK(sinks{}.count == 4);
+  CHECK(picture(sinks{0}, 1, 2) == Picture{".."});
+  CHECK(picture(causal{} & (sinks{1} | window{.left = 1}), 5, 5) ==
+        Picture{"#....", "##...", "###..", "#.##.", "#..##"});
+}
+
+TEST_CASE("segments: the keys of the query's own", "[mask]") {
+  CHECK(picture(segments{2}, 5, 5) == Picture{"##...", "##...", "..##.", "..##.", "....#"});
+  CHECK(sees(segments{4}, 0, 0, -1, -4));
+  CHECK_FALSE(sees(segments{4}, 0, 0, -1, 0));
+  CHECK(sees(segments{4}, 0, 0, -4, -1));
+  CHECK_FALSE(sees(segments{4}, 0, 0, -5, -4));
+}
+
+TEST_CASE("documents: the keys of the query's own, the first and the last open", "[mask]") {
+  const std::vector<Index> starts{2, 3, 5};
+  CHECK(picture(documents{starts}, 7, 7) ==
+        Picture{"##.....", "##.....", "..#....", "...##..", "...##..", ".....##", ".....##"});
+  CHECK(picture(documents{}, 2, 3) == Picture{"###", "###"});
+  CHECK(picture(causal{} & documents{starts}, 5, 5) == Picture{"#....", "##...", "..#..", "...#.", "...##"});
+}
+
+TEST_CASE("padding: the keys behind the length of the batch row are hidden, or those before it", "[mask]") {
+  const std::vector<Index> lengths{2, 0, 4};
+  CHECK(picture(padding{lengths}, 2, 4, 0) == Picture{"##..", "##.."});
+  CHECK(picture(padding{lengths}, 1, 4, 1) == Picture{"...."});
+  CHECK(picture(padding{lengths}, 1, 4, 2) == Picture{"####"});
+  CHECK(picture(!padding{lengths}, 1, 4, 0) == Picture{"..##"});
+  CHECK(picture(causal{} & !padding{lengths}, 4, 4, 0) == Picture{"....", "....", "..#.", "..##"});
+}
+
+TEST_CASE("mask: `& | !` bind and nest as in C++", "[mask]") {
+  CHECK(picture(!causal{}, 3, 3) == Picture{".##", "..#", "..."});
+  CHECK(picture(!!causal{}, 3, 3) == picture(causal{}, 3, 3));
+  CHECK(picture(!(causal{} | sinks{2}), 2, 4) == picture(!causal{} & !sinks{2}, 2, 4));
+  CHECK(picture(sinks{1} | causal{} & window{.left = 0}, 3, 3) == Picture{"#..", "##.", "#.#"});
+}
+
+TEST_CASE("mask: three-valued algebra", "[mask]") {
+  struct Says {
+    Seen seen;
+    constexpr bool sees(Index, Index) const { return seen != Seen::none; }
+    constexpr Seen classify(const Tile&) const { return seen; }
+  };
+  constexpr Says none{Seen::none}, some{Seen::some}, all{Seen::all};
+  constexpr Tile tile{0, 0, 1, 0, 2, 0, 2};
+  const Says values[] = {none, some, all};
+  for (const Says a : values) {
+    CHECK(classify(!a, tile) == (a.seen == Seen::all    ? Seen::none
+                                 : a.seen == Seen::none ? Seen::all
+                                                        : Seen::some));
+    for (const Says b : values) {
+      const bool one_none = a.seen == Seen::none || b.seen == Seen::none;
+      const bool one_all = a.seen == Seen::all || b.seen == Seen::all;
+      const bool both_none = a.seen == Seen::none && b.seen == Seen::none;
+      const bool both_all = a.seen == Seen::all && b.seen == Seen::all;
+      CHECK(classify(a & b, tile) == (one_none ? Seen::none : both_all ? Seen::all : Seen::some));
+      CHECK(classify(a | b, tile) == (one_all ? Seen::all : both_none ? Seen::none : Seen::some));
+    }
+  }
+  STATIC_REQUIRE(classify(none & some, tile) == Seen::none);
+  STATIC_REQUIRE(classify(all | some, tile) == Seen::all);
+}
+
+TEST_CASE("mask: the parts that a user leaves out are answered safely", "[mask]") {
+  constexpr Tile tile{0, 0, 1, 0, 2, 0, 2};
+  STATIC_REQUIRE(classify(test::every_third{}, tile) == Seen::some);
+  STATIC_REQUIRE(*key_ranges(test::every_third{}, tile).begin() == KeyRange::everything());
+  STATIC_REQUIRE(classify(test::head_stripes{}, tile) == Seen::some);
+  STATIC_REQUIRE(*key_ranges(test::head_stripes{}, tile).begin() == KeyRange::everything());
+  STATIC_REQUIRE(sees(test::head_stripes{}, 1, 2, 0, 2) == true);
+  STATIC_REQUIRE(sees(test::head_stripes{}, 1, 2, 0, 1) == false);
+  STATIC_REQUIRE(classify(test::up_to_twice{}, {0, 0, 1, 2, 2, 0, 5}) == Seen::all);
+  STATIC_REQUIRE(classify(test::up_to_twice{}, {0, 0, 1, 2, 2, 7, 5}) == Seen::none);
+  STATIC_REQUIRE(classify(test::up_to_twice{}, {0, 0, 1, 2, 2, 6, 5}) == Seen::some);
+  STATIC_REQUIRE(*key_ranges(test::up_to_twice{}, {0, 0, 1, 2, 2, 0, 0}).begin() == KeyRange{0, 7});
+  for (const MaskCase& mask : test::user_masks()) {
+    test::for_each_case(300, [&](test::Random& random) { CHECK(fault(mask, random_tile(random)) == ""); });
+  }
+}
+
+TEST_CASE("mask: combinations skip what their parts skip", "[mask]") {
+  const Tile tile{0, 0, 1, 100, 10, 0, 0};
+  const auto only_range = [&](const auto& mask) {
+    const KeyRanges ranges = key_ranges(mask, tile);
+    REQUIRE(ranges.size() == 1);
+    return *ranges.begin();
+  };
+  CHECK(only_range(causal{} & window{.left = 4}) == KeyRange{96, 110});
+  CHECK(only_range(window{.left = 4} & test::every_third{} & causal{}) == KeyRange{96, 110});
+  CHECK(only_range(segments{60}) == KeyRange{60, 120});
+  CHECK(key_ranges(sinks{4} & !causal{}, tile).size() == 1);
+
+  const KeyRanges ranges = key_ranges(causal{} & (sinks{4} | window{.left = 2}), tile);
+  REQUIRE(ranges.size() == 2);
+  CHECK(*ranges.begin() == KeyRange{0, 4});
+  CHECK(*(ranges.begin() + 1) == KeyRange{98, 110});
+}
+
+TEST_CASE("mask: many ranges at once lose no key", "[mask]") {
+  // Twelve islands of keys: more than KeyRanges holds.
+  struct island {
+    Index begin;
+    constexpr KeyRange keys(Index, Index) const { return {begin, begin + 2}; }
+  };
+  test::AnyMask islands(island{0});
+  for (Index n = 1; n < 12; ++n) islands = test::AnyMask(islands | island{7 * n});
+  const Tile tile{0, 0, 1, 0, 1, 0, 1};
+  const auto hold = [](const KeyRanges& ranges, Index j) {
+    return std::any_of(ranges.begin(), ranges.end(), [&](KeyRange range) { return range.contains(j); });
+  };
+  const KeyRanges ranges = key_ranges(islands, tile), cut = key_ranges(islands & window{0, 50}, tile);
+  for (Index j = 0; j < 90; ++j) {
+    if (sees(islands, 0, 0, 0, j)) CHECK(hold(ranges, j));
+    if (sees(islands, 0, 0, 0, j) && j <= 50) CHECK(hold(cut, j));
+  }
+  CHECK_FALSE(hold(cut, 60));
+}
+
+TEST_CASE("mask: positions far from 0", "[mask]") {
+  constexpr Index far = Index{1} << 45;
+  const Tile tile{0, 0, 1, far, 4, far - 8, 12};
+  CHECK(classify(causal{}, tile) == Seen::some);
+  CHECK(classify(causal{}, {0, 0, 1, far, 4, 0, 1000}) == Seen::all);
+  CHECK(classify(window{.left = 4095}, {0, 0, 1, far, 4, 0, 1000}) == Seen::none);
+  CHECK(sees(segments{1000}, 0, 0, far, far / 1000 * 1000));
+  CHECK_FALSE(sees(segments{1000}, 0, 0, far, far / 1000 * 1000 - 1));
+}
+
+TEST_CASE("mask: a constant expression", "[mask]") {
+  constexpr auto mask = causal{} & (sinks{2} | window{.left = 3});
+  STATIC_REQUIRE(sees(mask, 0, 0, 9, 1));
+  STATIC_REQUIRE(sees(mask, 0, 0, 9, 6));
+  STATIC_REQUIRE_FALSE(sees(mask, 0, 0, 9, 5));
+  STATIC_REQUIRE(classify(mask, {0, 0, 1, 9, 1, 6, 4}) == Seen::all);
+  STATIC_REQUIRE(classify(mask, {0, 0, 1, 9, 1, 2, 4}) == Seen::none);
+  STATIC_REQUIRE(classify(!mask, {0, 0, 1, 9, 1, 2, 4}) == Seen::all);
+  STATIC_REQUIRE(key_ranges(mask, {0, 0, 1, 9, 1, 0, 0}).size() == 2);
+  STATIC_REQUIRE(classify(documents{test::few_starts}, {0, 0, 1, 6, 3, 5, 1}) == Seen::none);
+  STATIC_REQUIRE(classify(padding{test::padding_lengths}, {2, 0, 1, 0, 3, 0, 13}) == Seen::all);
+  STATIC_REQUIRE(classify(segments{8}, {0, 0, 1, 8, 8, 8, 8}) == Seen::all);
+}
+
+TEST_CASE("Mask, RangeMask: who is one", "[mask]") {
+  STATIC_REQUIRE(longspan::Mask<causal>);
+  STATIC_REQUIRE(longspan::Mask<const causal>);
+  STATIC_REQUIRE(longspan::RangeMask<causal>);
+  STATIC_REQUIRE(longspan::Mask<test::every_third>);
+  STATIC_REQUIRE_FALSE(longspan::RangeMask<test::every_third>);
+  STATIC_REQUIRE(longspan::Mask<test::head_stripes>);
+  STATIC_REQUIRE(longspan::RangeMask<test::up_to_twice>);
+  STATIC_REQUIRE_FALSE(longspan::Mask<int>);
+  STATIC_REQUIRE_FALSE(longspan::Mask<causal&>);
+  STATIC_REQUIRE_FALSE(longspan::Mask<std::vector<bool>>);
+  struct NotConst {
+    bool sees(Index, Index) { return true; }
+  };
+  STATIC_REQUIRE_FALSE(longspan::Mask<NotConst>);
+  STATIC_REQUIRE(sizeof(causal) == 1);
+  STATIC_REQUIRE(std::is_trivially_copyable_v<decltype(causal{} & window{} & !sinks{})>);
+}

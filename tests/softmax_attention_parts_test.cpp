@@ -1,0 +1,177 @@
+// softmax_attention with scores and position encodings, and masks in other types, against the definition in
+// double.
+#include <cmath>
+#include <functional>
+#include <type_traits>
+
+#include "support/gauge.hpp"
+
+namespace {
+
+using namespace test;
+using Eigen::bfloat16;
+using Eigen::half;
+using longspan::Pairing;
+
+}  // namespace
+
+TEST_CASE("softmax_attention: within the bound under a mask in bfloat16 and double", "[gauge][mask]") {
+  const Definition what{
+      .sees = [](Index, Index, Index i, Index j) { return j <= i && (j >= i - 40 || j < 3); }};
+  const longspan::softmax_attention attend{longspan::causal{} &
+                                           (longspan::window{.left = 40} | longspan::sinks{3})};
+  for_each_case(15, [&](Random& random) {
+    const Shape shape = draw_shape(random);
+    check_call<bfloat16>(shape, random.pick(all_values), random, attend, what);
+    check_call<double>(shape, random.pick(all_values), random, attend, what);
+    check_call<float, half, bfloat16>(shape, random.pick(all_values), random, attend, what);
+  });
+}
+
+namespace {
+
+/// Scores, each with its meaning; visit(name, score, function).
+template <class Visit>
+void for_each_score(const Shape& shape, Random& random, const Visit& visit) {
+  using namespace longspan;
+  using Function = decltype(Definition::score);
+  const auto slopes = alibi_slopes(shape.heads);
+  const auto capped = [](double s, double cap) { return cap * std::tanh(s / cap); };
+  const auto slope = [&](Index h) { return double(slopes[std::size_t(h)]); };
+  visit("softcap", softcap{5}, Function{[=](double s, Index, Index, Index, Index) { return capped(s, 5); }});
+  visit("alibi", alibi{slopes}, Function{[=](double s, Index, Index h, Index i, Index j) {
+          return s - slope(h) * std::abs(double(i - j));
+        }});
+  visit("softcap | alibi", softcap{20} | alibi{slopes},
+        Function{[=](double s, Index, Index h, Index i, Index j) {
+          return capped(s, 20) - slope(h) * std::abs(double(i - j));
+        }});
+
+  const bool repeats = random.chance(0.5);
+  Tensor<float> bias(repeats ? 1 : shape.batch, repeats ? 1 : shape.heads, shape.q_len, shape.kv_len);
+  fill_normal(bias, random, 2);
+  const Index first = shape.kv_len - shape.q_len;
+  const Function biased = [&](double s, Index b, Index h, Index i, Index j) {
+    return s + double(bias.row(repeats ? 0 : b, repeats ? 0 : h, i - first)[j]);
+  };
+  visit("bias", additive_bias{bias.view()}, biased);
+  visit("bias | softcap", additive_bias{bias.view()} | softcap{9},
+        Function{
+            [&](double s, Index b, Index h, Index i, Index j) { return capped(biased(s, b, h, i, j), 9); }});
+  visit(
+      "lambda",
+      [](float s, Index b, Index h, Index i, Index j) { return s + float((b + h + i + 2 * j) % 5); },
+      Function{
+          [](double s, Index b, Index h, Index i, Index j) { return s + double((b + h + i + 2 * j) % 5); }});
+}
+
+Shape shape_for_scores(Random& random) {
+  Shape shape = draw_shape(random);
+  shape.head_dim = std::min<Index>(shape.head_dim, 65);
+  shape.value_dim = std::min<Index>(shape.value_dim, 65);
+  shape.kv_len =
+      std::max(shape.kv_len, shape.q_len);  // a bias has no rows for positions before the first key
+  return shape;
+}
+
+/// Rotary (stretch = 1) and xpos from their equations.
+void turn(double* row, Index dims, Index position, Pairing pairing,
+          const std::function<double(Index)>& stretch) {
+  for (Index p = 0; p < dims / 2; ++p) {
+    const double angle = double(position) * std::pow(10000.0, -2.0 * double(p) / double(dims));
+    double& x = row[pairing == Pairing::interleaved ? 2 * p : p];
+    double& y = row[pairing == Pairing::interleaved ? 2 * p + 1 : p + dims / 2];
+    const double a = x, b = y, by = stretch(p);
+    x = by * (a * std::cos(angle) - b * std::sin(angle));
+    y = by * (b * std::cos(angle) + a * std::sin(angle));
+  }
+}
+
+Definition with_rotary(Pairing pairing, Index dims) {
+  Definition what;
+  what.encode = [=](double* row, Index cols, Index position, bool) {
+    turn(row, dims == 0 ? cols : dims, position, pairing, [](Index) { return 1.0; });
+  };
+  return what;
+}
+
+Definition with_xpos(Pairing pairing, double scale_base, Index centre) {
+  Definition what;
+  what.encode = [=](double* row, Index cols, Index position, bool is_query) {
+    const double power = double(position - centre) / scale_base * (is_query ? 1 : -1);
+    turn(row, cols, position - centre, pairing,
+         [=](Index p) { return std::pow((2.0 * double(p) / double(cols) + 0.4) / 1.4, power); });
+  };
+  return what;
+}
+
+}  // namespace
+
+TEST_CASE("softmax_attention: within the bound under every score function", "[gauge][score]") {
+  for_each_case(8, [](Random& random) {
+    const Shape shape = shape_for_scores(random);
+    const Values values = random.pick(all_values);
+    for_each_score(shape, random, [&](const char* name, const auto& score, const auto& function) {
+      INFO(name);
+      Definition what{.score = function};
+      if (random.chance(0.5)) what.scale = 0.2;
+      check_call<float>(shape, values, random, longspan::softmax_attention{score}, what);
+    });
+  });
+}
+
+TEMPLATE_TEST_CASE("softmax_attention: within the bound under score functions in other types",
+                   "[gauge][score]", double, bfloat16) {
+  for_each_case(8, [](Random& random) {
+    const Shape shape = shape_for_scores(random);
+    const auto slopes = longspan::alibi_slopes(shape.heads);
+    const auto alibi_capped = [&](double s, Index, Index h, Index i, Index j) {
+      return 3 * std::tanh((s - double(slopes[std::size_t(h)]) * std::abs(double(i - j))) / 3);
+    };
+    const auto striped = [](double s, Index b, Index h, Index i, Index j) {
+      return s + double((b + h + i + 2 * j) % 5) / 8;
+    };
+    check_call<TestType>(shape, random.pick(all_values), random,
+                         longspan::softmax_attention{longspan::alibi{slopes} | longspan::softcap{3}},
+                         {.score = alibi_capped});
+    check_call<TestType>(shape, random.pick(all_values), random, longspan::softmax_attention{striped},
+                         {.score = striped});
+  });
+}
+
+TEMPLATE_TEST_CASE("softmax_attention: within the bound under position encodings", "[gauge][position]", float,
+                   double) {
+  for_each_case(10, [](Random& random) {
+    Shape shape = draw_shape(random);
+    shape.head_dim = random.pick<Index>({2, 6, 8, 16, 34, 64, 80, 128});
+    const Values values = random.pick({Values::normal, Values::flat, Values::log_normal});
+    const Pairing pairing = random.pick({Pairing::interleaved, Pairing::half_split});
+    const Index dims = random.chance(0.5) ? 0 : 2 * random.between(1, shape.head_dim / 2);
+    Definition rotary = with_rotary(pairing, dims), xpos = with_xpos(pairing, 512, 100);
+    // Angles are made in double, and at position 300 good to 300 * 2^-53 only.
+    if (std::is_same_v<TestType, double>) rotary.encode_error = xpos.encode_error = 64;
+    if (random.chance(0.5)) rotary.first_query = xpos.first_query = random.between(-3, shape.kv_len + 3);
+    check_call<TestType>(shape, values, random,
+                         longspan::softmax_attention{longspan::rotary(pairing, 10000, dims)}, rotary);
+    check_call<TestType>(shape, values, random,
+                         longspan::softmax_attention{longspan::xpos(pairing, 512, 100)}, xpos);
+  });
+}
+
+TEST_CASE("softmax_attention: mask, score and position encoding together", "[gauge]") {
+  for_each_case(12, [](Random& random) {
+    Shape shape = shape_for_scores(random);
+    shape.head_dim = random.pick<Index>({2, 16, 34, 64});
+    Definition what = with_rotary(Pairing::half_split, 0);
+    what.sees = [](Index, Index, Index i, Index j) { return j <= i && j >= i - 50; };
+    what.score = [](double s, Index, Index, Index, Index) { return 7 * std::tanh(s / 7); };
+    what.scale = 0.4;
+    what.first_query = random.between(0, shape.kv_len);
+    const longspan::softmax_attention attend{longspan::rotary(Pairing::half_split), longspan::softcap{7},
+                                             longspan::causal{} & longspan::window{.left = 50}};
+    check_call<float>(shape, Values::normal, random, attend, what);
+    check_call<float, half, half>(shape, Values::normal, random, attend, what);
+    what.encode_error = 64;
+    check_call<double>(shape, Values::normal, random, attend, what);
+  });
+}

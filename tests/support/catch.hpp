@@ -1,0 +1,12 @@
+// Catch2, version 2.13 or 3: what the two have in common. Every test includes this and not Catch2.
+#pragma once
+
+#if __has_include(<catch2/catch_test_macros.hpp>)
+#include <catch2/catch_message.hpp>
+#include <catch2/catch_template_test_macros.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/generators/catch_generators.hpp>
+#include <catch2/generators/catch_generators_range.hpp>
+#else
+#include <catch2/catch.hpp>
+#endif

@@ -1,0 +1,40 @@
+// Counts what a program allocates by operator new. Replaces the global operators, so one file of a program
+// includes it, once.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+namespace test {
+
+inline std::atomic<long> allocations{0};
+
+inline void* allocate(std::size_t bytes, std::size_t alignment) {
+  ++allocations;
+  const std::size_t whole = (bytes + alignment - 1) / alignment * alignment;
+  void* memory = std::aligned_alloc(alignment, whole == 0 ? alignment : whole);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+/// How many times `work` called any form of operator new, on all threads together.
+template <class Work>
+long allocations_of(const Work& work) {
+  const long before = allocations;
+  work();
+  return allocations - before;
+}
+
+}  // namespace test
+
+// The forms not given here, for arrays and with nothrow, call these.
+void* operator new(std::size_t bytes) { return test::allocate(bytes, alignof(std::max_align_t)); }
+void* operator new(std::size_t bytes, std::align_val_t alignment) {
+  return test::allocate(bytes, static_cast<std::size_t>(alignment));
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }

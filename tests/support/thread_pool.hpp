@@ -1,0 +1,37 @@
+// An executor that is not the library's: what a framework's thread pool looks like to it.
+#pragma once
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "longspan/view.hpp"
+
+namespace test {
+
+using longspan::Index;
+
+/// Threads of its own for each call, so no two calls disturb each other.
+class ThreadPool {
+ public:
+  explicit ThreadPool(Index threads) : threads_(threads) {}
+
+  Index workers() const noexcept { return threads_; }
+
+  template <class Task>
+  void for_each(Index tasks, Task&& task) const {
+    std::atomic<Index> next{0};
+    std::vector<std::thread> team;
+    for (Index worker = 0; worker < threads_; ++worker) {
+      team.emplace_back([&, worker] {
+        for (Index t = next++; t < tasks; t = next++) task(t, worker);
+      });
+    }
+    for (std::thread& thread : team) thread.join();
+  }
+
+ private:
+  Index threads_;
+};
+
+}  // namespace test
