@@ -48,7 +48,8 @@ inline constexpr bool is_tensor_view<TensorView<T>> = true;
 template <class X>
 Index dimension_from_end(const X& x, int from_end) {
   constexpr int rank = X::NumDimensions;
-  return from_end < rank ? static_cast<Index>(x.dimension(static_cast<std::size_t>(rank - 1 - from_end))) : 1;
+  return from_end < rank ? static_cast<Index>(x.dimensions()[static_cast<std::size_t>(rank - 1 - from_end)])
+                         : 1;
 }
 
 template <class X>
