@@ -169,7 +169,8 @@ void merge(std::initializer_list<Partial<const T>> parts, const Partial<T>& into
 /// Source    Munkhdalai et al. 2024 (arXiv 2404.07143), eq. 10
 template <TensorLike A, TensorLike B, TensorLike Out, class Real, ExecutionLike E = openmp>
 void gate(MatrixView<const Real> beta, const A& a, const B& b, Out&& out, E&& execution = E{}) {
-  const auto memory = view(a), local = view(b);
+  const auto memory = view(a);
+  const auto local = view(b);
   const auto to = view(out);
   using T = typename std::remove_cvref_t<decltype(to)>::Element;
   static_assert(std::is_same_v<Real, Arithmetic<T>>,
