@@ -34,11 +34,12 @@ LONGSPAN_BEGIN
 ///           keys. Scratch for each worker about 16 * (head_dim + value_dim + 128) packets, none per key.
 /// Error     |out - exact| <= 16 u (1 + a_i) sum_j p_ij |v_j|, a_i = sum_j p_ij scale sum_c |q_ic k_jc|, with
 ///           u = 2^-24 for float: it does not grow with kv_len. 16-bit outputs are rounded once more.
+///           Where all roundings go one way (equal scores, one value everywhere) the 16 becomes up to 80.
 /// Masked    what a query does not see has no effect on its row, even if it holds NaN. A row that sees no key
 ///           gives 0 and lse = -infinity. A score of -infinity hides the key.
-/// Bits      do not depend on the executor, on how many threads it has, on batch and heads beside, nor on the
-///           queries beside, but for one thing: calls of up to 8 queries to a KV head (q_len * heads /
-///           kv_heads) have a kernel of their own, with bits of its own.
+/// Bits      do not depend on the executor, on how many threads it has, nor on batch rows and KV heads beside.
+///           With more than 8 queries to a KV head (q_len * heads / kv_heads) they do not depend on the queries
+///           beside either; fewer have a kernel of their own.
 /// Throws    Error when shapes disagree, before anything is written. What an executor throws passes through.
 /// Source    Vaswani et al. 2017 (arXiv 1706.03762), eq. 1; blocked as Dao et al. 2022 (arXiv 2205.14135),
 ///           algorithm 1, with queries in the lanes.

@@ -214,7 +214,7 @@ void forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score,
   run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
 #if defined(LONGSPAN_HAS_BF16_PRODUCTS)
     if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
-      if (bf16_products && call.scale > 0 && call.head_dim() % 2 == 0) {
+      if (bf16_products && static_cast<float>(call.scale) > 1e-30f && call.head_dim() % 2 == 0) {
         using Pass = Forward<Bf16Products, Tq, Tk, Tv, To, M, S, P>;
         return Pass(call, mask, score, position, where.workers()).run(where, workspace);
       }
