@@ -128,15 +128,16 @@ TEST_CASE("openmp: has the threads that were asked for", "[execution]") {
 #if defined(_OPENMP)
   CHECK(openmp{}.workers() == omp_get_max_threads());
   for (const Index threads : {1, 2, 3, 16}) CHECK(openmp{threads}.workers() == threads);
-  // Neither of two tasks ends before the other has begun: only a team of two gets both through.
+  // None of five tasks ends before all have begun: only a team of five gets them through.
+  constexpr int team = 5;
   const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(20);
   std::atomic<int> begun{0}, met{0};
-  openmp{2}.for_each(2, [&](Index, Index) {
+  openmp{team}.for_each(team, [&](Index, Index) {
     ++begun;
-    while (begun < 2 && std::chrono::steady_clock::now() < patience) std::this_thread::yield();
-    if (begun == 2) ++met;
+    while (begun < team && std::chrono::steady_clock::now() < patience) std::this_thread::yield();
+    if (begun == team) ++met;
   });
-  CHECK(met == 2);
+  CHECK(met == team);
 #else
   CHECK(openmp{}.workers() == 1);
   CHECK(openmp{16}.workers() == 1);

@@ -167,6 +167,17 @@ struct every_other_stripe {
   }
 };
 
+/// Stripes of `width` queries: seen whole and hidden whole in turn, so that packets between two that see
+/// something see nothing.
+struct query_stripes {
+  Index width;
+  constexpr bool sees(Index i, Index) const { return i / width % 2 == 0; }
+  constexpr Seen classify(const Tile& tile) const {
+    const Index first = tile.first_query / width, last = tile.last_query() / width;
+    return first != last ? Seen::some : first % 2 == 0 ? Seen::all : Seen::none;
+  }
+};
+
 }  // namespace
 
 TEMPLATE_TEST_CASE("cut_into_runs: masks of one range cover exactly what is seen", "[tile_mask]", float,
@@ -218,6 +229,16 @@ TEMPLATE_TEST_CASE("cut_into_runs: a block that changes at every strip", "[tile_
       CHECK(fault<TestType>(alternating{width}, queries, block) == "");
       CHECK(fault<TestType>(every_other_stripe{width}, queries, block) == "");
     }
+  }
+}
+
+TEMPLATE_TEST_CASE("cut_into_runs: a packet that sees nothing between two that do", "[tile_mask]", float,
+                   double) {
+  for (const Index first : {Index{0}, Index{lanes<TestType>}}) {
+    const QueryLanes queries{0, 0, 1, 0, tile_lanes<TestType>, first};
+    const Block block{0, keys_in_block<TestType>};
+    CHECK(fault<TestType>(query_stripes{lanes<TestType>}, queries, block) == "");
+    CHECK(fault<TestType>(query_stripes{lanes<TestType>} & causal{}, queries, block) == "");
   }
 }
 
