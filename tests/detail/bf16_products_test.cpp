@@ -213,3 +213,26 @@ TEST_CASE("bf16_products: the option turns them off, and changes nothing where t
   mixed_plain.run(plain);
   CHECK(mixed.same_outputs(mixed_plain));
 }
+
+TEST_CASE("bf16_products: the highest score keeps its weight however large it is", "[bf16]") {
+  using Eigen::bfloat16;
+  // Scores around 1e9 and more are one-hot: each row gives the value of its best key, here key i % keys.
+  constexpr test::Index queries = 40, keys = 32, dim = 32;
+  for (const float size : {1e4f, 1e8f, 1e9f, 1e12f, 1e17f}) {
+    test::Random random(6);
+    test::Call<bfloat16> call(test::Shape{1, 1, 1, queries, keys, dim, dim}, test::Values::normal, random);
+    for (test::Index i = 0; i < queries; ++i) {
+      for (test::Index c = 0; c < dim; ++c)
+        call.q.view().row(0, 0, i)[c] = bfloat16(c == i % keys ? size : 0.0f);
+    }
+    for (test::Index j = 0; j < keys; ++j) {
+      for (test::Index c = 0; c < dim; ++c) call.k.view().row(0, 0, j)[c] = bfloat16(c == j ? 3.0f : 1.0f);
+    }
+    call.run(longspan::softmax_attention{});
+    for (test::Index i = 0; i < queries; ++i) {
+      for (test::Index c = 0; c < dim; ++c) {
+        CHECK(float(call.out.view().row(0, 0, i)[c]) == float(call.v.view().row(0, 0, i % keys)[c]));
+      }
+    }
+  }
+}

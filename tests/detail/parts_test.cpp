@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "longspan/softmax_attention.hpp"
 #include "support/catch.hpp"
 
 using longspan::causal;
@@ -61,4 +62,12 @@ TEST_CASE("take_part: a part that can only be copied", "[parts]") {
   const auto taken = detail::take_part<ScorePart, std::remove_const_t<decltype(score)>>(causal{}, score);
   table[2] = 10;
   CHECK(taken(0.5f, 0, 0, 0, 2) == 10.5f);
+}
+
+TEST_CASE("a functor is copied by deduction", "[parts]") {
+  const longspan::softmax_attention attend{causal{}, softcap{30}};
+  const longspan::softmax_attention copy = attend, other{attend};
+  STATIC_REQUIRE(std::is_same_v<decltype(copy), decltype(attend)>);
+  STATIC_REQUIRE(std::is_same_v<decltype(other), decltype(attend)>);
+  CHECK(copy.score.cap == 30);
 }

@@ -118,8 +118,8 @@ struct Bf16Products {
     for (Index j = 0; j < keys; j += 2, s += 2 * stride, pairs += stride) {
       LONGSPAN_UNROLL
       for (int c = 0; c < packets; ++c) {
-        const Packet<float> first = coarse_weight(fma(load<float>(s + c * 16), by, down[c]));
-        const Packet<float> second = coarse_weight(fma(load<float>(s + stride + c * 16), by, down[c]));
+        const Packet<float> first = coarse_weight(scaled(s + c * 16, by) + down[c]);
+        const Packet<float> second = coarse_weight(scaled(s + stride + c * 16, by) + down[c]);
         sum[c] = sum[c] + (first + second);
         const __m512i rounded = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
         _mm512_storeu_si512(pairs + c * 16, _mm512_permutexvar_epi16(interleave, rounded));
@@ -217,6 +217,13 @@ struct Bf16Products {
     int pair;
     std::memcpy(&pair, from, sizeof pair);
     return std::bit_cast<__m512bh>(_mm512_set1_epi32(pair));
+  }
+
+  /// A score in score units, rounded as its maximum was: an unrounded product less a rounded maximum of 1e9
+  /// would leave -100 for the highest score itself. (As an fma with 0, which no compiler fuses with what
+  /// follows.)
+  static LONGSPAN_INLINE Packet<float> scaled(const float* s, Packet<float> by) {
+    return fma(load<float>(s), by, broadcast(0.0f));
   }
 
   /// As `weight`, to 7.5e-5 relative by degree 3: far inside the rounding to bfloat16 that follows, and 2-4 %

@@ -35,10 +35,21 @@ struct FindPart<Kind, Default, First, Rest...> {
                                            FindPart<Kind, Default, Rest...>>::type;
 };
 
+/// A functor that has parts itself: deduction for a copy, `softmax_attention b = a`, asks what parts it is
+/// before it settles on the copy.
+template <class X>
+concept MadeOfParts = requires(const X& x) {
+  x.mask;
+  x.score;
+  x.position;
+};
+
 /// The type of the part of that kind, or Default where none is given.
 template <class Kind, class Default, class... Parts>
 struct PartOfChecked {
-  static_assert(((MaskPart::is<Parts> + ScorePart::is<Parts> + PositionPart::is<Parts> == 1) && ...),
+  static_assert(((MadeOfParts<Parts> ||
+                  MaskPart::is<Parts> + ScorePart::is<Parts> + PositionPart::is<Parts> == 1) &&
+                 ...),
                 "longspan: each part of a functor is a mask, a score or a position encoding "
                 "(what a mask needs: mask.hpp; a score: score.hpp; a position encoding: position.hpp)");
   static_assert((int(Kind::template is<Parts>) + ... + 0) <= 1,
