@@ -230,6 +230,19 @@ TEMPLATE_TEST_CASE("transpose: swaps lane and row", "[simd]", float, double) {
   CHECK(right);
 }
 
+TEMPLATE_TEST_CASE("sum_of_lanes: every lane once, NaN stays", "[simd]", float, double) {
+  TestType x[64];
+  TestType total = 0;
+  for (int i = 0; i < detail::lanes<TestType>; ++i) total += x[i] = static_cast<TestType>(1 << i % 20);
+  CHECK(detail::sum_of_lanes(detail::load(static_cast<const TestType*>(x))) == total);
+  for (int i = 0; i < lanes<TestType>; ++i) {
+    TestType with_nan[64];
+    std::copy_n(x, lanes<TestType>, with_nan);
+    with_nan[i] = std::numeric_limits<TestType>::quiet_NaN();
+    CHECK(std::isnan(detail::sum_of_lanes(detail::load(static_cast<const TestType*>(with_nan)))));
+  }
+}
+
 TEMPLATE_TEST_CASE("sums_of_rows: lane i holds the sum of row i", "[simd]", float, double) {
   constexpr std::size_t w = width<TestType>;
   Packet<TestType> rows[w];

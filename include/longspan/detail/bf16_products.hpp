@@ -165,6 +165,25 @@ struct Bf16Products {
     }
   }
 
+  /// As that of FloatProducts.
+  static bool values_finite(const Value* v, Index v_stride, Index rows, Index columns) {
+    const __m512bh zero = std::bit_cast<__m512bh>(_mm512_setzero_si512());
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    for (Index j = 0; j < rows; ++j, v += v_stride) {
+      Index column = 0;
+      for (; column + 32 <= columns; column += 32) {
+        even = _mm512_dpbf16_ps(even, std::bit_cast<__m512bh>(_mm512_loadu_si512(v + column)), zero);
+        odd = _mm512_dpbf16_ps(odd, std::bit_cast<__m512bh>(_mm512_loadu_si512(v + column + 16)), zero);
+      }
+      for (; column < columns; column += 16) {
+        const auto present = static_cast<__mmask16>((1u << std::min<Index>(16, columns - column)) - 1);
+        even = _mm512_dpbf16_ps(even, std::bit_cast<__m512bh>(_mm512_maskz_loadu_epi32(present, v + column)),
+                                zero);
+      }
+    }
+    return sum_of_lanes(Packet<float>{_mm512_add_ps(even, odd)}) == 0;
+  }
+
   static Packet<float> weight_of(const Weight* p, Index j, Index stride) {
     const __m512i pairs = _mm512_loadu_si512(p + j / 2 * stride);
     const __m512i high =

@@ -168,6 +168,11 @@ LONGSPAN_INLINE Packet<Real> select(Packet<Real> condition, Packet<Real> yes, Pa
   return {Eigen::internal::pselect(condition.raw, yes.raw, no.raw)};
 }
 
+template <class Real>
+LONGSPAN_INLINE Real sum_of_lanes(Packet<Real> x) {
+  return Eigen::internal::predux(x.raw);
+}
+
 /// Asks for the cache lines of `bytes` bytes that will be read soon. Never faults.
 LONGSPAN_INLINE void prefetch(const void* from, Index bytes) {
 #if defined(__GNUC__) || defined(__clang__)

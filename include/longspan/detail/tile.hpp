@@ -103,7 +103,9 @@ class QueryTile {
     alignas(64) Real top[std::size_t(most_lanes)], shrink[std::size_t(most_lanes)],
         sum[std::size_t(most_lanes)];
     std::fill_n(top, stride_, Products::hidden);
-    if constexpr (TileMask<Real, M>::may_hide) mask_.enter_block(block.first_key);
+    if constexpr (TileMask<Real, M>::may_hide) {
+      if (runs.any_partial()) mask_.enter_block(block.first_key);
+    }
     for (const Run& run : runs) score_run(block, run, scratch.scores, top);
     raise_tops(state, top, shrink, sum);
     for (const Run& run : runs) {
@@ -150,7 +152,11 @@ class QueryTile {
   bool must_check_values(const Run& run) const { return run.partial != 0 || changes_score; }
   void value_run(const Block& block, const Run& run, const Weight* weights, Real* o, Into into,
                  const Real* scale) const;
-  bool values_finite(const Block& block, const Run& run) const;
+  bool values_finite(const Block& block, const Run& run) const {
+    constexpr Index in_row = Products::keys_in_row;
+    return Products::values_finite(block.v + run.begin / in_row * block.v_stride, block.v_stride,
+                                   divide_up(run.end - run.begin, in_row), state_.columns());
+  }
   void value_run_past_hidden(const Block& block, const Run& run, const Weight* weights, Real* o) const;
   void add_runs(const Block& block, const Runs& runs, const Scratch& scratch, const Accumulator<Real>& state,
                 const Real* shrink, bool first) const;
@@ -278,28 +284,6 @@ void QueryTile<Products, M, S>::value_run(const Block& block, const Run& run, co
   });
 }
 
-/// x * 0 is 0 for finite x and NaN for the others, and NaN stays in a sum.
-template <class Products, Mask M, Score S>
-bool QueryTile<Products, M, S>::values_finite(const Block& block, const Run& run) const {
-  Real rest = 0;
-  for (Index j = run.begin; j < run.end; ++j) {
-    Index column = 0;
-    if constexpr (std::is_same_v<typename Products::Value, Real>) {
-      Packet<Real> zero = broadcast(Real(0));
-      const Real* row = block.v + j * block.v_stride;
-      for (; column + w <= state_.columns(); column += w)
-        zero = fma(load(row + column), broadcast(Real(0)), zero);
-      alignas(64) Real of_lane[std::size_t(w)];
-      store<Real>(of_lane, zero);
-      for (const Real x : of_lane) rest += x;
-    }
-    for (; column < state_.columns(); ++column) {
-      rest += Products::value_of(block.v, block.v_stride, j, column) * Real(0);
-    }
-  }
-  return rest == Real(0);
-}
-
 /// A weight of 0 does not hide a value that is NaN or infinite. Where such a value stands among keys that a
 /// lane must not see, its products are selected away lane by lane.
 template <class Products, Mask M, Score S>
@@ -336,15 +320,33 @@ void QueryTile<Products, M, S>::add_runs(const Block& block, const Runs& runs, c
                                          bool first) const {
   // Into an empty state the block's output may go straight.
   Real* o = first ? state.o : scratch.block_output;
-  if (!first) std::fill_n(o, state.columns * stride_, Real(0));
+  bool blank = first;  // is o 0 where nothing was added?
+  const auto clear = [&] {
+    if (!blank) std::fill_n(o, state.columns * stride_, Real(0));
+    blank = true;
+  };
+  Run plain;  // neighbours whose values can go through one loop
+  const auto add_plain = [&] {
+    if (plain.packets == 0) return;
+    const bool fresh = !blank && plain.packets == packets_;
+    if (!fresh) clear();
+    value_run(block, plain, weights_of(plain, scratch), o, fresh ? Into::fresh : Into::continued, shrink);
+    blank = true;
+    plain.packets = 0;
+  };
   for (const Run& run : runs) {
-    const Weight* weights = weights_of(run, scratch);
-    if (!must_check_values(run) || values_finite(block, run)) {
-      value_run(block, run, weights, o, Into::continued, shrink);
+    if (must_check_values(run) && !values_finite(block, run)) {
+      add_plain();
+      clear();
+      value_run_past_hidden(block, run, weights_of(run, scratch), o);
+    } else if (plain.packets > 0 && plain.continues_in(run)) {
+      plain.end = run.end;
     } else {
-      value_run_past_hidden(block, run, weights, o);
+      add_plain();
+      plain = run;
     }
   }
+  add_plain();
   if (first) return;
   for (Index at = 0; at < state.columns * stride_; at += stride_) {
     for (Index lane = 0; lane < stride_; lane += w) {

@@ -109,6 +109,10 @@ struct Run {
   int first_packet = 0;
   int packets = 0;
   unsigned partial = 0;  ///< bit c: packet c sees some of its pairs only
+
+  bool continues_in(const Run& next) const noexcept {
+    return end == next.begin && first_packet == next.first_packet && packets == next.packets;
+  }
 };
 
 /// The runs of one block of keys.
@@ -120,13 +124,15 @@ struct Runs {
   const Run* begin() const noexcept { return run.data(); }
   const Run* end() const noexcept { return run.data() + count; }
   bool empty() const noexcept { return count == 0; }
+  bool any_partial() const noexcept {
+    return std::any_of(begin(), end(), [](const Run& each) { return each.partial != 0; });
+  }
 
   void add(const Run& next) {
     if (next.packets == 0) return;
     if (count > 0) {
       Run& last = run[static_cast<std::size_t>(count - 1)];
-      if (last.end == next.begin && last.first_packet == next.first_packet && last.packets == next.packets &&
-          last.partial == next.partial) {
+      if (last.continues_in(next) && last.partial == next.partial) {
         last.end = next.end;
         return;
       }
