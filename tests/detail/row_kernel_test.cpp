@@ -52,7 +52,7 @@ bool scores_are_right(Index keys, Index head_dim, Random& random) {
     double wanted = 0, size = 0;
     for (Index c = 0; c < head_dim; ++c) {
       const double x = static_cast<double>(k.data()[j * k_stride + c]) *
-                       double(q[static_cast<std::size_t>(g * q_stride + c)]);
+                       double(q[static_cast<std::size_t>(g * q_stride + place_of<Real, Tk>(c, head_dim))]);
       wanted += x;
       size += std::abs(x);
     }
@@ -91,7 +91,8 @@ bool values_are_right(Index keys, Index last_columns, Random& random) {
                                scale.data(), true);
   for (Index g = 0; g < queries; ++g) {
     for (Index c = 0; c < columns; ++c) {
-      const auto at = static_cast<std::size_t>(g * o_stride + c);
+      const Index place = last_columns == w && packets % 2 == 0 ? place_of<Real, Tv>(c, columns) : c;
+      const auto at = static_cast<std::size_t>(g * o_stride + place);
       double wanted = double(scale[static_cast<std::size_t>(g)]) * double(before[at]),
              size = std::abs(wanted);
       for (Index j = 0; j < keys; ++j) {

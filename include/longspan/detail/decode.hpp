@@ -132,6 +132,12 @@ class Decode {
     return parts;
   }
 
+  /// The columns of rows of T that are loaded in pairs of packets.
+  template <class T>
+  static Index columns_in_pairs(Index columns) {
+    return loads_in_pairs<Real, T> ? columns / (2 * w) * (2 * w) : 0;
+  }
+
   QueryLanes queries_of(Index kv_head) const {
     return {kv_head / call_.k.heads, kv_head % call_.k.heads * call_.group(), call_.group(), 0, queries_,
             call_.first_query};
@@ -143,6 +149,9 @@ class Decode {
       const Tq* row = call_.q.row(queries.batch, queries.head(g), queries.row(g));
       Real* to = q + g * q_stride();
       Index c = 0;
+      for (; c < columns_in_pairs<Tk>(call_.head_dim()); ++c) {
+        to[place_of<Real, Tk>(c, call_.head_dim())] = static_cast<Real>(row[c]) * factor;
+      }
       for (; c + w <= call_.head_dim(); c += w) store(to + c, load_as<Real>(row + c) * broadcast(factor));
       if (c < q_stride()) store(to + c, load_part<Real>(row + c, call_.head_dim() - c) * broadcast(factor));
     }
@@ -206,9 +215,11 @@ class Decode {
     weigh<count>(worker.scores, scores, state.top + first, state.sum + first, shrink);
     const bool plain = seen == Seen::all || all_finite(v, range);
     if (!plain) return add_seen_values<count>(v, range, worker, first, state, shrink);
+    const Index in_pairs = columns_in_pairs<Tv>(call_.value_dim());
     for (Index column = 0; column < state.stride;) {
-      const Index packets = std::min<Index>(
-          most_value_packets, static_cast<Index>(std::bit_floor(std::size_t((state.stride - column) / w))));
+      const Index left = (column < in_pairs ? in_pairs : state.stride) - column;
+      const Index packets =
+          std::min<Index>(most_value_packets, static_cast<Index>(std::bit_floor(std::size_t(left / w))));
       with_queries(packets, [&]<int wide>() {
         if constexpr (wide <= most_value_packets) {
           constexpr int together = std::min(count, std::max(1, value_accumulators / wide));
@@ -286,15 +297,14 @@ class Decode {
                        const RowAccumulator<Real>& state, const Real* shrink) const {
     for (int g = 0; g < count; ++g) {
       Real* o = state.o + (first + g) * state.stride;
-      for (Index c = 0; c < state.stride; c += w) {
-        const Index columns = std::min(w, call_.value_dim() - c);
-        Packet<Real> sum = broadcast(Real(0));
+      for (Index c = 0; c < call_.value_dim(); ++c) {
+        Real sum = 0;
         for (Index j = keys.begin; j < keys.end; ++j) {
           const Index at = (j - keys.begin) * count + g;
-          if (!worker.seen[at]) continue;
-          sum = fma(broadcast(worker.scores[at]), load_part<Real>(v.row(j) + c, columns), sum);
+          if (worker.seen[at]) sum = std::fma(worker.scores[at], static_cast<Real>(v.row(j)[c]), sum);
         }
-        store(o + c, fma(broadcast(shrink[g]), load<Real>(o + c), sum));
+        Real& to = o[place_of<Real, Tv>(c, call_.value_dim())];
+        to = std::fma(shrink[g], to, sum);
       }
     }
   }
@@ -316,6 +326,9 @@ class Decode {
       const Real factor = state.sum[g] == Real(0) ? Real(0) : 1 / state.sum[g];
       const Real* o = state.o + g * state.stride;
       Index c = 0;
+      for (; c < columns_in_pairs<Tv>(call_.value_dim()); ++c) {
+        row[c] = static_cast<To>(o[place_of<Real, Tv>(c, call_.value_dim())] * factor);
+      }
       for (; c + w <= call_.value_dim(); c += w) store_as(row + c, load(o + c) * broadcast(factor));
       for (; c < call_.value_dim(); ++c) row[c] = static_cast<To>(o[c] * factor);
       if (call_.lse.data != nullptr) {

@@ -17,10 +17,50 @@ namespace detail {
 /// 29-33 GB/s, four heads sharing rows from 17 to 24; 16 KB is equal or worse, 32 KB costs 10-15 %.
 inline constexpr Index prefetch_bytes = 8192;
 
+/// sum[j * queries + g] += over 2 packets of columns, k[j] * q[g]. Few keys are held while the queries pass,
+/// few queries while the keys do: all of it stays in 32 registers.
+template <int queries, int keys, class Real, class Tk>
+LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index column, const Real* q,
+                               Index q_stride, Packet<Real> (&sum)[std::size_t(queries * keys)]) {
+  constexpr int w = lanes<Real>;
+  if constexpr (keys <= queries) {
+    Packet<Real> of_key[2][std::size_t(keys)];
+    LONGSPAN_UNROLL
+    for (int j = 0; j < keys; ++j) load_pairs(k[j] + column, of_key[0][j], of_key[1][j]);
+    LONGSPAN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      LONGSPAN_UNROLL
+      for (int g = 0; g < queries; ++g) {
+        const Packet<Real> of_query = load(q + g * q_stride + half * w);
+        LONGSPAN_UNROLL
+        for (int j = 0; j < keys; ++j)
+          sum[j * queries + g] = fma(of_key[half][j], of_query, sum[j * queries + g]);
+      }
+    }
+  } else {
+    Packet<Real> of_query[2][std::size_t(queries)];
+    LONGSPAN_UNROLL
+    for (int g = 0; g < queries; ++g) {
+      of_query[0][g] = load(q + g * q_stride);
+      of_query[1][g] = load(q + g * q_stride + w);
+    }
+    LONGSPAN_UNROLL
+    for (int j = 0; j < keys; ++j) {
+      Packet<Real> even, odd;
+      load_pairs(k[j] + column, even, odd);
+      LONGSPAN_UNROLL
+      for (int g = 0; g < queries; ++g) {
+        Packet<Real>& to = sum[j * queries + g];
+        to = fma(odd, of_query[1][g], fma(even, of_query[0][g], to));
+      }
+    }
+  }
+}
+
 /// s[j * queries + g] = k[j].q[g] for `keys` keys and a power of two of queries, at most `lanes`.
 ///
-/// q [queries][q_stride], zero behind head_dim up to whole packets. Whole packets of s are written: sums
-/// behind the last key are those of the last key again.
+/// q [queries][q_stride], columns at their `place_of`, zero behind head_dim up to whole packets. Whole
+/// packets of s are written: sums behind the last key are those of the last key again.
 template <int queries, class Real, class Tk>
 void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride, Index head_dim,
                 Real* s) {
@@ -50,8 +90,15 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
       prefetch(reinterpret_cast<const char*>(row[j]) + prefetch_bytes,
                head_dim * static_cast<Index>(sizeof(Tk)));
     }
+    Index column = 0;
+    if constexpr (loads_in_pairs<Real, Tk>) {
+      LONGSPAN_NO_UNROLL
+      for (; column + 2 * w <= head_dim; column += 2 * w) {
+        add_pairs<queries, keys_at_once>(row, column, q + column, q_stride, sum);
+      }
+    }
     LONGSPAN_NO_UNROLL
-    for (Index column = 0; column < whole; column += w) {
+    for (; column < whole; column += w) {
       add([](const Tk* from) { return load_as<Real>(from); }, column);
     }
     if (whole < head_dim) add([&](const Tk* from) { return load_part<Real>(from, head_dim - whole); }, whole);
@@ -59,9 +106,21 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
   }
 }
 
+template <int packets, class Real, class T>
+LONGSPAN_INLINE void load_whole(const T* from, Packet<Real> (&to)[std::size_t(packets)]) {
+  constexpr int w = lanes<Real>;
+  if constexpr (loads_in_pairs<Real, T> && packets % 2 == 0) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; c += 2) load_pairs(from + c * w, to[c], to[c + 1]);
+  } else {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) to[c] = load_as<Real>(from + c * w);
+  }
+}
+
 /// o[g][c] = scale[g] * o[g][c] + sum_j p[j * p_stride + g] * v[j][c], for `queries` rows of o and `packets`
-/// packets of columns; of the last packet, `last_columns` columns exist. The first to read a row asks for
-/// those ahead.
+/// packets of columns; of the last packet, `last_columns` columns exist. Where none is missing and packets
+/// are even, columns of o stand at their `place_of`. The first to read a row asks for those ahead.
 template <int queries, int packets, class Real, class Tv>
 void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, const Real* p, Index p_stride,
                 Real* o, Index o_stride, const Real* scale, bool reads_first) {
@@ -72,11 +131,9 @@ void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, con
     LONGSPAN_UNROLL
     for (int c = 0; c < packets; ++c) sum[g][c] = broadcast(Real(0));
   }
-  const auto add = [&](const Tv* row, const Real* weights, const auto& load_last) {
+  const auto add = [&](const Tv* row, const Real* weights, const auto& load_row) {
     Packet<Real> of_value[std::size_t(packets)];
-    LONGSPAN_UNROLL
-    for (int c = 0; c + 1 < packets; ++c) of_value[c] = load_as<Real>(row + c * w);
-    of_value[packets - 1] = load_last(row + (packets - 1) * w);
+    load_row(row, of_value);
     LONGSPAN_UNROLL
     for (int g = 0; g < queries; ++g) {
       const Packet<Real> weight_of_query = broadcast(weights + g);
@@ -92,12 +149,15 @@ void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, con
         prefetch(reinterpret_cast<const char*>(row) + prefetch_bytes,
                  packets * w * static_cast<Index>(sizeof(Tv)));
       }
-      add(row, p + j * p_stride, [](const Tv* from) { return load_as<Real>(from); });
+      add(row, p + j * p_stride, load_whole<packets, Real, Tv>);
     }
   } else {
     for (Index j = 0; j < keys; ++j) {
-      add(v + j * v_stride, p + j * p_stride,
-          [&](const Tv* from) { return load_part<Real>(from, last_columns); });
+      add(v + j * v_stride, p + j * p_stride, [&](const Tv* from, Packet<Real>(&to)[std::size_t(packets)]) {
+        LONGSPAN_UNROLL
+        for (int c = 0; c + 1 < packets; ++c) to[c] = load_as<Real>(from + c * w);
+        to[packets - 1] = load_part<Real>(from + (packets - 1) * w, last_columns);
+      });
     }
   }
   LONGSPAN_UNROLL

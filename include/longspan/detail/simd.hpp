@@ -262,6 +262,36 @@ LONGSPAN_INLINE Packet<Real> load_as(const T* from) {
     return load(static_cast<const Real*>(buffer));
   }
 }
+/// Are rows of T loaded two packets at a time, as elements of even and of odd index? Two bfloat16 in 32 bits
+/// are parted by a shift and a mask; one packet of them in order takes a shuffle besides.
+template <class Real, class T>
+inline constexpr bool loads_in_pairs = std::is_same_v<T, Eigen::bfloat16>&& std::is_same_v<Real, float> &&
+                                       (lanes<Real> > 1);
+
+/// The elements of even and of odd index of two packets from memory.
+template <class Real, class T>
+requires loads_in_pairs<Real, T> LONGSPAN_INLINE void load_pairs(const T* from, Packet<Real>& even,
+                                                                 Packet<Real>& odd) {
+  using Raw = typename Packet<Real>::Raw;
+  using Bits = typename Eigen::internal::unpacket_traits<Raw>::integer_packet;
+  const Bits bits =
+      Eigen::internal::preinterpret<Bits>(Eigen::internal::ploadu<Raw>(reinterpret_cast<const float*>(from)));
+  even.raw = Eigen::internal::preinterpret<Raw>(Eigen::internal::plogical_shift_left<16>(bits));
+  odd.raw = Eigen::internal::preinterpret<Raw>(
+      Eigen::internal::pand(bits, Eigen::internal::pset1<Bits>(static_cast<int>(0xffff0000u))));
+}
+
+/// Where the kernels for rows of T keep column `column` of `columns`.
+template <class Real, class T>
+constexpr Index place_of(Index column, Index columns) {
+  if constexpr (loads_in_pairs<Real, T>) {
+    constexpr Index w = lanes<Real>;
+    const Index first = column / (2 * w) * (2 * w), inside = column - first;
+    if (first + 2 * w <= columns) return first + inside % 2 * w + inside / 2;
+  }
+  return column;
+}
+
 /// The first `count` lanes from memory, the others 0; reads nothing behind them.
 template <class Real, class T>
 LONGSPAN_INLINE Packet<Real> load_part(const T* from, Index count) {
