@@ -32,8 +32,9 @@ LONGSPAN_BEGIN
 /// Aliasing  out and lse overlap no input, nor each other.
 /// Cost      2 * q_len * kv_len * (head_dim + value_dim) flop per head, less what the mask skips in blocks of
 ///           keys. Scratch for each worker about 16 * (head_dim + value_dim + 128) packets, none per key.
-/// Error     |out - exact| <= 16 u (1 + a_i) sum_j p_ij |v_j|, a_i = sum_j p_ij scale sum_c |q_ic k_jc|, with
-///           u = 2^-24 for float: it does not grow with kv_len. 16-bit outputs are rounded once more.
+/// Error     |out - exact| <= 16 u (1 + a_i) sum_j p_ij |v_j|, a_i = sum_j p_ij scale sum_c |q_ic k_jc|, plus
+///           the size of what a score adds, with u = 2^-24 for float: it does not grow with kv_len. 16-bit
+///           outputs are rounded once more.
 ///           Where all roundings go one way (equal scores, one value everywhere) the 16 becomes up to 80.
 /// Masked    what a query does not see has no effect on its row, even if it holds NaN. A row that sees no key
 ///           gives 0 and lse = -infinity. A score of -infinity hides the key.
