@@ -16,7 +16,8 @@ inline constexpr float score_unit<float> = 1.44269504088896340736f;
 
 /// 2^x for float, e^x for double, for x <= 0; NaN for NaN.
 ///
-/// float   at most 1 ulp from the exact value down to 2^-126, exactly 1 at 0, exactly 0 below -126.5
+/// float   at most 1 ulp from the exact value down to 2^-126 (1.3 where the processor has no fused
+///         multiply-add), exactly 1 at 0, exactly 0 below -126.5
 /// double  Eigen's exp, exactly 0 below -708
 ///
 /// The float form rounds x to n by adding 1.5 * 2^23 + 127, whose low bits then are the exponent field of

@@ -34,7 +34,7 @@ void convert_rows(const T* from, Index from_stride, Index rows, Index cols, Real
     Index c = 0;
     for (; c + w <= cols; c += w) store(to + c, load_as<Real>(from + c));
     for (; c < cols; ++c) to[c] = static_cast<Real>(from[c]);
-    for (; c < to_cols; ++c) to[c] = Real(0);
+    if (c < to_cols) std::fill_n(to + c, to_cols - c, Real(0));
   }
 }
 

@@ -56,6 +56,7 @@ class QueryTile {
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
   static constexpr Index most_lanes = tile_lanes<Real>;
   static constexpr Index w = lanes<Real>;
+  static_assert(Products::keys_in_block <= Runs::capacity * keys_in_strip<Real>);
 
   static QueryTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len) {
     QueryTile tile;

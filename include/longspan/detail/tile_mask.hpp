@@ -115,9 +115,13 @@ struct Run {
   }
 };
 
-/// The runs of one block of keys.
+/// Strips in which a block is looked at where the edge of a mask crosses it.
+template <class Real>
+inline constexpr Index keys_in_strip = std::max<Index>(lanes<Real>, tile_rows);
+
+/// The runs of one block of keys, of at most `capacity` strips.
 struct Runs {
-  static constexpr int capacity = 16;
+  static constexpr int capacity = 32;
   std::array<Run, capacity> run;
   int count = 0;
 
@@ -162,7 +166,7 @@ Run run_of(const TileMask<Real, M>& mask, int packets, Index first_key, Index be
 /// packet (at q_len = 512, head_dim 64 that is 8 % of a call).
 template <class Real, Mask M>
 Runs cut_into_runs(const TileMask<Real, M>& mask, int packets, Index first_key, Index keys) {
-  constexpr Index strip = std::max(lanes<Real>, tile_rows);
+  constexpr Index strip = keys_in_strip<Real>;
   Runs runs;
   const Run whole = run_of(mask, packets, first_key, 0, keys);
   if (whole.partial == 0 || whole.packets == 0) {
