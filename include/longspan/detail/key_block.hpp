@@ -33,8 +33,8 @@ void convert_rows(const T* from, Index from_stride, Index rows, Index cols, Real
   for (Index i = 0; i < rows; ++i, from += from_stride, to += to_cols) {
     Index c = 0;
     for (; c + w <= cols; c += w) store(to + c, load_as<Real>(from + c));
-    for (; c < cols; ++c) to[c] = static_cast<Real>(from[c]);
-    if (c < to_cols) std::fill_n(to + c, to_cols - c, Real(0));
+    std::transform(from + c, from + cols, to + c, [](const T& x) { return static_cast<Real>(x); });
+    std::fill_n(to + cols, to_cols - cols, Real(0));
   }
 }
 
