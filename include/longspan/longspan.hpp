@@ -1,6 +1,8 @@
 // All of Longspan.
 #pragma once
 
+#include "longspan/dilated_attention.hpp"
+#include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
@@ -9,6 +11,7 @@
 #include "longspan/mask.hpp"
 #include "longspan/partial.hpp"
 #include "longspan/position.hpp"
+#include "longspan/reference/dilated_attention.hpp"
 #include "longspan/reference/partial.hpp"
 #include "longspan/reference/position.hpp"
 #include "longspan/reference/softmax_attention.hpp"

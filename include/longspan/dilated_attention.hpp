@@ -1,0 +1,104 @@
+// LongNet's dilated attention: softmax attention within dilated segments, merged over branches.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "longspan/detail/dilated.hpp"
+#include "longspan/detail/parts.hpp"
+#include "longspan/dilation.hpp"
+#include "longspan/eigen.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/position.hpp"
+#include "longspan/score.hpp"
+#include "longspan/version.hpp"
+
+LONGSPAN_BEGIN
+
+/// A branch (w, r) keeps of each segment of w tokens those whose place in it is s plus a multiple of r, with
+/// s the head's offset (h mod r). A kept query attends the kept keys of its segment,
+///
+///   out_i = sum_j exp(s_j - lse_i) v_j,  lse_i = log sum_j exp(s_j),  s_j = score(scale * q.k_j),
+///
+/// and the branches that keep it are merged: lse = log sum_i exp(lse_i), out = sum_i exp(lse_i - lse) out_i.
+///
+///   dilated_attention attend{{{2048, 1}, {4096, 2}, {8192, 4}}, causal{}};  // (w, r) ..., then parts
+///   dilated_attention attend{geometric_branches_to({2048, 1}, 2, length), causal{}};
+///   attend(q, k, v, out, lse, execution);  // lse and execution may be left out, as in softmax_attention
+///
+/// Shapes    those of softmax_attention; q_len is kv_len, or less where q holds some of the positions.
+///           Lengths, segments and dilations need not divide one another; the last segment is short
+/// Types     those of softmax_attention
+/// Positions row i of q stands at position `first_query` + i, key j at j. Mask, score and position encoding
+///           are told positions in the whole sequence, and change rows before they are chosen. An encoding
+///           costs more here than before the call, by encode_positions, since a row is met many times
+/// Aliasing  out and lse overlap no input, nor each other
+/// Cost      2 (head_dim + value_dim) flop a pair, kv_len sum_i w_i / r_i^2 pairs a head, under a causal mask
+///           about half (dilated_flop counts them). Scratch of each worker: that of softmax_attention and
+///           256 KB. Nothing is gathered, and no branch has a buffer of its own
+/// Error     that of softmax_attention, with the keys of all branches as one set
+/// Masked    as softmax_attention. A query that no branch keeps gives 0 and lse = -infinity
+/// Bits      do not depend on the executor, on how many threads it has, nor on batch rows, heads and queries
+///           beside
+/// Throws    Error when shapes disagree or a branch is not positive, before anything is written
+/// Source    Ding et al. 2023 (arXiv 2307.02486), eq. 3-10 and 13-15. Where the paper is silent: a key that
+///           several branches keep counts several times (eq. 9 and 10 taken literally), see `overlap`
+template <Mask M = everything, Score S = unchanged, Position P = no_position>
+struct dilated_attention {
+  std::vector<Branch> branches;
+  M mask{};
+  S score{};
+  P position{};
+  double scale = default_scale;             ///< multiplies q.k; 1 / sqrt(head_dim) unless set
+  Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
+  Phase phase = Phase::modulo;
+  /// `set` counts each key once, in the first branch that keeps it: slower than `multiset` unless segments
+  /// and dilations are multiples of those before.
+  Overlap overlap = Overlap::multiset;
+  /// As torchscale, which fills short segments with zeros and lets queries see them: needed to have the
+  /// numbers of a model trained so. Matters without a causal mask only.
+  bool zero_pad_compat = false;
+  bool bf16_products = true;  ///< as in softmax_attention
+
+  template <class... Parts>
+  requires detail::parts_are<M, S, P, Parts...>
+  explicit dilated_attention(std::vector<Branch> wanted, Parts... parts)
+      : branches(std::move(wanted)),
+        mask(detail::take_part<detail::MaskPart, M>(parts...)),
+        score(detail::take_part<detail::ScorePart, S>(parts...)),
+        position(detail::take_part<detail::PositionPart, P>(parts...)) {}
+
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out) const {
+    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>());
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, E&& execution) const {
+    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>(), execution);
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) const {
+    operator()(q, k, v, out, lse, openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) const {
+    const auto problem =
+        detail::checked_problem("dilated_attention", view(q), view(k), view(v), view(out), rows_view(lse));
+    detail::check_branches("dilated_attention", branches);
+    position.check(problem.head_dim());
+    const detail::Dilation dilation{branches, phase, overlap, zero_pad_compat};
+    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      detail::dilated_forward(problem.at(first_query, scale), dilation, mask, score, position, executor,
+                              workspace, bf16_products);
+    });
+  }
+};
+
+template <class... Parts>
+dilated_attention(std::vector<Branch>, Parts...)
+    -> dilated_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
+                         detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                         detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+
+LONGSPAN_END
