@@ -13,6 +13,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <vector>
 
 #include "longspan/error.hpp"
 #include "longspan/view.hpp"
@@ -75,6 +76,29 @@ class Keys {
     const auto number = number_in<Index>(*value);
     if (!number || *number < 1) refuse(key, *value, "an integer from 1 to 2^63 - 1");
     return number;
+  }
+
+  /// "8,16,64"; empty where the key is absent.
+  std::vector<Index> positive_integers(std::string_view key) const {
+    const std::string* value = find(key);
+    std::vector<Index> numbers;
+    for (std::size_t begin = 0; value != nullptr && begin <= value->size();) {
+      const std::size_t comma = std::min(value->find(',', begin), value->size());
+      const auto number = number_in<Index>(std::string_view(*value).substr(begin, comma - begin));
+      if (!number || *number < 1) refuse(key, *value, "integers from 1 to 2^63 - 1 with commas between");
+      numbers.push_back(*number);
+      begin = comma + 1;
+    }
+    return numbers;
+  }
+
+  /// Which of two words the key has, 0 or 1; 0 where it is absent.
+  int choice(std::string_view key, const char* first, const char* second) const {
+    const std::string* value = find(key);
+    if (value && *value != first && *value != second) {
+      refuse(key, *value, (std::string(first) + " or " + second).c_str());
+    }
+    return value && *value == second ? 1 : 0;
   }
 
   std::optional<double> nonzero(std::string_view key) const {

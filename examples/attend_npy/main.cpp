@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "arguments.hpp"
+#include "dilated.hpp"
 #include "softmax.hpp"
 
 namespace {
@@ -26,6 +27,7 @@ struct Variant {
 
 constexpr std::array variants{
     Variant{"softmax", softmax_help, softmax},
+    Variant{"dilated", dilated_help, dilated},
 };
 
 constexpr std::string_view usage =

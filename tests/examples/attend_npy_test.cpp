@@ -13,6 +13,7 @@
 
 #include "examples/attend_npy/npy.hpp"
 #include "longspan/longspan.hpp"
+#include "longspan/reference/dilated_attention.hpp"
 #include "longspan/reference/softmax_attention.hpp"
 #include "support/catch.hpp"
 #include "temporary_folder.hpp"
@@ -195,6 +196,42 @@ TEST_CASE("attend_npy softmax: agrees with the oracle for every key", "[attend_n
   check("softcap=1.5 scale=2 window=9 causal=1", causal{} & window{.left = 8}, softcap{1.5f}, 2.0);
 }
 
+TEST_CASE("attend_npy dilated: agrees with the oracle for every key", "[attend_npy][oracle]") {
+  using longspan::Branch, longspan::Overlap, longspan::Phase;
+  const TemporaryFolder folder;
+  const Inputs in;
+  in.save_as<float>(folder);
+  const auto check = [&](const std::string& keys, const auto& oracle) {
+    CAPTURE(keys);
+    const Outcome outcome = run(folder, "dilated " + keys + files + " --lse lse.npy --dtype f64");
+    REQUIRE(outcome.err == "");
+    REQUIRE(outcome.exit_code == 0);
+    std::vector<double> exact(2 * 6 * 19 * 5), exact_lse(2 * 6 * 19);
+    oracle(in.q.view(), in.k.view(), in.v.view(), longspan::compact_view(exact.data(), 2, 6, 19, 5),
+           longspan::compact_rows_view(exact_lse.data(), 2, 6, 19));
+    const std::vector<double> out = values_of(npy::read(folder.file("out.npy")));
+    const std::vector<double> lse = values_of(npy::read(folder.file("lse.npy")));
+    int wrong = 0;
+    for (std::size_t n = 0; n < out.size(); ++n) wrong += !(std::abs(out[n] - exact[n]) <= 1e-12);
+    for (std::size_t n = 0; n < lse.size(); ++n)
+      wrong += !(lse[n] == exact_lse[n] || std::abs(lse[n] - exact_lse[n]) <= 1e-12);
+    CHECK(wrong == 0);
+  };
+  longspan::reference::dilated_attention oracle{std::vector<Branch>{{8, 1}, {16, 2}, {64, 4}}};
+  const std::string branches = "segments=8,16,64 dilations=1,2,4";
+  check(branches, oracle);
+  oracle.phase = Phase::blocked;
+  check(branches + " phase=blocked overlap=multiset", oracle);
+  oracle.overlap = Overlap::set;
+  oracle.scale = 0.5;
+  check(branches + " phase=blocked overlap=set scale=0.5", oracle);
+  oracle = longspan::reference::dilated_attention{std::vector<Branch>{{8, 1}}};
+  oracle.zero_pad_compat = true;
+  check("segments=8 zero_pad=1", oracle);
+  check(branches + " causal=1", longspan::reference::dilated_attention{
+                                    std::vector<Branch>{{8, 1}, {16, 2}, {64, 4}}, longspan::causal{}});
+}
+
 TEST_CASE("attend_npy softmax: window=W sees the keys less than W positions away", "[attend_npy][exact]") {
   // Equal scores and a power of two of keys: out is the mean of the visible values, exactly.
   const TemporaryFolder folder;
@@ -354,8 +391,9 @@ TEST_CASE("attend_npy: a wrong command line is refused in one sentence and write
   const TemporaryFolder folder;
   Inputs().save_as<float>(folder);
   const std::string options = "--q, --k, --v, --out, --lse, --dtype and --threads";
-  check_refused(folder, "sofmax" + files, "unknown variant 'sofmax', the variants are: softmax");
-  check_refused(folder, "causal=1 softmax" + files, "unknown variant 'causal=1', the variants are: softmax");
+  check_refused(folder, "sofmax" + files, "unknown variant 'sofmax', the variants are: softmax and dilated");
+  check_refused(folder, "causal=1 softmax" + files,
+                "unknown variant 'causal=1', the variants are: softmax and dilated");
   check_refused(folder, "softmax casual=1" + files,
                 "unknown key 'casual', the keys of softmax are causal, window, scale and softcap");
   check_refused(folder, "softmax causal=1 causal=1" + files, "the key causal is given twice");
@@ -402,6 +440,24 @@ TEST_CASE("attend_npy: a wrong value of a key is refused in one sentence and wri
   check("scale", "a finite number other than 0",
         {"", "0", "-0.0", "inf", "nan", "1e999", "1,5", "0.5f", "+1", "x=1"});
   check("softcap", "a finite number above 0", {"", "0", "-1", "inf", "nan", "1e39", "1e-60", "50 "});
+}
+
+TEST_CASE("attend_npy dilated: a wrong value of a key is refused in one sentence", "[attend_npy][errors]") {
+  const TemporaryFolder folder;
+  Inputs().save_as<float>(folder);
+  check_refused(folder, "dilated" + files, "the key segments is missing");
+  check_refused(folder, "dilated segments=8,16 dilations=1" + files,
+                "the key dilations has 1 numbers, wanted 2 as the key segments has");
+  for (const std::string list :
+       {"", ",", "8,", "8,,16", "8;16", "0", "8,-1", "8, 16", "99999999999999999999"}) {
+    check_refused(
+        folder, "dilated 'segments=" + list + "'" + files,
+        "the key segments is '" + list + "', wanted integers from 1 to 2^63 - 1 with commas between");
+  }
+  check_refused(folder, "dilated segments=8 phase=mod" + files,
+                "the key phase is 'mod', wanted modulo or blocked");
+  check_refused(folder, "dilated segments=8 overlap=" + files,
+                "the key overlap is '', wanted multiset or set");
 }
 
 TEST_CASE("attend_npy: bad files are refused in one sentence and nothing is written",
