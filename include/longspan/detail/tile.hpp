@@ -138,7 +138,7 @@ class QueryTile {
   static void write(const Accumulator<Real>& state, const QueryLanes& queries, TensorView<To> out,
                     RowsView<Real> lse);
 
- private:
+ protected:  // a landmark tile makes its own order of these steps
   template <class Tq, Position P>
   void encode(TensorView<const Tq> q, const P& position, Real* rows) const;
 

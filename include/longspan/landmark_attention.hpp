@@ -1,0 +1,153 @@
+// Landmark attention: softmax in groups, each block of the context under the weight of its landmark token.
+#pragma once
+
+#include <algorithm>
+#include <string>
+
+#include "longspan/detail/forward.hpp"
+#include "longspan/detail/landmark_forward.hpp"
+#include "longspan/detail/parts.hpp"
+#include "longspan/eigen.hpp"
+#include "longspan/error.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/landmarks.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/position.hpp"
+#include "longspan/score.hpp"
+#include "longspan/version.hpp"
+
+LONGSPAN_BEGIN
+
+/// What landmarks do.
+enum class LandmarkSoftmax : unsigned char {
+  grouped,  ///< they gate their blocks
+  plain,    ///< nothing: tokens like all others
+  ignored   ///< they are hidden, and the others are one group
+};
+
+/// out[i] = sum_j g_ij v[j] + sum_m g_im o_m over the tokens j of i's own block and the other blocks m:
+/// o_m = sum_t softmax_t(s_it) v[t] over the tokens t of block m, and g = the softmax over the scores s_ij of
+/// the own tokens and s_im of the landmarks of the other blocks; lse[i] = its log-sum-exp.
+///
+///   landmark_attention attend{landmarks::every(64)};             // causal
+///   landmark_attention attend{landmarks::at(keys), everything{}, rotary(Pairing::half_split)};
+///   attend(q, k, v, out);                                        // or with lse, an execution, as
+///   softmax_attention
+///
+/// Shapes    q [batch, heads, q_len, head_dim]        k [batch, kv_heads, kv_len, head_dim]
+///           v [batch, kv_heads, kv_len, value_dim]   out [batch, heads, q_len, value_dim]
+///           lse [batch, heads, q_len]; kv_heads divides heads. Blocks of any length, each its own.
+/// Types     those of softmax_attention
+/// Positions row i of q stands at position `first_query` + i, key j at j. A query belongs to the block in
+/// which
+///           it stands; a landmark closes its block.
+/// Values    of landmarks have no effect, even if they are NaN.
+/// Aliasing  out and lse overlap no input, nor each other.
+/// Cost      that of softmax_attention under the same mask, and 4 % more for blocks of 64 (head_dim 64); each
+///           block is computed by itself, so that blocks below 16 keys cost up to half as much again. Scratch
+///           as there, and 5 words for each block.
+/// Error     |out - exact| <= 16 u (1 + a_i) sum_j w_ij |v_j| with the weights w of all tokens, a_i = sum_j
+/// w_ij
+///           (a_ij + a_im), a = scale sum_c |q_c k_c| of token and landmark; u = 2^-24 for float.
+/// Masked    a landmark that a query does not see closes its block to it, one that stands alone or whose
+/// tokens
+///           are all hidden is absent; the open block at the end is closed to other blocks. A row that sees
+///           nothing gives 0 and lse = -infinity.
+/// Bits      do not depend on the executor, on how many threads it has, nor on batch rows and heads beside.
+/// Throws    Error when shapes or landmarks disagree, before anything is written.
+/// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), eq. 2-4, with the own group of a landmark that of
+///           its block; a block is a partial of which the landmark's score is the log-sum-exp.
+template <Mask M = causal, Score S = unchanged, Position P = no_position>
+struct landmark_attention {
+  landmarks at;
+  M mask{};
+  S score{};
+  P position{};
+  double scale = default_scale;             ///< multiplies q.k; 1 / sqrt(head_dim) unless set
+  Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
+  LandmarkSoftmax softmax = LandmarkSoftmax::grouped;
+  /// A landmark whose block has no token to see keeps its share of the weight, which is then lost, as in the
+  /// code of the authors.
+  bool leak = false;
+  /// [batch, heads, q_len, blocks]: each gate of a block is multiplied by its own factor, behind the softmax.
+  /// For dropout of groups, 0 or 1 / (1 - rate); null: by 1.
+  TensorView<const float> gate_keep{};
+  landmark_control control{};
+
+  template <class... Parts>
+  requires(
+      std::is_same_v<M, detail::PartOf<detail::MaskPart, causal, Parts...>>&&
+          std::is_same_v<S, detail::PartOf<detail::ScorePart, unchanged, Parts...>>&&
+              std::is_same_v<P, detail::PartOf<detail::PositionPart, no_position,
+                                               Parts...>>) explicit landmark_attention(landmarks stand_at,
+                                                                                       Parts... parts)
+      : at(stand_at),
+        mask(detail::take_part<detail::MaskPart, M>(parts...)),
+        score(detail::take_part<detail::ScorePart, S>(parts...)),
+        position(detail::take_part<detail::PositionPart, P>(parts...)) {}
+
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out) const {
+    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>());
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, E&& execution) const {
+    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>(), execution);
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) const {
+    operator()(q, k, v, out, lse, openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) const {
+    const auto problem =
+        detail::checked_problem("landmark_attention", view(q), view(k), view(v), view(out), rows_view(lse));
+    position.check(problem.head_dim());
+    check_options(problem);
+    const bool plain = softmax == LandmarkSoftmax::plain;
+    const detail::LandmarkOptions options{plain ? landmarks::none() : at, softmax == LandmarkSoftmax::grouped,
+                                          leak, gate_keep, control};
+    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      detail::landmark_forward(problem.at(first_query, scale), options, mask, score, position, executor,
+                               workspace);
+    });
+  }
+
+ private:
+  template <class Problem>
+  void check_options(const Problem& call) const {
+    constexpr const char* name = "landmark_attention";
+    at.check(name, call.k.batch, call.kv_len());
+    if (softmax != LandmarkSoftmax::grouped && (gate_keep.data != nullptr || control.cmt.data != nullptr)) {
+      detail::refuse(name, "softmax", "not grouped", "grouped, where gate_keep or control are given");
+    }
+    Index blocks = 0;
+    for (Index b = 0; b < (at.same_in_all_rows() ? 1 : call.k.batch); ++b)
+      blocks = std::max(blocks, at.count(b, call.kv_len()));
+    if (gate_keep.data != nullptr && (gate_keep.batch != call.q.batch || gate_keep.heads != call.q.heads ||
+                                      gate_keep.rows != call.q.rows || gate_keep.cols < blocks)) {
+      detail::refuse(name, "gate_keep", detail::shape_text(gate_keep),
+                     detail::shape_text(call.q.batch, call.q.heads, call.q.rows, blocks));
+    }
+    if (control.cmt.data == nullptr) return;
+    if (control.cmt.batch != call.q.batch || control.cmt.heads != call.q.heads ||
+        control.cmt.rows != call.q.rows) {
+      detail::refuse(name, "control.cmt", detail::shape_text(control.cmt),
+                     detail::shape_text(call.q.batch, call.q.heads, call.q.rows));
+    }
+    const auto& kinds = control.blocks;
+    if ((kinds.rows != 1 && kinds.rows != call.k.batch) || kinds.cols < blocks) {
+      detail::refuse(name, "control.blocks",
+                     "[" + std::to_string(kinds.rows) + ", " + std::to_string(kinds.cols) + "]",
+                     "[" + std::to_string(call.k.batch) + ", " + std::to_string(blocks) + "]");
+    }
+  }
+};
+
+template <class... Parts>
+landmark_attention(landmarks, Parts...)
+    -> landmark_attention<detail::PartOf<detail::MaskPart, causal, Parts...>,
+                          detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                          detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+
+LONGSPAN_END
