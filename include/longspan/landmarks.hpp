@@ -17,28 +17,30 @@ LONGSPAN_BEGIN
 class landmarks {
  public:
   /// Every `length`-th key: blocks of length - 1 tokens and their landmark.
-  static constexpr landmarks every(Index length) noexcept { return landmarks(length, {}, {}); }
+  static constexpr landmarks every(Index length) noexcept { return landmarks(true, length, {}, {}); }
   /// These keys, rising, in every batch row.
-  static constexpr landmarks at(std::span<const Index> keys) noexcept { return landmarks(0, keys, {}); }
+  static constexpr landmarks at(std::span<const Index> keys) noexcept {
+    return landmarks(false, 0, keys, {});
+  }
   /// A list of its own for each batch row.
   static constexpr landmarks at(std::span<const std::span<const Index>> lists) noexcept {
-    return landmarks(0, {}, lists);
+    return landmarks(false, 0, {}, lists);
   }
-  static constexpr landmarks none() noexcept { return landmarks(0, {}, {}); }
+  static constexpr landmarks none() noexcept { return landmarks(false, 0, {}, {}); }
 
   /// How many of batch row b are among the first kv_len keys.
   constexpr Index count(Index b, Index kv_len) const noexcept {
-    return length_ > 0 ? kv_len / length_ : static_cast<Index>(list(b).size());
+    return regular_ ? kv_len / length_ : static_cast<Index>(list(b).size());
   }
   /// Landmark m of batch row b.
   constexpr Index key(Index b, Index m) const noexcept {
-    return length_ > 0 ? (m + 1) * length_ - 1 : list(b)[static_cast<std::size_t>(m)];
+    return regular_ ? (m + 1) * length_ - 1 : list(b)[static_cast<std::size_t>(m)];
   }
   /// The block in which position j stands, of kv_len keys: how many landmarks stand before it. Positions
   /// behind the keys are in the open block at the end, positions before them in none, which is -1.
   constexpr Index block_of(Index b, Index j, Index kv_len) const noexcept {
     if (j < 0) return -1;
-    if (length_ > 0) return std::min(j, kv_len) / length_;
+    if (regular_) return std::min(j, kv_len) / length_;
     const auto keys = list(b);
     return std::lower_bound(keys.begin(), keys.end(), j) - keys.begin();
   }
@@ -48,7 +50,8 @@ class landmarks {
 
   /// Throws Error unless these are landmarks of kv_len keys in each of `batch` rows.
   void check(std::string_view function, Index batch, Index kv_len) const {
-    if (length_ < 0) detail::refuse(function, "the length of a block", std::to_string(length_), "at least 1");
+    if (regular_ && length_ < 1)
+      detail::refuse(function, "the length of a block", std::to_string(length_), "at least 1");
     if (!lists_.empty() && static_cast<Index>(lists_.size()) != batch) {
       detail::refuse(function, "the number of lists of landmarks", std::to_string(lists_.size()),
                      "one for each of the " + std::to_string(batch) + " batch rows");
@@ -66,15 +69,16 @@ class landmarks {
   }
 
  private:
-  constexpr landmarks(Index length, std::span<const Index> keys,
+  constexpr landmarks(bool regular, Index length, std::span<const Index> keys,
                       std::span<const std::span<const Index>> lists) noexcept
-      : length_(length), keys_(keys), lists_(lists) {}
+      : regular_(regular), length_(length), keys_(keys), lists_(lists) {}
 
   constexpr std::span<const Index> list(Index b) const noexcept {
     return lists_.empty() ? keys_ : lists_[static_cast<std::size_t>(b)];
   }
 
-  Index length_;  ///< 0: listed
+  bool regular_;
+  Index length_;
   std::span<const Index> keys_;
   std::span<const std::span<const Index>> lists_;
 };
