@@ -325,3 +325,29 @@ TEST_CASE("prefetch: of memory that is not there does nothing", "[simd]") {
   detail::prefetch(&x, -5);
   CHECK(x == 1);
 }
+
+TEMPLATE_TEST_CASE("place_of, column_at: inverse of one another, and the order of load_pairs", "[simd]",
+                   float, Eigen::bfloat16) {
+  constexpr Index w = lanes<float>;
+  for (Index columns = 0; columns <= 5 * w; ++columns) {
+    bool right = true;
+    for (Index c = 0; c < columns; ++c) {
+      const Index place = detail::place_of<float, TestType>(c, columns);
+      right &= place >= 0 && place < columns && detail::column_at<float, TestType>(place, columns) == c;
+    }
+    INFO("columns=" << columns);
+    CHECK(right);
+  }
+  if constexpr (detail::loads_in_pairs<float, TestType>) {
+    std::vector<TestType> row;
+    for (Index c = 0; c < 2 * w; ++c) row.push_back(static_cast<TestType>(static_cast<float>(c)));
+    Packet<float> packets[2];
+    detail::load_pairs(row.data(), packets[0], packets[1]);
+    bool right = true;
+    for (Index c = 0; c < 2 * w; ++c) {
+      const Index place = detail::place_of<float, TestType>(c, 2 * w);
+      right &= lanes_of(packets[place / w])[static_cast<std::size_t>(place % w)] == static_cast<float>(c);
+    }
+    CHECK(right);
+  }
+}

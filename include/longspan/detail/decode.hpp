@@ -297,14 +297,17 @@ class Decode {
                        const RowAccumulator<Real>& state, const Real* shrink) const {
     for (int g = 0; g < count; ++g) {
       Real* o = state.o + (first + g) * state.stride;
-      for (Index c = 0; c < call_.value_dim(); ++c) {
-        Real sum = 0;
+      for (Index c = 0; c < state.stride; c += w) {
+        Packet<Real> sum = broadcast(Real(0));
         for (Index j = keys.begin; j < keys.end; ++j) {
           const Index at = (j - keys.begin) * count + g;
-          if (worker.seen[at]) sum = std::fma(worker.scores[at], static_cast<Real>(v.row(j)[c]), sum);
+          if (!worker.seen[at]) continue;
+          alignas(64) Real row[std::size_t(w)] = {};
+          for (Index i = 0; i < std::min(w, call_.value_dim() - c); ++i)
+            row[i] = static_cast<Real>(v.row(j)[column_at<Real, Tv>(c + i, call_.value_dim())]);
+          sum = fma(broadcast(worker.scores[at]), load<Real>(row), sum);
         }
-        Real& to = o[place_of<Real, Tv>(c, call_.value_dim())];
-        to = std::fma(shrink[g], to, sum);
+        store(o + c, fma(broadcast(shrink[g]), load<Real>(o + c), sum));
       }
     }
   }

@@ -292,6 +292,17 @@ constexpr Index place_of(Index column, Index columns) {
   return column;
 }
 
+/// The column that stands at `place`: the inverse of place_of.
+template <class Real, class T>
+constexpr Index column_at(Index place, Index columns) {
+  if constexpr (loads_in_pairs<Real, T>) {
+    constexpr Index w = lanes<Real>;
+    const Index first = place / (2 * w) * (2 * w), inside = place - first;
+    if (first + 2 * w <= columns) return first + inside % w * 2 + inside / w;
+  }
+  return place;
+}
+
 /// The first `count` lanes from memory, the others 0; reads nothing behind them.
 template <class Real, class T>
 LONGSPAN_INLINE Packet<Real> load_part(const T* from, Index count) {
