@@ -69,7 +69,13 @@ class Workspace {
     return memory_.get();
   }
 
-  std::size_t bytes() const noexcept { return size_; }
+  std::size_t bytes() const noexcept { return size_ + (inner_ == nullptr ? 0 : inner_->bytes()); }
+
+  /// A workspace beside this one, for a functor that calls another while it uses its own.
+  Workspace& inner() {
+    if (inner_ == nullptr) inner_ = std::make_unique<Workspace>();
+    return *inner_;
+  }
 
  private:
   struct Release {
@@ -79,6 +85,7 @@ class Workspace {
   };
   std::unique_ptr<std::byte, Release> memory_;
   std::size_t size_ = 0;
+  std::unique_ptr<Workspace> inner_;
 };
 
 /// An executor with a workspace: the optional last argument of every functor. Keep one for each calling
@@ -95,10 +102,19 @@ struct Execution {
 
 namespace detail {
 
+/// An Execution of parts that somebody else holds.
+template <Executor E>
+struct ExecutionRef {
+  const E& executor;
+  Workspace& workspace;
+};
+
 template <class X>
 inline constexpr bool is_execution = false;
 template <class E>
 inline constexpr bool is_execution<Execution<E>> = true;
+template <class E>
+inline constexpr bool is_execution<ExecutionRef<E>> = true;
 
 }  // namespace detail
 

@@ -149,7 +149,9 @@ void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, con
         prefetch(reinterpret_cast<const char*>(row) + prefetch_bytes,
                  packets * w * static_cast<Index>(sizeof(Tv)));
       }
-      add(row, p + j * p_stride, load_whole<packets, Real, Tv>);
+      add(row, p + j * p_stride, [](const Tv* from, Packet<Real>(&to)[std::size_t(packets)]) {
+        load_whole<packets, Real>(from, to);
+      });
     }
   } else {
     for (Index j = 0; j < keys; ++j) {

@@ -1,0 +1,161 @@
+// Infini-attention: attention within segments, and a compressive memory of all segments before.
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "longspan/detail/infini.hpp"
+#include "longspan/eigen.hpp"
+#include "longspan/element.hpp"
+#include "longspan/error.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/infini_options.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/softmax_attention.hpp"
+#include "longspan/stream/stream_shape.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// The sequence is cut into segments of `segment` tokens. In each,
+///
+///   out = g * phi(q) M / (phi(q) z) + (1 - g) * local(q, k, v),   g = sigmoid(beta),
+///
+/// with M and z as the segments before have left them; then the segment is written:
+///
+///   M += phi(K)^T V                                     InfiniRule::linear
+///   M += phi(K)^T (V - phi(K) M / (phi(K) z))           InfiniRule::delta,    z += sum of phi(K).
+///
+///   infini_attention attend;                                       // softmax_attention{causal{}} within
+///   infini_attention attend{softmax_attention{causal{}, rotary(Pairing::half_split)}};
+///   attend.segment = 1024;
+///   attend.beta = {beta.data(), heads, 1, 1};
+///   attend(q, k, v, out, execution);                               // execution may be left out
+///
+/// infini_memory (stream/infini_memory.hpp) carries M, z and the open segment from call to call.
+///
+/// Shapes    q [batch, heads, length, head_dim]      k [batch, kv_heads, length, head_dim]
+///           v [batch, kv_heads, length, value_dim]  out [batch, heads, length, value_dim]
+///           kv_heads divides heads; a KV head has one M [head_dim, value_dim] and z [head_dim], which its
+///           query heads share. The length need not be a multiple of the segment. There is no lse.
+/// Types     those of softmax_attention; M and z are float, double where q is.
+/// Positions the local functor is called for each segment, and counts from its beginning (the same for rotary
+///           but for rounding); softmax_attention can be told absolute positions. The memory sees q and k
+///           without positions unless `memory_uses_positions`.
+/// Aliasing  out overlaps no input.
+/// Cost      for each token and query head 2 segment * (head_dim + value_dim) / 2 flop of causal local
+///           attention and 2 head_dim * value_dim of reading, and for each KV head as much of writing, twice
+///           that by the delta rule. Memory: batch * kv_heads * head_dim * (value_dim + 1) numbers.
+/// Error     that of local, plus 16 u (head_dim + 128) g sum_j p_j |v_j| with p the weights of the linear
+///           memory: all are positive, and segments are summed by themselves before they are added.
+/// Masked    with `lengths` the rows behind the length of a batch row are neither seen nor written, even if
+///           they hold NaN; their own outputs mean nothing. A side whose gate is 0 has no effect.
+/// Bits      do not depend on the executor nor on how many threads it has.
+/// Throws    Error when shapes or options disagree, before anything is written.
+/// Source    Munkhdalai et al. 2024 (arXiv 2404.07143 v2), eq. 6-11. Where the paper is silent: M and z begin
+///           as 0 and the gate holds in the first segment too (see `first`); a norm below 1e-10 counts as it.
+template <class Local = softmax_attention<causal>, FeatureMap F = elu_plus_one>
+struct infini_attention {
+  Local local{};  ///< any functor of the library, or whatever is called like one
+  F feature{};
+  Index segment = 2048;
+  MatrixView<const float> beta{};  ///< [1 or heads][1 or value_dim]; 0 unless set
+  InfiniRule rule = InfiniRule::linear;
+  InfiniFirst first = InfiniFirst::gate;
+  std::span<const Index> lengths{};    ///< of each batch row; all of it unless set
+  bool memory_uses_positions = false;  ///< give the memory q and k as the position encoding of local has them
+  bool absolute_positions = false;     ///< tell softmax_attention positions in the whole sequence
+
+  infini_attention() = default;
+  explicit infini_attention(Local within, F map = {}) : local(std::move(within)), feature(std::move(map)) {}
+
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out) const {
+    operator()(q, k, v, out, openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, E&& execution) const {
+    const auto call = detail::checked_problem("infini_attention", view(q), view(k), view(v), view(out),
+                                              detail::no_rows<detail::LseOf<Q>>());
+    if (call.q_len() != call.kv_len()) {
+      detail::refuse("infini_attention", "the number of rows of q", std::to_string(call.q_len()),
+                     "the " + std::to_string(call.kv_len()) + " of k");
+    }
+    check("infini_attention", call.q.batch, call.q.heads, call.head_dim(), call.value_dim());
+    if (call.out.empty()) return;
+    detail::with_workspace(
+        execution, [&](const auto& executor, Workspace& workspace) { run(call, executor, workspace); });
+  }
+
+  /// A stream of this functor (stream/infini_memory.hpp), its open segment kept as T.
+  template <Element T = float>
+  auto stream(const StreamShape& shape) const;
+
+  /// Throws Error unless the options fit tensors of these sizes.
+  void check(std::string_view function, Index batch, Index heads, Index head_dim, Index value_dim) const {
+    if (segment < 1) detail::refuse(function, "the segment", std::to_string(segment), "at least 1");
+    detail::position_of(local).check(head_dim);
+    const auto fits = [](Index size, Index wanted) { return size == 1 || size == wanted; };
+    if (beta.data != nullptr && (!fits(beta.rows, heads) || !fits(beta.cols, value_dim))) {
+      detail::refuse(function, "beta",
+                     "[" + std::to_string(beta.rows) + ", " + std::to_string(beta.cols) + "]",
+                     "[1 or " + std::to_string(heads) + ", 1 or " + std::to_string(value_dim) + "]");
+    }
+    if (!lengths.empty() && static_cast<Index>(lengths.size()) != batch) {
+      detail::refuse(function, "the number of lengths", std::to_string(lengths.size()),
+                     std::to_string(batch) + ", one for each batch row");
+    }
+  }
+
+ private:
+  template <class Call, class E>
+  void run(const Call& call, const E& executor, Workspace& workspace) const {
+    using Real = typename Call::Real;
+    detail::MemoryView<Real> memory{nullptr,      nullptr,         call.k.batch,
+                                    call.k.heads, call.head_dim(), call.value_dim()};
+    const Index rows = std::min(segment, call.kv_len());
+    const auto take = [&](detail::Arena& arena) {
+      memory.m = arena.take<Real>(memory.m_size());
+      memory.z = arena.take<Real>(memory.z_size());
+      return detail::InfiniScratch<Real>::take(arena, memory, call.q.heads, rows, rule);
+    };
+    detail::Arena counting;
+    take(counting);
+    detail::Arena arena(workspace.reserve(counting.used()));
+    const auto scratch = take(arena);
+    memory.clear();
+    detail::InfiniPass<Real, Local, F> pass{local, feature, rule, memory_uses_positions, absolute_positions,
+                                            memory};
+    pass.gate = detail::gate_shares(beta, call.q.heads, call.value_dim(), memory.stride(), scratch.gate[0],
+                                    scratch.gate[1]);
+    if (rule == InfiniRule::delta) {
+      pass.difference =
+          detail::difference_shares(memory.stride(), scratch.difference[0], scratch.difference[1]);
+    }
+    for (Index begin = 0; begin < call.kv_len(); begin += segment) {
+      const Index count = std::min(segment, call.kv_len() - begin);
+      const auto rows_of = [&](Index b) {
+        return lengths.empty() ? count
+                               : std::clamp<Index>(lengths[static_cast<std::size_t>(b)] - begin, 0, count);
+      };
+      const auto k = call.k.slice_rows(begin, count);
+      const auto v = call.v.slice_rows(begin, count);
+      const bool known = begin > 0 || first == InfiniFirst::gate;
+      pass.attend(call.q.slice_rows(begin, count), k, v, call.out.slice_rows(begin, count), begin, known,
+                  executor, workspace, rows_of);
+      if (begin + segment >= call.kv_len()) break;
+      pass.write(k, v, compact_view(scratch.change, k.batch, k.heads, count, v.cols), begin, executor,
+                 workspace, rows_of);
+    }
+  }
+};
+
+template <class Local, FeatureMap F = elu_plus_one>
+infini_attention(Local, F = {}) -> infini_attention<Local, F>;
+infini_attention()->infini_attention<>;
+
+LONGSPAN_END

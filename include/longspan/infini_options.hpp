@@ -1,0 +1,49 @@
+// What Infini-attention can be told: the update rule, the first segment, the feature map.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <type_traits>
+
+#include "longspan/detail/simd.hpp"
+#include "longspan/version.hpp"
+
+LONGSPAN_BEGIN
+
+/// How a segment is written to the memory.
+enum class InfiniRule : std::uint8_t {
+  linear,  ///< M += phi(K)^T V
+  delta,   ///< M += phi(K)^T (V - what the memory gives for K already)
+};
+
+/// What queries give while nothing has been written yet.
+enum class InfiniFirst : std::uint8_t {
+  gate,    ///< the memory gives 0, and the gate holds: (1 - sigmoid(beta)) * local
+  bypass,  ///< local alone, as in lucidrains' code
+};
+
+/// A sum phi(q).z below it counts as it, so that no quotient is infinite.
+inline constexpr double infini_least_norm = 1e-10;
+
+/// phi(x) = elu(x) + 1: x + 1 above 0, exp(x) below. Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 7.
+/// exp(x) is taken as it is: elu(x) + 1 in float would be 0 from x = -17 on.
+struct elu_plus_one {
+  double operator()(double x) const { return x > 0 ? x + 1 : std::exp(x); }
+
+  template <class Real>
+  detail::Packet<Real> on_packet(detail::Packet<Real> x) const {
+    const auto zero = detail::broadcast(Real(0)), one = detail::broadcast(Real(1));
+    return detail::select(detail::less(zero, x), x + one, detail::exp(x));
+  }
+};
+
+/// A feature map: a function of one number, positive or 0. Without an `on_packet` it is called for each
+/// number: slow, never wrong.
+template <class F>
+concept FeatureMap = std::is_object_v<F> && requires(const F& feature, double x) {
+  { feature(x) } -> std::convertible_to<double>;
+};
+
+LONGSPAN_END

@@ -1,0 +1,416 @@
+// Infini-attention token by token: the compressive memory and the open segment.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <istream>
+#include <limits>
+#include <ostream>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "longspan/detail/infini.hpp"
+#include "longspan/detail/key_block.hpp"
+#include "longspan/detail/problem.hpp"
+#include "longspan/detail/state_file.hpp"
+#include "longspan/eigen.hpp"
+#include "longspan/element.hpp"
+#include "longspan/error.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/infini_attention.hpp"
+#include "longspan/stream/stream_shape.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// infini_attention carried from call to call: rows taken in by `extend` stand behind those of the calls
+/// before. When a segment is full it is written to the memory and forgotten.
+///
+///   infini_attention attend;
+///   auto memory = attend.stream({.heads = 8, .kv_heads = 2, .head_dim = 128, .value_dim = 128});
+///   memory.extend(q, k, v, out);  // a prompt, a chunk of one or a single token; an execution as ever
+///
+/// Shapes    q [batch, heads, n, head_dim]           k [batch, kv_heads, n, head_dim]
+///           v [batch, kv_heads, n, value_dim]       out [batch, heads, n, value_dim], any n >= 0
+/// Types     rows of the open segment are kept as T. M and z, and all arithmetic, are double where T is, else
+///           float, and so must q's be; k and v are any elements
+/// State     batch * kv_heads * (head_dim * (value_dim + 1) + segment * (head_dim + value_dim)) numbers,
+///           however many tokens have come. A copy is a stream of its own
+/// Equal     to the one call over all rows within the error bound, however the rows are cut into calls, by
+///           both rules: a segment is written when it is full, from its own rows. M and z are the same to the
+///           bit where T is the type of k and v; rows of `out` are where local attention gives them so
+/// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws leaves a
+///           stream that has taken in some of the call's rows
+/// Source    that of infini_attention
+template <Element T, class Local, FeatureMap F>
+class infini_memory {
+ public:
+  using Real = Arithmetic<T>;
+
+  /// `attend.lengths` must be empty: a row of a batch that has ended is reset or ignored.
+  infini_memory(infini_attention<Local, F> attend, const StreamShape& shape)
+      : attend_(std::move(attend)), shape_(shape) {
+    detail::check_stream_shape(function, shape);
+    attend_.check(function, shape.batch, shape.heads, shape.head_dim, shape.value_dim);
+    if (!attend_.lengths.empty())
+      detail::refuse(function, "lengths", "given", "none: a stream has no padding");
+    const detail::MemoryView<Real> memory = view_of(0, shape.batch);
+    m_.resize(static_cast<std::size_t>(memory.m_size()));
+    z_.resize(static_cast<std::size_t>(memory.z_size()));
+    filled_.resize(static_cast<std::size_t>(shape.batch));
+    written_.resize(static_cast<std::size_t>(shape.batch));
+  }
+
+  const StreamShape& shape() const noexcept { return shape_; }
+  /// Tokens taken in by batch row b since it was new, or reset.
+  Index size(Index b = 0) const noexcept { return written_[at(b)] + filled_[at(b)]; }
+  /// Those of them in the open segment.
+  Index open_rows(Index b = 0) const noexcept { return filled_[at(b)]; }
+  /// Memory of M and z, and of the open segments.
+  Index bytes() const noexcept {
+    return static_cast<Index>((m_.capacity() + z_.capacity()) * sizeof(Real) +
+                              (k_.capacity() + v_.capacity()) * sizeof(T));
+  }
+  /// M[c][column] and z[c] of a KV head.
+  Real memory(Index b, Index kv_head, Index c, Index column) const noexcept {
+    const auto view = const_cast<infini_memory*>(this)->view_of(b, 1);
+    return view.matrix(kv_head)[c * view.stride() + column];
+  }
+  Real norm(Index b, Index kv_head, Index c) const noexcept {
+    return const_cast<infini_memory*>(this)->view_of(b, 1).norm(kv_head)[c];
+  }
+
+  /// Forgets everything, or what batch row b holds.
+  void clear() {
+    for (Index b = 0; b < shape_.batch; ++b) reset(b);
+  }
+  void reset(Index b) {
+    check_row("infini_memory::reset", b);
+    view_of(b, 1).clear();
+    filled_[at(b)] = written_[at(b)] = 0;
+  }
+
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
+  void extend(const Q& q, const K& k, const V& v, Out&& out) {
+    extend(q, k, v, out, openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
+  void extend(const Q& q, const K& k, const V& v, Out&& out, E&& execution) {
+    static_assert(
+        std::is_same_v<detail::LseOf<Q>, Real>,
+        "longspan: the stream computes in double if its rows are double, else in float, and so must q");
+    const auto call =
+        detail::checked_problem(function, view(q), view(k), view(v), view(out), detail::no_rows<Real>());
+    detail::check_stream_call(function, call, shape_);
+    make_room(call.q_len());
+    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      for_each_run_of_rows([&](Index b, Index rows) { take_in(call, b, rows, executor, workspace); });
+    });
+  }
+
+  /// What `extend` would give, the stream left as it is. Copies the stream if the rows would close a segment.
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E = openmp>
+  void peek(const Q& q, const K& k, const V& v, Out&& out, E&& execution = E{}) {
+    const auto filled = filled_;
+    const Index most = filled.empty() ? 0 : *std::max_element(filled.begin(), filled.end());
+    if (view(q).rows >= attend_.segment - most) {
+      infini_memory copy = *this;
+      return copy.extend(q, k, v, out, execution);
+    }
+    extend(q, k, v, out, execution);
+    filled_ = filled;
+  }
+
+  /// Writes the open segments as they are, and begins new ones.
+  template <ExecutionLike E = openmp>
+  void flush(E&& execution = E{}) {
+    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      for_each_run_of_rows([&](Index b, Index rows) {
+        if (filled_[at(b)] > 0) close(b, rows, executor, workspace);
+      });
+    });
+  }
+
+  /// Writes the state; a stream of the same shape, segment, rule and T can load it.
+  void save(std::ostream& to) const;
+  /// Takes over what `save` wrote. Throws Error, and changes nothing, where the file is damaged, belongs to
+  /// another stream, or holds a norm that is negative or not finite.
+  void load(std::istream& from);
+
+ private:
+  using Numbers = std::array<std::int64_t, 9>;
+  static constexpr std::string_view function = "infini_memory";
+  static constexpr detail::StateKind kind{"infini", 1, "infini_memory::save", "infini_memory::load"};
+
+  static std::size_t at(Index b) noexcept { return static_cast<std::size_t>(b); }
+
+  void check_row(std::string_view name, Index b) const {
+    if (b < 0 || b >= shape_.batch)
+      detail::refuse(name, "the batch row", std::to_string(b), "0.." + std::to_string(shape_.batch - 1));
+  }
+
+  /// The memories of batch rows [b, b + rows).
+  detail::MemoryView<Real> view_of(Index b, Index rows) {
+    detail::MemoryView<Real> view{m_.data(),       z_.data(),       rows,
+                                  shape_.kv_heads, shape_.head_dim, shape_.value_dim};
+    view.m += b * shape_.kv_heads * view.rows() * view.stride();
+    view.z += b * shape_.kv_heads * view.rows();
+    return view;
+  }
+
+  /// The first `count` rows of the open segments of batch rows [b, b + rows).
+  TensorView<T> open_keys(Index b, Index rows, Index count) {
+    auto all = compact_view(k_.data(), shape_.batch, shape_.kv_heads, room_, shape_.head_dim);
+    all.data += b * all.batch_stride;
+    all.batch = rows;
+    return all.slice_rows(0, count);
+  }
+  TensorView<T> open_values(Index b, Index rows, Index count) {
+    auto all = compact_view(v_.data(), shape_.batch, shape_.kv_heads, room_, shape_.value_dim);
+    all.data += b * all.batch_stride;
+    all.batch = rows;
+    return all.slice_rows(0, count);
+  }
+
+  /// Room for `more` rows in each open segment, as far as a segment goes.
+  void make_room(Index more) {
+    const Index most = filled_.empty() ? 0 : *std::max_element(filled_.begin(), filled_.end());
+    const Index wanted =
+        std::min(attend_.segment, more > attend_.segment - most ? attend_.segment : most + more);
+    if (wanted <= room_) return;
+    resize(std::min(attend_.segment, std::max<Index>(wanted, 2 * room_)));
+  }
+  void resize(Index room) {
+    const auto moved = [&](const std::vector<T>& from, Index cols) {
+      const Index heads = shape_.batch * shape_.kv_heads;
+      std::vector<T> to(static_cast<std::size_t>(heads * room * cols));
+      for (Index head = 0; head < heads; ++head) {
+        const Index rows = filled_[at(head / shape_.kv_heads)];
+        std::copy_n(from.begin() + head * room_ * cols, rows * cols, to.begin() + head * room * cols);
+      }
+      return to;
+    };
+    std::vector<T> k = moved(k_, shape_.head_dim), v = moved(v_, shape_.value_dim);
+    k_ = std::move(k);
+    v_ = std::move(v);
+    room_ = room;
+  }
+
+  /// work(b, rows) for each run of batch rows that are equally far.
+  template <class Work>
+  void for_each_run_of_rows(const Work& work) {
+    for (Index b = 0, end; b < shape_.batch; b = end) {
+      for (end = b + 1;
+           end < shape_.batch && filled_[at(end)] == filled_[at(b)] && written_[at(end)] == written_[at(b)];)
+        ++end;
+      work(b, end - b);
+    }
+  }
+
+  template <class Call, class E>
+  void take_in(const Call& call, Index b, Index rows, const E& executor, Workspace& workspace) {
+    const auto part = [&](auto x, Index first, Index count) {
+      x.data += b * x.batch_stride;
+      x.batch = rows;
+      return x.slice_rows(first, count);
+    };
+    for (Index first = 0; first < call.q_len();) {
+      const Index filled = filled_[at(b)], count = std::min(attend_.segment - filled, call.q_len() - first);
+      const auto k = open_keys(b, rows, filled + count);
+      const auto v = open_values(b, rows, filled + count);
+      append(part(call.k, first, count), k.slice_rows(filled, count));
+      append(part(call.v, first, count), v.slice_rows(filled, count));
+      attend(part(call.q, first, count), k, v, part(call.out, first, count), b, rows, executor, workspace);
+      for (Index row = b; row < b + rows; ++row) filled_[at(row)] += count;
+      if (filled + count == attend_.segment) close(b, rows, executor, workspace);
+      first += count;
+    }
+  }
+
+  template <class From>
+  static void append(TensorView<From> from, TensorView<T> to) {
+    for (Index b = 0; b < to.batch; ++b) {
+      for (Index h = 0; h < to.heads; ++h) {
+        for (Index i = 0; i < to.rows; ++i) {
+          const From* row = from.row(b, h, i);
+          std::transform(row, row + to.cols, to.row(b, h, i), [](From x) {
+            if constexpr (std::is_same_v<std::remove_const_t<From>, T>) {
+              return x;
+            } else {
+              return static_cast<T>(static_cast<Real>(x));
+            }
+          });
+        }
+      }
+    }
+  }
+
+  auto pass_over(Index b, Index rows) {
+    return detail::InfiniPass<Real, Local, F>{attend_.local,
+                                              attend_.feature,
+                                              attend_.rule,
+                                              attend_.memory_uses_positions,
+                                              attend_.absolute_positions,
+                                              view_of(b, rows)};
+  }
+
+  template <class Tq, class To, class E>
+  void attend(TensorView<const Tq> q, TensorView<T> k, TensorView<T> v, TensorView<To> out, Index b,
+              Index rows, const E& executor, Workspace& workspace) {
+    auto pass = pass_over(b, rows);
+    const Index size = shape_.heads * pass.memory.stride();
+    const auto take = [&](detail::Arena& arena) {
+      return std::array<Real*, 2>{arena.take<Real>(size), arena.take<Real>(size)};
+    };
+    detail::Arena counting;
+    take(counting);
+    detail::Arena arena(workspace.reserve(counting.used()));
+    const auto shares = take(arena);
+    pass.gate = detail::gate_shares(attend_.beta, shape_.heads, shape_.value_dim, pass.memory.stride(),
+                                    shares[0], shares[1]);
+    const bool known = written_[at(b)] > 0 || attend_.first == InfiniFirst::gate;
+    pass.attend(q, TensorView<const T>(k), TensorView<const T>(v), out, written_[at(b)], known, executor,
+                workspace, [&](Index) { return k.rows; });
+  }
+
+  template <class E>
+  void close(Index b, Index rows, const E& executor, Workspace& workspace) {
+    auto pass = pass_over(b, rows);
+    const Index filled = filled_[at(b)];
+    const auto take = [&](detail::Arena& arena) {
+      return detail::InfiniScratch<Real>::take(arena, pass.memory, 0, filled, attend_.rule);
+    };
+    detail::Arena counting;
+    take(counting);
+    detail::Arena arena(workspace.reserve(counting.used()));
+    const auto scratch = take(arena);
+    if (attend_.rule == InfiniRule::delta) {
+      pass.difference =
+          detail::difference_shares(pass.memory.stride(), scratch.difference[0], scratch.difference[1]);
+    }
+    pass.write(TensorView<const T>(open_keys(b, rows, filled)),
+               TensorView<const T>(open_values(b, rows, filled)),
+               compact_view(scratch.change, rows, shape_.kv_heads, filled, shape_.value_dim), written_[at(b)],
+               executor, workspace, [&](Index) { return filled; });
+    for (Index row = b; row < b + rows; ++row) {
+      written_[at(row)] += filled;
+      filled_[at(row)] = 0;
+    }
+  }
+
+  Numbers numbers() const {
+    return {shape_.batch,
+            shape_.heads,
+            shape_.kv_heads,
+            shape_.head_dim,
+            shape_.value_dim,
+            attend_.segment,
+            static_cast<std::int64_t>(attend_.rule),
+            sizeof(T),
+            std::is_same_v<T, Eigen::half> ? 1 : 0};
+  }
+  /// Bytes of a payload whose batch rows hold `filled` open rows.
+  Index payload_bytes(const std::vector<std::int64_t>& filled) const {
+    Index open = 0;
+    for (const std::int64_t rows : filled) open += rows;
+    const Index heads = shape_.batch * shape_.kv_heads;
+    return 2 * shape_.batch * 8 +
+           heads * shape_.head_dim * (shape_.value_dim + 1) * static_cast<Index>(sizeof(Real)) +
+           open * shape_.kv_heads * (shape_.head_dim + shape_.value_dim) * static_cast<Index>(sizeof(T));
+  }
+
+  infini_attention<Local, F> attend_;
+  StreamShape shape_;
+  std::vector<Real> m_, z_;
+  std::vector<T> k_, v_;  ///< [batch, kv_heads, room, cols]
+  Index room_ = 0;
+  std::vector<std::int64_t> filled_;   ///< rows of the open segment of each batch row
+  std::vector<std::int64_t> written_;  ///< tokens that its memory has taken
+};
+
+template <Element T, class Local, FeatureMap F>
+void infini_memory<T, Local, F>::save(std::ostream& to) const {
+  auto& self = const_cast<infini_memory&>(*this);  // views are of mutable memory
+  detail::StateWriter writer(to, kind, numbers(), payload_bytes(filled_));
+  writer.array(filled_.data(), shape_.batch);
+  writer.array(written_.data(), shape_.batch);
+  const auto memory = self.view_of(0, shape_.batch);
+  for (Index head = 0; head < memory.heads(); ++head) {
+    for (Index c = 0; c < shape_.head_dim; ++c)
+      writer.array(memory.matrix(head) + c * memory.stride(), shape_.value_dim);
+    writer.array(memory.norm(head), shape_.head_dim);
+  }
+  for (Index b = 0; b < shape_.batch; ++b) {
+    const auto k = self.open_keys(b, 1, filled_[at(b)]), v = self.open_values(b, 1, filled_[at(b)]);
+    for (Index h = 0; h < shape_.kv_heads; ++h) {
+      writer.array(k.row(0, h, 0), k.rows * k.cols);
+      writer.array(v.row(0, h, 0), v.rows * v.cols);
+    }
+  }
+  writer.finish();
+}
+
+template <Element T, class Local, FeatureMap F>
+void infini_memory<T, Local, F>::load(std::istream& from) {
+  Numbers found{};
+  detail::StateReader reader(from, kind, found);
+  if (found != numbers())
+    detail::refuse(kind.load, "the file", "a state of other shapes or options", "one of this stream's");
+  infini_memory loaded(attend_, shape_);
+  loaded.filled_ = reader.template array<std::int64_t>(shape_.batch);
+  loaded.written_ = reader.template array<std::int64_t>(shape_.batch);
+  for (Index b = 0; b < shape_.batch; ++b) {
+    if (loaded.filled_[at(b)] < 0 || loaded.filled_[at(b)] >= attend_.segment || loaded.written_[at(b)] < 0)
+      detail::refuse(kind.load, "the number of open rows", std::to_string(loaded.filled_[at(b)]),
+                     "0.." + std::to_string(attend_.segment - 1));
+  }
+  reader.expect_payload(payload_bytes(loaded.filled_));
+  const auto memory = loaded.view_of(0, shape_.batch);
+  for (Index head = 0; head < memory.heads(); ++head) {
+    for (Index c = 0; c < shape_.head_dim; ++c) {
+      const auto row = reader.template array<Real>(shape_.value_dim);
+      std::copy(row.begin(), row.end(), memory.matrix(head) + c * memory.stride());
+    }
+    const auto norm = reader.template array<Real>(shape_.head_dim);
+    for (const Real x : norm) {
+      if (!(x >= 0 && x <= std::numeric_limits<Real>::max()))
+        detail::refuse(kind.load, "a norm", std::to_string(x), "a finite number of at least 0");
+    }
+    std::copy(norm.begin(), norm.end(), memory.norm(head));
+  }
+  std::vector<std::vector<T>> rows;
+  for (Index b = 0; b < shape_.batch; ++b) {
+    for (Index h = 0; h < shape_.kv_heads; ++h) {
+      rows.push_back(reader.template array<T>(loaded.filled_[at(b)] * shape_.head_dim));
+      rows.push_back(reader.template array<T>(loaded.filled_[at(b)] * shape_.value_dim));
+    }
+  }
+  reader.finish();
+  const Index most =
+      loaded.filled_.empty() ? 0 : *std::max_element(loaded.filled_.begin(), loaded.filled_.end());
+  const auto filled = std::exchange(loaded.filled_, std::vector<std::int64_t>(loaded.filled_.size(), 0));
+  if (most > 0) loaded.resize(most);
+  loaded.filled_ = filled;
+  for (Index b = 0; b < shape_.batch; ++b) {
+    for (Index h = 0; h < shape_.kv_heads; ++h) {
+      const auto n = static_cast<std::size_t>(2 * (b * shape_.kv_heads + h));
+      std::copy(rows[n].begin(), rows[n].end(), loaded.open_keys(b, 1, most).row(0, h, 0));
+      std::copy(rows[n + 1].begin(), rows[n + 1].end(), loaded.open_values(b, 1, most).row(0, h, 0));
+    }
+  }
+  *this = std::move(loaded);
+}
+
+template <class Local, FeatureMap F>
+template <Element T>
+auto infini_attention<Local, F>::stream(const StreamShape& shape) const {
+  return infini_memory<T, Local, F>(*this, shape);
+}
+
+LONGSPAN_END

@@ -1,0 +1,54 @@
+// What a stream is told before its first token.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <string_view>
+
+#include "longspan/error.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// The sizes that all calls of a stream share.
+struct StreamShape {
+  Index batch = 1;
+  Index heads = 1;
+  Index kv_heads = 1;
+  Index head_dim = 0;
+  Index value_dim = 0;
+
+  constexpr bool operator==(const StreamShape&) const = default;
+};
+
+namespace detail {
+
+inline void check_stream_shape(std::string_view function, const StreamShape& shape) {
+  if (std::min({shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim}) < 0 ||
+      (shape.kv_heads == 0 ? shape.heads != 0 : shape.heads % shape.kv_heads != 0)) {
+    refuse(function, "the shape [batch, heads, kv_heads, head_dim]",
+           shape_text(shape.batch, shape.heads, shape.kv_heads, shape.head_dim),
+           "sizes of at least 0, with kv_heads a divisor of heads");
+  }
+}
+
+/// Refuses a call whose tensors, checked against each other before, are not those of the stream.
+template <class Call>
+void check_stream_call(std::string_view function, const Call& call, const StreamShape& shape) {
+  const StreamShape given{call.q.batch, call.q.heads, call.k.heads, call.head_dim(), call.value_dim()};
+  if (!(given == shape)) {
+    refuse(function, "q",
+           shape_text(call.q) + " with " + std::to_string(given.kv_heads) + " KV heads and value_dim " +
+               std::to_string(given.value_dim),
+           shape_text(shape.batch, shape.heads, call.q.rows, shape.head_dim) + " with " +
+               std::to_string(shape.kv_heads) + " and " + std::to_string(shape.value_dim));
+  }
+  if (call.k.rows != call.q.rows)
+    refuse(function, "the number of rows of k", std::to_string(call.k.rows),
+           std::to_string(call.q.rows) + " as q has");
+}
+
+}  // namespace detail
+
+LONGSPAN_END

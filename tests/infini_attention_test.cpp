@@ -1,0 +1,292 @@
+#include "longspan/infini_attention.hpp"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "longspan/dilated_attention.hpp"
+#include "longspan/landmark_attention.hpp"
+#include "support/catch.hpp"
+#include "support/infini_oracle.hpp"
+#include "support/refusal.hpp"
+#include "support/thread_pool.hpp"
+
+namespace {
+
+using namespace test;
+using Eigen::bfloat16;
+using longspan::causal;
+using longspan::infini_attention;
+using longspan::InfiniFirst;
+using longspan::InfiniRule;
+using longspan::Pairing;
+using longspan::rotary;
+using longspan::softmax_attention;
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+/// Averages of values lose a few u, a score of a dozen times more.
+constexpr double most_u = 200;
+
+template <class Attend, class Call>
+void run(const Attend& attend, Call& call, Index threads = 2) {
+  attend(std::as_const(call.q).view(), std::as_const(call.k).view(), std::as_const(call.v).view(),
+         call.out.view(), longspan::openmp{threads});
+}
+
+/// beta of one of the shapes it may have.
+std::vector<float> draw_beta(Random& random, const Shape& shape, infini_attention<>& attend) {
+  const Index rows = random.chance(0.5) ? 1 : shape.heads, cols = random.chance(0.5) ? 1 : shape.value_dim;
+  std::vector<float> beta(static_cast<std::size_t>(rows * cols));
+  for (float& x : beta) x = static_cast<float>(2 * random.normal());
+  if (random.chance(0.8)) attend.beta = {beta.data(), rows, cols, cols};
+  return beta;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("infini_attention: as its definition, any sizes", "[gauge][infini]", float, double) {
+  Random random(1);
+  for (int n = 0; n < 150; ++n) {
+    const Shape shape = draw_infini_shape(random);
+    infini_attention attend;
+    const std::vector<float> beta = draw_beta(random, shape, attend);
+    attend.segment = random.pick(std::vector<Index>{1, 2, 5, 16, 48, 64, 100, 1000});
+    attend.rule = random.chance(0.5) ? InfiniRule::linear : InfiniRule::delta;
+    attend.first = random.chance(0.7) ? InfiniFirst::gate : InfiniFirst::bypass;
+    Call<TestType> call(shape, Values::normal, random);
+    run(attend, call);
+    INFO(shape.text() << " segment=" << attend.segment << " rule=" << int(attend.rule)
+                      << " first=" << int(attend.first));
+    // The delta rule takes differences, which average nothing.
+    const double allowed = attend.rule == InfiniRule::linear ? most_u : 40 * most_u;
+    CHECK(worst_in_u<TestType>(call.out, infini_oracle(attend, call), call.v) <= allowed);
+  }
+}
+
+TEST_CASE("infini_attention: bfloat16 tensors, rounded once", "[gauge][infini]") {
+  Random random(2);
+  Call<bfloat16, bfloat16, bfloat16, float> call(Shape{1, 4, 2, 100, 100, 32, 24}, Values::normal, random);
+  infini_attention attend;
+  attend.segment = 30;
+  run(attend, call);
+  CHECK(worst_in_u<float>(call.out, infini_oracle(attend, call), call.v) <= most_u);
+}
+
+TEST_CASE("infini_attention: a closed gate is local attention, an open one the memory", "[laws][infini]") {
+  Random random(3);
+  const Shape shape{1, 2, 1, 96, 96, 16, 16};
+  Call<float> call(shape, Values::normal, random), local = call;
+  infini_attention attend;
+  attend.segment = 32;
+  float beta = -infinity;
+  attend.beta = {&beta, 1, 1, 1};
+  run(attend, call);
+  softmax_attention{causal{} & longspan::segments{32}}(std::as_const(local.q).view(),
+                                                       std::as_const(local.k).view(),
+                                                       std::as_const(local.v).view(), local.out.view());
+  CHECK(worst_in_u<float>(call.out, infini_oracle(attend, call), call.v) <= most_u);
+  for (std::size_t n = 0; n < call.out.values.size(); ++n)
+    CHECK(std::abs(call.out.values[n] - local.out.values[n]) <= 1e-6f);
+
+  // An open gate: values of the own segment, and even NaN among them, have no effect.
+  beta = infinity;
+  Call<float> changed = call;
+  for (Index i = 64; i < 96; ++i) changed.v.row(0, 0, i)[0] = std::numeric_limits<float>::quiet_NaN();
+  run(attend, call);
+  run(attend, changed);
+  CHECK(call.out == changed.out);
+}
+
+TEST_CASE("infini_attention: one segment with bypass is local attention", "[laws][infini]") {
+  Random random(4);
+  Call<float> call(Shape{2, 2, 2, 50, 50, 24, 24}, Values::normal, random), local = call;
+  infini_attention attend;
+  attend.segment = 50;
+  attend.first = InfiniFirst::bypass;
+  run(attend, call);
+  run(softmax_attention{causal{}}, local);
+  CHECK(call.out == local.out);
+}
+
+TEST_CASE("infini_attention: the order of past tokens does not matter to a linear memory", "[laws][infini]") {
+  Random random(5);
+  const Shape shape{1, 1, 1, 64, 64, 16, 8};
+  Call<double> call(shape, Values::normal, random), swapped = call;
+  for (Index i = 0; i < 16; ++i) {
+    std::swap_ranges(swapped.k.row(0, 0, i), swapped.k.row(0, 0, i) + 16, swapped.k.row(0, 0, 31 - i));
+    std::swap_ranges(swapped.v.row(0, 0, i), swapped.v.row(0, 0, i) + 8, swapped.v.row(0, 0, 31 - i));
+  }
+  infini_attention attend;
+  attend.segment = 32;
+  const float beta = infinity;
+  attend.beta = {&beta, 1, 1, 1};
+  run(attend, call);
+  run(attend, swapped);
+  for (Index i = 32; i < 64; ++i) {
+    for (Index c = 0; c < 8; ++c)
+      CHECK(std::abs(call.out.row(0, 0, i)[c] - swapped.out.row(0, 0, i)[c]) <= 1e-13);
+  }
+}
+
+TEST_CASE("infini_attention: one constant value comes back from a linear memory", "[laws][infini]") {
+  Random random(6);
+  Call<float> call(Shape{1, 2, 1, 200, 200, 32, 3}, Values::normal, random);
+  std::fill(call.v.values.begin(), call.v.values.end(), 3.0f);
+  infini_attention attend;
+  attend.segment = 20;
+  attend.first = InfiniFirst::bypass;
+  run(attend, call);
+  for (const float x : call.out.values) CHECK(std::abs(x - 3) <= 3e-5f);
+}
+
+TEST_CASE("infini_attention: rows behind the length of a batch row may hold NaN", "[masked][infini]") {
+  Random random(7);
+  const std::vector<Index> lengths{70, 33};
+  Call<float> padded(Shape{2, 2, 1, 100, 100, 16, 16}, Values::normal, random);
+  for (Index b = 0; b < 2; ++b) {
+    for (Index i = lengths[static_cast<std::size_t>(b)]; i < 100; ++i) {
+      std::fill_n(padded.k.row(b, 0, i), 16, std::numeric_limits<float>::quiet_NaN());
+      std::fill_n(padded.v.row(b, 0, i), 16, std::numeric_limits<float>::quiet_NaN());
+    }
+  }
+  for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
+    infini_attention attend;
+    attend.segment = 32;
+    attend.rule = rule;
+    attend.lengths = lengths;
+    run(attend, padded);
+    infini_attention alone = attend;
+    alone.lengths = {};
+    for (Index b = 0; b < 2; ++b) {
+      const Index length = lengths[static_cast<std::size_t>(b)];
+      Call<float> row(Shape{1, 2, 1, length, length, 16, 16});
+      for (Index i = 0; i < length; ++i) {
+        std::copy_n(padded.k.row(b, 0, i), 16, row.k.row(0, 0, i));
+        std::copy_n(padded.v.row(b, 0, i), 16, row.v.row(0, 0, i));
+        for (Index h = 0; h < 2; ++h) std::copy_n(padded.q.row(b, h, i), 16, row.q.row(0, h, i));
+      }
+      run(alone, row);
+      double worst = 0;
+      for (Index h = 0; h < 2; ++h) {
+        for (Index i = 0; i < length; ++i) {
+          for (Index c = 0; c < 16; ++c)
+            worst = std::max(worst, double(std::abs(padded.out.row(b, h, i)[c] - row.out.row(0, h, i)[c])));
+        }
+      }
+      CHECK(worst <= 2e-6);
+    }
+  }
+}
+
+TEST_CASE("infini_attention: positions within segments or absolute, and in the memory if wanted",
+          "[position][infini]") {
+  Random random(8);
+  const rotary turn(Pairing::half_split);
+  Call<float> call(Shape{1, 2, 1, 90, 90, 32, 16}, Values::normal, random), encoded = call;
+  for (Tensor<float>* x : {&encoded.q, &encoded.k}) {
+    for (Index h = 0; h < x->heads; ++h) turn.encode(x->view().matrix(0, h), 0, longspan::Role::query);
+  }
+  infini_attention attend{softmax_attention{causal{}, turn}};
+  attend.segment = 32;
+  infini_attention plain;
+  plain.segment = 32;
+  Tensor<double> local(1, 2, 90, 16, 0.0);
+  longspan::reference::softmax_attention{causal{} & longspan::segments{32}}(
+      encoded.q.view(), encoded.k.view(), encoded.v.view(), local.view());
+  for (const bool absolute : {false, true}) {
+    attend.absolute_positions = absolute;
+    attend.memory_uses_positions = false;
+    run(attend, call);
+    CHECK(worst_in_u<float>(call.out, infini_oracle(plain, call, local), call.v) <= 4 * most_u);
+  }
+  attend.memory_uses_positions = true;
+  run(attend, call);
+  CHECK(worst_in_u<float>(call.out, infini_oracle(plain, encoded, local), call.v) <= 40 * most_u);
+}
+
+TEST_CASE("infini_attention: another feature map, number by number", "[options][infini]") {
+  struct squared {
+    double operator()(double x) const { return x * x; }
+  };
+  Random random(9);
+  Call<float> call(Shape{1, 2, 2, 80, 80, 16, 16}, Values::normal, random);
+  infini_attention attend{softmax_attention{causal{}}, squared{}};
+  attend.segment = 16;
+  run(attend, call);
+  CHECK(worst_in_u<float>(call.out, infini_oracle(attend, call), call.v) <= most_u);
+}
+
+TEST_CASE("infini_attention: dilated and landmark attention within segments", "[options][infini]") {
+  Random random(10);
+  Call<float> call(Shape{1, 2, 1, 120, 120, 16, 16}, Values::normal, random), by_segments = call;
+  const auto check = [&](const auto& local) {
+    infini_attention attend{local};
+    attend.segment = 48;
+    run(attend, call);
+    Tensor<double> expected(1, 2, 120, 16, 0.0);
+    for (Index begin = 0; begin < 120; begin += 48) {
+      const Index rows = std::min<Index>(48, 120 - begin);
+      local(std::as_const(call.q).view().slice_rows(begin, rows),
+            std::as_const(call.k).view().slice_rows(begin, rows),
+            std::as_const(call.v).view().slice_rows(begin, rows),
+            by_segments.out.view().slice_rows(begin, rows));
+    }
+    for (std::size_t n = 0; n < expected.values.size(); ++n)
+      expected.values[n] = static_cast<double>(by_segments.out.values[n]);
+    infini_attention plain;
+    plain.segment = 48;
+    CHECK(worst_in_u<float>(call.out, infini_oracle(plain, call, expected), call.v) <= most_u);
+  };
+  check(longspan::dilated_attention({{16, 1}, {32, 2}}, causal{}));
+  check(longspan::landmark_attention(longspan::landmarks::every(8)));
+}
+
+TEST_CASE("infini_attention: a very negative feature is not lost", "[golden][infini]") {
+  const longspan::elu_plus_one phi;
+  alignas(64) float of_lane[64];
+  longspan::detail::store<float>(of_lane, phi.on_packet(longspan::detail::broadcast(-18.0f)));
+  CHECK(std::abs(double(of_lane[0]) / 1.5229979744712628e-8 - 1) < 1e-6);
+  CHECK(std::abs(phi(-18) / 1.5229979744712628e-8 - 1) < 1e-12);
+}
+
+TEST_CASE("infini_attention: the same bits with any number of threads", "[bits][infini]") {
+  Random random(11);
+  Call<float> call(Shape{2, 6, 2, 300, 300, 40, 24}, Values::normal, random);
+  for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
+    infini_attention attend;
+    attend.segment = 64;
+    attend.rule = rule;
+    Call<float> one = call;
+    run(attend, one, 1);
+    for (const Index threads : {2, 3, 7, 16}) {
+      Call<float> many = call;
+      run(attend, many, threads);
+      CHECK(many.out == one.out);
+    }
+  }
+}
+
+TEST_CASE("infini_attention: what does not fit is refused, and nothing is written", "[errors][infini]") {
+  Random random(12);
+  Call<float> call(Shape{1, 4, 2, 8, 8, 16, 16}, Values::normal, random);
+  const auto said = [&](const auto& attend) { return refusal([&] { run(attend, call); }); };
+  infini_attention attend;
+  attend.segment = 0;
+  CHECK(said(attend) == "longspan: infini_attention: the segment is 0, wanted at least 1");
+  attend.segment = 4;
+  const std::vector<float> beta(9);
+  attend.beta = {beta.data(), 3, 1, 1};
+  CHECK(said(attend) == "longspan: infini_attention: beta is [3, 1], wanted [1 or 4, 1 or 16]");
+  attend.beta = {};
+  const std::vector<Index> lengths{1, 2};
+  attend.lengths = lengths;
+  CHECK(said(attend) ==
+        "longspan: infini_attention: the number of lengths is 2, wanted 1, one for each batch row");
+  attend.lengths = {};
+  CHECK(refusal([&] {
+          attend(std::as_const(call.q).view().slice_rows(0, 4), std::as_const(call.k).view(),
+                 std::as_const(call.v).view(), call.out.view().slice_rows(0, 4));
+        }) == "longspan: infini_attention: the number of rows of q is 4, wanted the 8 of k");
+  for (const float x : call.out.values) CHECK(std::isnan(x));
+}
