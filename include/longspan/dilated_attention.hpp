@@ -8,6 +8,7 @@
 #include "longspan/detail/parts.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"
+#include "longspan/element.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
@@ -15,6 +16,10 @@
 #include "longspan/version.hpp"
 
 LONGSPAN_BEGIN
+
+struct DilatedShape;
+template <Element T, Mask M, Score S, Position P>
+class dilated_cache;
 
 /// A branch (w, r) keeps of each segment of w tokens those whose place in it is s plus a multiple of r, with
 /// s the head's offset (h mod r). A kept query attends the kept keys of its segment,
@@ -93,6 +98,11 @@ struct dilated_attention {
                               workspace, bf16_products);
     });
   }
+
+  /// The same, causal, for rows that come in chunks or one by one: see stream/dilated_cache.hpp, which has to
+  /// be included. It keeps rows as T.
+  template <Element T = float>
+  dilated_cache<T, M, S, P> stream(const DilatedShape& shape) const;
 };
 
 template <class... Parts>

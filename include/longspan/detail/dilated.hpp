@@ -40,11 +40,11 @@ struct BranchGroups {
   Index in_segment;  ///< rows
 
   /// No position reaches `end`: longer segments and steps are the same as these.
-  BranchGroups(const Branch& branch, Index end)
+  BranchGroups(const Branch& branch, Index end, bool shares_tiles)
       : segment(std::min(branch.segment, end)), step(std::min(branch.dilation, end)), length(segment) {
     constexpr Index most_tokens = 2048, most_rows = 256;
-    if (branch.segment % branch.dilation == 0 && branch.segment <= std::min(most_tokens, end) &&
-        branch.segment / branch.dilation <= most_rows) {
+    if (shares_tiles && branch.segment % branch.dilation == 0 &&
+        branch.segment <= std::min(most_tokens, end) && branch.segment / branch.dilation <= most_rows) {
       length = segment * (2 * most_tokens / segment);
       in_segment = segment / step;
     } else {
@@ -53,15 +53,39 @@ struct BranchGroups {
   }
 };
 
-template <class Products, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, bool unmet>
+/// Where the rows of keys and values of a segment are found: in the tensors of a call.
+template <class Tk, class Tv>
+struct TensorRows {
+  using Key = Tk;
+  using Value = Tv;
+  /// May rows of several segments be one matrix?
+  static constexpr bool joins_segments = true;
+
+  TensorView<const Tk> k;
+  TensorView<const Tv> v;
+  Index group;  ///< query heads to a KV head
+
+  /// `count` rows from the position `first` on, `step` apart, that head h keeps in branch n.
+  MatrixView<const Tk> keys(std::size_t, Index b, Index h, Index first, Index step, Index count) const {
+    return {k.row(b, h / group, first), count, k.cols, k.row_stride * step};
+  }
+  MatrixView<const Tv> values(std::size_t, Index b, Index h, Index first, Index step, Index count) const {
+    return {v.row(b, h / group, first), count, v.cols, v.row_stride * step};
+  }
+};
+
+template <class Products, class Source, class Tq, class To, Mask M, Score S, Position P, bool unmet>
 class Dilated {
  public:
+  using Tk = typename Source::Key;
+  using Tv = typename Source::Value;
   using Call = Problem<Tq, Tk, Tv, To>;
   using Real = typename Products::Real;
 
-  Dilated(const Call& call, const Dilation& dilation, const M& mask, const S& score, const P& position,
-          Index workers)
-      : call_(call), dilation_(dilation), mask_(mask), score_(score), position_(position) {
+  /// Of the keys and values in `call` only the shapes are read.
+  Dilated(const Call& call, const Source& source, const Dilation& dilation, const M& mask, const S& score,
+          const P& position, Index workers)
+      : call_(call), source_(source), dilation_(dilation), mask_(mask), score_(score), position_(position) {
     // Rows of a task, about 256 KB of float outputs: these stay in the second cache from branch to branch.
     // Tasks are cut finer where they are few, which changes no bit.
     constexpr Index width = tile_lanes<Real>;
@@ -107,7 +131,7 @@ class Dilated {
   Worker cut_worker(Arena& arena) const {
     Index most_keys = 0;
     for (const Branch& branch : dilation_.branches) {
-      const BranchGroups groups(branch, end());
+      const BranchGroups groups(branch, end(), Source::joins_segments);
       most_keys = std::max(most_keys, kept_rows(std::min(groups.length, call_.kv_len()), 0, groups.step));
     }
     Worker worker;
@@ -130,7 +154,7 @@ class Dilated {
 
   void absorb_branch(std::size_t n, const Queries& queries, Worker& worker) const {
     const Branch& branch = dilation_.branches[n];
-    const BranchGroups groups(branch, end());
+    const BranchGroups groups(branch, end(), Source::joins_segments);
     const Index offset = head_offset(dilation_.phase, queries.head, call_.q.heads, branch.dilation);
     const Index from = std::max<Index>(0, call_.first_query + queries.first);
     const Index to = std::min(call_.kv_len(), call_.first_query + queries.first + queries.count);
@@ -148,7 +172,7 @@ class Dilated {
   /// Takes row_count queries from row first_row of a group on through the keys of its `length` tokens.
   void absorb_group(std::size_t n, const BranchGroups& groups, const DilatedRows& rows, Index first_row,
                     Index row_count, Index length, const Queries& queries, Worker& worker) const {
-    const Index step = rows.step, kv_head = queries.head / call_.group();
+    const Index step = rows.step;
     const Index begin = rows.first / groups.length * groups.length;
     const Index keys = kept_rows(length, rows.first - begin, step);
     const Index row_of_q = rows.position(first_row) - call_.first_query;
@@ -160,8 +184,8 @@ class Dilated {
         queries.head,
         first_row,
         row_count,
-        {call_.k.row(queries.batch, kv_head, rows.first), keys, call_.k.cols, call_.k.row_stride * step},
-        {call_.v.row(queries.batch, kv_head, rows.first), keys, call_.v.cols, call_.v.row_stride * step}};
+        source_.keys(n, queries.batch, queries.head, rows.first, step, keys),
+        source_.values(n, queries.batch, queries.head, rows.first, step, keys)};
     const auto score = dilated_score(score_, rows);
     const auto position = dilated_position(position_, rows);
     worker.tiles.attend(attended, mask_of(n, rows), score, position, call_.scale,
@@ -209,6 +233,7 @@ class Dilated {
   }
 
   const Call& call_;
+  const Source& source_;
   const Dilation& dilation_;
   const M& mask_;
   const S& score_;
@@ -217,12 +242,19 @@ class Dilated {
   Index tasks_in_head_ = 0;
 };
 
-template <class Products, bool unmet, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P,
+/// Runs the pass whose kind of mask the call needs.
+template <class Products, class Source, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P,
           class E>
-void run_dilated(const Problem<Tq, Tk, Tv, To>& call, const Dilation& dilation, const M& mask, const S& score,
-                 const P& position, const E& executor, Workspace& workspace) {
-  using Pass = Dilated<Products, Tq, Tk, Tv, To, M, S, P, unmet>;
-  Pass(call, dilation, mask, score, position, executor.workers()).run(executor, workspace);
+void run_dilated(const Problem<Tq, Tk, Tv, To>& call, const Source& source, const Dilation& dilation,
+                 const M& mask, const S& score, const P& position, const E& executor, Workspace& workspace) {
+  const auto run = [&]<bool unmet>(std::bool_constant<unmet>) {
+    using Pass = Dilated<Products, Source, Tq, To, M, S, P, unmet>;
+    Pass(call, source, dilation, mask, score, position, executor.workers()).run(executor, workspace);
+  };
+  if constexpr (RangeMask<M>) {
+    if (dilation.overlap == Overlap::multiset) return run(std::false_type());
+  }
+  run(std::true_type());
 }
 
 template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
@@ -232,22 +264,17 @@ void dilated_forward(const Problem<Tq, Tk, Tv, To>& call, const Dilation& dilati
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
   const double flop = dilated_flop(dilation.branches, call.q.batch * call.q.heads, call.kv_len(),
                                    call.head_dim(), call.value_dim(), false, dilation.phase);
+  const TensorRows<Tk, Tv> source{call.k, call.v, call.group()};
   run_where_it_pays(flop, least_parallel_tile_flop, executor, [&](const auto& where) {
-    const auto run = [&]<class Products>(std::type_identity<Products>) {
-      if constexpr (RangeMask<M>) {
-        if (dilation.overlap == Overlap::multiset)
-          return run_dilated<Products, false>(call, dilation, mask, score, position, where, workspace);
-      }
-      run_dilated<Products, true>(call, dilation, mask, score, position, where, workspace);
-    };
 #if defined(LONGSPAN_HAS_BF16_PRODUCTS)
     constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
     if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
       if (bf16_products && static_cast<float>(call.scale) > 1e-30f && call.head_dim() % 2 == 0)
-        return run(std::type_identity<Bf16Products>());
+        return run_dilated<Bf16Products>(call, source, dilation, mask, score, position, where, workspace);
     }
 #endif
-    run(std::type_identity<FloatProducts<Arithmetic<Tq>>>());
+    run_dilated<FloatProducts<Arithmetic<Tq>>>(call, source, dilation, mask, score, position, where,
+                                               workspace);
   });
 }
 

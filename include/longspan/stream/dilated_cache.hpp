@@ -1,0 +1,454 @@
+// Dilated attention token by token: the rows that later queries can see, and no others.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <istream>
+#include <iterator>
+#include <ostream>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "longspan/detail/dilated.hpp"
+#include "longspan/detail/key_block.hpp"
+#include "longspan/detail/problem.hpp"
+#include "longspan/detail/state_file.hpp"
+#include "longspan/dilated_attention.hpp"
+#include "longspan/dilation.hpp"
+#include "longspan/eigen.hpp"
+#include "longspan/element.hpp"
+#include "longspan/error.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+namespace detail {
+
+/// What the heads of one KV head with one offset keep of one branch: rows of its open segment.
+struct Strand {
+  std::size_t branch = 0;
+  Index kv_head = 0;
+  Index offset = 0;
+
+  friend bool operator==(const Strand&, const Strand&) = default;
+};
+
+/// Rows of one strand in one batch row.
+template <class Tk, class Tv>
+struct StrandRows {
+  std::vector<Tk> k;
+  std::vector<Tv> v;
+};
+
+/// Where Dilated finds keys and values: in the strands.
+template <class Tk, class Tv>
+struct StoredRows {
+  using Key = Tk;
+  using Value = Tv;
+  static constexpr bool joins_segments = false;
+
+  const std::vector<Branch>* branches;
+  const std::vector<std::size_t>* strand_of;       ///< [branches][heads]
+  const std::vector<StrandRows<Tk, Tv>>* strands;  ///< [batch][strands]
+  Index heads, strands_in_batch, head_dim, value_dim;
+  Index first_token;  ///< strands begin with the segments that hold it
+
+  MatrixView<const Tk> keys(std::size_t n, Index b, Index h, Index first, Index, Index count) const {
+    return {at(n, b, h).k.data() + row_of(n, first) * head_dim, count, head_dim, head_dim};
+  }
+  MatrixView<const Tv> values(std::size_t n, Index b, Index h, Index first, Index, Index count) const {
+    return {at(n, b, h).v.data() + row_of(n, first) * value_dim, count, value_dim, value_dim};
+  }
+
+ private:
+  const StrandRows<Tk, Tv>& at(std::size_t n, Index b, Index h) const {
+    const std::size_t strand =
+        (*strand_of)[n * static_cast<std::size_t>(heads) + static_cast<std::size_t>(h)];
+    return (*strands)[static_cast<std::size_t>(b * strands_in_batch) + strand];
+  }
+  /// In the strand, of the row at position `first`, the first of its segment.
+  Index row_of(std::size_t n, Index first) const {
+    const Branch& branch = (*branches)[n];
+    const Index segments = first / branch.segment - first_token / branch.segment;
+    return segments * kept_rows(branch.segment, first % branch.segment, branch.dilation);
+  }
+};
+
+}  // namespace detail
+
+/// What a stream of dilated attention is told in advance.
+struct DilatedShape {
+  Index batch = 1;
+  Index heads = 1;
+  Index kv_heads = 1;
+  Index head_dim = 0;
+  Index value_dim = 0;
+
+  constexpr bool operator==(const DilatedShape&) const = default;
+};
+
+/// A causal dilated_attention carried from call to call: rows taken in by `extend` stand behind those of the
+/// calls before, and each gets what the one call over all rows would give it.
+///
+///   dilated_attention attend{geometric_branches_to({2048, 1}, 2, longest), causal{}};
+///   auto stream = attend.stream({.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64});
+///   stream.extend(q, k, v, out);  // a prompt, a chunk of one or a single token; lse and execution as ever
+///
+/// Shapes    q [batch, heads, n, head_dim]  k [batch, kv_heads, n, head_dim]  v [batch, kv_heads, n,
+/// value_dim]
+///           out [batch, heads, n, value_dim]  lse [batch, heads, n], any n >= 0
+/// Types     rows are kept as T, where they are position-encoded in the arithmetic type; q, k, v and out are
+///           any elements. Arithmetic is double where T is, else float, and so must q's be
+/// State     for each head at most sum_i w_i / r_i rows, those of the open segments that its offset keeps;
+///           query heads that share KV head and offset share them. A copy is a stream of its own
+/// Cost      as dilated_attention; every row is copied once for each branch and offset that keeps it
+/// Scratch   rows of up to 2^16 / (batch heads) tokens, 1024 to 16384, are taken in together
+/// Bits      do not depend on how rows are cut into calls
+/// Masked    a mask of the functor holds beside the causal one
+/// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws leaves a
+///           stream that has taken in some of the call's rows
+template <Element T, Mask M, Score S, Position P>
+class dilated_cache {
+ public:
+  using Real = Arithmetic<T>;
+  /// A row is encoded once, when it comes: it would else be at every query.
+  using Key = std::conditional_t<std::is_same_v<P, no_position>, T, Real>;
+
+  dilated_cache(dilated_attention<M, S, P> attend, const DilatedShape& shape)
+      : attend_(std::move(attend)), shape_(shape) {
+    detail::check_branches(function, attend_.branches);
+    check_shape();
+    attend_.position.check(shape.head_dim);
+    const Index group = shape.kv_heads == 0 ? 1 : shape.heads / shape.kv_heads;
+    for (std::size_t n = 0; n < attend_.branches.size(); ++n) {
+      for (Index h = 0; h < shape.heads; ++h) {
+        const Index offset = head_offset(attend_.phase, h, shape.heads, attend_.branches[n].dilation);
+        const detail::Strand strand{n, h / group, offset};
+        const auto found = std::find(strands_.begin(), strands_.end(), strand);
+        strand_of_.push_back(static_cast<std::size_t>(found - strands_.begin()));
+        if (found == strands_.end()) strands_.push_back(strand);
+      }
+    }
+    rows_.resize(static_cast<std::size_t>(shape.batch) * strands_.size());
+  }
+
+  /// Tokens taken in.
+  Index size() const noexcept { return size_; }
+  const DilatedShape& shape() const noexcept { return shape_; }
+
+  /// Rows of keys and values that are kept, of all heads and batch rows.
+  Index rows() const noexcept {
+    Index rows = 0;
+    for (const detail::Strand& strand : strands_) rows += kept(strand, size_);
+    return rows * shape_.batch;
+  }
+  /// Memory of the rows, with what they may grow into.
+  Index bytes() const noexcept {
+    std::size_t bytes = 0;
+    for (const auto& rows : rows_) bytes += rows.k.capacity() * sizeof(Key) + rows.v.capacity() * sizeof(T);
+    return static_cast<Index>(bytes);
+  }
+
+  void clear() noexcept { size_ = 0; }
+
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
+  void extend(const Q& q, const K& k, const V& v, Out&& out) {
+    extend(q, k, v, out, detail::no_rows<Real>());
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
+  void extend(const Q& q, const K& k, const V& v, Out&& out, E&& execution) {
+    extend(q, k, v, out, detail::no_rows<Real>(), execution);
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
+  void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) {
+    extend(q, k, v, out, lse, openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
+  void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) {
+    static_assert(
+        std::is_same_v<detail::LseOf<Q>, Real>,
+        "longspan: the stream computes in double if its rows are double, else in float, and so must q");
+    const auto call = detail::checked_problem(function, view(q), view(k), view(v), view(out), rows_view(lse));
+    check_call(call);
+    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      const Index most = tokens_at_once();
+      for (Index first = 0; first < call.q_len(); first += most)
+        take_in(part_of(call, first, std::min(most, call.q_len() - first)), executor, workspace);
+    });
+  }
+
+  /// Writes the rows; a stream of the same functor, shape and T can load them.
+  void save(std::ostream& to) const {
+    const std::vector<std::int64_t> branches = branch_numbers();
+    detail::StateWriter writer(to, kind(), numbers(), payload_bytes(size_));
+    writer.array(branches.data(), std::ssize(branches));
+    for (std::size_t n = 0; n < rows_.size(); ++n) {
+      const Index count = kept(strands_[n % strands_.size()], size_);
+      writer.array(rows_[n].k.data(), count * shape_.head_dim);
+      writer.array(rows_[n].v.data(), count * shape_.value_dim);
+    }
+    writer.finish();
+  }
+
+  /// Takes over what `save` wrote. Throws Error, and changes nothing, where the file is damaged or belongs to
+  /// other branches, shapes or types.
+  void load(std::istream& from) {
+    Numbers found{};
+    detail::StateReader reader(from, kind(), found);
+    Numbers wanted = numbers();
+    const Index size = found.back();
+    wanted.back() = size;
+    if (found != wanted || size < 0)
+      detail::refuse(load_name, "the file", "a state of other shapes or options", "one of this stream's");
+    reader.expect_payload(payload_bytes(size));
+    const std::vector<std::int64_t> branches = branch_numbers();
+    if (reader.template array<std::int64_t>(std::ssize(branches)) != branches)
+      detail::refuse(load_name, "the file", "a state of other branches", "one of this stream's");
+    std::vector<Rows> loaded(rows_.size());
+    for (std::size_t n = 0; n < loaded.size(); ++n) {
+      const Index count = kept(strands_[n % strands_.size()], size);
+      loaded[n].k = reader.template array<Key>(count * shape_.head_dim);
+      loaded[n].v = reader.template array<T>(count * shape_.value_dim);
+    }
+    reader.finish();
+    rows_ = std::move(loaded);
+    size_ = size;
+  }
+
+ private:
+  using Rows = detail::StrandRows<Key, T>;
+  using Causal = std::conditional_t<std::is_same_v<M, causal>, causal, both<causal, M>>;
+  using Numbers = std::array<std::int64_t, 10>;
+  static constexpr std::string_view function = "dilated_cache", save_name = "dilated_cache::save",
+                                    load_name = "dilated_cache::load";
+
+  static constexpr detail::StateKind kind() { return {"dilated", 1, save_name, load_name}; }
+  Numbers numbers() const {
+    return {shape_.batch,
+            shape_.heads,
+            shape_.kv_heads,
+            shape_.head_dim,
+            shape_.value_dim,
+            sizeof(Key),
+            std::is_same_v<T, Eigen::half> ? 1 : 0,
+            static_cast<std::int64_t>(attend_.phase),
+            static_cast<std::int64_t>(attend_.branches.size()),
+            size_};
+  }
+  std::vector<std::int64_t> branch_numbers() const {
+    std::vector<std::int64_t> numbers;
+    for (const Branch& branch : attend_.branches)
+      numbers.insert(numbers.end(), {branch.segment, branch.dilation});
+    return numbers;
+  }
+  Index row_bytes() const {
+    return shape_.head_dim * static_cast<Index>(sizeof(Key)) +
+           shape_.value_dim * static_cast<Index>(sizeof(T));
+  }
+
+  Index payload_bytes(Index size) const {
+    Index bytes = 2 * std::ssize(attend_.branches) * static_cast<Index>(sizeof(std::int64_t));
+    for (const detail::Strand& strand : strands_) bytes += kept(strand, size) * shape_.batch * row_bytes();
+    return bytes;
+  }
+
+  void check_shape() const {
+    if (std::min({shape_.batch, shape_.heads, shape_.kv_heads, shape_.head_dim, shape_.value_dim}) < 0 ||
+        (shape_.kv_heads == 0 ? shape_.heads != 0 : shape_.heads % shape_.kv_heads != 0)) {
+      detail::refuse(function, "the shape",
+                     detail::shape_text(shape_.batch, shape_.heads, shape_.kv_heads, shape_.head_dim),
+                     "batch, heads, kv_heads and head_dim of at least 0, with kv_heads a divisor of heads");
+    }
+  }
+  template <class Call>
+  void check_call(const Call& call) const {
+    const DilatedShape given{call.q.batch, call.q.heads, call.k.heads, call.head_dim(), call.value_dim()};
+    if (!(given == shape_)) {
+      detail::refuse(function, "q",
+                     detail::shape_text(call.q) + " with " + std::to_string(given.kv_heads) +
+                         " KV heads and value_dim " + std::to_string(given.value_dim),
+                     detail::shape_text(shape_.batch, shape_.heads, call.q.rows, shape_.head_dim) + " with " +
+                         std::to_string(shape_.kv_heads) + " and " + std::to_string(shape_.value_dim));
+    }
+    if (call.k.rows != call.q.rows)
+      detail::refuse(function, "the number of rows of k", std::to_string(call.k.rows),
+                     std::to_string(call.q.rows) + " as q has");
+  }
+
+  Index tokens_at_once() const {
+    return std::clamp<Index>((Index{1} << 16) / std::max<Index>(1, shape_.batch * shape_.heads), 1024, 16384);
+  }
+
+  /// Rows of a strand when `size` tokens have come: those of the segment that is open then.
+  Index kept(const detail::Strand& strand, Index size) const {
+    const Branch& branch = attend_.branches[strand.branch];
+    return kept_rows(size % branch.segment, strand.offset, branch.dilation);
+  }
+  /// Rows of a strand from the segment that holds token `from` up to token `to`.
+  Index rows_between(const detail::Strand& strand, Index from, Index to) const {
+    const Branch& branch = attend_.branches[strand.branch];
+    const Index segments = to / branch.segment - from / branch.segment;
+    return segments * kept_rows(branch.segment, strand.offset, branch.dilation) + kept(strand, to);
+  }
+
+  template <class Call>
+  static Call part_of(const Call& call, Index first, Index count) {
+    Call part = call;
+    part.q = call.q.slice_rows(first, count);
+    part.k = call.k.slice_rows(first, count);
+    part.v = call.v.slice_rows(first, count);
+    part.out = call.out.slice_rows(first, count);
+    part.lse.rows = count;
+    if (call.lse.data != nullptr) part.lse.data = call.lse.data + first * call.lse.row_stride;
+    return part;
+  }
+
+  template <class Call, class E>
+  void take_in(const Call& call, const E& executor, Workspace& workspace) {
+    const Index end = size_ + call.q_len(), strands = static_cast<Index>(strands_.size());
+    make_room(end);
+    const auto copy = [&](Index n, Index) {
+      append(n / strands, strands_[static_cast<std::size_t>(n % strands)], call,
+             rows_[static_cast<std::size_t>(n)]);
+    };
+    detail::run_where_it_pays(static_cast<double>(call.q_len() * shape_.batch * strands * row_bytes()), 1e5,
+                              executor,
+                              [&](const auto& where) { where.for_each(shape_.batch * strands, copy); });
+    if (!call.out.empty()) attend(call, end, executor, workspace);
+    for (std::size_t n = 0; n < rows_.size(); ++n) drop_closed(strands_[n % strands_.size()], end, rows_[n]);
+    size_ = end;
+  }
+
+  /// Room for the rows of all strands up to token `end`, and for as many again where a strand must grow, but
+  /// not for more than a segment holds: a stream of single tokens seldom allocates.
+  void make_room(Index end) {
+    for (std::size_t n = 0; n < rows_.size(); ++n) {
+      const detail::Strand& strand = strands_[n % strands_.size()];
+      const Branch& branch = attend_.branches[strand.branch];
+      const Index needed = rows_between(strand, size_, end);
+      const Index twice = std::min(2 * needed, kept_rows(branch.segment, strand.offset, branch.dilation));
+      const auto grow = [&](auto& values, Index cols) {
+        const auto wanted = static_cast<std::size_t>(needed * cols);
+        if (values.capacity() < wanted)
+          values.reserve(static_cast<std::size_t>(std::max(needed, twice) * cols));
+        if (values.size() < wanted) values.resize(wanted);
+      };
+      grow(rows_[n].k, shape_.head_dim);
+      grow(rows_[n].v, shape_.value_dim);
+    }
+  }
+
+  /// Copies the rows of the call that a strand keeps behind those it has.
+  template <class Call>
+  void append(Index b, const detail::Strand& strand, const Call& call, Rows& rows) const {
+    const Branch& branch = attend_.branches[strand.branch];
+    const Index end = size_ + call.q_len();
+    Index row = kept(strand, size_);
+    for (Index begin = size_ / branch.segment * branch.segment; begin < end;) {
+      const Index past = std::max<Index>(0, size_ - begin);
+      const Index length = branch.segment < end - begin ? branch.segment : end - begin;
+      Index t = kept_rows(past, strand.offset, branch.dilation);
+      for (const Index last = kept_rows(length, strand.offset, branch.dilation); t < last; ++t, ++row) {
+        const Index n = begin + strand.offset + t * branch.dilation, i = n - size_;
+        Key* key = rows.k.data() + row * shape_.head_dim;
+        copy_row(call.k.row(b, strand.kv_head, i), shape_.head_dim, key);
+        if constexpr (!std::is_same_v<P, no_position>)
+          attend_.position.encode(MatrixView<Key>{key, 1, shape_.head_dim, shape_.head_dim}, n, Role::key);
+        copy_row(call.v.row(b, strand.kv_head, i), shape_.value_dim, rows.v.data() + row * shape_.value_dim);
+      }
+      begin += length;
+    }
+  }
+  template <class From, class To>
+  static void copy_row(const From* from, Index count, To* to) {
+    if constexpr (std::is_same_v<From, To>) {
+      std::copy_n(from, count, to);
+    } else {
+      for (Index c = 0; c < count; ++c) to[c] = static_cast<To>(static_cast<Real>(from[c]));
+    }
+  }
+
+  template <class Tq, class Tk, class Tv, class To, class E>
+  void attend(const detail::Problem<Tq, Tk, Tv, To>& call, Index end, const E& executor,
+              Workspace& workspace) {
+    if constexpr (std::is_same_v<P, no_position>) {
+      attend_encoded(call.q, call, end, executor, workspace);
+    } else {
+      queries_.resize(static_cast<std::size_t>(shape_.batch * shape_.heads * call.q_len() * shape_.head_dim));
+      const auto q = compact_view(queries_.data(), shape_.batch, shape_.heads, call.q_len(), shape_.head_dim);
+      for (Index b = 0; b < shape_.batch; ++b) {
+        for (Index h = 0; h < shape_.heads; ++h) {
+          for (Index i = 0; i < q.rows; ++i) copy_row(call.q.row(b, h, i), shape_.head_dim, q.row(b, h, i));
+          attend_.position.encode(q.matrix(b, h), size_, Role::query);
+        }
+      }
+      attend_encoded(TensorView<const Real>(q), call, end, executor, workspace);
+    }
+  }
+
+  template <class Tq, class Call, class E>
+  void attend_encoded(TensorView<const Tq> q, const Call& call, Index end, const E& executor,
+                      Workspace& workspace) const {
+    using To = typename decltype(call.out)::Element;
+    // The shapes of all keys so far; their rows are in the strands.
+    const TensorView<const Key> k{nullptr, shape_.batch, shape_.kv_heads, end, shape_.head_dim, 0, 0, 0};
+    const TensorView<const T> v{nullptr, shape_.batch, shape_.kv_heads, end, shape_.value_dim, 0, 0, 0};
+    const auto problem =
+        detail::Problem<Tq, Key, T, To>{q, k, v, call.out, call.lse, 0, 1}.at(size_, attend_.scale);
+    const detail::StoredRows<Key, T> stored{
+        &attend_.branches, &strand_of_,      &rows_, shape_.heads, static_cast<Index>(strands_.size()),
+        shape_.head_dim,   shape_.value_dim, size_};
+    const detail::Dilation dilation{attend_.branches, attend_.phase, attend_.overlap, false};
+    double keys = 0;
+    for (const detail::Strand& strand : strands_)
+      keys += static_cast<double>(rows_between(strand, size_, end));
+    const double flop =
+        2 * keys * static_cast<double>(q.batch * q.rows * (shape_.head_dim + shape_.value_dim));
+    const Causal mask = causal_mask();
+    detail::run_where_it_pays(flop, detail::least_parallel_tile_flop, executor, [&](const auto& where) {
+      detail::run_dilated<detail::FloatProducts<Real>>(problem, stored, dilation, mask, attend_.score,
+                                                       no_position{}, where, workspace);
+    });
+  }
+
+  Causal causal_mask() const {
+    if constexpr (std::is_same_v<M, causal>) {
+      return attend_.mask;
+    } else {
+      return causal{} & attend_.mask;
+    }
+  }
+
+  /// Drops the rows of segments that are closed when `end` tokens have come.
+  void drop_closed(const detail::Strand& strand, Index end, Rows& rows) const {
+    const Index count = kept(strand, end), closed = rows_between(strand, size_, end) - count;
+    if (closed == 0) return;
+    std::copy_n(rows.k.begin() + closed * shape_.head_dim, count * shape_.head_dim, rows.k.begin());
+    std::copy_n(rows.v.begin() + closed * shape_.value_dim, count * shape_.value_dim, rows.v.begin());
+  }
+
+  dilated_attention<M, S, P> attend_;
+  DilatedShape shape_;
+  std::vector<detail::Strand> strands_;
+  std::vector<std::size_t> strand_of_;  ///< [branches][heads]
+  std::vector<Rows> rows_;              ///< [batch][strands]
+  std::vector<Real> queries_;           ///< of one call, encoded
+  Index size_ = 0;
+};
+
+template <Mask M, Score S, Position P>
+dilated_cache(dilated_attention<M, S, P>, DilatedShape) -> dilated_cache<float, M, S, P>;
+
+template <Mask M, Score S, Position P>
+template <Element T>
+dilated_cache<T, M, S, P> dilated_attention<M, S, P>::stream(const DilatedShape& shape) const {
+  return {*this, shape};
+}
+
+LONGSPAN_END

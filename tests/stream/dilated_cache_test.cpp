@@ -1,0 +1,254 @@
+#include "longspan/stream/dilated_cache.hpp"
+
+#include <cmath>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "longspan/reference/dilated_attention.hpp"
+#include "support/catch.hpp"
+#include "support/oracle.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/tensor.hpp"
+
+namespace {
+
+using namespace test;
+using Eigen::bfloat16;
+using longspan::Branch;
+using longspan::causal;
+using longspan::dilated_attention;
+using longspan::DilatedShape;
+using Branches = std::vector<Branch>;
+
+DilatedShape stream_shape(const Shape& s) { return {s.batch, s.heads, s.kv_heads, s.head_dim, s.value_dim}; }
+
+Shape draw_self_shape(Random& random) {
+  Shape shape{random.between(1, 2),       0, random.between(1, 2), 0, 0, random.pick({2, 8, 16, 34}),
+              random.pick({1, 8, 20, 32})};
+  shape.heads = shape.kv_heads * random.between(1, 3);
+  shape.q_len = shape.kv_len = random.pick({0, 1, 5, 17, 64, 130, 300});
+  return shape;
+}
+
+Branches draw_branches(Random& random) {
+  Branches branches(static_cast<std::size_t>(random.between(1, 4)));
+  for (Branch& branch : branches) {
+    branch.segment =
+        random.pick({Index{1}, Index{3}, Index{8}, Index{50}, Index{128}, Index{1000}, Index{1} << 62});
+    branch.dilation =
+        random.pick({Index{1}, Index{1}, Index{2}, Index{3}, Index{7}, Index{40}, Index{1} << 61});
+  }
+  return branches;
+}
+
+/// Rows [first, first + count) of a call go through the stream.
+template <class Stream, class C>
+void extend(Stream& stream, C& call, Index first, Index count) {
+  auto lse = call.lse.view();
+  lse.data += first;
+  lse.rows = count;
+  stream.extend(std::as_const(call.q).view().slice_rows(first, count),
+                std::as_const(call.k).view().slice_rows(first, count),
+                std::as_const(call.v).view().slice_rows(first, count),
+                call.out.view().slice_rows(first, count), lse, longspan::openmp{2});
+}
+
+template <class Stream, class C>
+void extend_in_chunks(Stream& stream, C& call, Random& random, Index longest) {
+  for (Index first = stream.size(); first < call.q.rows;) {
+    const Index count = std::min(call.q.rows - first, random.between(0, longest));
+    extend(stream, call, first, count);
+    first += count;
+  }
+}
+
+template <class Attend, class Oracle>
+void check_stream(Random& random, Attend attend, Oracle oracle) {
+  const Shape shape = draw_self_shape(random);
+  oracle.branches = attend.branches = draw_branches(random);
+  attend.phase = oracle.phase = random.pick({longspan::Phase::modulo, longspan::Phase::blocked});
+  attend.overlap = oracle.overlap = random.pick({longspan::Overlap::multiset, longspan::Overlap::set});
+  INFO(shape.text());
+  Call<double> exact(shape, Values::normal, random);
+  oracle(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(), exact.lse.view());
+
+  Call<double> chunks = exact.unrun(), tokens = exact.unrun();
+  auto stream = attend.template stream<double>(stream_shape(shape));
+  extend_in_chunks(stream, chunks, random, random.pick({3, 20, 400}));
+  CHECK(stream.size() == shape.q_len);
+  auto one_by_one = attend.template stream<double>(stream_shape(shape));
+  for (Index n = 0; n < shape.q_len; ++n) extend(one_by_one, tokens, n, 1);
+  CHECK(tokens.same_outputs(chunks));
+  for (std::size_t n = 0; n < exact.out.values.size(); ++n)
+    REQUIRE(std::abs(chunks.out.values[n] - exact.out.values[n]) < 1e-12);
+  for (std::size_t n = 0; n < exact.lse.values.size(); ++n) {
+    const double got = chunks.lse.values[n], wanted = exact.lse.values[n];
+    REQUIRE((got == wanted || std::abs(got - wanted) < 1e-12));
+  }
+}
+
+const Branches three{{16, 1}, {50, 3}, {64, 4}};
+
+}  // namespace
+
+TEST_CASE("dilated_cache: chunks and single tokens give the one-shot result at every position", "[law]") {
+  for_each_case(60, [](Random& random) {
+    const longspan::rotary turn(longspan::Pairing::interleaved);
+    check_stream(random, dilated_attention{three, causal{}},
+                 longspan::reference::dilated_attention{three, causal{}});
+    check_stream(random, dilated_attention{three, causal{}, turn, longspan::softcap{2}},
+                 longspan::reference::dilated_attention{three, causal{}, turn, longspan::softcap{2}});
+    const longspan::window near{.left = 20};
+    check_stream(random, dilated_attention{three, near},
+                 longspan::reference::dilated_attention{three, causal{} & near});
+  });
+}
+
+TEST_CASE("dilated_cache: the bits of the one call, where segments do not share tiles", "[bits]") {
+  Random random(1);
+  const Shape shape{1, 4, 2, 5000, 5000, 8, 8};
+  Call<float> once(shape, Values::normal, random), chunks = once.unrun();
+  const dilated_attention attend{Branches{{1000, 1}, {3000, 2}, {4100, 3}}, causal{}};
+  once.run(attend);
+  auto stream = attend.stream(stream_shape(shape));
+  extend_in_chunks(stream, chunks, random, 2500);
+  CHECK(chunks.same_outputs(once));
+}
+
+TEST_CASE("dilated_cache: keeps the rows of open segments that its offsets keep, and no others", "[state]") {
+  Random random(2);
+  const Shape shape{1, 2, 1, 1500, 1500, 4, 4};
+  Call<float> call(shape, Values::normal, random);
+  const Branches branches{{64, 1}, {256, 4}, {90, 7}};
+  auto stream = dilated_attention{branches, causal{}}.stream(stream_shape(shape));
+  CHECK(stream.bytes() == 0);
+  Index most_bytes = 0;
+  for (Index n = 0; n < shape.q_len; ++n) {
+    extend(stream, call, n, 1);
+    Index rows = 0;
+    for (Index m = 0; m <= n; ++m) {
+      // Both heads share the rows of a dense branch.
+      rows += m / 64 == (n + 1) / 64;
+      for (Index h = 0; h < 2; ++h) {
+        rows += m / 256 == (n + 1) / 256 && m % 256 % 4 == h;
+        rows += m / 90 == (n + 1) / 90 && m % 90 % 7 == h;
+      }
+    }
+    REQUIRE(stream.rows() == rows);
+    most_bytes = std::max(most_bytes, stream.bytes());
+  }
+  CHECK(most_bytes == (64 + 2 * 64 + 2 * 13) * 8 * Index{sizeof(float)});
+}
+
+TEST_CASE("dilated_cache: closed segments are forgotten", "[state]") {
+  Random random(3);
+  const Shape shape{1, 2, 2, 300, 300, 4, 4};
+  Call<float> call(shape, Values::normal, random), spoiled = call;
+  const dilated_attention attend{Branches{{50, 1}, {100, 2}}, causal{}};
+  for (float& x : spoiled.v.values) x = NAN;  // of the first 200 tokens, in both heads
+  for (Index h = 0; h < 2; ++h) std::copy_n(call.v.row(0, h, 200), 100 * 4, spoiled.v.row(0, h, 200));
+  auto stream = attend.stream(stream_shape(shape)), of_spoiled = attend.stream(stream_shape(shape));
+  extend(stream, call, 0, 300);
+  extend_in_chunks(of_spoiled, spoiled, random, 70);
+  for (Index h = 0; h < 2; ++h)
+    CHECK(std::equal(call.out.row(0, h, 200), call.out.row(0, h, 200) + 400, spoiled.out.row(0, h, 200)));
+}
+
+TEST_CASE("dilated_cache: copies go their own ways, and clear begins anew", "[state]") {
+  Random random(4);
+  const Shape shape{2, 3, 1, 200, 200, 8, 8};
+  Call<float> call(shape, Values::normal, random), beam = call.unrun(), again = call.unrun();
+  for (Index h = 0; h < 3; ++h) std::fill_n(beam.q.row(0, h, 90), 8, 7.0f);
+  const dilated_attention attend{three, causal{}};
+  auto stream = attend.stream(stream_shape(shape));
+  extend(stream, call, 0, 90);
+  auto copy = stream;
+  extend(copy, beam, 90, 110);
+  extend(stream, call, 90, 110);
+  CHECK_FALSE(std::equal(call.out.row(0, 0, 90), call.out.row(0, 0, 91), beam.out.row(0, 0, 90)));
+  CHECK(std::equal(call.out.row(0, 0, 91), call.out.row(0, 0, 199), beam.out.row(0, 0, 91)));
+  stream.clear();
+  CHECK(stream.size() == 0);
+  CHECK(stream.rows() == 0);
+  extend(stream, again, 0, 200);
+  CHECK(again.same_outputs(call));
+}
+
+TEMPLATE_TEST_CASE("dilated_cache: what was saved goes on where it stopped", "[state]", float, double,
+                   bfloat16) {
+  Random random(5);
+  const Shape shape{2, 4, 2, 160, 160, 8, 6};
+  Call<TestType> call(shape, Values::normal, random), later = call.unrun();
+  const dilated_attention attend{three, causal{}};
+  auto stream = attend.template stream<TestType>(stream_shape(shape));
+  extend(stream, call, 0, 77);
+  std::stringstream file;
+  stream.save(file);
+  extend(stream, call, 77, 83);
+  auto loaded = attend.template stream<TestType>(stream_shape(shape));
+  extend(loaded, later, 0, 11);
+  loaded.load(file);
+  CHECK(loaded.size() == 77);
+  extend(loaded, later, 77, 83);
+  for (Index b = 0; b < 2; ++b) {
+    for (Index h = 0; h < 4; ++h)
+      CHECK(std::equal(call.out.row(b, h, 77), call.out.row(b, h, 77) + 83 * 6, later.out.row(b, h, 77)));
+  }
+}
+
+TEST_CASE("dilated_cache: a file that is damaged or of another stream is refused, and nothing changes",
+          "[state][errors]") {
+  Random random(6);
+  const Shape shape{1, 2, 1, 100, 100, 4, 4};
+  Call<float> call(shape, Values::normal, random), after = call.unrun();
+  const dilated_attention attend{three, causal{}};
+  auto stream = attend.stream(stream_shape(shape));
+  extend(stream, call, 0, 60);
+  std::stringstream file;
+  stream.save(file);
+  const std::string bytes = file.str();
+  const auto refused = [](auto& into, const std::string& content) {
+    std::istringstream from(content);
+    return refusal([&] { into.load(from); });
+  };
+  for (std::size_t n = 0; n < bytes.size(); ++n) {
+    std::string damaged = bytes;
+    damaged[n] = static_cast<char>(damaged[n] ^ 0x10);
+    REQUIRE(refused(stream, damaged).find("dilated_cache::load") != std::string::npos);
+  }
+  for (const std::size_t length : {std::size_t{0}, std::size_t{40}, bytes.size() / 2, bytes.size() - 1})
+    CHECK_FALSE(refused(stream, bytes.substr(0, length)).empty());
+  auto other_branches =
+      dilated_attention{Branches{{16, 1}, {50, 3}, {64, 8}}, causal{}}.stream(stream_shape(shape));
+  CHECK_FALSE(refused(other_branches, bytes).empty());
+  auto other_type = attend.stream<double>(stream_shape(shape));
+  CHECK(refused(other_type, bytes).find("other shapes or options") != std::string::npos);
+  auto other_heads = attend.stream({1, 2, 2, 4, 4});
+  CHECK(refused(other_heads, bytes).find("other shapes or options") != std::string::npos);
+
+  extend(stream, call, 60, 40);
+  auto whole = attend.stream(stream_shape(shape));
+  extend(whole, after, 0, 100);
+  CHECK(after.same_outputs(call));
+}
+
+TEST_CASE("dilated_cache: what it refuses", "[errors]") {
+  const dilated_attention attend{three, causal{}};
+  CHECK(refusal([&] {
+          attend.stream({1, 3, 2, 4, 4});
+        }).find("dilated_cache: the shape is [1, 3, 2, 4]") != std::string::npos);
+  CHECK(refusal([&] { attend.stream({1, 2, 2, -4, 4}); }).find("the shape") != std::string::npos);
+  CHECK(refusal([] {
+          dilated_attention{Branches{}, causal{}}.stream({1, 2, 2, 4, 4});
+        }).find("number of branches is 0") != std::string::npos);
+  auto stream = attend.stream({1, 2, 2, 4, 4});
+  Call<float> call(Shape{1, 2, 1, 5, 5, 4, 4});
+  CHECK(refusal([&] { extend(stream, call, 0, 5); }).find("1 KV heads") != std::string::npos);
+  Call<float> uneven(Shape{1, 2, 2, 5, 6, 4, 4});
+  CHECK(refusal([&] {
+          stream.extend(uneven.q.view(), uneven.k.view(), uneven.v.view(), uneven.out.view());
+        }).find("rows of k is 6, wanted 5") != std::string::npos);
+  CHECK(stream.size() == 0);
+}
