@@ -146,11 +146,11 @@ TEST_CASE("dilated_attention: scores and encodings are told positions of the who
 TEST_CASE("dilated_attention: masks of every kind", "[gauge][mask]") {
   Trust trust;
   for_each_case(40, [&](Random& random) {
-    const std::vector<Index> lengths{random.between(0, 300), random.between(0, 300), random.between(0, 300)};
+    const std::vector<Index> unpadded{random.between(0, 300), random.between(0, 300), random.between(0, 300)};
     const Definition padded{.sees = [&](Index b, Index, Index i, Index j) {
-      return j <= i && j < lengths[static_cast<std::size_t>(b)];
+      return j <= i && j < unpadded[static_cast<std::size_t>(b)];
     }};
-    check_drawn<float>(random, padded, trust, causal{} & longspan::padding{lengths});
+    check_drawn<float>(random, padded, trust, causal{} & longspan::padding{unpadded});
     const Definition sinks{.sees = [](Index, Index, Index i, Index j) { return j < 4 || j + 30 >= i; }};
     check_drawn<float>(random, sinks, trust, longspan::sinks{4} | longspan::window{.left = 30});
   });
@@ -271,8 +271,8 @@ TEST_CASE("dilated_attention: no future token changes a bit, and padding equals 
     }
   }
   const Call<float> after = outputs_of(call, attend);
-  const std::vector<Index> lengths{changed};
-  const Call<float> padded = outputs_of(call, dilated_attention{branches, longspan::padding{lengths}});
+  const std::vector<Index> unpadded{changed};
+  const Call<float> padded = outputs_of(call, dilated_attention{branches, longspan::padding{unpadded}});
   Call<float> shorter(Shape{1, 4, 2, changed, changed, 16, 8});
   for (Index h = 0; h < 4; ++h) {
     REQUIRE(std::equal(before.out.row(0, h, 0), before.out.row(0, h, changed), after.out.row(0, h, 0)));

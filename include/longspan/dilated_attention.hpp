@@ -105,10 +105,11 @@ struct dilated_attention {
   dilated_cache<T, M, S, P> stream(const DilatedShape& shape) const;
 };
 
+dilated_attention(std::vector<Branch>)->dilated_attention<>;
 template <class... Parts>
-dilated_attention(std::vector<Branch>, Parts...)
-    -> dilated_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
-                         detail::PartOf<detail::ScorePart, unchanged, Parts...>,
-                         detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+requires(sizeof...(Parts) > 0) dilated_attention(std::vector<Branch>, Parts...)
+->dilated_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
+                    detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                    detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 LONGSPAN_END

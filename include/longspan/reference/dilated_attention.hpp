@@ -118,11 +118,12 @@ struct dilated_attention {
   }
 };
 
+dilated_attention(std::vector<Branch>)->dilated_attention<>;
 template <class... Parts>
-dilated_attention(std::vector<Branch>, Parts...)
-    -> dilated_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
-                         detail::PartOf<detail::ScorePart, unchanged, Parts...>,
-                         detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+requires(sizeof...(Parts) > 0) dilated_attention(std::vector<Branch>, Parts...)
+->dilated_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
+                    detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                    detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 }  // namespace reference
 LONGSPAN_END
