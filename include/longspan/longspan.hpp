@@ -25,6 +25,7 @@
 #include "longspan/softmax_attention.hpp"
 #include "longspan/stream/infini_memory.hpp"
 #include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream/blocks.hpp"
 #include "longspan/stream/dilated_cache.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
