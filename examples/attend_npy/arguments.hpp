@@ -64,6 +64,13 @@ class Keys {
     }
   }
 
+  /// As it stands in the command line, for variants that have their own form of a value.
+  std::optional<std::string_view> text(std::string_view key) const {
+    const std::string* value = find(key);
+    if (!value) return std::nullopt;
+    return *value;
+  }
+
   bool flag(std::string_view key) const {
     const std::string* value = find(key);
     if (value && *value != "0" && *value != "1") refuse(key, *value, "0 or 1");

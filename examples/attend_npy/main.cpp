@@ -13,6 +13,7 @@
 
 #include "arguments.hpp"
 #include "dilated.hpp"
+#include "landmark.hpp"
 #include "softmax.hpp"
 
 namespace {
@@ -28,6 +29,7 @@ struct Variant {
 constexpr std::array variants{
     Variant{"softmax", softmax_help, softmax},
     Variant{"dilated", dilated_help, dilated},
+    Variant{"landmark", landmark_help, landmark},
 };
 
 constexpr std::string_view usage =

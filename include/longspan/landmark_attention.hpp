@@ -25,38 +25,34 @@ enum class LandmarkSoftmax : unsigned char {
   ignored   ///< they are hidden, and the others are one group
 };
 
-/// out[i] = sum_j g_ij v[j] + sum_m g_im o_m over the tokens j of i's own block and the other blocks m:
-/// o_m = sum_t softmax_t(s_it) v[t] over the tokens t of block m, and g = the softmax over the scores s_ij of
-/// the own tokens and s_im of the landmarks of the other blocks; lse[i] = its log-sum-exp.
+/// out[i] = sum_j g_ij v[j] + sum_m g_im o_m over the tokens j of i's own block and the other blocks m, with
+/// o_m = sum_t softmax_t(s_it) v[t] over the tokens t of block m, and g the softmax over the scores s_ij of
+/// the own tokens and s_im of the landmarks of the other blocks; lse[i] is the log-sum-exp of that group.
 ///
-///   landmark_attention attend{landmarks::every(64)};             // causal
+///   landmark_attention attend{landmarks::every(64)};  // causal
 ///   landmark_attention attend{landmarks::at(keys), everything{}, rotary(Pairing::half_split)};
-///   attend(q, k, v, out);                                        // or with lse, an execution, as
-///   softmax_attention
+///   attend(q, k, v, out, lse, execution);             // lse and execution as in softmax_attention
 ///
 /// Shapes    q [batch, heads, q_len, head_dim]        k [batch, kv_heads, kv_len, head_dim]
 ///           v [batch, kv_heads, kv_len, value_dim]   out [batch, heads, q_len, value_dim]
 ///           lse [batch, heads, q_len]; kv_heads divides heads. Blocks of any length, each its own.
 /// Types     those of softmax_attention
 /// Positions row i of q stands at position `first_query` + i, key j at j. A query belongs to the block in
-/// which
-///           it stands; a landmark closes its block.
+///           which it stands, and a landmark to the block that it closes.
 /// Values    of landmarks have no effect, even if they are NaN.
 /// Aliasing  out and lse overlap no input, nor each other.
-/// Cost      that of softmax_attention under the same mask, and 4 % more for blocks of 64 (head_dim 64); each
-///           block is computed by itself, so that blocks below 16 keys cost up to half as much again. Scratch
-///           as there, and 5 words for each block.
-/// Error     |out - exact| <= 16 u (1 + a_i) sum_j w_ij |v_j| with the weights w of all tokens, a_i = sum_j
-/// w_ij
-///           (a_ij + a_im), a = scale sum_c |q_c k_c| of token and landmark; u = 2^-24 for float.
-/// Masked    a landmark that a query does not see closes its block to it, one that stands alone or whose
-/// tokens
-///           are all hidden is absent; the open block at the end is closed to other blocks. A row that sees
-///           nothing gives 0 and lse = -infinity.
-/// Bits      do not depend on the executor, on how many threads it has, nor on batch rows and heads beside.
+/// Cost      that of softmax_attention under the same mask, and 2 to 10 % more for blocks of 64 keys. Every
+///           block has a softmax and a product with its values by itself, so blocks of 8 cost up to half as
+///           much again. Scratch as there, and 5 words for each block.
+/// Error     |out - exact| <= 16 u (1 + a_i) sum_j w_ij |v_j|, w the weights of all tokens, a_i = sum_j w_ij
+///           (a_ij + a_im), with a = scale sum_c |q_c k_c| of token and landmark; u = 2^-24 for float.
+/// Masked    a landmark that a query does not see closes its block to it; one without a token that the query
+///           sees is absent; the open block at the end is closed to other blocks. A row that sees nothing
+///           gives 0 and lse = -infinity.
+/// Bits      do not depend on the executor, on how many threads it has, nor on what is computed beside.
 /// Throws    Error when shapes or landmarks disagree, before anything is written.
-/// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), eq. 2-4, with the own group of a landmark that of
-///           its block; a block is a partial of which the landmark's score is the log-sum-exp.
+/// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), eq. 2-4, where G_ij = G_ii reads "in the block of
+///           i": a block is a partial whose log-sum-exp is replaced by the score of its landmark.
 template <Mask M = causal, Score S = unchanged, Position P = no_position>
 struct landmark_attention {
   landmarks at;
