@@ -11,6 +11,7 @@
 #include "longspan/infini_options.hpp"
 #include "longspan/key_ranges.hpp"
 #include "longspan/landmark_attention.hpp"
+#include "longspan/landmark_tokens.hpp"
 #include "longspan/landmarks.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/partial.hpp"

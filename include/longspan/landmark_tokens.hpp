@@ -1,0 +1,178 @@
+// Landmark tokens in a text: inserting them, where they then stand, what each position learns to predict, and
+// how they leave again.
+#pragma once
+
+#include <algorithm>
+#include <iterator>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "longspan/error.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// Does a landmark also stand behind a block that ends the text?
+enum class LastLandmark : unsigned char {
+  stands,  ///< behind every complete block
+  omitted  ///< between blocks only
+};
+
+/// What the loss makes of landmarks. Both are published: the first for training from scratch, the second for
+/// fine-tuning of a model.
+enum class LandmarkLoss : unsigned char {
+  skips,    ///< a landmark predicts nothing, and the token before it predicts the one behind it
+  includes  ///< a landmark is predicted by the token before it and predicts the one behind it
+};
+
+namespace detail {
+
+inline void check_block_tokens(std::string_view function, Index tokens_per_block) {
+  if (tokens_per_block < 1) {
+    refuse(function, "the number of tokens of a block", std::to_string(tokens_per_block), "at least 1");
+  }
+}
+
+}  // namespace detail
+
+/// The tokens with a landmark behind every `tokens_per_block` of them; a rest shorter than that has none.
+template <class Token>
+std::vector<Token> with_landmarks(std::span<const Token> tokens, Index tokens_per_block, Token landmark,
+                                  LastLandmark last = LastLandmark::stands) {
+  detail::check_block_tokens("with_landmarks", tokens_per_block);
+  const auto count = static_cast<Index>(tokens.size());
+  std::vector<Token> result;
+  result.reserve(static_cast<std::size_t>(count + count / tokens_per_block));
+  for (Index t = 0; t < count; ++t) {
+    result.push_back(tokens[static_cast<std::size_t>(t)]);
+    const bool ends_block = (t + 1) % tokens_per_block == 0, ends_text = t + 1 == count;
+    if (ends_block && !(ends_text && last == LastLandmark::omitted)) result.push_back(landmark);
+  }
+  return result;
+}
+
+template <class Token>
+std::vector<Token> without_landmarks(std::span<const Token> tokens, Token landmark) {
+  std::vector<Token> result;
+  std::copy_if(tokens.begin(), tokens.end(), std::back_inserter(result),
+               [&](const Token& token) { return token != landmark; });
+  return result;
+}
+
+/// Where the landmarks stand, as `landmarks::at` takes them: the mask of the landmarks as a rising list.
+template <class Token>
+std::vector<Index> landmark_keys(std::span<const Token> tokens, Token landmark) {
+  std::vector<Index> keys;
+  for (std::size_t j = 0; j < tokens.size(); ++j) {
+    if (tokens[j] == landmark) keys.push_back(static_cast<Index>(j));
+  }
+  return keys;
+}
+
+/// The same from a mask that is not 0 at landmarks.
+inline std::vector<Index> landmark_keys(std::span<const unsigned char> mask) {
+  std::vector<Index> keys;
+  for (std::size_t j = 0; j < mask.size(); ++j) {
+    if (mask[j] != 0) keys.push_back(static_cast<Index>(j));
+  }
+  return keys;
+}
+
+/// 1 at landmarks, 0 elsewhere.
+template <class Token>
+std::vector<unsigned char> landmark_mask(std::span<const Token> tokens, Token landmark) {
+  std::vector<unsigned char> mask;
+  for (const Token& token : tokens) mask.push_back(token == landmark);
+  return mask;
+}
+
+/// The position of every token. `jumps` lengthens the way behind each landmark, by one number each: random
+/// ones, in training, teach a model distances beyond its context (appendix E of the paper). Without them the
+/// positions are 0, 1, 2, ...
+template <class Token>
+std::vector<Index> landmark_positions(std::span<const Token> tokens, Token landmark,
+                                      std::span<const Index> jumps = {}) {
+  const auto count = static_cast<std::size_t>(std::count(tokens.begin(), tokens.end(), landmark));
+  if (!jumps.empty() && jumps.size() != count) {
+    detail::refuse("landmark_positions", "the number of jumps", std::to_string(jumps.size()),
+                   std::to_string(count) + ", one behind each landmark");
+  }
+  std::vector<Index> positions;
+  Index next = 0;
+  std::size_t jump = 0;
+  for (const Token& token : tokens) {
+    positions.push_back(next++);
+    if (!jumps.empty() && token == landmark) next += jumps[jump++];
+  }
+  return positions;
+}
+
+/// What each position is to predict: labels[j] belongs to the output at j, already shifted. `ignored` stands
+/// where nothing is learned: at the end, and at landmarks that the loss skips.
+template <class Token>
+std::vector<Token> landmark_labels(std::span<const Token> tokens, Token landmark, LandmarkLoss loss,
+                                   Token ignored) {
+  std::vector<Token> labels(tokens.size(), ignored);
+  Token next = ignored;
+  for (std::size_t j = tokens.size(); j-- > 0;) {
+    const bool skipped = loss == LandmarkLoss::skips && tokens[j] == landmark;
+    if (skipped) continue;
+    labels[j] = next;
+    next = tokens[j];
+  }
+  return labels;
+}
+
+/// The rows of `logits`, one for each token and landmark, that say what follows the tokens: row t of the
+/// result is that of token t, or of the landmark behind it where the loss includes landmarks.
+template <class Token>
+std::vector<Index> logit_rows(std::span<const Token> tokens, Token landmark, LandmarkLoss loss) {
+  std::vector<Index> rows;
+  for (std::size_t j = 0; j < tokens.size(); ++j) {
+    if (tokens[j] != landmark) {
+      rows.push_back(static_cast<Index>(j));
+    } else if (loss == LandmarkLoss::includes && !rows.empty()) {
+      rows.back() = static_cast<Index>(j);
+    }
+  }
+  return rows;
+}
+
+/// Copies those rows: logits [tokens and landmarks, vocabulary] to [tokens, vocabulary].
+template <class T, class Token>
+void remove_landmark_logits(MatrixView<const T> logits, std::span<const Token> tokens, Token landmark,
+                            LandmarkLoss loss, MatrixView<T> to) {
+  constexpr const char* name = "remove_landmark_logits";
+  const std::vector<Index> rows = logit_rows(tokens, landmark, loss);
+  const auto text = [](Index of_rows, Index cols) {
+    return "[" + std::to_string(of_rows) + ", " + std::to_string(cols) + "]";
+  };
+  if (logits.rows != static_cast<Index>(tokens.size())) {
+    detail::refuse(name, "logits", text(logits.rows, logits.cols),
+                   text(static_cast<Index>(tokens.size()), logits.cols));
+  }
+  if (to.rows != static_cast<Index>(rows.size()) || to.cols != logits.cols) {
+    detail::refuse(name, "the result", text(to.rows, to.cols),
+                   text(static_cast<Index>(rows.size()), logits.cols));
+  }
+  for (Index t = 0; t < to.rows; ++t)
+    std::copy_n(logits.row(rows[static_cast<std::size_t>(t)]), to.cols, to.row(t));
+}
+
+/// The most tokens and landmarks that a model of `context` positions takes in one chunk beside `top_k`
+/// retrieved blocks of `block` keys and one empty block. Throws Error where none is left.
+inline Index landmark_chunk_length(Index context, Index block, Index top_k) {
+  detail::check_block_tokens("landmark_chunk_length", block);
+  const Index length = context - context % block - (top_k + 1) * block;
+  if (length < 1) {
+    detail::refuse("landmark_chunk_length", "top_k", std::to_string(top_k),
+                   "less than " + std::to_string(context / block - 1) + " for " + std::to_string(context) +
+                       " positions and blocks of " + std::to_string(block));
+  }
+  return length;
+}
+
+LONGSPAN_END
