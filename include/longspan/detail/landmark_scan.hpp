@@ -1,0 +1,141 @@
+// Retrieval from a landmark cache: scores of landmarks, the choice of blocks, and attention to them in place.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <span>
+
+#include "longspan/detail/accumulator.hpp"
+#include "longspan/detail/exp2.hpp"
+#include "longspan/detail/row_kernel.hpp"
+#include "longspan/detail/scratch.hpp"
+#include "longspan/detail/simd.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// Calls work.template operator()<count>() with a power of two of at most 8.
+template <class Work>
+void with_count(Index count, const Work& work) {
+  if (count == 8) return work.template operator()<8>();
+  if (count == 4) return work.template operator()<4>();
+  if (count == 2) return work.template operator()<2>();
+  work.template operator()<1>();
+}
+
+/// scores[g][j] = q[g].k[j] for `rows` queries and the landmarks of one KV head: k is read once for each
+/// eight of the queries.
+template <class Real>
+void score_landmarks(MatrixView<const Real> k, MatrixView<const Real> q, Real* scores, Index scores_stride) {
+  constexpr Index w = lanes<Real>, keys_at_once = 256, most_queries = std::min<Index>(8, w);
+  alignas(64) Real piece[std::size_t(keys_at_once * most_queries + w)];
+  for (Index first = 0; first < k.rows; first += keys_at_once) {
+    const Index keys = std::min(keys_at_once, k.rows - first);
+    for (Index g = 0; g < q.rows;) {
+      const auto left = static_cast<std::size_t>(std::min(most_queries, q.rows - g));
+      const Index together = static_cast<Index>(std::bit_floor(left));
+      with_count(together, [&]<int count>() {
+        if constexpr (count <= most_queries) {
+          score_keys<count>(k.row(first), k.row_stride, keys, q.row(g), q.row_stride, k.cols, piece);
+          for (int n = 0; n < count; ++n) {
+            Real* to = scores + (g + n) * scores_stride + first;
+            for (Index j = 0; j < keys; ++j) to[j] = piece[j * count + n];
+          }
+        }
+      });
+      g += together;
+    }
+  }
+}
+
+/// Scores, in score units, become their softmax, in place.
+template <class Real>
+void softmax_row(Real* s, Index count) {
+  constexpr Index w = lanes<Real>;
+  Real top = nothing_seen<Real>, sum = 0;
+  for (Index j = 0; j < count; ++j) top = std::max(top, s[j]);
+  for (Index j = 0; j < count; j += w) {
+    const Index used = std::min(w, count - j);
+    alignas(64) Real p[std::size_t(w)];
+    store<Real>(p, weight(load_part<Real>(s + j, used) - broadcast(top)));
+    for (Index i = 0; i < used; ++i) sum += s[j + i] = p[i];
+  }
+  for (Index j = 0; j < count; ++j) s[j] /= sum;
+}
+
+/// The `k` indices with the highest of `count` scores, rising; of equal ones the lowest. `best` holds k
+/// numbers.
+template <class Real>
+void choose_highest(const Real* scores, Index count, Index k, Index* chosen, Real* best) {
+  Index have = 0;
+  for (Index j = 0; j < count; ++j) {
+    if (have == k && !(scores[j] > best[k - 1])) continue;
+    Index at = have < k ? have++ : k - 1;
+    for (; at > 0 && scores[j] > best[at - 1]; --at) {
+      best[at] = best[at - 1];
+      chosen[at] = chosen[at - 1];
+    }
+    best[at] = scores[j];
+    chosen[at] = j;
+  }
+  std::sort(chosen, chosen + k);
+}
+
+/// The running softmax of one query over the blocks that it chose.
+template <class Real>
+struct RetrievedRow {
+  Real* o;       ///< [padded columns]
+  Real* scores;  ///< [keys of a block + packet]
+  Real top = nothing_seen<Real>;
+  Real sum = 0;
+
+  /// Adds a block under the score of its landmark. q holds whole packets; k [block][head_dim], the last row
+  /// the landmark; v [block - 1][value_dim].
+  void absorb(const Real* q, Index q_stride, MatrixView<const Real> k, MatrixView<const Real> v) {
+    constexpr Index w = lanes<Real>;
+    score_keys<1>(k.data, k.row_stride, k.rows, q, q_stride, k.cols, scores);
+    const Index tokens = k.rows - 1;
+    if (tokens == 0) return;
+    const Real logit = scores[tokens];
+    Real block_top = scores[0], block_sum = 0;
+    for (Index j = 1; j < tokens; ++j) block_top = std::max(block_top, scores[j]);
+    for (Index j = 0; j < tokens; j += w) {
+      const Index used = std::min(w, tokens - j);
+      alignas(64) Real p[std::size_t(w)];
+      store<Real>(p, weight(load_part<Real>(scores + j, used) - broadcast(block_top)));
+      for (Index i = 0; i < used; ++i) block_sum += scores[j + i] = p[i];
+    }
+    const Real now = std::max(top, logit);
+    const Real shrink = one_weight(top - now), share = one_weight(logit - now);
+    for (Index j = 0; j < tokens; ++j) scores[j] *= share / block_sum;
+    for (Index column = 0; column < v.cols; column += w) {
+      add_values<1, 1>(v.data + column, v.row_stride, std::min(w, v.cols - column), tokens, scores, 1,
+                       o + column, 0, &shrink, false);
+    }
+    top = now;
+    sum = sum * shrink + share;
+  }
+
+  /// Merges with the other part of the row, a normalised output and its natural log-sum-exp.
+  void merge_into(Real* out, Real& lse, Index cols) const {
+    if (sum == Real(0)) return;
+    const Real own = lse_of(top, sum), highest = std::max(lse, own);
+    const Real of_local = std::exp(lse - highest), of_blocks = std::exp(own - highest);
+    const Real total = of_local + of_blocks;
+    for (Index c = 0; c < cols; ++c)
+      out[c] = (of_local == Real(0) ? Real(0) : of_local * out[c] / total) + of_blocks / total * (o[c] / sum);
+    lse = highest + std::log(total);
+  }
+
+ private:
+  static Real one_weight(Real x) {
+    alignas(64) Real lane[std::size_t(lanes<Real>)];
+    store<Real>(lane, weight(broadcast(x)));
+    return lane[0];
+  }
+};
+
+}  // namespace detail
+LONGSPAN_END

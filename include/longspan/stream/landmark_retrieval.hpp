@@ -1,0 +1,73 @@
+// Which blocks of a landmark cache a query takes, and where it sees them stand.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstdint>
+
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// For whom blocks are chosen. But for the first, the scores of the landmarks go through a softmax over the
+/// blocks, and the largest weight counts.
+enum class LandmarkSelect : std::uint8_t {
+  per_token_and_head,
+  max_over_heads,   ///< for each token
+  max_over_tokens,  ///< for each head
+  max_over_both,    ///< for each batch row
+  per_kv_group      ///< for each token and KV head
+};
+
+/// What a cache holds when a chunk of queries comes.
+struct Retrieval {
+  Index blocks = 0;   ///< that can be retrieved
+  Index dropped = 0;  ///< older ones that are gone
+  Index top_k = 0;    ///< how many a query takes, at most `blocks`
+  Index wanted = 0;   ///< how many it would take of enough
+  Index block = 0;    ///< keys of a block, landmark included
+};
+
+/// Where blocks stand, as positions of their first keys. `local` is the position of the first key behind the
+/// blocks, `scored` where block n of them stands while landmarks are compared, `attended` where it stands as
+/// number `rank` of the chosen ones.
+template <class M>
+concept PositionMap = requires(const M& map, const Retrieval& held, Index n) {
+  { map.local(held) } -> std::convertible_to<Index>;
+  { map.scored(held, n) } -> std::convertible_to<Index>;
+  { map.attended(held, n, n) } -> std::convertible_to<Index>;
+};
+
+/// Positions that a model knows from training, however long the text: old blocks share the first place while
+/// they are scored, chosen ones are lined up behind each other, and those among the last top_k keep their
+/// distance.
+///
+/// Source  Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 3.2.1, figure 2.
+struct stingy_positions {
+  Index local(const Retrieval& held) const noexcept {
+    return std::min(held.blocks, held.wanted + 1) * held.block;
+  }
+  Index scored(const Retrieval& held, Index n) const noexcept {
+    return place(held, std::max<Index>(0, n - (held.blocks - held.top_k) + 1));
+  }
+  Index attended(const Retrieval& held, Index n, Index rank) const noexcept {
+    return place(held, rank + (n >= held.blocks - held.top_k));
+  }
+
+ private:
+  Index place(const Retrieval& held, Index slot) const noexcept {
+    return local(held) + (slot - held.top_k - 1) * held.block;
+  }
+};
+
+/// The positions that the keys have in the text.
+struct exact_positions {
+  static constexpr bool are_of_the_text = true;
+
+  Index local(const Retrieval& held) const noexcept { return (held.dropped + held.blocks) * held.block; }
+  Index scored(const Retrieval& held, Index n) const noexcept { return (held.dropped + n) * held.block; }
+  Index attended(const Retrieval& held, Index n, Index) const noexcept { return scored(held, n); }
+};
+
+LONGSPAN_END

@@ -1,0 +1,331 @@
+// A landmark cache against its reference, its laws, and what it refuses.
+#include "longspan/stream/landmark_cache.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <utility>
+#include <vector>
+
+#include "longspan/landmark_attention.hpp"
+#include "longspan/reference/landmark_cache.hpp"
+#include "support/catch.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/tensor.hpp"
+
+namespace {
+
+using namespace test;
+using namespace longspan;
+
+using Options = landmark_cache_options;
+
+const std::vector<LandmarkSelect> all_selections{
+    LandmarkSelect::per_token_and_head, LandmarkSelect::max_over_heads, LandmarkSelect::max_over_tokens,
+    LandmarkSelect::max_over_both, LandmarkSelect::per_kv_group};
+
+template <class T>
+landmark_cache_shape shape_of(const Call<T>& call) {
+  return {call.q.batch, call.q.heads, call.k.heads, call.q.cols, call.v.cols};
+}
+
+/// The tokens [first, first + count) of a call, through a cache.
+template <class T, class Cache>
+void extend(Cache& cache, Call<T>& call, Index first, Index count, Index threads = 1) {
+  const auto q = std::as_const(call.q).view().slice_rows(first, count),
+             k = std::as_const(call.k).view().slice_rows(first, count),
+             v = std::as_const(call.v).view().slice_rows(first, count);
+  auto lse = call.lse.view();
+  lse.data += first;
+  lse.rows = count;
+  if constexpr (requires { cache.tokens_to_landmark(); }) {
+    cache.extend(q, k, v, call.out.view().slice_rows(first, count), lse, openmp{threads});
+  } else {
+    cache.extend(q, k, v, call.out.view().slice_rows(first, count), lse);
+  }
+}
+
+/// All tokens in chunks of `length`.
+template <class T, class Cache>
+void stream(Cache& cache, Call<T>& call, Index length) {
+  for (Index i = 0; i < call.q.rows; i += length) extend(cache, call, i, std::min(length, call.q.rows - i));
+}
+
+template <class T>
+void check_near(const Call<T>& got, const Call<T>& wanted, double most) {
+  for (std::size_t n = 0; n < got.out.values.size(); ++n)
+    REQUIRE(std::abs(double(got.out.values[n]) - double(wanted.out.values[n])) <= most);
+  for (std::size_t n = 0; n < got.lse.values.size(); ++n) {
+    if (got.lse.values[n] == wanted.lse.values[n]) continue;
+    REQUIRE(std::abs(double(got.lse.values[n]) - double(wanted.lse.values[n])) <= most);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("landmark_cache: the reference, block by block retrieved, for every option", "[stream][oracle]") {
+  for_each_case(60, [](Random& random) {
+    const Options options{.block = random.between(2, 9),
+                          .top_k = random.between(0, 4),
+                          .select = random.pick(all_selections),
+                          .local_blocks = random.chance(0.3) ? random.between(1, 3) : 0,
+                          .capacity = random.chance(0.3) ? random.between(1, 5) : 0};
+    const Index kv_heads = random.between(1, 2);
+    Call<double> call(Shape{random.between(1, 2), kv_heads * random.pick({1, 2, 3}), kv_heads,
+                            random.between(30, 70), 0, 6, 5});
+    call.k = Tensor<double>(call.q.batch, kv_heads, call.q.rows, 6);
+    call.v = Tensor<double>(call.q.batch, kv_heads, call.q.rows, 5);
+    fill(call.q, call.k, call.v, random.pick({Values::normal, Values::peaked}), random);
+    Call<double> exact = call.unrun();
+    INFO("block " << options.block << " top_k " << options.top_k << " select " << int(options.select)
+                  << " local " << options.local_blocks << " capacity " << options.capacity);
+    const auto check = [&](auto cache, auto reference) {
+      for (Index first = 0; first < call.q.rows;) {
+        const Index count = std::min(call.q.rows - first, random.chance(0.5) ? 1 : random.between(1, 25));
+        extend(cache, call, first, count, random.between(1, 3));
+        extend(reference, exact, first, count);
+        for (Index b = 0; b < call.q.batch; ++b) {
+          for (Index h = 0; h < call.q.heads; ++h) {
+            for (Index i = 0; i < count; ++i) {
+              const auto chosen = cache.retrieved(b, h, i);
+              REQUIRE(std::vector<Index>(chosen.begin(), chosen.end()) == reference.retrieved(b, h, i));
+            }
+          }
+        }
+        first += count;
+      }
+      check_near(call, exact, 1e-10);
+    };
+    const auto shape = shape_of(call);
+    const rotary turned(Pairing::interleaved, 100);
+    switch (random.between(0, 2)) {
+      case 0:
+        return check(landmark_cache<double>(shape, options), reference::landmark_cache<>(shape, options));
+      case 1:
+        return check(landmark_cache<double, rotary>(shape, options, turned),
+                     reference::landmark_cache<rotary>(shape, options, turned));
+      default:
+        return check(landmark_cache<double, rotary, exact_positions>(shape, options, turned),
+                     reference::landmark_cache<rotary, exact_positions>(shape, options, turned));
+    }
+  });
+}
+
+TEST_CASE("landmark_cache: with every block retrieved, any chunks give landmark attention", "[stream][law]") {
+  Random random(2);
+  Call<float> whole(Shape{2, 6, 2, 300, 300, 20, 13}, Values::normal, random), call = whole.unrun();
+  const rotary turned(Pairing::half_split);
+  whole.run(landmark_attention{landmarks::every(8), turned});
+  for (const Index length : {1, 5, 8, 50, 300}) {
+    for (const Index local : {0, 3}) {
+      landmark_cache<float, rotary> stingy(shape_of(call), {.block = 8, .top_k = 100, .local_blocks = local},
+                                           turned);
+      stream(stingy, call, length);
+      check_near(call, whole, 4e-6);
+      landmark_cache<float, rotary, exact_positions> exact(shape_of(call), {.block = 8, .top_k = 100},
+                                                           turned);
+      stream(exact, call, length);
+      check_near(call, whole, 4e-6);
+    }
+  }
+}
+
+TEST_CASE("landmark_cache: a block that a query does not retrieve has no share", "[stream][golden]") {
+  // Logits log c of {1, 3, L 2}, {1, 1, L 4}, {2}; the best block is the second.
+  const std::vector<double> c{1, 3, 2, 1, 1, 4, 2}, values{1, 2, 0, 3, 4, 0, 5};
+  Call<float> call(Shape{1, 1, 1, 7, 7, 1, 1});
+  for (Index j = 0; j < 7; ++j) {
+    call.q.values[static_cast<std::size_t>(j)] = 1;
+    call.k.values[static_cast<std::size_t>(j)] = static_cast<float>(std::log(c[static_cast<std::size_t>(j)]));
+    call.v.values[static_cast<std::size_t>(j)] = static_cast<float>(values[static_cast<std::size_t>(j)]);
+  }
+  landmark_cache<float> cache(shape_of(call), {.block = 3, .top_k = 1});
+  stream(cache, call, 1);
+  CHECK(std::abs(call.out.values[6] - 4.0f) < 1e-6f);
+  CHECK(cache.retrieved(0, 0, 0)[0] == 1);
+}
+
+TEST_CASE("landmark_cache: where blocks stand under stingy positions", "[stream][golden]") {
+  const stingy_positions map;
+  const Retrieval five{5, 0, 2, 2, 3};
+  CHECK(map.local(five) == 9);
+  std::vector<Index> scored;
+  for (Index n = 0; n < 5; ++n) scored.push_back(map.scored(five, n) + 2);
+  CHECK(scored == std::vector<Index>{2, 2, 2, 5, 8});
+  const auto places = [&](Index first, Index second) {
+    return std::vector<Index>{map.attended(five, first, 0), map.attended(five, second, 1)};
+  };
+  CHECK(places(1, 4) == std::vector<Index>{0, 6});
+  CHECK(places(0, 2) == std::vector<Index>{0, 3});
+  CHECK(places(3, 4) == std::vector<Index>{3, 6});
+  CHECK(places(1, 3) == std::vector<Index>{0, 6});
+  const Retrieval two{2, 0, 2, 2, 3};
+  CHECK(map.local(two) == 6);
+  CHECK(map.attended(two, 0, 0) == 0);
+  CHECK(map.attended(two, 1, 1) == 3);
+}
+
+TEST_CASE("landmark_cache: of equal landmarks the oldest are retrieved, rising", "[stream][law]") {
+  for (const auto select : all_selections) {
+    Call<float> call(Shape{1, 4, 2, 40, 40, 4, 4});
+    landmark_cache<float> cache(shape_of(call), {.block = 4, .top_k = 3, .select = select});
+    stream(cache, call, 4);
+    const auto chosen = cache.retrieved(0, 3, 2);
+    CHECK(std::vector<Index>(chosen.begin(), chosen.end()) == std::vector<Index>{0, 1, 2});
+  }
+}
+
+TEST_CASE("landmark_cache: the oldest blocks leave a cache of limited capacity", "[stream][law]") {
+  Random random(3);
+  Call<float> call(Shape{2, 2, 1, 100, 100, 8, 8}, Values::normal, random);
+  landmark_cache<float> cache(shape_of(call), {.block = 5, .top_k = 50, .capacity = 7});
+  stream(cache, call, 3);
+  CHECK(cache.blocks() == 7);
+  CHECK(cache.dropped() == 13);
+  CHECK(cache.size() == 100);
+  CHECK(cache.retrieved(1, 1, 0).front() >= 12);
+  const Index bytes = cache.bytes();
+  Call<float> again = call.unrun();
+  stream(cache, again, 3);
+  CHECK(cache.bytes() == bytes);
+}
+
+TEST_CASE("landmark_cache: threads change no bit", "[stream][bits]") {
+  Random random(4);
+  for (const auto select : all_selections) {
+    Call<float> call(Shape{1, 6, 2, 200, 200, 24, 16}, Values::normal, random), own = call.unrun();
+    const Options options{.block = 7, .top_k = 3, .select = select};
+    landmark_cache<float> cache(shape_of(call), options), other(shape_of(call), options);
+    for (Index i = 0; i < 200; i += 40) {
+      extend(cache, call, i, 40, 1);
+      extend(other, own, i, 40, 3);
+    }
+    CHECK(call.same_outputs(own));
+  }
+}
+
+TEST_CASE("landmark_cache: a copy and the original go separate ways", "[stream][law]") {
+  Random random(5);
+  Call<float> call(Shape{1, 2, 1, 60, 60, 8, 8}, Values::normal, random), wanted = call.unrun(),
+                                                                          elsewhere = call.unrun();
+  const Options options{.block = 6, .top_k = 2};
+  landmark_cache<float> whole(shape_of(call), options), cache = whole;
+  stream(whole, wanted, 10);
+  extend(cache, call, 0, 10);
+  for (Index i = 10; i < 60; i += 10) {
+    auto copy = cache;
+    fill_normal(elsewhere.k, random);
+    extend(copy, elsewhere, 0, 23);
+    extend(cache, call, i, 10);
+  }
+  CHECK(call.same_outputs(wanted));
+  cache.clear();
+  Call<float> again = call.unrun();
+  stream(cache, again, 10);
+  CHECK(again.same_outputs(wanted));
+}
+
+TEST_CASE("landmark_cache: reordered rows go on as the rows that they were", "[stream][law]") {
+  Random random(6);
+  Call<float> call(Shape{3, 2, 1, 50, 50, 8, 8}, Values::normal, random);
+  const Options options{.block = 6, .top_k = 2};
+  const std::vector<Index> rows{2, 0, 2};
+  landmark_cache<float> cache(shape_of(call), options);
+  extend(cache, call, 0, 33);
+  cache.reorder(rows);
+  // The same as if the rows had been in that order from the start.
+  Call<float> moved = call.unrun();
+  for (Index b = 0; b < 3; ++b) {
+    const Index from = rows[static_cast<std::size_t>(b)];
+    std::copy_n(call.q.row(from, 0, 0), 2 * 50 * 8, moved.q.row(b, 0, 0));
+    std::copy_n(call.k.row(from, 0, 0), 50 * 8, moved.k.row(b, 0, 0));
+    std::copy_n(call.v.row(from, 0, 0), 50 * 8, moved.v.row(b, 0, 0));
+  }
+  landmark_cache<float> straight(shape_of(call), options);
+  Call<float> wanted = moved.unrun();
+  extend(straight, wanted, 0, 33);
+  extend(straight, wanted, 33, 17);
+  extend(cache, moved, 33, 17);
+  for (Index b = 0; b < 3; ++b) {
+    for (Index h = 0; h < 2; ++h)
+      REQUIRE(
+          std::equal(moved.out.row(b, h, 33), moved.out.row(b, h, 33) + 17 * 8, wanted.out.row(b, h, 33)));
+  }
+  const std::vector<Index> short_list{0}, outside{0, 1, 3};
+  CHECK(refusal([&] { cache.reorder(short_list); }).find("number of rows is 1") != std::string::npos);
+  CHECK(refusal([&] { cache.reorder(outside); }).find("a row is 3") != std::string::npos);
+}
+
+TEST_CASE("landmark_cache: absorbed tokens are like those whose outputs nobody read", "[stream][law]") {
+  Random random(7);
+  Call<float> call(Shape{1, 4, 2, 80, 80, 8, 8}, Values::normal, random), own = call.unrun();
+  const Options options{.block = 6, .top_k = 2};
+  landmark_cache<float> cache(shape_of(call), options), other(shape_of(call), options);
+  extend(cache, call, 0, 70);
+  extend(cache, call, 70, 10);
+  other.absorb(std::as_const(own.k).view().slice_rows(0, 70), std::as_const(own.v).view().slice_rows(0, 70));
+  extend(other, own, 70, 10);
+  for (Index h = 0; h < 4; ++h)
+    CHECK(std::equal(own.out.row(0, h, 70), own.out.row(0, h, 70) + 10 * 8, call.out.row(0, h, 70)));
+}
+
+TEST_CASE("landmark_cache: saved, loaded and continued as if never interrupted", "[stream][state]") {
+  Random random(8);
+  Call<float> call(Shape{2, 4, 2, 60, 60, 8, 6}, Values::normal, random), own = call.unrun();
+  const Options options{.block = 5, .top_k = 2, .capacity = 6};
+  const rotary turned(Pairing::half_split);
+  landmark_cache<float, rotary> cache(shape_of(call), options, turned),
+      loaded(shape_of(call), options, turned);
+  extend(cache, call, 0, 43);
+  std::stringstream file;
+  cache.save(file);
+  const std::string bytes = file.str();
+  loaded.load(file);
+  CHECK(loaded.size() == 43);
+  extend(cache, call, 43, 17);
+  extend(loaded, own, 43, 17);
+  for (Index h = 0; h < 4; ++h)
+    REQUIRE(std::equal(own.out.row(1, h, 43), own.out.row(1, h, 43) + 17 * 6, call.out.row(1, h, 43)));
+
+  // A file that cannot be taken leaves the cache as it was.
+  const Index before = loaded.size();
+  for (std::size_t length = 0; length < bytes.size(); length += 1 + length / 9) {
+    std::istringstream cut(bytes.substr(0, length));
+    CHECK_THROWS_AS(loaded.load(cut), Error);
+  }
+  for (std::size_t byte = 0; byte < 160; ++byte) {
+    std::string flipped = bytes;
+    flipped[byte] = static_cast<char>(flipped[byte] ^ 4);
+    std::istringstream broken(flipped);
+    CHECK_THROWS_AS(loaded.load(broken), Error);
+  }
+  CHECK(loaded.size() == before);
+  landmark_cache<float, rotary> other(shape_of(call), {.block = 6, .top_k = 2, .capacity = 6}, turned);
+  std::istringstream again(bytes);
+  CHECK(refusal([&] { other.load(again); }).find("block is 5, wanted 6") != std::string::npos);
+}
+
+TEST_CASE("landmark_cache: shapes and options that do not fit are refused", "[stream][errors]") {
+  Call<float> call(Shape{1, 4, 2, 5, 5, 8, 6});
+  const auto shape = shape_of(call);
+  const auto refuses = [&](const landmark_cache_shape& s, const Options& options, const char* words) {
+    const std::string text = refusal([&] { landmark_cache<float>(s, options); });
+    CAPTURE(text);
+    CHECK(text.find(words) != std::string::npos);
+  };
+  refuses(shape, {.block = 1}, "block is 1, wanted at least 2");
+  refuses(shape, {.top_k = -1}, "top_k is -1");
+  refuses(shape, {.local_blocks = -1}, "local_blocks is -1");
+  refuses(shape, {.capacity = -1}, "capacity is -1");
+  refuses({1, 4, 3, 8, 6}, {}, "kv_heads is 3, wanted a divisor of the 4 heads");
+
+  landmark_cache<float> cache({1, 4, 2, 8, 5}, {});
+  const std::string text = refusal([&] { extend(cache, call, 0, 5); });
+  CHECK(text.find("landmark_cache::extend: value_dim is 6, wanted 5") != std::string::npos);
+  CHECK(cache.size() == 0);
+  CHECK(refusal([&] {
+          cache.absorb(std::as_const(call.k).view(), std::as_const(call.v).view());
+        }).find("v is [1, 2, 5, 6], wanted [1, 2, 5, 5]") != std::string::npos);
+}
