@@ -14,6 +14,7 @@
 #include "arguments.hpp"
 #include "dilated.hpp"
 #include "landmark.hpp"
+#include "landmark_stream.hpp"
 #include "softmax.hpp"
 
 namespace {
@@ -30,6 +31,7 @@ constexpr std::array variants{
     Variant{"softmax", softmax_help, softmax},
     Variant{"dilated", dilated_help, dilated},
     Variant{"landmark", landmark_help, landmark},
+    Variant{"landmark_stream", landmark_stream_help, landmark_stream},
 };
 
 constexpr std::string_view usage =

@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "examples/attend_npy/landmark.hpp"
+#include "examples/attend_npy/landmark_stream.hpp"
 #include "longspan/reference/landmark_attention.hpp"
+#include "longspan/reference/landmark_cache.hpp"
 #include "support/catch.hpp"
 #include "support/refusal.hpp"
 #include "temporary_folder.hpp"
@@ -17,14 +19,15 @@ namespace {
 using longspan::Index;
 using longspan::landmarks;
 
-/// Runs `landmark <keys>` on the files of the folder.
-void run(const TemporaryFolder& folder, const std::vector<std::string>& keys) {
+/// Runs a variant on the files of the folder.
+void run(const TemporaryFolder& folder, const std::vector<std::string>& keys,
+         void (*variant)(const attend_npy::Arguments&) = attend_npy::landmark) {
   const std::vector<std::string> files{folder.file("q.npy"), folder.file("k.npy"), folder.file("v.npy"),
                                        folder.file("out.npy"), folder.file("lse.npy")};
   std::vector<std::string_view> words{"--q",    files[0], "--k",    files[1], "--v",
                                       files[2], "--out",  files[3], "--lse",  files[4]};
   for (const std::string& key : keys) words.push_back(key);
-  attend_npy::landmark(attend_npy::parse_arguments(words));
+  variant(attend_npy::parse_arguments(words));
 }
 
 std::vector<float> saved(const TemporaryFolder& folder, const std::string& name,
@@ -87,4 +90,66 @@ TEST_CASE("attend_npy landmark: keys that do not fit are refused", "[attend_npy]
   says({"landmarks=2,9"}, "a landmark of batch row 0 is 9");
   says({"blocks=3"}, "unknown key 'blocks'");
   says({"block=3", "causal=2"}, "the key causal is '2'");
+}
+
+TEST_CASE("attend_npy landmark_stream: agrees with the reference", "[attend_npy][oracle]") {
+  const TemporaryFolder folder;
+  const auto q = saved(folder, "q.npy", {2, 6, 37, 8}, 1), k = saved(folder, "k.npy", {2, 2, 37, 8}, 2),
+             v = saved(folder, "v.npy", {2, 2, 37, 5}, 3);
+  const auto check = [&](const std::vector<std::string>& keys, const std::vector<Index>& chunks,
+                         auto reference) {
+    run(folder, keys, attend_npy::landmark_stream);
+    std::vector<double> out(2 * 6 * 37 * 5), lse(2 * 6 * 37);
+    Index first = 0;
+    for (const Index length : chunks) {
+      auto lses = longspan::compact_rows_view(lse.data() + first, 2, 6, 37);
+      lses.rows = length;
+      reference.extend(longspan::compact_view(q.data(), 2, 6, 37, 8).slice_rows(first, length),
+                       longspan::compact_view(k.data(), 2, 2, 37, 8).slice_rows(first, length),
+                       longspan::compact_view(v.data(), 2, 2, 37, 5).slice_rows(first, length),
+                       longspan::compact_view(out.data(), 2, 6, 37, 5).slice_rows(first, length), lses);
+      first += length;
+    }
+    const auto got = std::get<std::vector<float>>(npy::read(folder.file("out.npy")).values);
+    const auto got_lse = std::get<std::vector<float>>(npy::read(folder.file("lse.npy")).values);
+    for (std::size_t n = 0; n < out.size(); ++n) REQUIRE(std::abs(double(got[n]) - out[n]) < 1e-5);
+    for (std::size_t n = 0; n < lse.size(); ++n) REQUIRE(std::abs(double(got_lse[n]) - lse[n]) < 1e-5);
+  };
+  using namespace longspan;
+  const landmark_cache_shape shape{2, 6, 2, 8, 5};
+  check({"block=4", "chunks=16,1,20", "top_k=2"}, {16, 1, 20},
+        reference::landmark_cache<>(shape, {.block = 4, .top_k = 2}));
+  check({"block=5", "chunks=10,27", "select=max_tokens", "capacity=1"}, {10, 27},
+        reference::landmark_cache<>(shape,
+                                    {.block = 5, .select = LandmarkSelect::max_over_tokens, .capacity = 1}));
+  check({"block=3", "chunks=30,7", "top_k=2", "select=max_heads", "rope_layout=half", "rope_base=50"},
+        {30, 7},
+        reference::landmark_cache<rotary>(shape,
+                                          {.block = 3, .top_k = 2, .select = LandmarkSelect::max_over_heads},
+                                          rotary(Pairing::half_split, 50)));
+  check(
+      {"block=3", "chunks=30,7", "positions=exact", "rope_layout=interleaved"}, {30, 7},
+      reference::landmark_cache<rotary, exact_positions>(shape, {.block = 3}, rotary(Pairing::interleaved)));
+  check({"block=3"}, {37}, reference::landmark_cache<>(shape, {.block = 3}));
+}
+
+TEST_CASE("attend_npy landmark_stream: keys that do not fit are refused", "[attend_npy][errors]") {
+  const TemporaryFolder folder;
+  for (const char* name : {"q.npy", "k.npy", "v.npy"}) saved(folder, name, {9, 4}, 1);
+  const auto says = [&](const std::vector<std::string>& keys, const std::string& words) {
+    const std::string text = test::refusal([&] { run(folder, keys, attend_npy::landmark_stream); });
+    CAPTURE(text);
+    CHECK(text.find(words) != std::string::npos);
+  };
+  says({}, "the key block is missing");
+  says({"block=1"}, "block is 1, wanted at least 2");
+  says({"block=3", "chunks=4,4"}, "chunks does not add up to the 9 tokens");
+  says({"block=3", "chunks=4,9223372036854775807"}, "chunks does not add up");
+  says({"block=3", "chunks=4,,5"}, "wanted positive integers");
+  says({"block=3", "select=all"}, "wanted one of token_head, max_heads and max_tokens");
+  says({"block=3", "positions=mine"}, "wanted one of stingy and exact");
+  says({"block=3", "rope_base=5"}, "rope_base needs the key rope_layout");
+  says({"block=3", "rope_layout=both"}, "wanted one of interleaved and half");
+  saved(folder, "q.npy", {8, 4}, 1);
+  says({"block=3"}, "q has 8 rows and k has 9");
 }
