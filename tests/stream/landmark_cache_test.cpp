@@ -90,7 +90,9 @@ TEST_CASE("landmark_cache: the reference, block by block retrieved, for every op
           for (Index h = 0; h < call.q.heads; ++h) {
             for (Index i = 0; i < count; ++i) {
               const auto chosen = cache.retrieved(b, h, i);
-              REQUIRE(std::vector<Index>(chosen.begin(), chosen.end()) == reference.retrieved(b, h, i));
+              std::vector<Index> numbers(chosen.begin(), chosen.end());
+              for (Index& n : numbers) n += cache.retrieved_from();
+              REQUIRE(numbers == reference.retrieved(b, h, i));
             }
           }
         }
@@ -185,7 +187,8 @@ TEST_CASE("landmark_cache: the oldest blocks leave a cache of limited capacity",
   CHECK(cache.blocks() == 7);
   CHECK(cache.dropped() == 13);
   CHECK(cache.size() == 100);
-  CHECK(cache.retrieved(1, 1, 0).front() >= 12);
+  CHECK(cache.retrieved(1, 1, 0).size() == 7);
+  CHECK(cache.retrieved_from() == 12);  // the last token has sealed one more
   const Index bytes = cache.bytes();
   Call<float> again = call.unrun();
   stream(cache, again, 3);

@@ -17,20 +17,6 @@
 LONGSPAN_BEGIN
 namespace detail {
 
-/// What grouped softmax is told beside q, k and v. Views of null memory stand for options that are not used.
-struct LandmarkOptions {
-  landmarks at = landmarks::none();
-  bool grouped = true;                ///< else landmarks are absent, and all tokens one group
-  bool leak = false;                  ///< a landmark whose block has nothing to see keeps its share
-  TensorView<const float> gate_keep;  ///< [batch, heads, q_len, blocks], multiplies the gates of blocks
-  landmark_control control;
-
-  bool has_controlled() const noexcept { return control.cmt.data != nullptr; }
-  bool is_controlled(Index b, Index m) const noexcept {
-    return has_controlled() && control.blocks.row(control.blocks.rows == 1 ? 0 : b)[m] != 0;
-  }
-};
-
 /// highest[lane] = max(highest[lane], S[j][lane] for the keys j).
 template <int packets, class Real>
 void highest_rows(const Real* s, Index stride, Index keys, Real* highest) {

@@ -1,10 +1,13 @@
-// Which blocks of a landmark cache a query takes, and where it sees them stand.
+// What a landmark cache is asked for: its shape, which blocks a query takes, and where it sees them stand.
 #pragma once
 
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
+#include <string>
 
+#include "longspan/detail/problem.hpp"
+#include "longspan/error.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -19,6 +22,44 @@ enum class LandmarkSelect : std::uint8_t {
   max_over_both,    ///< for each batch row
   per_kv_group      ///< for each token and KV head
 };
+
+struct landmark_cache_shape {
+  Index batch = 1, heads = 1, kv_heads = 1, head_dim = 0, value_dim = 0;
+};
+
+struct landmark_cache_options {
+  Index block = 64;  ///< keys of a block: every block-th key of the stream is a landmark
+  Index top_k = 4;   ///< sealed blocks that a query retrieves
+  LandmarkSelect select = LandmarkSelect::per_token_and_head;
+  Index local_blocks = 0;  ///< the last full blocks that are always attended, and sealed later
+  Index capacity = 0;      ///< sealed blocks that are kept, the oldest leave first; 0: all
+  double scale = default_scale;
+};
+
+namespace detail {
+
+inline const landmark_cache_shape& checked(const landmark_cache_shape& shape,
+                                           const landmark_cache_options& options) {
+  const auto at_least = [](const char* what, Index got, Index least) {
+    if (got < least) refuse("landmark_cache", what, std::to_string(got), "at least " + std::to_string(least));
+  };
+  at_least("batch", shape.batch, 0);
+  at_least("heads", shape.heads, 0);
+  at_least("kv_heads", shape.kv_heads, 0);
+  at_least("head_dim", shape.head_dim, 0);
+  at_least("value_dim", shape.value_dim, 0);
+  at_least("block", options.block, 2);
+  at_least("top_k", options.top_k, 0);
+  at_least("local_blocks", options.local_blocks, 0);
+  at_least("capacity", options.capacity, 0);
+  if (shape.kv_heads == 0 ? shape.heads != 0 : shape.heads % shape.kv_heads != 0) {
+    refuse("landmark_cache", "kv_heads", std::to_string(shape.kv_heads),
+           "a divisor of the " + std::to_string(shape.heads) + " heads");
+  }
+  return shape;
+}
+
+}  // namespace detail
 
 /// What a cache holds when a chunk of queries comes.
 struct Retrieval {
