@@ -39,7 +39,7 @@ class Text {
   std::vector<float> question() const {
     std::vector<float> q;
     for (Index h = 0; h < heads; ++h) {
-      for (const float x : meaning_) q.push_back(8 * x);
+      for (const float x : meaning_) q.push_back(16 * x);
     }
     return q;
   }

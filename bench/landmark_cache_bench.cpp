@@ -1,0 +1,118 @@
+// A step of a landmark_cache: one token against a long stream. softmax_bench has the same shapes of full
+// attention.
+//
+// The cache is held against its reference on 4096 tokens of the same shapes before it is timed.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "longspan/position.hpp"
+#include "longspan/reference/landmark_cache.hpp"
+#include "longspan/stream/landmark_cache.hpp"
+#include "support/benchmark_program.hpp"
+#include "support/hashed_values.hpp"
+
+namespace bench {
+namespace {
+
+constexpr Index heads = 32, kv_heads = 8, head_dim = 128, tokens_at_once = 4096;
+const longspan::landmark_cache_shape shape{1, heads, kv_heads, head_dim, head_dim};
+
+/// Token by token behind a stream of `length` tokens that repeat themselves every 4096.
+template <class Cache>
+class Stream {
+ public:
+  Stream(Cache cache, Index length)
+      : cache_(std::move(cache)), in_(hashed_inputs<float>(heads, kv_heads, 1, tokens_at_once, head_dim)) {
+    while (cache_.size() < length) {
+      const Index count = std::min(tokens_at_once, length - cache_.size());
+      cache_.absorb(in_.k.view().slice_rows(0, count), in_.v.view().slice_rows(0, count));
+    }
+  }
+
+  template <class E>
+  void step(E& execution) {
+    cache_.extend(in_.q.view(), in_.k.view().slice_rows(0, 1), in_.v.view().slice_rows(0, 1), out_.view(),
+                  execution);
+  }
+  const Cache& cache() const { return cache_; }
+  const OwnedTensor<float>& out() const { return out_; }
+  const Inputs<float>& in() const { return in_; }
+
+ private:
+  Cache cache_;
+  Inputs<float> in_;
+  OwnedTensor<float> out_{1, heads, 1, head_dim};
+};
+
+/// The largest difference of one step behind 4096 tokens from the reference, whose outputs are of about 1.
+template <class Cache, class Reference>
+double error_of(const Cache& empty, Reference reference) {
+  Stream<Cache> stream(empty, tokens_at_once);
+  longspan::serial execution;
+  stream.step(execution);
+  const auto& in = stream.in();
+  OwnedTensor<float> out(1, heads, 1, head_dim);
+  const auto none = longspan::compact_view(in.q.view().data, 1, heads, 0, head_dim);
+  const longspan::RowsView<double> no_lse;
+  reference.extend(none, in.k.view(), in.v.view(), out.view().slice_rows(0, 0), no_lse);
+  reference.extend(in.q.view(), in.k.view().slice_rows(0, 1), in.v.view().slice_rows(0, 1), out.view(),
+                   no_lse);
+  double worst = 0;
+  for (std::size_t n = 0; n < out.values().size(); ++n)
+    worst = std::max(worst, std::abs(double(out.values()[n]) - double(stream.out().values()[n])));
+  return worst;
+}
+
+template <class Cache, class Reference>
+void run_case(benchmark::State& state, const Cache& empty, const Reference& reference, Index length,
+              Index threads) {
+  const double error = error_of(empty, reference);
+  if (!(error <= 1e-5)) {
+    state.SkipWithError(("wrong: differs by " + std::to_string(error) + " from the reference").c_str());
+    return;
+  }
+  Stream<Cache> stream(empty, length);
+  longspan::Execution<longspan::openmp> execution(longspan::openmp{threads});
+  stream.step(execution);
+  const double seconds = timed_calls(state, [&] { stream.step(execution); });
+  const double scanned = 4.0 * static_cast<double>(stream.cache().blocks() * kv_heads * head_dim);
+  set_counter(state, "landmark_GB/s", scanned / seconds / 1e9);
+  set_counter(state, "state_MB", static_cast<double>(stream.cache().bytes()) / 1e6);
+}
+
+template <class P, class Map>
+void add(const std::string& name, const P& position, const Map& map, Index length) {
+  for (const Index threads : {Index{1}, default_threads()}) {
+    const longspan::landmark_cache_options options{.block = 64, .top_k = 4};
+    benchmark::RegisterBenchmark(
+        (name + "/heads:32/kv_heads:8/n:1/m:" + std::to_string(length) +
+         "/d:128/block:64/top_k:4/threads:" + std::to_string(threads))
+            .c_str(),
+        [=](benchmark::State& state) {
+          run_case(state, longspan::landmark_cache<float, P, Map>(shape, options, position, map),
+                   longspan::reference::landmark_cache<P, Map>(shape, options, position, map), length,
+                   threads);
+        })
+        ->UseRealTime()
+        ->Unit(benchmark::kMillisecond);
+  }
+}
+
+void add_all() {
+  const longspan::rotary turned(longspan::Pairing::half_split);
+  for (const Index length : {4096, 65536, 262144, 524288}) {
+    add("landmark_cache", longspan::no_position{}, longspan::stingy_positions{}, length);
+    add("landmark_cache_rotary_stingy", turned, longspan::stingy_positions{}, length);
+    add("landmark_cache_rotary_exact", turned, longspan::exact_positions{}, length);
+  }
+}
+
+}  // namespace
+}  // namespace bench
+
+int main(int count, char** words) { return bench::run_benchmarks(count, words, bench::add_all); }
