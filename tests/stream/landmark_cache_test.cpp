@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
+#include <numeric>
 #include <sstream>
 #include <utility>
 #include <vector>
@@ -308,6 +310,66 @@ TEST_CASE("landmark_cache: saved, loaded and continued as if never interrupted",
   landmark_cache<float, rotary> other(shape_of(call), {.block = 6, .top_k = 2, .capacity = 6}, turned);
   std::istringstream again(bytes);
   CHECK(refusal([&] { other.load(again); }).find("block is 5, wanted 6") != std::string::npos);
+}
+
+namespace {
+
+/// Looks at every landmark and names the `most` best ones, worst first.
+struct RowIndex {
+  std::size_t most;
+  std::map<std::pair<Index, Index>, std::map<Index, std::vector<float>>> rows{};
+
+  void add(Index b, Index h, Index n, std::span<const float> key) {
+    rows[{b, h}].emplace(n, std::vector<float>(key.begin(), key.end()));
+  }
+  void drop(Index first) {
+    for (auto& [lane, keys] : rows) keys.erase(keys.begin(), keys.lower_bound(first));
+  }
+  void clear() { rows.clear(); }
+  std::vector<Index> candidates(Index b, Index h, std::span<const float> query) const {
+    std::vector<std::pair<double, Index>> scored;
+    for (const auto& [n, key] : rows.at({b, h}))
+      scored.emplace_back(std::inner_product(query.begin(), query.end(), key.begin(), 0.0), n);
+    std::sort(scored.begin(), scored.end());
+    std::vector<Index> named;
+    for (std::size_t n = scored.size() - std::min(most, scored.size()); n < scored.size(); ++n)
+      named.push_back(scored[n].second);
+    return named;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("landmark_cache: an index that names the best blocks changes nothing", "[stream][index]") {
+  Random random(9);
+  const rotary turned(Pairing::half_split);
+  const Options options{.block = 5, .top_k = 3, .capacity = 20};
+  Call<float> call(Shape{2, 4, 2, 150, 150, 16, 8}, Values::normal, random), own = call.unrun();
+  landmark_cache<float, rotary> cache(shape_of(call), options, turned);
+  landmark_cache<float, rotary, stingy_positions, RowIndex> indexed(shape_of(call), options, turned, {},
+                                                                    RowIndex{6});
+  const std::vector<Index> rows{1, 1};
+  std::stringstream file;
+  for (Index i = 0; i < 150; i += 10) {
+    extend(cache, call, i, 10);
+    extend(indexed, own, i, 10, 2);
+    if (i == 70) {
+      cache.reorder(rows);
+      indexed.reorder(rows);
+    }
+    if (i == 110) {
+      indexed.save(file);
+      indexed.clear();
+      indexed.load(file);
+    }
+  }
+  CHECK(call.same_outputs(own));
+  landmark_cache<float, rotary, stingy_positions, RowIndex> blind(shape_of(call), options, turned, {},
+                                                                  RowIndex{0});
+  Call<float> unseen = call.unrun();
+  stream(blind, unseen, 10);
+  CHECK(blind.retrieved(0, 0, 0)[0] == 17);  // the last three of 20 are always looked at
+  CHECK_FALSE(call.same_outputs(unseen));
 }
 
 TEST_CASE("landmark_cache: shapes and options that do not fit are refused", "[stream][errors]") {

@@ -23,6 +23,7 @@
 #include "longspan/eigen.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
+#include "longspan/key_ranges.hpp"
 #include "longspan/landmarks.hpp"
 #include "longspan/position.hpp"
 #include "longspan/stream/landmark_retrieval.hpp"
@@ -44,6 +45,7 @@ LONGSPAN_BEGIN
 ///           n may differ from call to call, and a chunk may cross blocks.
 /// Landmarks every block-th token is one; `tokens_to_landmark` says how many come before the next.
 /// Positions are written by the cache, q and k come without: stingy_positions, exact_positions or your own.
+/// Index     every_landmark scores all blocks; an index of your own names some, see LandmarkIndex.
 /// Types     tensors of any type of softmax_attention; what is kept, and the arithmetic, T: float or double.
 /// Law       with a top_k of all sealed blocks, any chunking gives the results of landmark_attention.
 /// Cost      for a token 2 * heads * head_dim flop for each sealed block, its landmarks read once for a KV
@@ -52,18 +54,20 @@ LONGSPAN_BEGIN
 /// Bits      do not depend on the executor, nor on how many threads it has.
 /// Throws    Error when shapes or options disagree, before anything changes.
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), sections 3.2 and 3.2.1.
-template <class T = float, Position P = no_position, PositionMap Map = stingy_positions>
+template <class T = float, Position P = no_position, PositionMap Map = stingy_positions,
+          LandmarkIndex<T> Finder = every_landmark>
 class landmark_cache {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>,
                 "longspan: a landmark_cache keeps float or double");
 
  public:
   explicit landmark_cache(const landmark_cache_shape& shape, const landmark_cache_options& options = {},
-                          const P& position = P{}, const Map& map = Map{})
+                          const P& position = P{}, const Map& map = Map{}, const Finder& finder = Finder{})
       : shape_(detail::checked(shape, options)),
         options_(options),
         position_(position),
         map_(map),
+        finder_(finder),
         store_(shape.batch, shape.kv_heads, shape.head_dim, shape.value_dim, options.block),
         choice_(options.select, shape.batch, shape.heads, shape.kv_heads) {
     position_.check(shape.head_dim);
@@ -136,7 +140,10 @@ class landmark_cache {
   /// Blocks that had left before the last call.
   Index retrieved_from() const noexcept { return held_.dropped; }
 
-  void clear() { *this = landmark_cache(shape_, options_, position_, map_); }
+  void clear() {
+    finder_.clear();
+    *this = landmark_cache(shape_, options_, position_, map_, finder_);
+  }
 
   /// Batch row b becomes what row rows[b] was: the step of a beam search.
   void reorder(std::span<const Index> rows) {
@@ -149,6 +156,8 @@ class landmark_cache {
         detail::refuse(function, "a row", std::to_string(row), "0 to " + std::to_string(shape_.batch - 1));
     }
     store_.reorder(rows);
+    finder_.clear();
+    index_blocks(0);
   }
 
   void save(std::ostream& to) const;
@@ -158,6 +167,7 @@ class landmark_cache {
  private:
   static constexpr const char* name = "landmark_cache::extend";
   static constexpr bool encodes = !std::is_same_v<P, no_position>;
+  static constexpr bool finds = !std::is_same_v<Finder, every_landmark>;
   static constexpr bool places_of_text = requires { Map::are_of_the_text; };
   static constexpr Index w = detail::lanes<T>;
   static constexpr detail::StateKind kind{"landmark", 1, "landmark_cache::save", "landmark_cache::load"};
@@ -192,6 +202,8 @@ class landmark_cache {
   void choose(const Call& call, const E& executor);
   template <class Call>
   void score_blocks(const Call& call, Index b, Index kv_head, Index i, T* q, T* scores) const;
+  void score_candidates(Index b, Index kv_head, KeyRange blocks, MatrixView<const T> queries,
+                        T* scores) const;
   template <class Call, class E>
   void attend_blocks(const Call& call, const E& executor);
   template <class Call>
@@ -202,14 +214,32 @@ class landmark_cache {
   template <class E>
   void seal(const E& executor) {
     const Index full = store_.open_keys() / options_.block - options_.local_blocks;
-    if (full > 0) store_.seal(full, position_, places_of_text, executor);
-    if (options_.capacity > 0 && blocks() > options_.capacity) store_.drop(blocks() - options_.capacity);
+    if (full > 0) {
+      store_.seal(full, position_, places_of_text, executor);
+      index_blocks(blocks() - full);
+    }
+    if (options_.capacity == 0 || blocks() <= options_.capacity) return;
+    store_.drop(blocks() - options_.capacity);
+    finder_.drop(dropped());
+  }
+
+  /// Tells the index of the blocks from number `first` of those that are kept.
+  void index_blocks(Index first) {
+    if constexpr (finds) {
+      for (Index lane = 0; lane < shape_.batch * shape_.kv_heads; ++lane) {
+        const Index b = lane / shape_.kv_heads, h = lane % shape_.kv_heads;
+        const auto keys = store_.landmarks(b, h, 0, blocks());
+        for (Index n = first; n < blocks(); ++n)
+          finder_.add(b, h, dropped() + n, std::span<const T>(keys.row(n), at(keys.cols)));
+      }
+    }
   }
 
   landmark_cache_shape shape_;
   landmark_cache_options options_;
   P position_;
   Map map_;
+  Finder finder_;
   detail::LandmarkStore<T> store_;
 
   // Of the last call.
@@ -224,9 +254,9 @@ class landmark_cache {
 // ----------------------------------------------------------------------------------------------------------
 // A chunk
 
-template <class T, Position P, PositionMap Map>
+template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
 template <class Call>
-void landmark_cache<T, P, Map>::check_shapes(const Call& call) const {
+void landmark_cache<T, P, Map, Finder>::check_shapes(const Call& call) const {
   static_assert(std::is_same_v<typename Call::Real, T>,
                 "longspan: a landmark_cache of double takes queries of double, one of float the others");
   const auto expect = [](const char* what, Index got, Index wanted) {
@@ -240,9 +270,10 @@ void landmark_cache<T, P, Map>::check_shapes(const Call& call) const {
   expect("the number of rows of k", call.k.rows, call.q.rows);
 }
 
-template <class T, Position P, PositionMap Map>
+template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
 template <class Call, class E>
-void landmark_cache<T, P, Map>::attend_open(const Call& call, const E& executor, Workspace& workspace) {
+void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& executor,
+                                                    Workspace& workspace) {
   const Index rows = shape_.batch * shape_.heads * chunk_;
   out_.resize(at(rows * shape_.value_dim));
   lse_.resize(at(rows));
@@ -260,9 +291,9 @@ void landmark_cache<T, P, Map>::attend_open(const Call& call, const E& executor,
   detail::landmark_forward(problem, options, causal{}, unchanged{}, position_, executor, workspace);
 }
 
-template <class T, Position P, PositionMap Map>
+template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
 template <class Call, class E>
-void landmark_cache<T, P, Map>::choose(const Call& call, const E& executor) {
+void landmark_cache<T, P, Map, Finder>::choose(const Call& call, const E& executor) {
   const Index q_room = group() * padded_head_dim();
   choice_.start(chunk_, held_.blocks, held_.top_k, executor.workers());
   worker_rows_.resize(at(executor.workers() * q_room));
@@ -281,10 +312,10 @@ void landmark_cache<T, P, Map>::choose(const Call& call, const E& executor) {
 
 /// Scores of all landmarks of a KV head for the queries at i of its group. Blocks that stand in one place
 /// share an encoding of the query, and are scored together.
-template <class T, Position P, PositionMap Map>
+template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
 template <class Call>
-void landmark_cache<T, P, Map>::score_blocks(const Call& call, Index b, Index kv_head, Index i, T* q,
-                                             T* scores) const {
+void landmark_cache<T, P, Map, Finder>::score_blocks(const Call& call, Index b, Index kv_head, Index i, T* q,
+                                                     T* scores) const {
   for (Index begin = 0, end = 0; begin < held_.blocks; begin = end) {
     const Index shift = map_.scored(held_, begin) - stored_place(begin);
     end = begin + 1;
@@ -295,15 +326,37 @@ void landmark_cache<T, P, Map>::score_blocks(const Call& call, Index b, Index kv
                      q + g * padded_head_dim());
       }
     }
-    detail::score_landmarks<T>(store_.landmarks(b, kv_head, begin, end - begin),
-                               {q, group(), shape_.head_dim, padded_head_dim()}, scores + begin,
-                               choice_.head_stride());
+    const MatrixView<const T> queries{q, group(), shape_.head_dim, padded_head_dim()};
+    if (finds && end - begin > held_.top_k) {
+      score_candidates(b, kv_head, {begin, end}, queries, scores);
+    } else {
+      detail::score_landmarks<T>(store_.landmarks(b, kv_head, begin, end - begin), queries, scores + begin,
+                                 choice_.head_stride());
+    }
   }
 }
 
-template <class T, Position P, PositionMap Map>
+/// The same for the blocks of a range that the index names; the others cannot be chosen before them.
+template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
+void landmark_cache<T, P, Map, Finder>::score_candidates(Index b, Index kv_head, KeyRange blocks,
+                                                         MatrixView<const T> queries, T* scores) const {
+  for (Index g = 0; g < group(); ++g) {
+    T* of_query = scores + g * choice_.head_stride();
+    std::fill(of_query + blocks.begin, of_query + blocks.end, detail::FloatProducts<T>::hidden);
+    const MatrixView<const T> query{queries.row(g), 1, queries.cols, queries.row_stride};
+    for (const Index number :
+         finder_.candidates(b, kv_head, std::span<const T>(query.data, at(query.cols)))) {
+      const Index n = number - held_.dropped;
+      if (!blocks.contains(n)) continue;
+      detail::score_landmarks<T>(store_.landmarks(b, kv_head, n, 1), query, of_query + n,
+                                 choice_.head_stride());
+    }
+  }
+}
+
+template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
 template <class Call, class E>
-void landmark_cache<T, P, Map>::attend_blocks(const Call& call, const E& executor) {
+void landmark_cache<T, P, Map, Finder>::attend_blocks(const Call& call, const E& executor) {
   const Index padded_value_dim = detail::round_up(shape_.value_dim, w);
   const Index room = padded_head_dim() + padded_value_dim + detail::round_up(options_.block, w) + w;
   worker_rows_.resize(at(executor.workers() * room));
@@ -324,9 +377,9 @@ void landmark_cache<T, P, Map>::attend_blocks(const Call& call, const E& executo
   });
 }
 
-template <class T, Position P, PositionMap Map>
+template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
 template <class Call>
-void landmark_cache<T, P, Map>::write(const Call& call) const {
+void landmark_cache<T, P, Map, Finder>::write(const Call& call) const {
   using To = typename decltype(call.out)::Element;
   for (Index row = 0; row < shape_.batch * shape_.heads * chunk_; ++row) {
     const Index i = row % chunk_, h = row / chunk_ % shape_.heads, b = row / chunk_ / shape_.heads;
@@ -340,8 +393,8 @@ void landmark_cache<T, P, Map>::write(const Call& call) const {
 // ----------------------------------------------------------------------------------------------------------
 // Files
 
-template <class T, Position P, PositionMap Map>
-std::array<std::int64_t, 14> landmark_cache<T, P, Map>::numbers() const {
+template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
+std::array<std::int64_t, 14> landmark_cache<T, P, Map, Finder>::numbers() const {
   return {static_cast<Index>(sizeof(T)),
           shape_.batch,
           shape_.heads,
@@ -358,16 +411,16 @@ std::array<std::int64_t, 14> landmark_cache<T, P, Map>::numbers() const {
           store_.open_keys()};
 }
 
-template <class T, Position P, PositionMap Map>
-void landmark_cache<T, P, Map>::save(std::ostream& to) const {
+template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
+void landmark_cache<T, P, Map, Finder>::save(std::ostream& to) const {
   const auto all = numbers();
   detail::StateWriter writer(to, kind, all, store_.payload_bytes(kind.save, blocks(), store_.open_keys()));
   store_.save(writer);
   writer.finish();
 }
 
-template <class T, Position P, PositionMap Map>
-void landmark_cache<T, P, Map>::load(std::istream& from) {
+template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
+void landmark_cache<T, P, Map, Finder>::load(std::istream& from) {
   static constexpr const char* names[] = {"the size of a number",
                                           "batch",
                                           "heads",
@@ -392,10 +445,12 @@ void landmark_cache<T, P, Map>::load(std::istream& from) {
       (options_.capacity > 0 && sealed > options_.capacity)) {
     detail::refuse(kind.load, "the number of blocks", std::to_string(sealed), "what its options allow");
   }
-  landmark_cache loaded(shape_, options_, position_, map_);
+  landmark_cache loaded(shape_, options_, position_, map_, finder_);
   reader.expect_payload(store_.payload_bytes(kind.load, sealed, open));
   loaded.store_.load(reader, sealed, left, open);
   reader.finish();
+  loaded.finder_.clear();
+  loaded.index_blocks(0);
   *this = std::move(loaded);
 }
 

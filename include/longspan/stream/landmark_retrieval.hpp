@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "longspan/detail/problem.hpp"
 #include "longspan/error.hpp"
@@ -109,6 +111,36 @@ struct exact_positions {
   Index local(const Retrieval& held) const noexcept { return (held.dropped + held.blocks) * held.block; }
   Index scored(const Retrieval& held, Index n) const noexcept { return (held.dropped + n) * held.block; }
   Index attended(const Retrieval& held, Index n, Index) const noexcept { return scored(held, n); }
+};
+
+/// An index that names blocks worth a look, where scoring the landmarks of all of them takes too long.
+///
+///   add(b, kv_head, n, key)           block n has been sealed; key is its landmark, of head_dim numbers
+///   drop(n)                           the blocks before n have left
+///   clear()                           all have
+///   candidates(b, kv_head, query)     numbers of blocks, in any order; called on several threads at one time
+///
+/// Blocks are numbered from the start of the stream. A query has the encoding of the place that old blocks
+/// share, so that its products with the keys rank them. The candidates and the last top_k blocks are scored
+/// exactly; where they are fewer than top_k, the oldest blocks fill up.
+template <class I, class Real>
+concept LandmarkIndex = requires(I& index, const I& constant, Index n, std::span<const Real> row) {
+  index.add(n, n, n, row);
+  index.drop(n);
+  index.clear();
+  { constant.candidates(n, n, row) } -> std::convertible_to<std::vector<Index>>;
+};
+
+/// No index: every landmark is scored.
+struct every_landmark {
+  template <class Real>
+  void add(Index, Index, Index, std::span<const Real>) const noexcept {}
+  void drop(Index) const noexcept {}
+  void clear() const noexcept {}
+  template <class Real>
+  std::vector<Index> candidates(Index, Index, std::span<const Real>) const {
+    return {};
+  }
 };
 
 LONGSPAN_END
