@@ -50,13 +50,14 @@ inline double cache_bytes(const Shape& s) {
 }
 
 Contender softmax(Index threads);
-Contender dilated(Index threads);
 Contender landmark(Index threads);
+Contender infini(Index threads);
+Contender dilated(Index threads);
 Contender eigen_naive(Index threads);
 
 /// The list. A new contender is a file like softmax.cpp, a line above and a line here.
 inline std::vector<Contender> all_contenders(Index threads) {
-  return {softmax(threads), landmark(threads), dilated(threads), eigen_naive(threads)};
+  return {softmax(threads), landmark(threads), infini(threads), dilated(threads), eigen_naive(threads)};
 }
 
 }  // namespace bench

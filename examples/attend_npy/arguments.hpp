@@ -143,6 +143,9 @@ struct Arguments {
   Keys keys;
   std::string q, k, v, out;
   std::string lse;                 ///< empty: not wanted
+  std::string beta;                ///< of infini, as are the next two; empty: 0
+  std::string memory_out;          ///< empty: not wanted
+  std::string norm_out;            ///< empty: not wanted
   std::optional<Storage> storage;  ///< absent: as the files have it
   Index threads = 0;               ///< 0: as many as OpenMP takes
 };
@@ -171,8 +174,8 @@ inline Index thread_count(std::string_view text) {
 
 /// The words behind VARIANT; keys and options in any order.
 inline Arguments parse_arguments(std::span<const std::string_view> words) {
-  static constexpr std::array<std::string_view, 7> names{"--q",   "--k",     "--v",      "--out",
-                                                         "--lse", "--dtype", "--threads"};
+  static constexpr std::array<std::string_view, 10> names{
+      "--q", "--k", "--v", "--out", "--lse", "--dtype", "--threads", "--beta", "--memory-out", "--norm-out"};
   Arguments arguments;
   std::map<std::string_view, std::string_view> options;
   for (std::size_t i = 0; i < words.size(); ++i) {
@@ -203,6 +206,9 @@ inline Arguments parse_arguments(std::span<const std::string_view> words) {
   arguments.v = options["--v"];
   arguments.out = options["--out"];
   arguments.lse = options["--lse"];
+  arguments.beta = options["--beta"];
+  arguments.memory_out = options["--memory-out"];
+  arguments.norm_out = options["--norm-out"];
   if (options.contains("--dtype")) arguments.storage = detail::storage_named(options["--dtype"]);
   if (options.contains("--threads")) arguments.threads = detail::thread_count(options["--threads"]);
   return arguments;

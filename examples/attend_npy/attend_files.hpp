@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <filesystem>
+#include <map>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -76,6 +77,14 @@ inline std::size_t checked_count(const std::string& path, const std::vector<Inde
   return static_cast<std::size_t>(*count);
 }
 
+/// A tensor that a variant gives beside its output.
+template <class Real>
+struct FurtherOutput {
+  std::string path;
+  std::vector<Index> shape;
+  std::vector<Real> values;
+};
+
 /// By value: each file's values are freed when they are in the type of the kernel.
 template <class T, class Attend>
 void attend_in(const Arguments& arguments, npy::Array q_file, npy::Array k_file, npy::Array v_file,
@@ -89,27 +98,53 @@ void attend_in(const Arguments& arguments, npy::Array q_file, npy::Array k_file,
   std::vector<Real> lse(checked_count(arguments.lse, lse_shape));
 
   const auto q_view = q.view();
-  attend(q_view, k.view(), v.view(),
-         longspan::compact_view(out.data(), q_view.batch, q_view.heads, q_view.rows, out_shape.back()),
-         longspan::compact_rows_view(lse.data(), q_view.batch, q_view.heads, q_view.rows),
-         longspan::openmp{arguments.threads});
+  std::vector<FurtherOutput<Real>> further;
+  const auto call = [&] {
+    return attend(
+        q_view, k.view(), v.view(),
+        longspan::compact_view(out.data(), q_view.batch, q_view.heads, q_view.rows, out_shape.back()),
+        longspan::compact_rows_view(lse.data(), q_view.batch, q_view.heads, q_view.rows),
+        longspan::openmp{arguments.threads});
+  };
+  if constexpr (std::is_void_v<decltype(call())>) {
+    call();
+  } else {
+    further = call();
+  }
 
   std::vector<StagedFile> outputs;
-  outputs.reserve(2);
+  outputs.reserve(2 + further.size());
   npy::write(outputs.emplace_back(arguments.out), out_shape, std::span<const Real>(out));
   if (!arguments.lse.empty()) {
     npy::write(outputs.emplace_back(arguments.lse), lse_shape, std::span<const Real>(lse));
   }
+  for (const FurtherOutput<Real>& output : further) {
+    npy::write(outputs.emplace_back(output.path), output.shape, std::span<const Real>(output.values));
+  }
   StagedFile::put_in_place(outputs);
 }
 
-/// Calls attend(q, k, v, out, lse, executor) on the tensors of the files.
+/// No two outputs may be one file.
+inline void check_targets(const Arguments& arguments) {
+  const std::pair<const char*, const std::string*> outputs[] = {{"--out", &arguments.out},
+                                                                {"--lse", &arguments.lse},
+                                                                {"--memory-out", &arguments.memory_out},
+                                                                {"--norm-out", &arguments.norm_out}};
+  std::map<std::filesystem::path, const char*> targets;
+  for (const auto& [option, path] : outputs) {
+    if (path->empty()) continue;
+    const auto [target, is_new] = targets.emplace(checked_target(*path), option);
+    if (!is_new) {
+      throw Error("the options " + std::string(target->second) + " and " + option + " name the same file");
+    }
+  }
+}
+
+/// Calls attend(q, k, v, out, lse, executor) on the tensors of the files. What it may return, a list of
+/// FurtherOutput, is written too.
 template <class Attend>
 void attend_files(const Arguments& arguments, const Attend& attend) {
-  const std::filesystem::path out_target = checked_target(arguments.out);
-  if (!arguments.lse.empty() && checked_target(arguments.lse) == out_target) {
-    throw Error("the options --out and --lse name the same file");
-  }
+  check_targets(arguments);
   npy::Array q = read_tensor(arguments.q), k = read_tensor(arguments.k), v = read_tensor(arguments.v);
   bool any_double = false;
   for (const npy::Array* array : {&q, &k, &v}) {

@@ -11,6 +11,7 @@
 
 #include "arguments.hpp"
 #include "attend_files.hpp"
+#include "chunks.hpp"
 #include "longspan/position.hpp"
 #include "longspan/stream/landmark_cache.hpp"
 
@@ -39,21 +40,6 @@ inline std::size_t word_of(const Keys& keys, std::string_view key, std::span<con
   return static_cast<std::size_t>(found - words.begin());
 }
 
-inline std::vector<Index> chunk_lengths(const Keys& keys) {
-  std::vector<Index> lengths;
-  const auto text = keys.text("chunks");
-  for (std::size_t begin = 0; text && begin <= text->size();) {
-    const std::size_t comma = std::min(text->find(',', begin), text->size());
-    const auto length = number_in<Index>(text->substr(begin, comma - begin));
-    if (!length || *length < 1) {
-      throw Error("the key chunks is '" + std::string(*text) + "', wanted positive integers like 16,16,8");
-    }
-    lengths.push_back(*length);
-    begin = comma + 1;
-  }
-  return lengths;
-}
-
 /// A functor like the others, that streams its tokens through a cache.
 template <class P, class Map>
 struct LandmarkStream {
@@ -68,10 +54,7 @@ struct LandmarkStream {
       throw Error("landmark_stream: q has " + std::to_string(q.rows) + " rows and k has " +
                   std::to_string(k.rows) + ", wanted one query for each key");
     }
-    const std::vector<Index> lengths = chunks.empty() ? std::vector<Index>{q.rows} : chunks;
-    Index left = q.rows;
-    for (const Index length : lengths) left = length > left ? -1 : left - length;
-    if (left != 0) throw Error("the key chunks does not add up to the " + std::to_string(q.rows) + " tokens");
+    const std::vector<Index> lengths = chunks_of(chunks, q.rows);
     using Real = longspan::Arithmetic<std::remove_const_t<typename Q::Element>>;
     longspan::landmark_cache<Real, P, Map> cache({q.batch, q.heads, k.heads, q.cols, v.cols}, options,
                                                  position);
@@ -104,7 +87,7 @@ inline void landmark_stream(const Arguments& arguments) {
                                   longspan::LandmarkSelect::max_over_tokens};
   options.select = selections[word_of(
       keys, "select", std::array<std::string_view, 3>{"token_head", "max_heads", "max_tokens"})];
-  const std::vector<Index> chunks = chunk_lengths(keys);
+  const std::vector<Index> chunks = keys.positive_integers("chunks");
   const bool exact = word_of(keys, "positions", std::array<std::string_view, 2>{"stingy", "exact"}) == 1;
   const auto base = keys.positive_float("rope_base");
   if (!keys.text("rope_layout")) {

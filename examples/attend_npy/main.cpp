@@ -13,6 +13,7 @@
 
 #include "arguments.hpp"
 #include "dilated.hpp"
+#include "infini.hpp"
 #include "landmark.hpp"
 #include "landmark_stream.hpp"
 #include "softmax.hpp"
@@ -29,20 +30,25 @@ struct Variant {
 
 constexpr std::array variants{
     Variant{"softmax", softmax_help, softmax},
-    Variant{"dilated", dilated_help, dilated},
     Variant{"landmark", landmark_help, landmark},
     Variant{"landmark_stream", landmark_stream_help, landmark_stream},
+    Variant{"infini", infini_help, infini},
+    Variant{"dilated", dilated_help, dilated},
 };
 
 constexpr std::string_view usage =
     "usage: attend_npy VARIANT [key=value ...] --q q.npy --k k.npy --v v.npy --out out.npy\n"
     "                  [--lse lse.npy] [--dtype f32|f64|bf16|f16] [--threads n]\n"
+    "                  [--beta beta.npy] [--memory-out m.npy] [--norm-out z.npy]\n"
     "\n"
     "Attention on tensors in .npy files, float32 or float64 in C order.\n"
     "\n"
     "  --q, --k, --v  in: [B, H, N, d], [B, Hkv, M, d], [B, Hkv, M, dv]; also [H, N, d] and [N, d]\n"
     "  --out          out: as q, with dv for d\n"
     "  --lse          out: the natural log-sum-exp of each query's scores, as q without d\n"
+    "  --beta         in: the gate of infini, [1], [H] or [H, dv]; 0 where it is left out\n"
+    "  --memory-out   out: the memory of infini behind the last token, [B, Hkv, d, dv]\n"
+    "  --norm-out     out: its norm, [B, Hkv, d]\n"
     "  --dtype        type in which the kernel sees q, k and v (default: f64 if one of the files\n"
     "                 is float64, else f32); the outputs are float64 with f64, else float32\n"
     "  --threads      default: as many as OpenMP takes; the result is the same for any number\n";
@@ -63,7 +69,13 @@ std::string help() {
 void run(std::string_view name, std::span<const std::string_view> words) {
   std::vector<std::string_view> names;
   for (const Variant& variant : variants) {
-    if (variant.name == name) return variant.run(parse_arguments(words));
+    if (variant.name == name) {
+      const Arguments arguments = parse_arguments(words);
+      const bool memory = !(arguments.beta + arguments.memory_out + arguments.norm_out).empty();
+      if (memory && name != "infini")
+        throw Error("the options --beta, --memory-out and --norm-out are for infini");
+      return variant.run(arguments);
+    }
     names.push_back(variant.name);
   }
   throw Error("unknown variant '" + std::string(name) + "', the variants are: " + listed(names));

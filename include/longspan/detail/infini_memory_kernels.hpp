@@ -35,6 +35,10 @@ Packet<Real> feature_of(const F& feature, Packet<Real> x) {
   }
 }
 
+/// The scale of a value product that is not rescaled; g++ warns where it sees a null pointer.
+template <class Real>
+inline constexpr Real unscaled[std::size_t(tile_lanes<Real>)] = {};
+
 /// M [head_dim][stride] and z [head_dim] of every KV head, rows and columns padded with 0 to whole tiles.
 template <class Real>
 struct MemoryView {
@@ -122,8 +126,7 @@ class MemoryRead {
       for (Index column = 0; column < memory_.value_dim; column += tile_rows) {
         value_rows<wide>(static_cast<const Real*>(memory_.matrix(kv_head)) + column, memory_.stride(),
                          static_cast<const Real*>(scratch.phi), stride, q_.cols,
-                         scratch.read + column * stride, stride, Into::fresh,
-                         static_cast<const Real*>(nullptr));
+                         scratch.read + column * stride, stride, Into::fresh, unscaled<Real>);
       }
     });
     const Real* shares_of_memory = shares_.memory + h * shares_.head_stride;
@@ -335,7 +338,7 @@ class MemoryWrite {
         for (Index r = 0; r < rows; r += tile_rows) {
           value_rows<wide>(static_cast<const Real*>(scratch.phi) + r, chunk_rows, values + column,
                            values_stride, keys, scratch.sum + r * stride + column, stride, into,
-                           static_cast<const Real*>(nullptr));
+                           unscaled<Real>);
         }
       });
     }
