@@ -228,6 +228,14 @@ TEST_CASE("dilated_cache: a file that is damaged or of another stream is refused
   auto other_heads = attend.stream({1, 2, 2, 4, 4});
   CHECK(refused(other_heads, bytes).find("other shapes or options") != std::string::npos);
 
+  // A whole file, rightly summed, that claims 2^60 tokens of an endless segment.
+  const dilated_attention endless{Branches{{Index{1} << 62, 1}}, causal{}};
+  std::stringstream forged;
+  const std::vector<std::int64_t> numbers{1, 2, 1, 4, 4, 4, 0, 0, 1, Index{1} << 60};
+  longspan::detail::StateWriter(forged, {"dilated", 1, "", ""}, numbers, 0).finish();
+  auto long_stream = endless.stream(stream_shape(shape));
+  CHECK(refused(long_stream, forged.str()).find("the number of tokens is") != std::string::npos);
+
   extend(stream, call, 60, 40);
   auto whole = attend.stream(stream_shape(shape));
   extend(whole, after, 0, 100);

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "longspan/detail/dilated.hpp"
-#include "longspan/detail/key_block.hpp"
+#include "longspan/detail/dilated_strands.hpp"
 #include "longspan/detail/problem.hpp"
 #include "longspan/detail/state_file.hpp"
 #include "longspan/dilated_attention.hpp"
@@ -27,60 +27,6 @@
 #include "longspan/view.hpp"
 
 LONGSPAN_BEGIN
-
-namespace detail {
-
-/// What the heads of one KV head with one offset keep of one branch: rows of its open segment.
-struct Strand {
-  std::size_t branch = 0;
-  Index kv_head = 0;
-  Index offset = 0;
-
-  friend bool operator==(const Strand&, const Strand&) = default;
-};
-
-/// Rows of one strand in one batch row.
-template <class Tk, class Tv>
-struct StrandRows {
-  std::vector<Tk> k;
-  std::vector<Tv> v;
-};
-
-/// Where Dilated finds keys and values: in the strands.
-template <class Tk, class Tv>
-struct StoredRows {
-  using Key = Tk;
-  using Value = Tv;
-  static constexpr bool joins_segments = false;
-
-  const std::vector<Branch>* branches;
-  const std::vector<std::size_t>* strand_of;       ///< [branches][heads]
-  const std::vector<StrandRows<Tk, Tv>>* strands;  ///< [batch][strands]
-  Index heads, strands_in_batch, head_dim, value_dim;
-  Index first_token;  ///< strands begin with the segments that hold it
-
-  MatrixView<const Tk> keys(std::size_t n, Index b, Index h, Index first, Index, Index count) const {
-    return {at(n, b, h).k.data() + row_of(n, first) * head_dim, count, head_dim, head_dim};
-  }
-  MatrixView<const Tv> values(std::size_t n, Index b, Index h, Index first, Index, Index count) const {
-    return {at(n, b, h).v.data() + row_of(n, first) * value_dim, count, value_dim, value_dim};
-  }
-
- private:
-  const StrandRows<Tk, Tv>& at(std::size_t n, Index b, Index h) const {
-    const std::size_t strand =
-        (*strand_of)[n * static_cast<std::size_t>(heads) + static_cast<std::size_t>(h)];
-    return (*strands)[static_cast<std::size_t>(b * strands_in_batch) + strand];
-  }
-  /// In the strand, of the row at position `first`, the first of its segment.
-  Index row_of(std::size_t n, Index first) const {
-    const Branch& branch = (*branches)[n];
-    const Index segments = first / branch.segment - first_token / branch.segment;
-    return segments * kept_rows(branch.segment, first % branch.segment, branch.dilation);
-  }
-};
-
-}  // namespace detail
 
 /// What a stream of dilated attention is told in advance.
 struct DilatedShape {
@@ -100,9 +46,7 @@ struct DilatedShape {
 ///   auto stream = attend.stream({.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64});
 ///   stream.extend(q, k, v, out);  // a prompt, a chunk of one or a single token; lse and execution as ever
 ///
-/// Shapes    q [batch, heads, n, head_dim]  k [batch, kv_heads, n, head_dim]  v [batch, kv_heads, n,
-/// value_dim]
-///           out [batch, heads, n, value_dim]  lse [batch, heads, n], any n >= 0
+/// Shapes    those of dilated_attention with kv_len = q_len, which may be 0 and differ from call to call
 /// Types     rows are kept as T, where they are position-encoded in the arithmetic type; q, k, v and out are
 ///           any elements. Arithmetic is double where T is, else float, and so must q's be
 /// State     for each head at most sum_i w_i / r_i rows, those of the open segments that its offset keeps;
@@ -252,10 +196,14 @@ class dilated_cache {
            shape_.value_dim * static_cast<Index>(sizeof(T));
   }
 
+  /// `size` may come from a file: where it stands for more than any memory, an Index would overflow.
   Index payload_bytes(Index size) const {
-    Index bytes = 2 * std::ssize(attend_.branches) * static_cast<Index>(sizeof(std::int64_t));
-    for (const detail::Strand& strand : strands_) bytes += kept(strand, size) * shape_.batch * row_bytes();
-    return bytes;
+    double rows = 0;
+    for (const detail::Strand& strand : strands_) rows += static_cast<double>(kept(strand, size));
+    const double bytes = rows * static_cast<double>(shape_.batch) * static_cast<double>(row_bytes());
+    if (bytes > 1e18) detail::refuse(load_name, "the number of tokens", std::to_string(size), "far fewer");
+    return 2 * std::ssize(attend_.branches) * static_cast<Index>(sizeof(std::int64_t)) +
+           static_cast<Index>(rows) * shape_.batch * row_bytes();
   }
 
   void check_shape() const {
@@ -359,20 +307,13 @@ class dilated_cache {
       for (const Index last = kept_rows(length, strand.offset, branch.dilation); t < last; ++t, ++row) {
         const Index n = begin + strand.offset + t * branch.dilation, i = n - size_;
         Key* key = rows.k.data() + row * shape_.head_dim;
-        copy_row(call.k.row(b, strand.kv_head, i), shape_.head_dim, key);
+        detail::copy_row<Real>(call.k.row(b, strand.kv_head, i), shape_.head_dim, key);
         if constexpr (!std::is_same_v<P, no_position>)
           attend_.position.encode(MatrixView<Key>{key, 1, shape_.head_dim, shape_.head_dim}, n, Role::key);
-        copy_row(call.v.row(b, strand.kv_head, i), shape_.value_dim, rows.v.data() + row * shape_.value_dim);
+        detail::copy_row<Real>(call.v.row(b, strand.kv_head, i), shape_.value_dim,
+                               rows.v.data() + row * shape_.value_dim);
       }
       begin += length;
-    }
-  }
-  template <class From, class To>
-  static void copy_row(const From* from, Index count, To* to) {
-    if constexpr (std::is_same_v<From, To>) {
-      std::copy_n(from, count, to);
-    } else {
-      for (Index c = 0; c < count; ++c) to[c] = static_cast<To>(static_cast<Real>(from[c]));
     }
   }
 
@@ -386,7 +327,8 @@ class dilated_cache {
       const auto q = compact_view(queries_.data(), shape_.batch, shape_.heads, call.q_len(), shape_.head_dim);
       for (Index b = 0; b < shape_.batch; ++b) {
         for (Index h = 0; h < shape_.heads; ++h) {
-          for (Index i = 0; i < q.rows; ++i) copy_row(call.q.row(b, h, i), shape_.head_dim, q.row(b, h, i));
+          for (Index i = 0; i < q.rows; ++i)
+            detail::copy_row<Real>(call.q.row(b, h, i), shape_.head_dim, q.row(b, h, i));
           attend_.position.encode(q.matrix(b, h), size_, Role::query);
         }
       }
