@@ -141,9 +141,9 @@ struct landmark_attention {
 };
 
 template <class... Parts>
-landmark_attention(landmarks, Parts...)
-    -> landmark_attention<detail::PartOf<detail::MaskPart, causal, Parts...>,
-                          detail::PartOf<detail::ScorePart, unchanged, Parts...>,
-                          detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+requires(sizeof...(Parts) > 0) landmark_attention(landmarks, Parts...)
+->landmark_attention<detail::PartOf<detail::MaskPart, causal, Parts...>,
+                     detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                     detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 LONGSPAN_END
