@@ -35,6 +35,21 @@ concept Position = std::is_object_v<P> && requires(const P& encoding, float* row
   encoding.check(x);
 };
 
+namespace detail {
+
+/// Encodes rows that all stand at one position.
+template <class P, class Real>
+void encode_alike(const P& encoding, MatrixView<Real> rows, Index position, Role role) {
+  if constexpr (requires { encoding.encode_alike(rows, position, role); }) {
+    encoding.encode_alike(rows, position, role);
+  } else {
+    for (Index i = 0; i < rows.rows; ++i)
+      encoding.encode(MatrixView<Real>{rows.row(i), 1, rows.cols, rows.row_stride}, position, role);
+  }
+}
+
+}  // namespace detail
+
 /// No position encoding: q and k are taken as they are.
 struct no_position {
   template <class Real>
@@ -82,9 +97,11 @@ struct PairTurns {
 /// are called at multiples of 64 only, and turned on from there row by row, always from that multiple, so the
 /// bits of a row depend on its position and not on which rows are encoded with it. The 63 turns cost 1e-14,
 /// too much for rows of double: these call them for every row.
+///
+/// Row i stands at first_position + i * advance; advance is 1, or 0 for rows that all stand in one place.
 template <class Real, class Growth>
-void rotate_rows(MatrixView<Real> x, Index first_position, Index turned, double base, Pairing pairing,
-                 const Growth& growth) {
+void rotate_rows(MatrixView<Real> x, Index first_position, Index advance, Index turned, double base,
+                 Pairing pairing, const Growth& growth) {
   constexpr Index stretch = std::is_same_v<Real, double> ? 1 : 64;
   const Index pairs = turned / 2;
   const bool neighbours = pairing == Pairing::interleaved;
@@ -97,10 +114,10 @@ void rotate_rows(MatrixView<Real> x, Index first_position, Index turned, double 
       turns.add(p, std::pow(base, exponent), growth(first_pair + p));
     }
     for (Index i = 0; i < x.rows; ++i) {
-      const Index position = first_position + i;
+      const Index position = first_position + i * advance;
       const Index behind = ((position % stretch) + stretch) % stretch;
-      if (behind == 0 || i == 0) turns.start_at(position - behind, count);
-      for (Index t = 0; t < (i == 0 ? behind : std::min<Index>(behind, 1)); ++t) turns.turn();
+      if (i == 0 || (behind == 0 && advance != 0)) turns.start_at(position - behind, count);
+      for (Index t = 0; t < (i == 0 ? behind : std::min(behind, advance)); ++t) turns.turn();
       Real* row = x.row(i) + first_pair * step;
       for (Index p = 0; p < count; ++p) {
         const Real cosine = static_cast<Real>(turns.c[static_cast<std::size_t>(p)]);
@@ -136,7 +153,13 @@ struct rotary {
   /// Row i of `rows` stands at position `first_position` + i. Changed in place.
   template <class Real>
   void encode(MatrixView<Real> rows, Index first_position, Role) const {
-    detail::rotate_rows(rows, first_position, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
+    detail::rotate_rows(rows, first_position, 1, turned(rows.cols), base, pairing,
+                        [](Index) { return 0.0; });
+  }
+  /// The same with every row at `position`, which makes the angles once.
+  template <class Real>
+  void encode_alike(MatrixView<Real> rows, Index position, Role) const {
+    detail::rotate_rows(rows, position, 0, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
   }
   void check(Index cols) const { detail::check_turned("rotary", turned(cols), cols); }
 
@@ -167,7 +190,7 @@ struct xpos {
       return sign * std::log((2 * static_cast<double>(p) / cols + 0.4) / 1.4) / scale_base;
     };
     // Turned about the centre too: scores see only differences of positions.
-    detail::rotate_rows(rows, first_position - centre, rows.cols, base, pairing, growth);
+    detail::rotate_rows(rows, first_position - centre, 1, rows.cols, base, pairing, growth);
   }
   void check(Index cols) const { detail::check_turned("xpos", cols, cols); }
 };

@@ -185,13 +185,20 @@ class landmark_cache {
   /// Position of query i.
   Index position_of(Index i) const { return map_.local(held_) + first_ + i; }
 
-  /// The row of a query as scores need it, as if it stood at `place`.
+  /// The queries at i of the heads that share a KV head, [group][padded_head_dim], as scores need them, as if
+  /// they stood at `place`.
   template <class Tq>
-  void encode_query(const Tq* from, Index place, T* to) const {
+  void encode_queries(TensorView<const Tq> q, Index b, Index kv_head, Index i, Index place, T* to) const {
     const double factor = scale() * double(detail::score_unit<T>);
-    for (Index c = 0; c < shape_.head_dim; ++c) to[c] = static_cast<T>(factor * static_cast<double>(from[c]));
-    std::fill(to + shape_.head_dim, to + padded_head_dim(), T(0));
-    position_.encode(MatrixView<T>{to, 1, shape_.head_dim, shape_.head_dim}, place, Role::query);
+    for (Index g = 0; g < group(); ++g) {
+      const Tq* from = q.row(b, kv_head * group() + g, i);
+      T* row = to + g * padded_head_dim();
+      for (Index c = 0; c < shape_.head_dim; ++c)
+        row[c] = static_cast<T>(factor * static_cast<double>(from[c]));
+      std::fill(row + shape_.head_dim, row + padded_head_dim(), T(0));
+    }
+    detail::encode_alike(position_, MatrixView<T>{to, group(), shape_.head_dim, padded_head_dim()}, place,
+                         Role::query);
   }
 
   template <class Call>
@@ -249,6 +256,7 @@ class landmark_cache {
   Index first_ = 0;           ///< its first key among those not sealed
   std::vector<T> out_, lse_;  ///< [batch, heads, chunk, value_dim] and without value_dim
   std::vector<T> worker_rows_;
+  std::vector<Index> worker_places_;
 };
 
 // ----------------------------------------------------------------------------------------------------------
@@ -320,12 +328,7 @@ void landmark_cache<T, P, Map, Finder>::score_blocks(const Call& call, Index b, 
     const Index shift = map_.scored(held_, begin) - stored_place(begin);
     end = begin + 1;
     while (end < held_.blocks && map_.scored(held_, end) - stored_place(end) == shift) ++end;
-    if (begin == 0 || encodes) {
-      for (Index g = 0; g < group(); ++g) {
-        encode_query(call.q.row(b, kv_head * group() + g, i), position_of(i) - shift,
-                     q + g * padded_head_dim());
-      }
-    }
+    if (begin == 0 || encodes) encode_queries(call.q, b, kv_head, i, position_of(i) - shift, q);
     const MatrixView<const T> queries{q, group(), shape_.head_dim, padded_head_dim()};
     if (finds && end - begin > held_.top_k) {
       score_candidates(b, kv_head, {begin, end}, queries, scores);
@@ -357,23 +360,38 @@ void landmark_cache<T, P, Map, Finder>::score_candidates(Index b, Index kv_head,
 template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::attend_blocks(const Call& call, const E& executor) {
-  const Index padded_value_dim = detail::round_up(shape_.value_dim, w);
-  const Index room = padded_head_dim() + padded_value_dim + detail::round_up(options_.block, w) + w;
+  const Index padded_value_dim = detail::round_up(shape_.value_dim, w), q_room = group() * padded_head_dim();
+  const Index room = (held_.top_k + 1) * q_room + padded_value_dim + detail::round_up(options_.block, w) + w;
   worker_rows_.resize(at(executor.workers() * room));
-  executor.for_each(shape_.batch * shape_.heads * chunk_, [&](Index row, Index worker) {
-    const Index i = row % chunk_, h = row / chunk_ % shape_.heads, b = row / chunk_ / shape_.heads;
-    T *q = worker_rows_.data() + worker * room, *o = q + padded_head_dim();
-    std::fill_n(o, padded_value_dim, T(0));
-    detail::RetrievedRow<T> retrieved{o, o + padded_value_dim};
-    const std::span<const Index> chosen = choice_.of(b, h, i);
-    for (Index rank = 0; rank < held_.top_k; ++rank) {
-      const Index n = chosen[at(rank)];
-      if (rank == 0 || encodes)
-        encode_query(call.q.row(b, h, i), position_of(i) - map_.attended(held_, n, rank), q);
-      retrieved.absorb(q, padded_head_dim(), store_.keys(b, h / group(), n),
-                       store_.values(b, h / group(), n));
+  worker_places_.resize(at(executor.workers() * (held_.top_k + 1)));
+  executor.for_each(shape_.batch * shape_.kv_heads * chunk_, [&](Index task, Index worker) {
+    const Index i = task % chunk_, kv_head = task / chunk_ % shape_.kv_heads,
+                b = task / chunk_ / shape_.kv_heads;
+    T *queries = worker_rows_.data() + worker * room, *o = queries + (held_.top_k + 1) * q_room;
+    Index* places = worker_places_.data() + worker * (held_.top_k + 1);
+    Index known = 0, oldest = 0;
+    // Few places are used by many blocks: with stingy positions there are no more than top_k + 1.
+    const auto queries_at = [&](Index place) -> const T* {
+      const Index* found = std::find(places, places + known, place);
+      if (found != places + known) return queries + (found - places) * q_room;
+      const Index slot = known <= held_.top_k ? known++ : oldest++ % (held_.top_k + 1);
+      places[slot] = place;
+      encode_queries(call.q, b, kv_head, i, place, queries + slot * q_room);
+      return queries + slot * q_room;
+    };
+    for (Index g = 0; g < group(); ++g) {
+      const Index h = kv_head * group() + g, row = (b * shape_.heads + h) * chunk_ + i;
+      std::fill_n(o, padded_value_dim, T(0));
+      detail::RetrievedRow<T> retrieved{o, o + padded_value_dim};
+      const std::span<const Index> chosen = choice_.of(b, h, i);
+      for (Index rank = 0; rank < held_.top_k; ++rank) {
+        const Index n = chosen[at(rank)],
+                    place = encodes ? position_of(i) - map_.attended(held_, n, rank) : 0;
+        retrieved.absorb(queries_at(place) + g * padded_head_dim(), padded_head_dim(),
+                         store_.keys(b, kv_head, n), store_.values(b, kv_head, n));
+      }
+      retrieved.merge_into(out_.data() + row * shape_.value_dim, lse_[at(row)], shape_.value_dim);
     }
-    retrieved.merge_into(out_.data() + row * shape_.value_dim, lse_[at(row)], shape_.value_dim);
   });
 }
 
