@@ -83,6 +83,30 @@ void choose_highest(const Real* scores, Index count, Index k, Index* chosen, Rea
   std::sort(chosen, chosen + k);
 }
 
+/// Queries as they look from a few places. Many blocks stand in the same: with stingy positions there are no
+/// more than top_k + 1 of them.
+template <class Real>
+struct PlacedRows {
+  Real* rows;  ///< [most][size]
+  Index size;
+  Index* places;  ///< of the rows that are filled
+  Index most;
+  Index filled = 0;
+  Index replaced = 0;
+
+  /// The rows of a place; fill(rows) makes them where they are not there.
+  template <class Fill>
+  const Real* at(Index place, const Fill& fill) {
+    Index slot = std::find(places, places + filled, place) - places;
+    if (slot == filled) {
+      slot = filled < most ? filled++ : replaced++ % most;
+      places[slot] = place;
+      fill(rows + slot * size);
+    }
+    return rows + slot * size;
+  }
+};
+
 /// The running softmax of one query over the blocks that it chose.
 template <class Real>
 struct RetrievedRow {

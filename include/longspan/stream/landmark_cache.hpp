@@ -3,9 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <cstdint>
 #include <istream>
 #include <ostream>
 #include <span>
@@ -15,11 +13,11 @@
 #include <vector>
 
 #include "longspan/detail/landmark_choice.hpp"
+#include "longspan/detail/landmark_file.hpp"
 #include "longspan/detail/landmark_forward.hpp"
 #include "longspan/detail/landmark_scan.hpp"
 #include "longspan/detail/landmark_store.hpp"
 #include "longspan/detail/problem.hpp"
-#include "longspan/detail/state_file.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
@@ -160,9 +158,14 @@ class landmark_cache {
     index_blocks(0);
   }
 
-  void save(std::ostream& to) const;
+  void save(std::ostream& to) const { detail::save_landmark_store(to, shape_, options_, store_); }
   /// Takes the state of a cache of the same shape and options, and changes nothing where that fails.
-  void load(std::istream& from);
+  void load(std::istream& from) {
+    store_ = detail::loaded_landmark_store<T>(from, shape_, options_);
+    held_ = {};
+    finder_.clear();
+    index_blocks(0);
+  }
 
  private:
   static constexpr const char* name = "landmark_cache::extend";
@@ -170,7 +173,6 @@ class landmark_cache {
   static constexpr bool finds = !std::is_same_v<Finder, every_landmark>;
   static constexpr bool places_of_text = requires { Map::are_of_the_text; };
   static constexpr Index w = detail::lanes<T>;
-  static constexpr detail::StateKind kind{"landmark", 1, "landmark_cache::save", "landmark_cache::load"};
 
   static std::size_t at(Index i) noexcept { return static_cast<std::size_t>(i); }
   Index group() const noexcept { return shape_.kv_heads == 0 ? 1 : shape_.heads / shape_.kv_heads; }
@@ -215,7 +217,6 @@ class landmark_cache {
   void attend_blocks(const Call& call, const E& executor);
   template <class Call>
   void write(const Call& call) const;
-  std::array<std::int64_t, 14> numbers() const;
 
   /// Full blocks but the last local_blocks are sealed.
   template <class E>
@@ -360,24 +361,19 @@ void landmark_cache<T, P, Map, Finder>::score_candidates(Index b, Index kv_head,
 template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::attend_blocks(const Call& call, const E& executor) {
-  const Index padded_value_dim = detail::round_up(shape_.value_dim, w), q_room = group() * padded_head_dim();
-  const Index room = (held_.top_k + 1) * q_room + padded_value_dim + detail::round_up(options_.block, w) + w;
+  const Index padded_value_dim = detail::round_up(shape_.value_dim, w), q_room = group() * padded_head_dim(),
+              scores_room = detail::round_up(options_.block, w) + w, most_places = held_.top_k + 1,
+              room = padded_value_dim + scores_room + most_places * q_room;
   worker_rows_.resize(at(executor.workers() * room));
-  worker_places_.resize(at(executor.workers() * (held_.top_k + 1)));
+  worker_places_.resize(at(executor.workers() * most_places));
   executor.for_each(shape_.batch * shape_.kv_heads * chunk_, [&](Index task, Index worker) {
     const Index i = task % chunk_, kv_head = task / chunk_ % shape_.kv_heads,
                 b = task / chunk_ / shape_.kv_heads;
-    T *queries = worker_rows_.data() + worker * room, *o = queries + (held_.top_k + 1) * q_room;
-    Index* places = worker_places_.data() + worker * (held_.top_k + 1);
-    Index known = 0, oldest = 0;
-    // Few places are used by many blocks: with stingy positions there are no more than top_k + 1.
-    const auto queries_at = [&](Index place) -> const T* {
-      const Index* found = std::find(places, places + known, place);
-      if (found != places + known) return queries + (found - places) * q_room;
-      const Index slot = known <= held_.top_k ? known++ : oldest++ % (held_.top_k + 1);
-      places[slot] = place;
-      encode_queries(call.q, b, kv_head, i, place, queries + slot * q_room);
-      return queries + slot * q_room;
+    T* o = worker_rows_.data() + worker * room;
+    detail::PlacedRows<T> placed{o + padded_value_dim + scores_room, q_room,
+                                 worker_places_.data() + worker * most_places, most_places};
+    const auto queries_at = [&](Index place) {
+      return placed.at(place, [&](T* to) { encode_queries(call.q, b, kv_head, i, place, to); });
     };
     for (Index g = 0; g < group(); ++g) {
       const Index h = kv_head * group() + g, row = (b * shape_.heads + h) * chunk_ + i;
@@ -406,70 +402,6 @@ void landmark_cache<T, P, Map, Finder>::write(const Call& call) const {
       to[c] = static_cast<To>(out_[at(row * shape_.value_dim + c)]);
     if (call.lse.data != nullptr) call.lse(b, h, i) = lse_[at(row)];
   }
-}
-
-// ----------------------------------------------------------------------------------------------------------
-// Files
-
-template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
-std::array<std::int64_t, 14> landmark_cache<T, P, Map, Finder>::numbers() const {
-  return {static_cast<Index>(sizeof(T)),
-          shape_.batch,
-          shape_.heads,
-          shape_.kv_heads,
-          shape_.head_dim,
-          shape_.value_dim,
-          options_.block,
-          options_.top_k,
-          static_cast<Index>(options_.select),
-          options_.local_blocks,
-          options_.capacity,
-          blocks(),
-          dropped(),
-          store_.open_keys()};
-}
-
-template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
-void landmark_cache<T, P, Map, Finder>::save(std::ostream& to) const {
-  const auto all = numbers();
-  detail::StateWriter writer(to, kind, all, store_.payload_bytes(kind.save, blocks(), store_.open_keys()));
-  store_.save(writer);
-  writer.finish();
-}
-
-template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
-void landmark_cache<T, P, Map, Finder>::load(std::istream& from) {
-  static constexpr const char* names[] = {"the size of a number",
-                                          "batch",
-                                          "heads",
-                                          "kv_heads",
-                                          "head_dim",
-                                          "value_dim",
-                                          "block",
-                                          "top_k",
-                                          "select",
-                                          "local_blocks",
-                                          "capacity"};
-  std::array<std::int64_t, 14> all{};
-  detail::StateReader reader(from, kind, all);
-  const auto own = numbers();
-  for (std::size_t n = 0; n < std::size(names); ++n) {
-    if (all[n] != own[n]) detail::refuse(kind.load, names[n], std::to_string(all[n]), std::to_string(own[n]));
-  }
-  const Index sealed = all[11], left = all[12], open = all[13];
-  const Index most = (Index{1} << 48) / options_.block;
-  if (sealed < 0 || sealed > most || left < 0 || left > most || open < 0 ||
-      open / options_.block > options_.local_blocks ||
-      (options_.capacity > 0 && sealed > options_.capacity)) {
-    detail::refuse(kind.load, "the number of blocks", std::to_string(sealed), "what its options allow");
-  }
-  landmark_cache loaded(shape_, options_, position_, map_, finder_);
-  reader.expect_payload(store_.payload_bytes(kind.load, sealed, open));
-  loaded.store_.load(reader, sealed, left, open);
-  reader.finish();
-  loaded.finder_.clear();
-  loaded.index_blocks(0);
-  *this = std::move(loaded);
 }
 
 LONGSPAN_END

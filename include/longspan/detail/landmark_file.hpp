@@ -1,0 +1,88 @@
+// The state file of a landmark cache.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <istream>
+#include <iterator>
+#include <ostream>
+#include <string>
+
+#include "longspan/detail/landmark_store.hpp"
+#include "longspan/detail/state_file.hpp"
+#include "longspan/error.hpp"
+#include "longspan/stream/landmark_retrieval.hpp"
+#include "longspan/version.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+inline constexpr StateKind landmark_state{"landmark", 1, "landmark_cache::save", "landmark_cache::load"};
+
+/// What a file must agree in, and then the sizes of its own.
+template <class T>
+std::array<std::int64_t, 14> landmark_numbers(const landmark_cache_shape& shape,
+                                              const landmark_cache_options& options,
+                                              const LandmarkStore<T>& store) {
+  return {static_cast<Index>(sizeof(T)),
+          shape.batch,
+          shape.heads,
+          shape.kv_heads,
+          shape.head_dim,
+          shape.value_dim,
+          options.block,
+          options.top_k,
+          static_cast<Index>(options.select),
+          options.local_blocks,
+          options.capacity,
+          store.blocks(),
+          store.dropped(),
+          store.open_keys()};
+}
+
+template <class T>
+void save_landmark_store(std::ostream& to, const landmark_cache_shape& shape,
+                         const landmark_cache_options& options, const LandmarkStore<T>& store) {
+  const auto numbers = landmark_numbers(shape, options, store);
+  StateWriter writer(to, landmark_state, numbers,
+                     store.payload_bytes(landmark_state.save, store.blocks(), store.open_keys()));
+  store.save(writer);
+  writer.finish();
+}
+
+template <class T>
+LandmarkStore<T> loaded_landmark_store(std::istream& from, const landmark_cache_shape& shape,
+                                       const landmark_cache_options& options) {
+  static constexpr const char* names[] = {"the size of a number",
+                                          "batch",
+                                          "heads",
+                                          "kv_heads",
+                                          "head_dim",
+                                          "value_dim",
+                                          "block",
+                                          "top_k",
+                                          "select",
+                                          "local_blocks",
+                                          "capacity"};
+  LandmarkStore<T> store(shape.batch, shape.kv_heads, shape.head_dim, shape.value_dim, options.block);
+  const auto wanted = landmark_numbers(shape, options, store);
+  std::array<std::int64_t, 14> numbers{};
+  StateReader reader(from, landmark_state, numbers);
+  for (std::size_t n = 0; n < std::size(names); ++n) {
+    if (numbers[n] != wanted[n])
+      refuse(landmark_state.load, names[n], std::to_string(numbers[n]), std::to_string(wanted[n]));
+  }
+  const Index blocks = numbers[11], dropped = numbers[12], open = numbers[13];
+  const Index most = (Index{1} << 48) / options.block;
+  if (blocks < 0 || blocks > most || dropped < 0 || dropped > most || open < 0 ||
+      open / options.block > options.local_blocks || (options.capacity > 0 && blocks > options.capacity)) {
+    refuse(landmark_state.load, "the number of blocks", std::to_string(blocks), "what its options allow");
+  }
+  reader.expect_payload(store.payload_bytes(landmark_state.load, blocks, open));
+  store.load(reader, blocks, dropped, open);
+  reader.finish();
+  return store;
+}
+
+}  // namespace detail
+LONGSPAN_END
