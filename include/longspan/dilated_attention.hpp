@@ -13,11 +13,11 @@
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
+#include "longspan/stream/stream_shape.hpp"
 #include "longspan/version.hpp"
 
 LONGSPAN_BEGIN
 
-struct DilatedShape;
 template <Element T, Mask M, Score S, Position P>
 class dilated_cache;
 
@@ -102,7 +102,7 @@ struct dilated_attention {
   /// The same, causal, for rows that come in chunks or one by one: see stream/dilated_cache.hpp, which has to
   /// be included. It keeps rows as T.
   template <Element T = float>
-  dilated_cache<T, M, S, P> stream(const DilatedShape& shape) const;
+  dilated_cache<T, M, S, P> stream(const StreamShape& shape) const;
 };
 
 dilated_attention(std::vector<Branch>)->dilated_attention<>;

@@ -37,7 +37,7 @@ TEST_CASE("extend_by_blocks: the one call, whatever the blocks and where it was 
   Call<float> call(Shape{1, 2, 2, 100, 100, 8, 8}, Values::normal, random), by_blocks = call.unrun();
   const longspan::dilated_attention attend{std::vector<longspan::Branch>{{16, 1}, {64, 2}},
                                            longspan::causal{}};
-  const longspan::DilatedShape shape{1, 2, 2, 8, 8};
+  const longspan::StreamShape shape{1, 2, 2, 8, 8};
   auto at_once = attend.stream(shape), stream = attend.stream(shape);
   at_once.extend(call.q.view(), call.k.view(), call.v.view(), call.out.view());
 

@@ -19,10 +19,10 @@ using Eigen::bfloat16;
 using longspan::Branch;
 using longspan::causal;
 using longspan::dilated_attention;
-using longspan::DilatedShape;
+using longspan::StreamShape;
 using Branches = std::vector<Branch>;
 
-DilatedShape stream_shape(const Shape& s) { return {s.batch, s.heads, s.kv_heads, s.head_dim, s.value_dim}; }
+StreamShape stream_shape(const Shape& s) { return {s.batch, s.heads, s.kv_heads, s.head_dim, s.value_dim}; }
 
 Shape draw_self_shape(Random& random) {
   Shape shape{random.between(1, 2),       0, random.between(1, 2), 0, 0, random.pick({2, 8, 16, 34}),
@@ -246,7 +246,8 @@ TEST_CASE("dilated_cache: what it refuses", "[errors]") {
   const dilated_attention attend{three, causal{}};
   CHECK(refusal([&] {
           attend.stream({1, 3, 2, 4, 4});
-        }).find("dilated_cache: the shape is [1, 3, 2, 4]") != std::string::npos);
+        }).find("dilated_cache: the shape [batch, heads, kv_heads, head_dim] is [1, 3, 2, 4]") !=
+        std::string::npos);
   CHECK(refusal([&] { attend.stream({1, 2, 2, -4, 4}); }).find("the shape") != std::string::npos);
   CHECK(refusal([] {
           dilated_attention{Branches{}, causal{}}.stream({1, 2, 2, 4, 4});

@@ -23,21 +23,11 @@
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
+#include "longspan/stream/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 LONGSPAN_BEGIN
-
-/// What a stream of dilated attention is told in advance.
-struct DilatedShape {
-  Index batch = 1;
-  Index heads = 1;
-  Index kv_heads = 1;
-  Index head_dim = 0;
-  Index value_dim = 0;
-
-  constexpr bool operator==(const DilatedShape&) const = default;
-};
 
 /// A causal dilated_attention carried from call to call: rows taken in by `extend` stand behind those of the
 /// calls before, and each gets what the one call over all rows would give it.
@@ -64,10 +54,10 @@ class dilated_cache {
   /// A row is encoded once, when it comes: it would else be at every query.
   using Key = std::conditional_t<std::is_same_v<P, no_position>, T, Real>;
 
-  dilated_cache(dilated_attention<M, S, P> attend, const DilatedShape& shape)
+  dilated_cache(dilated_attention<M, S, P> attend, const StreamShape& shape)
       : attend_(std::move(attend)), shape_(shape) {
     detail::check_branches(function, attend_.branches);
-    check_shape();
+    detail::check_stream_shape(function, shape_);
     attend_.position.check(shape.head_dim);
     const Index group = shape.kv_heads == 0 ? 1 : shape.heads / shape.kv_heads;
     for (std::size_t n = 0; n < attend_.branches.size(); ++n) {
@@ -84,7 +74,7 @@ class dilated_cache {
 
   /// Tokens taken in.
   Index size() const noexcept { return size_; }
-  const DilatedShape& shape() const noexcept { return shape_; }
+  const StreamShape& shape() const noexcept { return shape_; }
 
   /// Rows of keys and values that are kept, of all heads and batch rows.
   Index rows() const noexcept {
@@ -119,7 +109,7 @@ class dilated_cache {
         std::is_same_v<detail::LseOf<Q>, Real>,
         "longspan: the stream computes in double if its rows are double, else in float, and so must q");
     const auto call = detail::checked_problem(function, view(q), view(k), view(v), view(out), rows_view(lse));
-    check_call(call);
+    detail::check_stream_call(function, call, shape_);
     detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
       const Index most = tokens_at_once();
       for (Index first = 0; first < call.q_len(); first += most)
@@ -204,29 +194,6 @@ class dilated_cache {
     if (bytes > 1e18) detail::refuse(load_name, "the number of tokens", std::to_string(size), "far fewer");
     return 2 * std::ssize(attend_.branches) * static_cast<Index>(sizeof(std::int64_t)) +
            static_cast<Index>(rows) * shape_.batch * row_bytes();
-  }
-
-  void check_shape() const {
-    if (std::min({shape_.batch, shape_.heads, shape_.kv_heads, shape_.head_dim, shape_.value_dim}) < 0 ||
-        (shape_.kv_heads == 0 ? shape_.heads != 0 : shape_.heads % shape_.kv_heads != 0)) {
-      detail::refuse(function, "the shape",
-                     detail::shape_text(shape_.batch, shape_.heads, shape_.kv_heads, shape_.head_dim),
-                     "batch, heads, kv_heads and head_dim of at least 0, with kv_heads a divisor of heads");
-    }
-  }
-  template <class Call>
-  void check_call(const Call& call) const {
-    const DilatedShape given{call.q.batch, call.q.heads, call.k.heads, call.head_dim(), call.value_dim()};
-    if (!(given == shape_)) {
-      detail::refuse(function, "q",
-                     detail::shape_text(call.q) + " with " + std::to_string(given.kv_heads) +
-                         " KV heads and value_dim " + std::to_string(given.value_dim),
-                     detail::shape_text(shape_.batch, shape_.heads, call.q.rows, shape_.head_dim) + " with " +
-                         std::to_string(shape_.kv_heads) + " and " + std::to_string(shape_.value_dim));
-    }
-    if (call.k.rows != call.q.rows)
-      detail::refuse(function, "the number of rows of k", std::to_string(call.k.rows),
-                     std::to_string(call.q.rows) + " as q has");
   }
 
   /// At 8 heads of 64 and 32768 tokens 2048 at once reach 73 % of the FMA roof, 512 and 8192 only 68 and 70:
@@ -378,7 +345,7 @@ class dilated_cache {
   }
 
   dilated_attention<M, S, P> attend_;
-  DilatedShape shape_;
+  StreamShape shape_;
   std::vector<detail::Strand> strands_;
   std::vector<std::size_t> strand_of_;  ///< [branches][heads]
   std::vector<Rows> rows_;              ///< [batch][strands]
@@ -387,11 +354,11 @@ class dilated_cache {
 };
 
 template <Mask M, Score S, Position P>
-dilated_cache(dilated_attention<M, S, P>, DilatedShape) -> dilated_cache<float, M, S, P>;
+dilated_cache(dilated_attention<M, S, P>, StreamShape) -> dilated_cache<float, M, S, P>;
 
 template <Mask M, Score S, Position P>
 template <Element T>
-dilated_cache<T, M, S, P> dilated_attention<M, S, P>::stream(const DilatedShape& shape) const {
+dilated_cache<T, M, S, P> dilated_attention<M, S, P>::stream(const StreamShape& shape) const {
   return {*this, shape};
 }
 
