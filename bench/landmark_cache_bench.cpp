@@ -20,7 +20,7 @@ namespace bench {
 namespace {
 
 constexpr Index heads = 32, kv_heads = 8, head_dim = 128, tokens_at_once = 4096;
-const longspan::landmark_cache_shape shape{1, heads, kv_heads, head_dim, head_dim};
+const longspan::StreamShape shape{1, heads, kv_heads, head_dim, head_dim};
 
 /// Token by token behind a stream of `length` tokens that repeat themselves every 4096.
 template <class Cache>

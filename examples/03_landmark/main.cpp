@@ -11,7 +11,9 @@
 
 using longspan::Index;
 
+namespace model {
 constexpr Index heads = 4, kv_heads = 1, head_dim = 64, block = 64, chunk = 4096;
+}
 
 /// Keys and values in place of a model's: noise, but for one token, the needle. A trained landmark sums up
 /// its block, so the needle's block has a landmark like the needle.
@@ -22,7 +24,7 @@ class Text {
   std::vector<float> keys(Index first, Index count) const {
     std::vector<float> k;
     for (Index j = first; j < first + count; ++j) {
-      const bool stands_out = j == needle_ || j == needle_ / block * block + block - 1;
+      const bool stands_out = j == needle_ || j == needle_ / model::block * model::block + model::block - 1;
       const std::vector<float> key = stands_out ? meaning_ : row(j);
       k.insert(k.end(), key.begin(), key.end());
     }
@@ -30,15 +32,15 @@ class Text {
   }
   /// A value says where its token stands, in its first column.
   std::vector<float> values(Index first, Index count) const {
-    std::vector<float> v(static_cast<std::size_t>(count * head_dim));
+    std::vector<float> v(static_cast<std::size_t>(count * model::head_dim));
     for (Index j = 0; j < count; ++j)
-      v[static_cast<std::size_t>(j * head_dim)] = static_cast<float>(first + j);
+      v[static_cast<std::size_t>(j * model::head_dim)] = static_cast<float>(first + j);
     return v;
   }
   /// The question: queries of every head that are like the needle.
   std::vector<float> question() const {
     std::vector<float> q;
-    for (Index h = 0; h < heads; ++h) {
+    for (Index h = 0; h < model::heads; ++h) {
       for (const float x : meaning_) q.push_back(16 * x);
     }
     return q;
@@ -49,7 +51,7 @@ class Text {
   static std::vector<float> row(Index token) {
     std::vector<float> x;
     auto state = static_cast<std::uint32_t>(token) * 2654435761u + 1;
-    for (Index c = 0; c < head_dim; ++c) {
+    for (Index c = 0; c < model::head_dim; ++c) {
       state = state * 1664525u + 1013904223u;
       x.push_back(static_cast<float>(state >> 8) * 0x1p-23f - 1);
     }
@@ -62,43 +64,45 @@ class Text {
 
 int main(int count, char** words) {
   const Index length = count > 1 ? std::atoll(words[1]) : 1'000'000, needle = 12345;
-  if (length <= needle + block) {
-    std::fprintf(stderr, "usage: landmark [tokens, more than %td]\n", needle + block);
+  if (length <= needle + model::block) {
+    std::fprintf(stderr, "usage: landmark [tokens, more than %td]\n", needle + model::block);
     return 2;
   }
   const Text text(needle);
-  longspan::landmark_cache<float> cache(
-      {.heads = heads, .kv_heads = kv_heads, .head_dim = head_dim, .value_dim = head_dim},
-      {.block = block, .top_k = 4});
+  longspan::landmark_cache<float> cache({.heads = model::heads,
+                                         .kv_heads = model::kv_heads,
+                                         .head_dim = model::head_dim,
+                                         .value_dim = model::head_dim},
+                                        {.block = model::block, .top_k = 4});
 
   // The text. A model would ask its queries here as well: cache.extend(q, k, v, out).
-  for (Index first = 0; first < length; first += chunk) {
-    const Index tokens = std::min(chunk, length - first);
+  for (Index first = 0; first < length; first += model::chunk) {
+    const Index tokens = std::min(model::chunk, length - first);
     const auto k = text.keys(first, tokens), v = text.values(first, tokens);
-    cache.absorb(longspan::compact_view(k.data(), 1, kv_heads, tokens, head_dim),
-                 longspan::compact_view(v.data(), 1, kv_heads, tokens, head_dim));
+    cache.absorb(longspan::compact_view(k.data(), 1, model::kv_heads, tokens, model::head_dim),
+                 longspan::compact_view(v.data(), 1, model::kv_heads, tokens, model::head_dim));
   }
   std::printf("%td tokens in %td blocks, %.0f MB\n", cache.size(), cache.blocks(),
               static_cast<double>(cache.bytes()) / 1e6);
 
   // A few tokens more, each of which asks for the needle.
   const auto q = text.question();
-  std::vector<float> out(static_cast<std::size_t>(heads * head_dim));
+  std::vector<float> out(static_cast<std::size_t>(model::heads * model::head_dim));
   longspan::Execution execution;
   std::chrono::duration<double, std::milli> took{};
   for (Index token = length; token < length + 3; ++token) {
     const auto k = text.keys(token, 1), v = text.values(token, 1);
     const auto start = std::chrono::steady_clock::now();
-    cache.extend(longspan::compact_view(q.data(), 1, heads, 1, head_dim),
-                 longspan::compact_view(k.data(), 1, kv_heads, 1, head_dim),
-                 longspan::compact_view(v.data(), 1, kv_heads, 1, head_dim),
-                 longspan::compact_view(out.data(), 1, heads, 1, head_dim), execution);
+    cache.extend(longspan::compact_view(q.data(), 1, model::heads, 1, model::head_dim),
+                 longspan::compact_view(k.data(), 1, model::kv_heads, 1, model::head_dim),
+                 longspan::compact_view(v.data(), 1, model::kv_heads, 1, model::head_dim),
+                 longspan::compact_view(out.data(), 1, model::heads, 1, model::head_dim), execution);
     took = std::chrono::steady_clock::now() - start;
   }
 
   std::printf("retrieved blocks:");
   for (const Index n : cache.retrieved(0, 0, 0)) std::printf(" %td", n);
-  std::printf("\nthe needle is in block %td; the answer is token %.1f, in %.2f ms\n", needle / block,
+  std::printf("\nthe needle is in block %td; the answer is token %.1f, in %.2f ms\n", needle / model::block,
               static_cast<double>(out[0]), took.count());
   return std::abs(out[0] - static_cast<float>(needle)) < 1 ? 0 : 1;
 }

@@ -116,7 +116,7 @@ TEST_CASE("attend_npy landmark_stream: agrees with the reference", "[attend_npy]
     for (std::size_t n = 0; n < lse.size(); ++n) REQUIRE(std::abs(double(got_lse[n]) - lse[n]) < 1e-5);
   };
   using namespace longspan;
-  const landmark_cache_shape shape{2, 6, 2, 8, 5};
+  const StreamShape shape{2, 6, 2, 8, 5};
   check({"block=4", "chunks=16,1,20", "top_k=2"}, {16, 1, 20},
         reference::landmark_cache<>(shape, {.block = 4, .top_k = 2}));
   check({"block=5", "chunks=10,27", "select=max_tokens", "capacity=1"}, {10, 27},

@@ -29,7 +29,7 @@ const std::vector<LandmarkSelect> all_selections{
     LandmarkSelect::max_over_both, LandmarkSelect::per_kv_group};
 
 template <class T>
-landmark_cache_shape shape_of(const Call<T>& call) {
+StreamShape shape_of(const Call<T>& call) {
   return {call.q.batch, call.q.heads, call.k.heads, call.q.cols, call.v.cols};
 }
 
@@ -375,7 +375,7 @@ TEST_CASE("landmark_cache: an index that names the best blocks changes nothing",
 TEST_CASE("landmark_cache: shapes and options that do not fit are refused", "[stream][errors]") {
   Call<float> call(Shape{1, 4, 2, 5, 5, 8, 6});
   const auto shape = shape_of(call);
-  const auto refuses = [&](const landmark_cache_shape& s, const Options& options, const char* words) {
+  const auto refuses = [&](const StreamShape& s, const Options& options, const char* words) {
     const std::string text = refusal([&] { landmark_cache<float>(s, options); });
     CAPTURE(text);
     CHECK(text.find(words) != std::string::npos);
@@ -384,11 +384,12 @@ TEST_CASE("landmark_cache: shapes and options that do not fit are refused", "[st
   refuses(shape, {.top_k = -1}, "top_k is -1");
   refuses(shape, {.local_blocks = -1}, "local_blocks is -1");
   refuses(shape, {.capacity = -1}, "capacity is -1");
-  refuses({1, 4, 3, 8, 6}, {}, "kv_heads is 3, wanted a divisor of the 4 heads");
+  refuses({1, 4, 3, 8, 6}, {}, "with kv_heads a divisor of heads");
 
   landmark_cache<float> cache({1, 4, 2, 8, 5}, {});
   const std::string text = refusal([&] { extend(cache, call, 0, 5); });
-  CHECK(text.find("landmark_cache::extend: value_dim is 6, wanted 5") != std::string::npos);
+  CHECK(text.find("landmark_cache::extend: q is [1, 4, 5, 8] with 2 KV heads and value_dim 6") !=
+        std::string::npos);
   CHECK(cache.size() == 0);
   CHECK(refusal([&] {
           cache.absorb(std::as_const(call.k).view(), std::as_const(call.v).view());

@@ -12,6 +12,7 @@
 #include "longspan/detail/state_file.hpp"
 #include "longspan/error.hpp"
 #include "longspan/stream/landmark_retrieval.hpp"
+#include "longspan/stream/stream_shape.hpp"
 #include "longspan/version.hpp"
 
 LONGSPAN_BEGIN
@@ -21,8 +22,7 @@ inline constexpr StateKind landmark_state{"landmark", 1, "landmark_cache::save",
 
 /// What a file must agree in, and then the sizes of its own.
 template <class T>
-std::array<std::int64_t, 14> landmark_numbers(const landmark_cache_shape& shape,
-                                              const landmark_cache_options& options,
+std::array<std::int64_t, 14> landmark_numbers(const StreamShape& shape, const landmark_cache_options& options,
                                               const LandmarkStore<T>& store) {
   return {static_cast<Index>(sizeof(T)),
           shape.batch,
@@ -41,8 +41,8 @@ std::array<std::int64_t, 14> landmark_numbers(const landmark_cache_shape& shape,
 }
 
 template <class T>
-void save_landmark_store(std::ostream& to, const landmark_cache_shape& shape,
-                         const landmark_cache_options& options, const LandmarkStore<T>& store) {
+void save_landmark_store(std::ostream& to, const StreamShape& shape, const landmark_cache_options& options,
+                         const LandmarkStore<T>& store) {
   const auto numbers = landmark_numbers(shape, options, store);
   StateWriter writer(to, landmark_state, numbers,
                      store.payload_bytes(landmark_state.save, store.blocks(), store.open_keys()));
@@ -51,7 +51,7 @@ void save_landmark_store(std::ostream& to, const landmark_cache_shape& shape,
 }
 
 template <class T>
-LandmarkStore<T> loaded_landmark_store(std::istream& from, const landmark_cache_shape& shape,
+LandmarkStore<T> loaded_landmark_store(std::istream& from, const StreamShape& shape,
                                        const landmark_cache_options& options) {
   static constexpr const char* names[] = {"the size of a number",
                                           "batch",

@@ -19,7 +19,7 @@ namespace reference {
 template <Position P = no_position, PositionMap Map = stingy_positions>
 class landmark_cache {
  public:
-  explicit landmark_cache(const landmark_cache_shape& shape, const landmark_cache_options& options = {},
+  explicit landmark_cache(const StreamShape& shape, const landmark_cache_options& options = {},
                           const P& position = P{}, const Map& map = Map{})
       : shape_(shape),
         options_(options),
@@ -185,7 +185,7 @@ class landmark_cache {
     return {sum == 0 ? top : top + std::log(sum), o};
   }
 
-  landmark_cache_shape shape_;
+  StreamShape shape_;
   landmark_cache_options options_;
   P position_;
   Map map_;

@@ -25,6 +25,7 @@
 #include "longspan/landmarks.hpp"
 #include "longspan/position.hpp"
 #include "longspan/stream/landmark_retrieval.hpp"
+#include "longspan/stream/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -59,7 +60,7 @@ class landmark_cache {
                 "longspan: a landmark_cache keeps float or double");
 
  public:
-  explicit landmark_cache(const landmark_cache_shape& shape, const landmark_cache_options& options = {},
+  explicit landmark_cache(const StreamShape& shape, const landmark_cache_options& options = {},
                           const P& position = P{}, const Map& map = Map{}, const Finder& finder = Finder{})
       : shape_(detail::checked(shape, options)),
         options_(options),
@@ -86,7 +87,9 @@ class landmark_cache {
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
   void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) {
     const auto call = detail::checked_problem(name, view(q), view(k), view(v), view(out), rows_view(lse));
-    check_shapes(call);
+    static_assert(std::is_same_v<detail::LseOf<Q>, T>,
+                  "longspan: a landmark_cache of double takes queries of double, one of float the others");
+    detail::check_stream_call(name, call, shape_);
     detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
       held_ = {blocks(), dropped(), std::min(options_.top_k, blocks()), options_.top_k, options_.block};
       chunk_ = call.q.rows;
@@ -203,8 +206,6 @@ class landmark_cache {
                          Role::query);
   }
 
-  template <class Call>
-  void check_shapes(const Call& call) const;
   template <class Call, class E>
   void attend_open(const Call& call, const E& executor, Workspace& workspace);
   template <class Call, class E>
@@ -243,7 +244,7 @@ class landmark_cache {
     }
   }
 
-  landmark_cache_shape shape_;
+  StreamShape shape_;
   landmark_cache_options options_;
   P position_;
   Map map_;
@@ -262,22 +263,6 @@ class landmark_cache {
 
 // ----------------------------------------------------------------------------------------------------------
 // A chunk
-
-template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
-template <class Call>
-void landmark_cache<T, P, Map, Finder>::check_shapes(const Call& call) const {
-  static_assert(std::is_same_v<typename Call::Real, T>,
-                "longspan: a landmark_cache of double takes queries of double, one of float the others");
-  const auto expect = [](const char* what, Index got, Index wanted) {
-    if (got != wanted) detail::refuse(name, what, std::to_string(got), std::to_string(wanted));
-  };
-  expect("batch", call.q.batch, shape_.batch);
-  expect("the number of heads", call.q.heads, shape_.heads);
-  expect("the number of KV heads", call.k.heads, shape_.kv_heads);
-  expect("head_dim", call.q.cols, shape_.head_dim);
-  expect("value_dim", call.v.cols, shape_.value_dim);
-  expect("the number of rows of k", call.k.rows, call.q.rows);
-}
 
 template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
 template <class Call, class E>

@@ -1,4 +1,4 @@
-// What a landmark cache is asked for: its shape, which blocks a query takes, and where it sees them stand.
+// What a landmark cache is asked for: which blocks a query takes, and where it sees them stand.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 
 #include "longspan/detail/problem.hpp"
 #include "longspan/error.hpp"
+#include "longspan/stream/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -25,10 +26,6 @@ enum class LandmarkSelect : std::uint8_t {
   per_kv_group      ///< for each token and KV head
 };
 
-struct landmark_cache_shape {
-  Index batch = 1, heads = 1, kv_heads = 1, head_dim = 0, value_dim = 0;
-};
-
 struct landmark_cache_options {
   Index block = 64;  ///< keys of a block: every block-th key of the stream is a landmark
   Index top_k = 4;   ///< sealed blocks that a query retrieves
@@ -40,24 +37,15 @@ struct landmark_cache_options {
 
 namespace detail {
 
-inline const landmark_cache_shape& checked(const landmark_cache_shape& shape,
-                                           const landmark_cache_options& options) {
+inline const StreamShape& checked(const StreamShape& shape, const landmark_cache_options& options) {
+  check_stream_shape("landmark_cache", shape);
   const auto at_least = [](const char* what, Index got, Index least) {
     if (got < least) refuse("landmark_cache", what, std::to_string(got), "at least " + std::to_string(least));
   };
-  at_least("batch", shape.batch, 0);
-  at_least("heads", shape.heads, 0);
-  at_least("kv_heads", shape.kv_heads, 0);
-  at_least("head_dim", shape.head_dim, 0);
-  at_least("value_dim", shape.value_dim, 0);
   at_least("block", options.block, 2);
   at_least("top_k", options.top_k, 0);
   at_least("local_blocks", options.local_blocks, 0);
   at_least("capacity", options.capacity, 0);
-  if (shape.kv_heads == 0 ? shape.heads != 0 : shape.heads % shape.kv_heads != 0) {
-    refuse("landmark_cache", "kv_heads", std::to_string(shape.kv_heads),
-           "a divisor of the " + std::to_string(shape.heads) + " heads");
-  }
   return shape;
 }
 
