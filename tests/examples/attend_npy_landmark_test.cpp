@@ -145,7 +145,7 @@ TEST_CASE("attend_npy landmark_stream: keys that do not fit are refused", "[atte
   says({"block=1"}, "block is 1, wanted at least 2");
   says({"block=3", "chunks=4,4"}, "chunks does not add up to the 9 tokens");
   says({"block=3", "chunks=4,9223372036854775807"}, "chunks does not add up");
-  says({"block=3", "chunks=4,,5"}, "wanted positive integers");
+  says({"block=3", "chunks=4,,5"}, "wanted integers from 1");
   says({"block=3", "select=all"}, "wanted one of token_head, max_heads and max_tokens");
   says({"block=3", "positions=mine"}, "wanted one of stingy and exact");
   says({"block=3", "rope_base=5"}, "rope_base needs the key rope_layout");
