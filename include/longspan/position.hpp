@@ -153,8 +153,7 @@ struct rotary {
   /// Row i of `rows` stands at position `first_position` + i. Changed in place.
   template <class Real>
   void encode(MatrixView<Real> rows, Index first_position, Role) const {
-    detail::rotate_rows(rows, first_position, 1, turned(rows.cols), base, pairing,
-                        [](Index) { return 0.0; });
+    detail::rotate_rows(rows, first_position, 1, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
   }
   /// The same with every row at `position`, which makes the angles once.
   template <class Real>

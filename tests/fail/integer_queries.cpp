@@ -4,7 +4,8 @@
 
 using Tensor = Eigen::Tensor<float, 4, Eigen::RowMajor>;
 
-void attend_all(const Eigen::Tensor<int, 4, Eigen::RowMajor>& q, const Tensor& k, const Tensor& v, Tensor& out) {
+void attend_all(const Eigen::Tensor<int, 4, Eigen::RowMajor>& q, const Tensor& k, const Tensor& v,
+                Tensor& out) {
   longspan::softmax_attention attend{longspan::causal{}};
   attend(q, k, v, out);
 }

@@ -1,4 +1,5 @@
-// Compiles: what the other files of this folder include and call is there, so each is refused for its one mistake.
+// Compiles: what the other files of this folder include and call is there, so each is refused for its one
+// mistake.
 #include <longspan/longspan.hpp>
 #include <unsupported/Eigen/CXX11/Tensor>
 

@@ -6,7 +6,8 @@
 // the sums that divide the outputs are taken before that rounding.
 #pragma once
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && !defined(EIGEN_DONT_VECTORIZE)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
+    !defined(EIGEN_DONT_VECTORIZE)
 #define LONGSPAN_HAS_BF16_PRODUCTS 1
 
 #include <immintrin.h>

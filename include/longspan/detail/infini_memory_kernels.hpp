@@ -122,7 +122,9 @@ class MemoryRead {
     const int packets = static_cast<int>(divide_up(count, w));
     const Index stride = packets * w, kv_head = b * memory_.kv_heads + h / (q_.heads / memory_.kv_heads);
     pack_features(b, h, first, count, stride, scratch);
+    alignas(64) Real by[std::size_t(width)];
     with_packets(packets, [&]<int wide>() {
+      quotients<wide>(memory_.norm(kv_head), scratch.phi, by);
       for (Index column = 0; column < memory_.value_dim; column += tile_rows) {
         value_rows<wide>(static_cast<const Real*>(memory_.matrix(kv_head)) + column, memory_.stride(),
                          static_cast<const Real*>(scratch.phi), stride, q_.cols,
@@ -132,9 +134,8 @@ class MemoryRead {
     const Real* shares_of_memory = shares_.memory + h * shares_.head_stride;
     const Real* shares_of_other = shares_.other + h * shares_.head_stride;
     for (Index lane = 0; lane < count; lane += w) {
-      const Packet<Real> by = quotient(memory_.norm(kv_head), scratch.phi + lane, stride);
-      write_packet(b, h, first + lane, std::min(w, count - lane), by, scratch.read + lane, stride,
-                   shares_of_memory, shares_of_other);
+      write_packet(b, h, first + lane, std::min(w, count - lane), load<Real>(by + lane), scratch.read + lane,
+                   stride, shares_of_memory, shares_of_other);
     }
   }
 
@@ -160,13 +161,23 @@ class MemoryRead {
     }
   }
 
-  /// 1 / (phi z) of a packet of queries; 0 where nothing was written.
-  Packet<Real> quotient(const Real* z, const Real* phi, Index stride) const {
+  /// 1 / (phi z) of each query; 0 where nothing was written.
+  template <int packets>
+  void quotients(const Real* z, const Real* phi, Real* by) const {
     const Packet<Real> zero = broadcast(Real(0));
-    Packet<Real> sum = zero;
-    for (Index c = 0; c < q_.cols; ++c) sum = fma(broadcast(z[c]), load<Real>(phi + c * stride), sum);
-    const Packet<Real> bounded = max(sum, broadcast(static_cast<Real>(infini_least_norm)));
-    return select(equal(sum, zero), zero, broadcast(Real(1)) / bounded);
+    Packet<Real> sum[std::size_t(packets)];
+    LONGSPAN_UNROLL
+    for (int n = 0; n < packets; ++n) sum[n] = zero;
+    for (Index c = 0; c < q_.cols; ++c, phi += packets * w) {
+      const Packet<Real> of_column = broadcast(z[c]);
+      LONGSPAN_UNROLL
+      for (int n = 0; n < packets; ++n) sum[n] = fma(of_column, load<Real>(phi + n * w), sum[n]);
+    }
+    LONGSPAN_UNROLL
+    for (int n = 0; n < packets; ++n) {
+      const Packet<Real> bounded = max(sum[n], broadcast(static_cast<Real>(infini_least_norm)));
+      store(by + n * w, select(equal(sum[n], zero), zero, broadcast(Real(1)) / bounded));
+    }
   }
 
   void write_packet(Index b, Index h, Index first, Index count, Packet<Real> by, const Real* read,

@@ -1,5 +1,5 @@
-// Two translation units of one program, compiled for different processors (or one with OpenMP and one without):
-// the program links, each unit runs its own kernel, and they agree.
+// Two translation units of one program, compiled for different processors (or one with OpenMP and one
+// without): the program links, each unit runs its own kernel, and they agree.
 #include <cmath>
 #include <cstdio>
 #include <longspan/longspan.hpp>
