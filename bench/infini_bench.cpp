@@ -67,6 +67,24 @@ void prefill(benchmark::State& state, const Case& c, Index threads) {
   set_counter(state, "ns/token", 1e9 * seconds / static_cast<double>(c.length));
 }
 
+/// A sequence of any length in chunks of eight segments, the same tokens again and again: the time per token
+/// must not grow with what the memory has seen.
+void stream(benchmark::State& state, const Case& c, Index threads) {
+  const Index chunk = std::min(c.length, 8 * c.segment);
+  const Inputs<float> in = hashed_inputs<float>(c.heads, c.heads, chunk, chunk, c.head_dim);
+  OwnedTensor<float> out = in.empty_output();
+  longspan::Execution execution(longspan::openmp{threads});
+  auto memory = c.attend().stream({1, c.heads, c.heads, c.head_dim, c.head_dim});
+  const double seconds = timed_calls(state, [&] {
+    memory.clear();
+    for (Index done = 0; done < c.length; done += chunk) {
+      memory.extend(in.q.view(), in.k.view(), in.v.view(), out.view(), execution);
+    }
+  });
+  set_counter(state, "ns/token", 1e9 * seconds / static_cast<double>(c.length));
+  set_counter(state, "state_bytes", static_cast<double>(memory.bytes()));
+}
+
 /// One token behind a segment that is half full.
 void step(benchmark::State& state, const Case& c, Index threads) {
   const Index filled = c.segment + c.segment / 2;
@@ -107,6 +125,7 @@ void add_all() {
   add({512, 128, 64}, "infini_", prefill);
   for (const Index length : {16384, 65536, 262144}) add({length}, "infini_", prefill);
   add({65536, 2048, 128, 8, longspan::InfiniRule::delta}, "infini_", prefill);
+  for (const Index length : {16384, 1048576, 4194304}) add({length}, "infini_stream_", stream);
   add({1, 2048, 128}, "infini_step_", step);
   add({1, 2048, 128}, "cache_step_", cache_step);
 }
