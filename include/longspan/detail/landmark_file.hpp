@@ -1,10 +1,11 @@
-// The state file of a landmark cache.
+// The files of a landmark cache: its state, and the store of its blocks.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <istream>
 #include <iterator>
+#include <limits>
 #include <ostream>
 #include <string>
 
@@ -24,7 +25,7 @@ inline constexpr StateKind landmark_state{"landmark", 1, "landmark_cache::save",
 template <class T>
 std::array<std::int64_t, 14> landmark_numbers(const StreamShape& shape, const landmark_cache_options& options,
                                               const LandmarkStore<T>& store) {
-  return {static_cast<Index>(sizeof(T)),
+  return {std::numeric_limits<T>::digits,
           shape.batch,
           shape.heads,
           shape.kv_heads,
@@ -53,7 +54,7 @@ void save_landmark_store(std::ostream& to, const StreamShape& shape, const landm
 template <class T>
 LandmarkStore<T> loaded_landmark_store(std::istream& from, const StreamShape& shape,
                                        const landmark_cache_options& options) {
-  static constexpr const char* names[] = {"the size of a number",
+  static constexpr const char* names[] = {"the significand of a number, in bits,",
                                           "batch",
                                           "heads",
                                           "kv_heads",
@@ -82,6 +83,24 @@ LandmarkStore<T> loaded_landmark_store(std::istream& from, const StreamShape& sh
   store.load(reader, blocks, dropped, open);
   reader.finish();
   return store;
+}
+
+/// Opens the file of the options for an empty store.
+template <class T>
+void open_landmark_blocks(const StreamShape& shape, const landmark_cache_options& options, bool as_in_text,
+                          LandmarkStore<T>& store) {
+  static constexpr const char* names[] = {
+      "the significand of a number, in bits,", "batch", "kv_heads", "head_dim", "value_dim", "block",
+      "whether landmarks stand as in the text"};
+  const std::array<std::int64_t, 7> numbers{std::numeric_limits<T>::digits,
+                                            shape.batch,
+                                            shape.kv_heads,
+                                            shape.head_dim,
+                                            shape.value_dim,
+                                            options.block,
+                                            as_in_text};
+  const StateKind kind{"blocks", 1, "landmark_cache", "landmark_cache"};
+  store.open(options.file, {kind, numbers, names, store.file_bytes()}, options.resident);
 }
 
 }  // namespace detail

@@ -25,10 +25,23 @@ void with_count(Index count, const Work& work) {
   work.template operator()<1>();
 }
 
+/// The columns of a row go where score_keys wants them for keys of T.
+template <class T, class Real>
+void place_columns([[maybe_unused]] Real* row, [[maybe_unused]] Index cols) {
+  if constexpr (loads_in_pairs<Real, T>) {
+    constexpr Index together = 2 * lanes<Real>;
+    for (Index first = 0; first + together <= cols; first += together) {
+      Real plain[std::size_t(together)];
+      std::copy_n(row + first, together, plain);
+      for (Index c = 0; c < together; ++c) row[first + place_of<Real, T>(c, together)] = plain[c];
+    }
+  }
+}
+
 /// scores[g][j] = q[g].k[j] for `rows` queries and the landmarks of one KV head: k is read once for each
 /// eight of the queries.
-template <class Real>
-void score_landmarks(MatrixView<const Real> k, MatrixView<const Real> q, Real* scores, Index scores_stride) {
+template <class Real, class Tk>
+void score_landmarks(MatrixView<const Tk> k, MatrixView<const Real> q, Real* scores, Index scores_stride) {
   constexpr Index w = lanes<Real>, keys_at_once = 256, most_queries = std::min<Index>(8, w);
   alignas(64) Real piece[std::size_t(keys_at_once * most_queries + w)];
   for (Index first = 0; first < k.rows; first += keys_at_once) {
@@ -117,7 +130,8 @@ struct RetrievedRow {
 
   /// Adds a block under the score of its landmark. q holds whole packets; k [block][head_dim], the last row
   /// the landmark; v [block - 1][value_dim].
-  void absorb(const Real* q, Index q_stride, MatrixView<const Real> k, MatrixView<const Real> v) {
+  template <class T>
+  void absorb(const Real* q, Index q_stride, MatrixView<const T> k, MatrixView<const T> v) {
     constexpr Index w = lanes<Real>;
     score_keys<1>(k.data, k.row_stride, k.rows, q, q_stride, k.cols, scores);
     const Index tokens = k.rows - 1;

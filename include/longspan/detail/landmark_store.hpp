@@ -1,18 +1,24 @@
-// What a landmark cache keeps: sealed blocks, their landmarks, and the keys and values that are not sealed
-// yet.
+// What a landmark cache keeps: sealed blocks, in memory or in a file, their landmarks, and the keys and
+// values that are not sealed yet.
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <new>
 #include <span>
+#include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "longspan/detail/block_file.hpp"
 #include "longspan/detail/key_block.hpp"
 #include "longspan/detail/state_file.hpp"
+#include "longspan/element.hpp"
 #include "longspan/position.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -20,13 +26,59 @@
 LONGSPAN_BEGIN
 namespace detail {
 
+/// Rows of one type into rows of another, back to back.
+template <class From, class To>
+void copy_rows(const From* from, Index from_stride, Index rows, Index cols, To* to) {
+  for (Index i = 0; i < rows; ++i) {
+    const From* row = from + i * from_stride;
+    if constexpr (std::is_same_v<To, std::remove_const_t<From>>) {
+      std::copy_n(row, cols, to + i * cols);
+    } else if constexpr (std::is_same_v<To, Arithmetic<To>>) {
+      convert_rows(row, from_stride, 1, cols, to + i * cols, cols);
+    } else {
+      std::transform(row, row + cols, to + i * cols,
+                     [](const From& x) { return static_cast<To>(static_cast<Arithmetic<To>>(x)); });
+    }
+  }
+}
+
 template <class T>
 class LandmarkStore {
  public:
+  using Real = Arithmetic<T>;
+
   LandmarkStore(Index batch, Index kv_heads, Index head_dim, Index value_dim, Index block)
       : batch_(batch), kv_heads_(kv_heads), head_dim_(head_dim), value_dim_(value_dim), block_(block) {
     pages_.resize(at(batch));
     landmarks_.resize(at(batch * kv_heads));
+  }
+
+  /// Keeps blocks in a file from now on, after those that the file holds already. Of an empty store.
+  void open(const std::string& path, const BlockFileKind& kind, Index resident);
+  bool has_file() const noexcept { return writer_.file != nullptr; }
+  void remove_file() const { writer_.file->remove(); }
+
+  /// Throws where the file has no space for `count` more blocks.
+  void reserve(Index count) {
+    if (has_file()) writer_.file->reserve(count);
+  }
+  /// Bytes of a block in a file.
+  Index file_bytes() const {
+    return batch_ * file_page_bytes() + batch_ * kv_heads_ * head_dim_ * static_cast<Index>(sizeof(T));
+  }
+
+  /// How many heads of blocks may be read before the pages of the file are given back; all, in memory.
+  Index heads_at_once() const noexcept {
+    return of_file_ == nullptr ? PTRDIFF_MAX : std::max<Index>(1, resident_ / head_bytes());
+  }
+  /// That many are about to be read.
+  void expect_reading(Index heads) {
+    if (of_file_ == nullptr) return;
+    if (read_ + heads > heads_at_once()) {
+      of_file_->release();
+      read_ = 0;
+    }
+    read_ += heads;
   }
 
   /// Sealed blocks of each batch row, those that have left, and keys that are not sealed.
@@ -34,7 +86,7 @@ class LandmarkStore {
   Index dropped() const noexcept { return dropped_; }
   Index open_keys() const noexcept { return open_; }
   Index bytes() const noexcept {
-    const Index sealed = batch_ * blocks_ * (page_size() + kv_heads_ * head_dim_);
+    const Index sealed = batch_ * ((blocks_ - in_file_) * page_size() + blocks_ * kv_heads_ * head_dim_);
     return static_cast<Index>(sizeof(T)) * (sealed + static_cast<Index>(k_.size() + v_.size()));
   }
 
@@ -59,8 +111,8 @@ class LandmarkStore {
     for (Index n = 0; n < batch_ * kv_heads_; ++n) {
       const auto copy = [&](const auto& from, std::vector<T>& to) {
         if (from.empty()) return;
-        convert_rows(from.row(n / kv_heads_, n % kv_heads_, 0), from.row_stride, from.rows, from.cols,
-                     to.data() + (n * room_ + open_) * from.cols, from.cols);
+        copy_rows(from.row(n / kv_heads_, n % kv_heads_, 0), from.row_stride, from.rows, from.cols,
+                  to.data() + (n * room_ + open_) * from.cols);
       };
       copy(k, k_);
       copy(v, v_);
@@ -74,10 +126,12 @@ class LandmarkStore {
   void seal(Index count, const P& position, bool as_in_text, const E& executor);
 
   void drop(Index count) {
+    if (has_file()) writer_.file->count(0, dropped_ + count);
     for (auto& row : pages_) row.erase(row.begin(), row.begin() + count);
     for (auto& list : landmarks_) list.erase(list.begin(), list.begin() + count * head_dim_);
     blocks_ -= count;
     dropped_ += count;
+    in_file_ -= std::min(in_file_, count);  // the oldest: a copy keeps later ones in memory
   }
 
   /// Batch row b becomes what row rows[b] was.
@@ -113,9 +167,38 @@ class LandmarkStore {
   /// [block][head_dim] and values [block - 1][value_dim].
   using Page = std::shared_ptr<const T>;
 
+  /// Who writes to a file. A copy reads the blocks that it shares, and keeps its own in memory.
+  struct Writer {
+    std::shared_ptr<BlockFile> file;
+
+    Writer() = default;
+    ~Writer() = default;
+    Writer(const Writer&) noexcept {}
+    Writer& operator=(const Writer& other) noexcept {
+      if (this != &other) file = nullptr;
+      return *this;
+    }
+    Writer(Writer&&) noexcept = default;
+    Writer& operator=(Writer&&) noexcept = default;
+  };
+
   static std::size_t at(Index i) noexcept { return static_cast<std::size_t>(i); }
   Index head_size() const noexcept { return block_ * head_dim_ + (block_ - 1) * value_dim_; }
+  Index head_bytes() const noexcept {
+    return std::max<Index>(1, head_size() * static_cast<Index>(sizeof(T)));
+  }
   Index page_size() const noexcept { return kv_heads_ * head_size(); }
+  Index file_page_bytes() const noexcept { return round_up(page_size() * static_cast<Index>(sizeof(T)), 64); }
+
+  template <Position P>
+  void encode_rows(const P& position, T* rows, Index count, Index first) const;
+  template <Position P>
+  void encode_block(Index lane, Index n, const P& position, bool as_in_text, T* keys, T* landmark) const;
+  template <class Encode, class E>
+  void seal_in_memory(Index count, const Encode& encode, const E& executor);
+  template <class Encode, class E>
+  void seal_in_file(Index count, const Encode& encode, const E& executor);
+  void add_pages_of_file(Index number);
   TensorView<const T> open_rows(const std::vector<T>& rows, Index cols) const {
     return {rows.data(), batch_, kv_heads_, open_, cols, kv_heads_ * room_ * cols, room_ * cols, cols};
   }
@@ -139,42 +222,133 @@ class LandmarkStore {
   std::vector<std::vector<T>> landmarks_;  ///< of each batch row and KV head, [blocks][head_dim]
   std::vector<T> k_, v_;                   ///< [batch][kv_heads][room][cols]
   Index open_ = 0, room_ = 0;
+
+  Writer writer_;
+  std::shared_ptr<BlockFile> of_file_;  ///< whose blocks are read, null where all are in memory
+  std::vector<std::byte> written_;      ///< a block on its way into the file
+  Index in_file_ = 0;                   ///< of the blocks that are kept
+  Index resident_ = 0, read_ = 0;       ///< bytes; heads of blocks since pages were released
 };
+
+/// Rows at [first, first + count), in place.
+template <class T>
+template <Position P>
+void LandmarkStore<T>::encode_rows(const P& position, T* rows, Index count, Index first) const {
+  if constexpr (std::is_same_v<P, no_position>) return;
+  if constexpr (std::is_same_v<T, Real>) {
+    position.encode(MatrixView<Real>{rows, count, head_dim_, head_dim_}, first, Role::key);
+  } else {
+    std::vector<Real> wide(at(count * head_dim_));
+    copy_rows(rows, head_dim_, count, head_dim_, wide.data());
+    position.encode(MatrixView<Real>{wide.data(), count, head_dim_, head_dim_}, first, Role::key);
+    copy_rows(wide.data(), head_dim_, count, head_dim_, rows);
+  }
+}
+
+/// Open block n as it is kept.
+template <class T>
+template <Position P>
+void LandmarkStore<T>::encode_block(Index lane, Index n, const P& position, bool as_in_text, T* keys,
+                                    T* landmark) const {
+  const Index d = head_dim_, dv = value_dim_;
+  const T* raw = k_.data() + (lane * room_ + n * block_) * d;
+  std::copy_n(raw, block_ * d, keys);
+  std::copy_n(v_.data() + (lane * room_ + n * block_) * dv, (block_ - 1) * dv, keys + block_ * d);
+  encode_rows(position, keys, block_, 0);
+  std::copy_n(raw + (block_ - 1) * d, d, landmark);
+  const Index place = as_in_text ? (dropped_ + blocks_ + n) * block_ : 0;
+  encode_rows(position, landmark, 1, place + block_ - 1);
+}
 
 template <class T>
 template <Position P, class E>
 void LandmarkStore<T>::seal(Index count, const P& position, bool as_in_text, const E& executor) {
-  const Index d = head_dim_, dv = value_dim_, lanes = batch_ * kv_heads_;
+  for (auto& list : landmarks_) list.resize(at((blocks_ + count) * head_dim_));
+  const auto encode = [&](Index lane, Index n, T* keys) {
+    encode_block(lane, n, position, as_in_text, keys,
+                 landmarks_[at(lane)].data() + (blocks_ + n) * head_dim_);
+  };
+  if (has_file()) {
+    seal_in_file(count, encode, executor);
+  } else {
+    seal_in_memory(count, encode, executor);
+  }
+  const auto drop_front = [&](std::vector<T>& rows, Index cols) {
+    for (Index lane = 0; lane < batch_ * kv_heads_; ++lane) {
+      T* first = rows.data() + lane * room_ * cols;
+      std::copy(first + count * block_ * cols, first + open_ * cols, first);
+    }
+  };
+  drop_front(k_, head_dim_);
+  drop_front(v_, value_dim_);
+  open_ -= count * block_;
+  blocks_ += count;
+}
+
+template <class T>
+template <class Encode, class E>
+void LandmarkStore<T>::seal_in_memory(Index count, const Encode& encode, const E& executor) {
   std::vector<std::shared_ptr<T>> pages;
   for (Index n = 0; n < batch_ * count; ++n) {
     const auto bytes = at(page_size()) * sizeof(T);
     pages.emplace_back(static_cast<T*>(::operator new (bytes, std::align_val_t{64})),
                        [](T* page) { ::operator delete (page, std::align_val_t{64}); });
   }
-  for (auto& list : landmarks_) list.resize(at((blocks_ + count) * d));
-  executor.for_each(lanes * count, [&](Index task, Index) {
+  executor.for_each(batch_ * kv_heads_ * count, [&](Index task, Index) {
     const Index n = task % count, lane = task / count;
-    const T* raw = k_.data() + (lane * room_ + n * block_) * d;
-    T* keys = pages[at(lane / kv_heads_ * count + n)].get() + lane % kv_heads_ * head_size();
-    std::copy_n(raw, block_ * d, keys);
-    std::copy_n(v_.data() + (lane * room_ + n * block_) * dv, (block_ - 1) * dv, keys + block_ * d);
-    position.encode(MatrixView<T>{keys, block_, d, d}, 0, Role::key);
-    T* landmark = landmarks_[at(lane)].data() + (blocks_ + n) * d;
-    std::copy_n(raw + (block_ - 1) * d, d, landmark);
-    const Index place = as_in_text ? (dropped_ + blocks_ + n) * block_ : 0;
-    position.encode(MatrixView<T>{landmark, 1, d, d}, place + block_ - 1, Role::key);
+    encode(lane, n, pages[at(lane / kv_heads_ * count + n)].get() + lane % kv_heads_ * head_size());
   });
   for (Index n = 0; n < batch_ * count; ++n) pages_[at(n / count)].push_back(std::move(pages[at(n)]));
-  const auto drop_front = [&](std::vector<T>& rows, Index cols) {
-    for (Index lane = 0; lane < lanes; ++lane) {
-      T* first = rows.data() + lane * room_ * cols;
-      std::copy(first + count * block_ * cols, first + open_ * cols, first);
+}
+
+/// A block in the file: its pages, one for each batch row, and its landmarks.
+template <class T>
+template <class Encode, class E>
+void LandmarkStore<T>::seal_in_file(Index count, const Encode& encode, const E& executor) {
+  BlockFile& file = *writer_.file;
+  const Index first = file.blocks();
+  file.reserve(count);
+  written_.resize(at(file_bytes()));
+  for (Index n = 0; n < count; ++n) {
+    executor.for_each(batch_ * kv_heads_, [&](Index lane, Index) {
+      std::byte* page = written_.data() + lane / kv_heads_ * file_page_bytes();
+      encode(lane, n, reinterpret_cast<T*>(page) + lane % kv_heads_ * head_size());
+      const T* landmark = landmarks_[at(lane)].data() + (blocks_ + n) * head_dim_;
+      const auto bytes = at(head_dim_) * sizeof(T);
+      std::memcpy(written_.data() + at(batch_ * file_page_bytes()) + at(lane) * bytes, landmark, bytes);
+    });
+    file.write(n, written_.data());
+  }
+  file.count(count, dropped_);
+  for (Index n = first; n < first + count; ++n) add_pages_of_file(n);
+}
+
+template <class T>
+void LandmarkStore<T>::add_pages_of_file(Index number) {
+  const std::shared_ptr<BlockFile> file = writer_.file;
+  const std::shared_ptr<const std::byte> block(file->block(number),
+                                               [file, number](const std::byte*) { file->give_back(number); });
+  for (Index b = 0; b < batch_; ++b)
+    pages_[at(b)].push_back(Page(block, reinterpret_cast<const T*>(block.get() + b * file_page_bytes())));
+  ++in_file_;
+}
+
+template <class T>
+void LandmarkStore<T>::open(const std::string& path, const BlockFileKind& kind, Index resident) {
+  writer_.file = std::make_shared<BlockFile>(path, kind, [&](Index, const std::byte* block) {
+    const auto* landmark = block + batch_ * file_page_bytes();
+    for (auto& list : landmarks_) {
+      list.resize(list.size() + at(head_dim_));
+      const auto bytes = at(head_dim_) * sizeof(T);
+      if (bytes > 0) std::memcpy(list.data() + list.size() - at(head_dim_), landmark, bytes);
+      landmark += bytes;
     }
-  };
-  drop_front(k_, d);
-  drop_front(v_, dv);
-  open_ -= count * block_;
-  blocks_ += count;
+  });
+  of_file_ = writer_.file;
+  resident_ = resident;
+  dropped_ = of_file_->dropped();
+  blocks_ = of_file_->blocks() - dropped_;
+  for (Index n = 0; n < blocks_; ++n) add_pages_of_file(dropped_ + n);
 }
 
 template <class T>
@@ -182,7 +356,7 @@ void LandmarkStore<T>::save(StateWriter& writer) const {
   for (const auto& row : pages_) {
     for (const Page& page : row) writer.array(page.get(), page_size());
   }
-  for (const auto& list : landmarks_) writer.array(list.data(), static_cast<Index>(list.size()));
+  for (const auto& list : landmarks_) writer.array(list.data(), blocks_ * head_dim_);
   for (Index n = 0; n < batch_ * kv_heads_; ++n) {
     writer.array(k_.data() + n * room_ * head_dim_, open_ * head_dim_);
     writer.array(v_.data() + n * room_ * value_dim_, open_ * value_dim_);

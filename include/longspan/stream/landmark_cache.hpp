@@ -18,7 +18,9 @@
 #include "longspan/detail/landmark_scan.hpp"
 #include "longspan/detail/landmark_store.hpp"
 #include "longspan/detail/problem.hpp"
+#include "longspan/detail/simd.hpp"
 #include "longspan/eigen.hpp"
+#include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/key_ranges.hpp"
@@ -45,21 +47,34 @@ LONGSPAN_BEGIN
 /// Landmarks every block-th token is one; `tokens_to_landmark` says how many come before the next.
 /// Positions are written by the cache, q and k come without: stingy_positions, exact_positions or your own.
 /// Index     every_landmark scores all blocks; an index of your own names some, see LandmarkIndex.
-/// Types     tensors of any type of softmax_attention; what is kept, and the arithmetic, T: float or double.
+/// Types     tensors of any type of softmax_attention. T is what keys, values and landmarks are kept in, a
+/// type
+///           of 16 bits too, rounded once more when a block is sealed with its positions; arithmetic is in
+///           double for T = double, which takes queries of double, and else in float.
 /// Law       with a top_k of all sealed blocks, any chunking gives the results of landmark_attention.
 /// Cost      for a token 2 * heads * head_dim flop for each sealed block, its landmarks read once for a KV
 ///           head; attention to top_k blocks, where they lie, and to the open part. Copies share the blocks.
+/// File      with options.file sealed blocks lie there and are attended there; landmarks and the open part
+/// are
+///           in memory, and of the file about `resident` bytes beyond what one query retrieves. A cache that
+///           opens the file of an earlier one has all blocks that it sealed, size() tokens, whenever the
+///           process ended; the open part has to come again. (Not the processor: nothing is flushed to the
+///           disk.) Opening reads the file once, against its checksums, and locks it. The position is not
+///           told by the file. A copy shares the blocks, and keeps what it seals itself in memory.
 /// Error     that of landmark_attention over the same keys.
 /// Bits      do not depend on the executor, nor on how many threads it has.
-/// Throws    Error when shapes or options disagree, before anything changes.
+/// Throws    Error when shapes or options disagree, or the disk has no space for what a call seals, before
+///           anything changes; and where a file is damaged, not one of this cache, or in use.
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), sections 3.2 and 3.2.1.
 template <class T = float, Position P = no_position, PositionMap Map = stingy_positions,
-          LandmarkIndex<T> Finder = every_landmark>
+          LandmarkIndex<Arithmetic<T>> Finder = every_landmark>
 class landmark_cache {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>,
-                "longspan: a landmark_cache keeps float or double");
+  static_assert(Element<T> && !std::is_const_v<T>,
+                "longspan: a landmark_cache keeps float, double, bfloat16 or half");
 
  public:
+  using Real = Arithmetic<T>;
+
   explicit landmark_cache(const StreamShape& shape, const landmark_cache_options& options = {},
                           const P& position = P{}, const Map& map = Map{}, const Finder& finder = Finder{})
       : shape_(detail::checked(shape, options)),
@@ -67,9 +82,10 @@ class landmark_cache {
         position_(position),
         map_(map),
         finder_(finder),
-        store_(shape.batch, shape.kv_heads, shape.head_dim, shape.value_dim, options.block),
+        store_(empty_store()),
         choice_(options.select, shape.batch, shape.heads, shape.kv_heads) {
     position_.check(shape.head_dim);
+    if (!options.file.empty()) open_file();
   }
 
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
@@ -87,9 +103,10 @@ class landmark_cache {
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
   void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) {
     const auto call = detail::checked_problem(name, view(q), view(k), view(v), view(out), rows_view(lse));
-    static_assert(std::is_same_v<detail::LseOf<Q>, T>,
-                  "longspan: a landmark_cache of double takes queries of double, one of float the others");
+    static_assert(std::is_same_v<detail::LseOf<Q>, Real>,
+                  "longspan: a landmark_cache of double takes queries of double, others those of the others");
     detail::check_stream_call(name, call, shape_);
+    store_.reserve(full_blocks(call.q.rows));
     detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
       held_ = {blocks(), dropped(), std::min(options_.top_k, blocks()), options_.top_k, options_.block};
       chunk_ = call.q.rows;
@@ -120,6 +137,7 @@ class landmark_cache {
     };
     wanted(keys, "k", shape_.head_dim);
     wanted(values, "v", shape_.value_dim);
+    store_.reserve(full_blocks(keys.rows));
     store_.append(keys, values);
     detail::with_executor(execution, [&](const auto& executor) { seal(executor); });
   }
@@ -132,7 +150,7 @@ class landmark_cache {
   Index dropped() const noexcept { return store_.dropped(); }
   /// How many tokens come before the next landmark.
   Index tokens_to_landmark() const noexcept { return options_.block - 1 - size() % options_.block; }
-  /// Memory of keys, values and landmarks, those shared with copies included.
+  /// Memory of keys, values and landmarks, those shared with copies included, those in a file not.
   Index bytes() const noexcept { return store_.bytes(); }
   /// The blocks that query i of the last call retrieved, rising, counted from `retrieved_from()` on.
   std::span<const Index> retrieved(Index b, Index h, Index i) const {
@@ -141,9 +159,14 @@ class landmark_cache {
   /// Blocks that had left before the last call.
   Index retrieved_from() const noexcept { return held_.dropped; }
 
+  /// Forgets everything. A file is begun anew; copies go on with what they shared of it.
   void clear() {
+    const bool has_file = store_.has_file();
+    if (has_file) store_.remove_file();
+    store_ = empty_store();
+    held_ = {};
     finder_.clear();
-    *this = landmark_cache(shape_, options_, position_, map_, finder_);
+    if (has_file) open_file();
   }
 
   /// Batch row b becomes what row rows[b] was: the step of a beam search.
@@ -156,6 +179,7 @@ class landmark_cache {
       if (row < 0 || row >= shape_.batch)
         detail::refuse(function, "a row", std::to_string(row), "0 to " + std::to_string(shape_.batch - 1));
     }
+    refuse_with_file(function);
     store_.reorder(rows);
     finder_.clear();
     index_blocks(0);
@@ -164,6 +188,7 @@ class landmark_cache {
   void save(std::ostream& to) const { detail::save_landmark_store(to, shape_, options_, store_); }
   /// Takes the state of a cache of the same shape and options, and changes nothing where that fails.
   void load(std::istream& from) {
+    refuse_with_file("landmark_cache::load");
     store_ = detail::loaded_landmark_store<T>(from, shape_, options_);
     held_ = {};
     finder_.clear();
@@ -175,7 +200,7 @@ class landmark_cache {
   static constexpr bool encodes = !std::is_same_v<P, no_position>;
   static constexpr bool finds = !std::is_same_v<Finder, every_landmark>;
   static constexpr bool places_of_text = requires { Map::are_of_the_text; };
-  static constexpr Index w = detail::lanes<T>;
+  static constexpr Index w = detail::lanes<Real>;
 
   static std::size_t at(Index i) noexcept { return static_cast<std::size_t>(i); }
   Index group() const noexcept { return shape_.kv_heads == 0 ? 1 : shape_.heads / shape_.kv_heads; }
@@ -193,17 +218,29 @@ class landmark_cache {
   /// The queries at i of the heads that share a KV head, [group][padded_head_dim], as scores need them, as if
   /// they stood at `place`.
   template <class Tq>
-  void encode_queries(TensorView<const Tq> q, Index b, Index kv_head, Index i, Index place, T* to) const {
-    const double factor = scale() * double(detail::score_unit<T>);
+  void encode_queries(TensorView<const Tq> q, Index b, Index kv_head, Index i, Index place, Real* to) const {
+    const double factor = scale() * double(detail::score_unit<Real>);
     for (Index g = 0; g < group(); ++g) {
       const Tq* from = q.row(b, kv_head * group() + g, i);
-      T* row = to + g * padded_head_dim();
+      Real* row = to + g * padded_head_dim();
       for (Index c = 0; c < shape_.head_dim; ++c)
-        row[c] = static_cast<T>(factor * static_cast<double>(from[c]));
-      std::fill(row + shape_.head_dim, row + padded_head_dim(), T(0));
+        row[c] = static_cast<Real>(factor * static_cast<double>(from[c]));
+      std::fill(row + shape_.head_dim, row + padded_head_dim(), Real(0));
     }
-    detail::encode_alike(position_, MatrixView<T>{to, group(), shape_.head_dim, padded_head_dim()}, place,
+    detail::encode_alike(position_, MatrixView<Real>{to, group(), shape_.head_dim, padded_head_dim()}, place,
                          Role::query);
+    for (Index g = 0; g < group(); ++g) detail::place_columns<T>(to + g * padded_head_dim(), shape_.head_dim);
+  }
+
+  detail::LandmarkStore<T> empty_store() const {
+    return {shape_.batch, shape_.kv_heads, shape_.head_dim, shape_.value_dim, options_.block};
+  }
+  void open_file() {
+    detail::open_landmark_blocks(shape_, options_, places_of_text, store_);
+    index_blocks(0);
+  }
+  void refuse_with_file(const char* function) const {
+    if (store_.has_file()) detail::refuse(function, "the store of blocks", "a file", "memory");
   }
 
   template <class Call, class E>
@@ -211,18 +248,22 @@ class landmark_cache {
   template <class Call, class E>
   void choose(const Call& call, const E& executor);
   template <class Call>
-  void score_blocks(const Call& call, Index b, Index kv_head, Index i, T* q, T* scores) const;
-  void score_candidates(Index b, Index kv_head, KeyRange blocks, MatrixView<const T> queries,
-                        T* scores) const;
+  void score_blocks(const Call& call, Index b, Index kv_head, Index i, Real* q, Real* scores) const;
+  void score_candidates(Index b, Index kv_head, KeyRange blocks, MatrixView<const Real> queries,
+                        Real* scores) const;
   template <class Call, class E>
   void attend_blocks(const Call& call, const E& executor);
   template <class Call>
   void write(const Call& call) const;
 
-  /// Full blocks but the last local_blocks are sealed.
+  /// Blocks to be sealed with `more` tokens: the full ones but the last local_blocks.
+  Index full_blocks(Index more) const noexcept {
+    return std::max<Index>(0, (store_.open_keys() + more) / options_.block - options_.local_blocks);
+  }
+
   template <class E>
   void seal(const E& executor) {
-    const Index full = store_.open_keys() / options_.block - options_.local_blocks;
+    const Index full = full_blocks(0);
     if (full > 0) {
       store_.seal(full, position_, places_of_text, executor);
       index_blocks(blocks() - full);
@@ -238,8 +279,11 @@ class landmark_cache {
       for (Index lane = 0; lane < shape_.batch * shape_.kv_heads; ++lane) {
         const Index b = lane / shape_.kv_heads, h = lane % shape_.kv_heads;
         const auto keys = store_.landmarks(b, h, 0, blocks());
-        for (Index n = first; n < blocks(); ++n)
-          finder_.add(b, h, dropped() + n, std::span<const T>(keys.row(n), at(keys.cols)));
+        std::vector<Real> key(at(keys.cols));
+        for (Index n = first; n < blocks(); ++n) {
+          detail::copy_rows(keys.row(n), keys.cols, 1, keys.cols, key.data());
+          finder_.add(b, h, dropped() + n, std::span<const Real>(key));
+        }
       }
     }
   }
@@ -252,19 +296,19 @@ class landmark_cache {
   detail::LandmarkStore<T> store_;
 
   // Of the last call.
-  detail::LandmarkChoice<T> choice_;
+  detail::LandmarkChoice<Real> choice_;
   Retrieval held_;
-  Index chunk_ = 0;           ///< its tokens
-  Index first_ = 0;           ///< its first key among those not sealed
-  std::vector<T> out_, lse_;  ///< [batch, heads, chunk, value_dim] and without value_dim
-  std::vector<T> worker_rows_;
+  Index chunk_ = 0;              ///< its tokens
+  Index first_ = 0;              ///< its first key among those not sealed
+  std::vector<Real> out_, lse_;  ///< [batch, heads, chunk, value_dim] and without value_dim
+  std::vector<Real> worker_rows_;
   std::vector<Index> worker_places_;
 };
 
 // ----------------------------------------------------------------------------------------------------------
 // A chunk
 
-template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
+template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& executor,
                                                     Workspace& workspace) {
@@ -272,7 +316,7 @@ void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& e
   out_.resize(at(rows * shape_.value_dim));
   lse_.resize(at(rows));
   using Tq = std::remove_const_t<typename decltype(call.q)::Element>;
-  const detail::Problem<Tq, T, T, T> problem{
+  const detail::Problem<Tq, T, T, Real> problem{
       call.q,
       store_.open_k(),
       store_.open_v(),
@@ -285,7 +329,7 @@ void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& e
   detail::landmark_forward(problem, options, causal{}, unchanged{}, position_, executor, workspace);
 }
 
-template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
+template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::choose(const Call& call, const E& executor) {
   const Index q_room = group() * padded_head_dim();
@@ -306,44 +350,46 @@ void landmark_cache<T, P, Map, Finder>::choose(const Call& call, const E& execut
 
 /// Scores of all landmarks of a KV head for the queries at i of its group. Blocks that stand in one place
 /// share an encoding of the query, and are scored together.
-template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
+template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
 template <class Call>
-void landmark_cache<T, P, Map, Finder>::score_blocks(const Call& call, Index b, Index kv_head, Index i, T* q,
-                                                     T* scores) const {
+void landmark_cache<T, P, Map, Finder>::score_blocks(const Call& call, Index b, Index kv_head, Index i,
+                                                     Real* q, Real* scores) const {
   for (Index begin = 0, end = 0; begin < held_.blocks; begin = end) {
     const Index shift = map_.scored(held_, begin) - stored_place(begin);
     end = begin + 1;
     while (end < held_.blocks && map_.scored(held_, end) - stored_place(end) == shift) ++end;
     if (begin == 0 || encodes) encode_queries(call.q, b, kv_head, i, position_of(i) - shift, q);
-    const MatrixView<const T> queries{q, group(), shape_.head_dim, padded_head_dim()};
+    const MatrixView<const Real> queries{q, group(), shape_.head_dim, padded_head_dim()};
     if (finds && end - begin > held_.top_k) {
       score_candidates(b, kv_head, {begin, end}, queries, scores);
     } else {
-      detail::score_landmarks<T>(store_.landmarks(b, kv_head, begin, end - begin), queries, scores + begin,
-                                 choice_.head_stride());
+      detail::score_landmarks<Real>(store_.landmarks(b, kv_head, begin, end - begin), queries, scores + begin,
+                                    choice_.head_stride());
     }
   }
 }
 
 /// The same for the blocks of a range that the index names; the others cannot be chosen before them.
-template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
+template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
 void landmark_cache<T, P, Map, Finder>::score_candidates(Index b, Index kv_head, KeyRange blocks,
-                                                         MatrixView<const T> queries, T* scores) const {
+                                                         MatrixView<const Real> queries, Real* scores) const {
   for (Index g = 0; g < group(); ++g) {
-    T* of_query = scores + g * choice_.head_stride();
-    std::fill(of_query + blocks.begin, of_query + blocks.end, detail::FloatProducts<T>::hidden);
-    const MatrixView<const T> query{queries.row(g), 1, queries.cols, queries.row_stride};
-    for (const Index number :
-         finder_.candidates(b, kv_head, std::span<const T>(query.data, at(query.cols)))) {
+    Real* of_query = scores + g * choice_.head_stride();
+    std::fill(of_query + blocks.begin, of_query + blocks.end, detail::FloatProducts<Real>::hidden);
+    const MatrixView<const Real> query{queries.row(g), 1, queries.cols, queries.row_stride};
+    std::vector<Real> plain(at(query.cols));
+    for (Index c = 0; c < query.cols; ++c)
+      plain[at(c)] = query.row(0)[detail::place_of<Real, T>(c, query.cols)];
+    for (const Index number : finder_.candidates(b, kv_head, std::span<const Real>(plain))) {
       const Index n = number - held_.dropped;
       if (!blocks.contains(n)) continue;
-      detail::score_landmarks<T>(store_.landmarks(b, kv_head, n, 1), query, of_query + n,
-                                 choice_.head_stride());
+      detail::score_landmarks<Real>(store_.landmarks(b, kv_head, n, 1), query, of_query + n,
+                                    choice_.head_stride());
     }
   }
 }
 
-template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
+template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::attend_blocks(const Call& call, const E& executor) {
   const Index padded_value_dim = detail::round_up(shape_.value_dim, w), q_room = group() * padded_head_dim(),
@@ -351,19 +397,19 @@ void landmark_cache<T, P, Map, Finder>::attend_blocks(const Call& call, const E&
               room = padded_value_dim + scores_room + most_places * q_room;
   worker_rows_.resize(at(executor.workers() * room));
   worker_places_.resize(at(executor.workers() * most_places));
-  executor.for_each(shape_.batch * shape_.kv_heads * chunk_, [&](Index task, Index worker) {
+  const auto attend = [&](Index task, Index worker) {
     const Index i = task % chunk_, kv_head = task / chunk_ % shape_.kv_heads,
                 b = task / chunk_ / shape_.kv_heads;
-    T* o = worker_rows_.data() + worker * room;
-    detail::PlacedRows<T> placed{o + padded_value_dim + scores_room, q_room,
-                                 worker_places_.data() + worker * most_places, most_places};
+    Real* o = worker_rows_.data() + worker * room;
+    detail::PlacedRows<Real> placed{o + padded_value_dim + scores_room, q_room,
+                                    worker_places_.data() + worker * most_places, most_places};
     const auto queries_at = [&](Index place) {
-      return placed.at(place, [&](T* to) { encode_queries(call.q, b, kv_head, i, place, to); });
+      return placed.at(place, [&](Real* to) { encode_queries(call.q, b, kv_head, i, place, to); });
     };
     for (Index g = 0; g < group(); ++g) {
       const Index h = kv_head * group() + g, row = (b * shape_.heads + h) * chunk_ + i;
-      std::fill_n(o, padded_value_dim, T(0));
-      detail::RetrievedRow<T> retrieved{o, o + padded_value_dim};
+      std::fill_n(o, padded_value_dim, Real(0));
+      detail::RetrievedRow<Real> retrieved{o, o + padded_value_dim};
       const std::span<const Index> chosen = choice_.of(b, h, i);
       for (Index rank = 0; rank < held_.top_k; ++rank) {
         const Index n = chosen[at(rank)],
@@ -373,10 +419,17 @@ void landmark_cache<T, P, Map, Finder>::attend_blocks(const Call& call, const E&
       }
       retrieved.merge_into(out_.data() + row * shape_.value_dim, lse_[at(row)], shape_.value_dim);
     }
-  });
+  };
+  const Index tasks = shape_.batch * shape_.kv_heads * chunk_, of_task = group() * held_.top_k,
+              at_once = std::max<Index>(1, store_.heads_at_once() / of_task);
+  for (Index first = 0; first < tasks; first += std::min(at_once, tasks - first)) {
+    const Index count = std::min(at_once, tasks - first);
+    store_.expect_reading(count * of_task);
+    executor.for_each(count, [&](Index task, Index worker) { attend(first + task, worker); });
+  }
 }
 
-template <class T, Position P, PositionMap Map, LandmarkIndex<T> Finder>
+template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
 template <class Call>
 void landmark_cache<T, P, Map, Finder>::write(const Call& call) const {
   using To = typename decltype(call.out)::Element;

@@ -33,6 +33,8 @@ struct landmark_cache_options {
   Index local_blocks = 0;  ///< the last full blocks that are always attended, and sealed later
   Index capacity = 0;      ///< sealed blocks that are kept, the oldest leave first; 0: all
   double scale = default_scale;
+  std::string file{};               ///< keeps the sealed blocks; empty: they are in memory
+  Index resident = Index{1} << 26;  ///< bytes of the file that stay in memory between queries
 };
 
 namespace detail {
@@ -46,6 +48,7 @@ inline const StreamShape& checked(const StreamShape& shape, const landmark_cache
   at_least("top_k", options.top_k, 0);
   at_least("local_blocks", options.local_blocks, 0);
   at_least("capacity", options.capacity, 0);
+  at_least("resident", options.resident, 0);
   return shape;
 }
 

@@ -1,0 +1,155 @@
+// The calls of POSIX that a file of blocks needs; what fails is one sentence.
+#pragma once
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstddef>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+
+#include "longspan/error.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// A file that is open for one owner, others being locked out.
+class MappedFile {
+ public:
+  /// Bytes of the file, to be read only.
+  class Mapping {
+   public:
+    Mapping(int file, Index offset, Index length) {
+      const Index page = static_cast<Index>(::sysconf(_SC_PAGESIZE));
+      skipped_ = offset % page;
+      length_ = static_cast<std::size_t>(length + skipped_);
+      memory_ = ::mmap(nullptr, length_, PROT_READ, MAP_SHARED, file, static_cast<off_t>(offset - skipped_));
+    }
+    Mapping(Mapping&& other) noexcept
+        : memory_(std::exchange(other.memory_, MAP_FAILED)),
+          length_(other.length_),
+          skipped_(other.skipped_) {}
+    Mapping(const Mapping&) = delete;
+    Mapping& operator=(const Mapping&) = delete;
+    Mapping& operator=(Mapping&&) = delete;
+    ~Mapping() {
+      if (is_there()) ::munmap(memory_, length_);
+    }
+
+    bool is_there() const noexcept { return memory_ != MAP_FAILED; }
+    const std::byte* bytes() const noexcept { return static_cast<const std::byte*>(memory_) + skipped_; }
+    void release() const noexcept { ::madvise(memory_, length_, MADV_DONTNEED); }
+
+   private:
+    void* memory_ = MAP_FAILED;
+    std::size_t length_ = 0;
+    Index skipped_ = 0;
+  };
+
+  MappedFile(std::string path, std::string_view function) : path_(std::move(path)), function_(function) {
+    file_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (file_ < 0) fail("one that cannot be opened", "a file that can be read and written");
+    if (::flock(file_, LOCK_EX | LOCK_NB) != 0) {
+      const int error = errno;
+      ::close(std::exchange(file_, -1));
+      if (error == EWOULDBLOCK) refuse(function_, name(), "in use", "a file that no other cache has open");
+      errno = error;
+      fail("one that cannot be locked", "a file of its own");
+    }
+  }
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  ~MappedFile() {
+    if (file_ >= 0) ::close(file_);
+  }
+
+  Index size() const {
+    struct ::stat status {};
+    if (::fstat(file_, &status) != 0 || !S_ISREG(status.st_mode)) damaged("no regular file");
+    return static_cast<Index>(status.st_size);
+  }
+
+  void read(Index from, void* to, Index count) const {
+    auto* bytes = static_cast<char*>(to);
+    while (count > 0) {
+      const auto got = ::pread(file_, bytes, static_cast<std::size_t>(count), static_cast<off_t>(from));
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) fail("one that cannot be read", "a file that can");
+      if (got == 0) damaged("cut short");
+      bytes += got;
+      from += got;
+      count -= got;
+    }
+  }
+
+  void write(Index to, const void* from, Index count) const {
+    const auto* bytes = static_cast<const char*>(from);
+    while (count > 0) {
+      const auto put = ::pwrite(file_, bytes, static_cast<std::size_t>(count), static_cast<off_t>(to));
+      if (put < 0 && errno == EINTR) continue;
+      if (put <= 0) fail("one that takes no more", std::to_string(count) + " bytes more on its disk");
+      bytes += put;
+      to += put;
+      count -= put;
+    }
+  }
+
+  void reserve(Index from, Index count) const {
+#if defined(__APPLE__)
+    constexpr std::array<char, 65536> zeros{};
+    for (Index done = 0; done < count; done += static_cast<Index>(zeros.size()))
+      write(from + done, zeros.data(), std::min(static_cast<Index>(zeros.size()), count - done));
+#else
+    int error = EINTR;
+    while (error == EINTR)
+      error = ::posix_fallocate(file_, static_cast<off_t>(from), static_cast<off_t>(count));
+    if (error == 0) return;
+    errno = error;
+    fail("one that takes no more", std::to_string(count) + " bytes more on its disk");
+#endif
+  }
+
+  void give_back([[maybe_unused]] Index from, [[maybe_unused]] Index count) const noexcept {
+#if defined(FALLOC_FL_PUNCH_HOLE)
+    // Where it fails the space stays taken, which harms no result.
+    [[maybe_unused]] const int failed = ::fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                                    static_cast<off_t>(from), static_cast<off_t>(count));
+#endif
+  }
+
+  Mapping map(Index from, Index count) const {
+    Mapping mapping(file_, from, count);
+    if (!mapping.is_there()) fail("one that cannot be mapped", "address space for it");
+    return mapping;
+  }
+
+  void remove() const { ::unlink(path_.c_str()); }
+
+  [[noreturn]] void damaged(const std::string& how) const {
+    refuse(function_, name(), how, "an empty one, or one that a cache of the same shape has written");
+  }
+
+ private:
+  std::string name() const { return "the file " + path_; }
+  [[noreturn]] void fail(const std::string& what, const std::string& wanted) const {
+    const std::string why = std::error_code(errno, std::generic_category()).message();
+    refuse(function_, name(), what + " (" + why + ")", wanted);
+  }
+
+  std::string path_;
+  std::string_view function_;
+  int file_ = -1;
+};
+
+}  // namespace detail
+LONGSPAN_END

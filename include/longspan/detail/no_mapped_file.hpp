@@ -1,0 +1,37 @@
+// Where the system has no files that can be mapped: to open one is an error.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <string_view>
+
+#include "longspan/error.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+class MappedFile {
+ public:
+  struct Mapping {
+    const std::byte* bytes() const noexcept { return nullptr; }
+    void release() const noexcept {}
+  };
+
+  MappedFile(const std::string& path, std::string_view function) {
+    refuse(function, "the file " + path, "one to be mapped", "none: this system has no mapped files");
+  }
+
+  Index size() const { return 0; }
+  void read(Index, void*, Index) const {}
+  void write(Index, const void*, Index) const {}
+  void reserve(Index, Index) const {}
+  void give_back(Index, Index) const noexcept {}
+  Mapping map(Index, Index) const { return {}; }
+  void remove() const {}
+  [[noreturn]] void damaged(const std::string& how) const { raise(how); }
+};
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,304 @@
+// A landmark cache whose sealed blocks are in a file.
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "examples/temporary_folder.hpp"
+#include "longspan/stream/landmark_cache.hpp"
+#include "support/catch.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/tensor.hpp"
+
+namespace {
+
+using namespace test;
+using namespace longspan;
+
+using Options = landmark_cache_options;
+using Cache = landmark_cache<float, rotary, exact_positions>;
+
+const rotary turned(Pairing::half_split);
+const StreamShape shape{2, 4, 2, 8, 6};
+
+Call<float> drawn_call(Random& random) {
+  return Call<float>(Shape{2, 4, 2, 90, 90, 8, 6}, Values::normal, random);
+}
+
+template <class C>
+void extend(C& cache, Call<float>& call, Index first, Index count) {
+  auto lse = call.lse.view();
+  lse.data += first;
+  lse.rows = count;
+  cache.extend(std::as_const(call.q).view().slice_rows(first, count),
+               std::as_const(call.k).view().slice_rows(first, count),
+               std::as_const(call.v).view().slice_rows(first, count),
+               call.out.view().slice_rows(first, count), lse);
+}
+
+bool same_rows(Call<float>& x, Call<float>& y, Index first, Index count) {
+  for (Index b = 0; b < x.out.batch; ++b) {
+    for (Index h = 0; h < x.out.heads; ++h) {
+      if (!std::equal(x.out.row(b, h, first), x.out.row(b, h, first) + count * x.out.cols,
+                      y.out.row(b, h, first)))
+        return false;
+    }
+  }
+  return true;
+}
+
+std::string contents(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+void write_contents(const std::string& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary | std::ios::trunc).write(bytes.data(), std::streamsize(bytes.size()));
+}
+
+}  // namespace
+
+TEST_CASE("landmark_cache: blocks in a file give the bits of blocks in memory", "[stream][file]") {
+  const TemporaryFolder folder;
+  Random random(1);
+  Call<float> call = drawn_call(random), own = call.unrun();
+  for (const Index capacity : {0, 4}) {
+    for (const Index resident : {Index{0}, Index{1} << 26}) {
+      const std::string path = folder.file("blocks");
+      Options options{.block = 5, .top_k = 3, .local_blocks = 1, .capacity = capacity};
+      Cache cache(shape, options, turned);
+      options.file = path;
+      options.resident = resident;
+      Cache filed(shape, options, turned);
+      for (Index i = 0; i < 90; i += 9) {
+        extend(cache, call, i, 9);
+        extend(filed, own, i, 9);
+      }
+      CHECK(call.same_outputs(own));
+      CHECK(filed.blocks() == cache.blocks());
+      CHECK(filed.bytes() < cache.bytes());
+      std::filesystem::remove(path);
+    }
+  }
+}
+
+TEST_CASE("landmark_cache: a file that is opened again has every sealed block", "[stream][file]") {
+  const TemporaryFolder folder;
+  Random random(2);
+  Call<float> call = drawn_call(random), own = call.unrun();
+  for (const Index capacity : {0, 4}) {
+    const Options options{.block = 5, .top_k = 3, .capacity = capacity, .file = folder.file("blocks")};
+    {
+      Cache cache(shape, options, turned);
+      extend(cache, call, 0, 63);
+      extend(cache, call, 63, 27);
+    }
+    std::filesystem::remove(options.file);
+    { Cache(shape, options, turned); }
+    {
+      Cache cache(shape, options, turned);
+      extend(cache, own, 0, 63);
+    }
+    Cache cache(shape, options, turned);
+    CHECK(cache.size() == 60);
+    CHECK(cache.blocks() == (capacity == 0 ? 12 : 4));
+    CHECK(cache.dropped() == 12 - cache.blocks());
+    // The open part was not sealed: its tokens come again.
+    extend(cache, own, 60, 3);
+    extend(cache, own, 63, 27);
+    CHECK(same_rows(call, own, 63, 27));
+    std::filesystem::remove(options.file);
+  }
+}
+
+TEST_CASE("landmark_cache: a process that ends between two writes loses no sealed block", "[stream][file]") {
+  // What a file looks like between the writes of a seal: space, part of a block, all of it, and the count.
+  const TemporaryFolder folder;
+  Random random(3);
+  Call<float> call = drawn_call(random);
+  const Options options{.block = 5, .top_k = 3, .file = folder.file("blocks")};
+  std::string four, five;
+  {
+    Cache cache(shape, options, turned);
+    extend(cache, call, 0, 20);
+    four = contents(options.file);
+    extend(cache, call, 20, 5);
+    five = contents(options.file);
+  }
+  REQUIRE(five.size() > four.size());
+  const auto blocks_of = [&](const std::string& bytes) {
+    write_contents(options.file, bytes);
+    return Cache(shape, options, turned).blocks();
+  };
+  std::string bytes = four;
+  bytes.resize(five.size());
+  CHECK(blocks_of(bytes) == 4);
+  for (std::size_t written = four.size(); written < five.size(); written += 97) {
+    std::copy(five.begin() + std::ptrdiff_t(four.size()), five.begin() + std::ptrdiff_t(written),
+              bytes.begin() + std::ptrdiff_t(four.size()));
+    REQUIRE(blocks_of(bytes) == 4);
+  }
+  CHECK(blocks_of(five) == 5);
+  CHECK(blocks_of(std::string()) == 0);
+  CHECK(blocks_of(std::string(4096, '\0')) == 0);
+}
+
+TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[stream][file]") {
+  const TemporaryFolder folder;
+  Random random(4);
+  Call<float> call = drawn_call(random);
+  const Options options{.block = 5, .top_k = 3, .file = folder.file("blocks")};
+  {
+    Cache cache(shape, options, turned);
+    extend(cache, call, 0, 20);
+  }
+  const std::string good = contents(options.file);
+  const auto refusal_of = [&](const std::string& bytes) {
+    write_contents(options.file, bytes);
+    std::string text = refusal([&] { Cache(shape, options, turned); });
+    CHECK(contents(options.file) == bytes);
+    return text;
+  };
+  for (std::size_t byte = 0; byte < 4096; byte += byte < 140 ? 1 : 89) {
+    std::string tampered = good;
+    tampered[byte] = static_cast<char>(tampered[byte] ^ 16);
+    const std::string text = refusal_of(tampered);
+    INFO(byte);
+    REQUIRE(text.find("longspan: landmark_cache: the file " + options.file + " is ") == 0);
+  }
+  const std::size_t in_a_block = 4096 + 4096 + 100;
+  std::string tampered = good;
+  tampered[in_a_block] = static_cast<char>(tampered[in_a_block] ^ 1);
+  CHECK(refusal_of(tampered).find("damaged in block 1") != std::string::npos);
+  for (std::size_t length = 1; length < good.size(); length += length < 200 ? 1 : 613)
+    REQUIRE(refusal_of(good.substr(0, length)).find("cut short") != std::string::npos);
+  CHECK(refusal_of(std::string(10000, 'x')).find("another file") != std::string::npos);
+
+  write_contents(options.file, good);
+  CHECK(refusal([&] {
+          Cache(shape, {.block = 6, .file = options.file}, turned);
+        }).find("block is 5 in the file, wanted 6") != std::string::npos);
+  CHECK(refusal([&] {
+          landmark_cache<float, rotary>(shape, options, turned);
+        }).find("as in the text is 1 in the file, wanted 0") != std::string::npos);
+  CHECK(refusal([&] {
+          Cache(shape, {.file = folder.file("no/such/folder")}, turned);
+        }).find("one that cannot be opened") != std::string::npos);
+  const Cache open(shape, options, turned);
+  CHECK(refusal([&] { Cache(shape, options, turned); }).find("in use") != std::string::npos);
+}
+
+TEST_CASE("landmark_cache: a disk that is full is an error that changes nothing", "[stream][file]") {
+  const TemporaryFolder folder;
+  Random random(5);
+  Call<float> call = drawn_call(random), own = call.unrun();
+  const Options options{.block = 5, .top_k = 3, .file = folder.file("blocks")};
+  Cache cache(shape, options, turned);
+  extend(cache, call, 0, 33);
+  const Index blocks = cache.blocks();
+
+  std::signal(SIGXFSZ, SIG_IGN);
+  struct ::rlimit before {};
+  REQUIRE(::getrlimit(RLIMIT_FSIZE, &before) == 0);
+  const auto size = static_cast<rlim_t>(std::filesystem::file_size(options.file));
+  const struct ::rlimit full { size + 100, before.rlim_max };
+  REQUIRE(::setrlimit(RLIMIT_FSIZE, &full) == 0);
+  const auto outputs = call.out.values;
+  const std::string of_extend = refusal([&] { extend(cache, call, 33, 7); });
+  const std::string of_absorb = refusal([&] {
+    cache.absorb(std::as_const(call.k).view().slice_rows(33, 7),
+                 std::as_const(call.v).view().slice_rows(33, 7));
+  });
+  extend(cache, call, 33, 1);  // seals nothing
+  REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
+  for (const std::string& text : {of_extend, of_absorb}) {
+    CAPTURE(text);
+    CHECK(text.find("is one that takes no more (File too large)") != std::string::npos);
+  }
+  CHECK(cache.blocks() == blocks);
+  CHECK(cache.size() == 34);
+  extend(cache, call, 34, 56);
+  landmark_cache<float, rotary, exact_positions> wanted(shape, {.block = 5, .top_k = 3}, turned);
+  extend(wanted, own, 0, 33);
+  extend(wanted, own, 33, 1);
+  extend(wanted, own, 34, 56);
+  CHECK(call.same_outputs(own));
+}
+
+TEST_CASE("landmark_cache: a copy reads the file and keeps its own blocks in memory", "[stream][file]") {
+  const TemporaryFolder folder;
+  Random random(6);
+  Call<float> call = drawn_call(random), own = call.unrun(), other = call.unrun();
+  const Options options{.block = 5, .top_k = 3, .capacity = 6, .file = folder.file("blocks")};
+  Cache cache(shape, options, turned);
+  extend(cache, call, 0, 40);
+  extend(cache, call, 40, 50);
+
+  Cache fresh(shape, {.block = 5, .top_k = 3, .capacity = 6}, turned);
+  cache.clear();
+  CHECK(cache.size() == 0);
+  extend(cache, own, 0, 40);
+  Cache copy = cache;
+  extend(copy, other, 40, 50);
+  CHECK(same_rows(call, other, 40, 50));
+  copy = cache;
+  cache.clear();  // the copy still holds the blocks of the old file
+  extend(cache, own, 0, 90);
+  extend(copy, other, 40, 50);
+  CHECK(same_rows(call, other, 40, 50));
+  Cache moved = std::move(cache);
+  CHECK(moved.blocks() == 6);
+  const std::vector<Index> rows{0, 0};
+  CHECK(refusal([&] { moved.reorder(rows); }).find("reorder: the store of blocks is a file") !=
+        std::string::npos);
+  std::stringstream state;
+  moved.save(state);
+  CHECK(refusal([&] { moved.load(state); }).find("load: the store of blocks is a file") != std::string::npos);
+  fresh.load(state);
+  CHECK(fresh.blocks() == 6);
+  copy.reorder(rows);
+}
+
+TEST_CASE("landmark_cache: pages of the file that stay in memory are bounded", "[stream][file]") {
+  // Where the system tells how much of its mapped files a process holds.
+  const auto mapped_kb = [] {
+    std::ifstream status("/proc/self/status");
+    for (std::string word; status >> word;) {
+      long value = 0;
+      if (word == "RssFile:" && status >> value) return value;
+    }
+    return -1L;
+  };
+  if (mapped_kb() < 0) {
+    SUCCEED("RssFile is not told");
+    return;
+  }
+  const TemporaryFolder folder;
+  Random random(7);
+  constexpr Index tokens = 16384, dim = 128;
+  Call<float> call(Shape{1, 1, 1, 1024, 1024, dim, dim}, Values::normal, random);
+  long grown[2] = {};
+  for (const int bounded : {0, 1}) {
+    const Options options{.block = 64,
+                          .top_k = 8,
+                          .file = folder.file("blocks"),
+                          .resident = Index{1} << (bounded == 1 ? 20 : 30)};
+    landmark_cache<float> cache({1, 1, 1, dim, dim}, options);
+    while (cache.size() < tokens) cache.absorb(std::as_const(call.k).view(), std::as_const(call.v).view());
+    const long before = mapped_kb();
+    extend(cache, call, 0, 60);
+    extend(cache, call, 60, 40);
+    grown[bounded] = mapped_kb() - before;
+    std::filesystem::remove(options.file);
+  }
+  CHECK(grown[0] > 8000);  // of 16 MB
+  CHECK(grown[1] < 4000);
+}
