@@ -42,10 +42,14 @@ class landmark_cache {
       }
     }
     size_ += k.rows;
+    masses_.assign(at(q.batch * q.heads * q.rows), LandmarkMass{});
     for (Index b = 0; b < q.batch; ++b) {
       choose(q, b);
       for (Index h = 0; h < q.heads; ++h) {
-        for (Index i = 0; i < q.rows; ++i) attend(q, b, h, i, out, lse);
+        for (Index i = 0; i < q.rows; ++i) {
+          attend(q, b, h, i, out, lse);
+          weigh(q, b, h, i);
+        }
       }
     }
     const Index full = (size_ - (dropped_ + sealed_) * options_.block) / options_.block;
@@ -55,6 +59,10 @@ class landmark_cache {
     dropped_ += leave;
   }
 
+  /// Of query i of the last call, from options.sample tokens of each block that was dropped.
+  const LandmarkMass& mass(Index b, Index h, Index i) const {
+    return masses_[at((b * shape_.heads + h) * chunk_ + i)];
+  }
   const std::vector<Index>& retrieved(Index b, Index h, Index i) const {
     return chosen_[at((b * shape_.heads + h) * chunk_ + i)];
   }
@@ -171,6 +179,36 @@ class landmark_cache {
     if (lse.data != nullptr) lse(b, h, i) = static_cast<Tl>(log_sum);
   }
 
+  /// The sums of exp(score) over tokens; of a dropped block, those of the sample stand for all.
+  template <class Tq>
+  void weigh(TensorView<const Tq> q, Index b, Index h, Index i) {
+    const Index block = options_.block, local = (dropped_ + sealed_) * block;
+    const Row row = query(q, b, h, i);
+    const Lane& rows = lane(b, h / (shape_.heads / shape_.kv_heads));
+    double attended = 0, dropped = 0;
+    for (Index j = 0; j <= first_ + i; ++j) {
+      if ((j + 1) % block != 0)
+        attended += std::exp(score(row, rows.k[at(local + j)], map_.local(held_) + j));
+    }
+    const std::vector<Index>& chosen = retrieved(b, h, i);
+    const TokenSample sample = TokenSample::of(block - 1, options_.sample);
+    for (Index n = 0; n < held_.blocks; ++n) {
+      const Index first = (dropped_ + n) * block;
+      const auto found = std::find(chosen.begin(), chosen.end(), dropped_ + n);
+      if (found != chosen.end()) {
+        const Index place = map_.attended(held_, n, found - chosen.begin());
+        for (Index t = 0; t < block - 1; ++t)
+          attended += std::exp(score(row, rows.k[at(first + t)], place + t));
+      } else if (sample.count > 0) {
+        double sum = 0;
+        for (Index s = 0, t = sample.first; s < sample.count; ++s, t += sample.stride)
+          sum += std::exp(score(row, rows.k[at(first + t)], map_.scored(held_, n) + t));
+        dropped += sum * double(block - 1) / double(sample.count);
+      }
+    }
+    masses_[at((b * shape_.heads + h) * chunk_ + i)] = {std::log(attended), std::log(dropped)};
+  }
+
   /// The log-sum-exp of log-weights, and the mean under them.
   std::pair<double, Row> mean(const std::vector<std::pair<double, Row>>& parts) const {
     double top = -std::numeric_limits<double>::infinity(), sum = 0;
@@ -191,6 +229,7 @@ class landmark_cache {
   Map map_;
   std::vector<Lane> lanes_;
   std::vector<std::vector<Index>> chosen_;
+  std::vector<LandmarkMass> masses_;
   Retrieval held_;
   Index size_ = 0, sealed_ = 0, dropped_ = 0, first_ = 0, chunk_ = 0;
 };

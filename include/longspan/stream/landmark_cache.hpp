@@ -15,6 +15,7 @@
 #include "longspan/detail/landmark_choice.hpp"
 #include "longspan/detail/landmark_file.hpp"
 #include "longspan/detail/landmark_forward.hpp"
+#include "longspan/detail/landmark_report.hpp"
 #include "longspan/detail/landmark_scan.hpp"
 #include "longspan/detail/landmark_store.hpp"
 #include "longspan/detail/problem.hpp"
@@ -119,6 +120,7 @@ class landmark_cache {
           attend_blocks(call, executor);
         }
         write(call);
+        if (options_.sample > 0) weigh_tokens(call, executor);
       }
       seal(executor);
     });
@@ -155,6 +157,17 @@ class landmark_cache {
   /// The blocks that query i of the last call retrieved, rising, counted from `retrieved_from()` on.
   std::span<const Index> retrieved(Index b, Index h, Index i) const {
     return held_.top_k == 0 ? std::span<const Index>() : choice_.of(b, h, i);
+  }
+  /// With options.sample: the softmax mass of what query i of the last call attended, against that of the
+  /// blocks it did not retrieve, all standing where the cache put them. Of those blocks `sample` tokens each,
+  /// always the same, stand for all: an unbiased estimate of their sum where the order of tokens says
+  /// nothing, exact where the sample is the block, and blind to a single token that it does not hold. With
+  /// it, outputs differ from those of softmax attention to all tokens by the share that was passed over and
+  /// by how landmarks weigh the blocks. Costs sample / block of a scan of all keys for each query.
+  LandmarkMass mass(Index b, Index h, Index i) const {
+    if (options_.sample == 0)
+      detail::refuse("landmark_cache::mass", "the sample of the options", "0", "at least 1");
+    return masses_[at((b * shape_.heads + h) * chunk_ + i)];
   }
   /// Blocks that had left before the last call.
   Index retrieved_from() const noexcept { return held_.dropped; }
@@ -216,8 +229,8 @@ class landmark_cache {
   Index position_of(Index i) const { return map_.local(held_) + first_ + i; }
 
   /// The queries at i of the heads that share a KV head, [group][padded_head_dim], as scores need them, as if
-  /// they stood at `place`.
-  template <class Tq>
+  /// they stood at `place`, for keys of type Tk.
+  template <class Tk = T, class Tq>
   void encode_queries(TensorView<const Tq> q, Index b, Index kv_head, Index i, Index place, Real* to) const {
     const double factor = scale() * double(detail::score_unit<Real>);
     for (Index g = 0; g < group(); ++g) {
@@ -229,7 +242,8 @@ class landmark_cache {
     }
     detail::encode_alike(position_, MatrixView<Real>{to, group(), shape_.head_dim, padded_head_dim()}, place,
                          Role::query);
-    for (Index g = 0; g < group(); ++g) detail::place_columns<T>(to + g * padded_head_dim(), shape_.head_dim);
+    for (Index g = 0; g < group(); ++g)
+      detail::place_columns<Tk>(to + g * padded_head_dim(), shape_.head_dim);
   }
 
   detail::LandmarkStore<T> empty_store() const {
@@ -255,6 +269,8 @@ class landmark_cache {
   void attend_blocks(const Call& call, const E& executor);
   template <class Call>
   void write(const Call& call) const;
+  template <class Call, class E>
+  void weigh_tokens(const Call& call, const E& executor);
 
   /// Blocks to be sealed with `more` tokens: the full ones but the last local_blocks.
   Index full_blocks(Index more) const noexcept {
@@ -302,6 +318,8 @@ class landmark_cache {
   Index first_ = 0;              ///< its first key among those not sealed
   std::vector<Real> out_, lse_;  ///< [batch, heads, chunk, value_dim] and without value_dim
   std::vector<Real> worker_rows_;
+  std::vector<Real> open_keys_;       ///< [batch][kv_heads][open][head_dim], where masses are asked for
+  std::vector<LandmarkMass> masses_;  ///< [batch, heads, chunk]
   std::vector<Index> worker_places_;
 };
 
@@ -439,6 +457,73 @@ void landmark_cache<T, P, Map, Finder>::write(const Call& call) const {
     for (Index c = 0; c < shape_.value_dim; ++c)
       to[c] = static_cast<To>(out_[at(row * shape_.value_dim + c)]);
     if (call.lse.data != nullptr) call.lse(b, h, i) = lse_[at(row)];
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// The report
+
+template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
+template <class Call, class E>
+void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& executor) {
+  const Index d = shape_.head_dim, open = store_.open_keys(), lanes = shape_.batch * shape_.kv_heads;
+  open_keys_.resize(at(lanes * open * d));
+  executor.for_each(lanes, [&](Index lane, Index) {
+    Real* keys = open_keys_.data() + lane * open * d;
+    const auto raw = store_.open_k().matrix(lane / shape_.kv_heads, lane % shape_.kv_heads);
+    detail::copy_rows(raw.data, raw.row_stride, open, d, keys);
+    position_.encode(MatrixView<Real>{keys, open, d, d}, 0, Role::key);
+  });
+
+  const Index q_room = group() * padded_head_dim(), most_places = held_.top_k + 1,
+              room = detail::round_up(options_.block, w) + w + (1 + most_places) * q_room;
+  worker_rows_.resize(std::max(worker_rows_.size(), at(executor.workers() * room)));
+  worker_places_.resize(std::max(worker_places_.size(), at(executor.workers() * most_places)));
+  masses_.resize(at(shape_.batch * shape_.heads * chunk_));
+  const auto weigh = [&](Index task, Index worker) {
+    const Index i = task % chunk_, kv_head = task / chunk_ % shape_.kv_heads,
+                b = task / chunk_ / shape_.kv_heads;
+    Real* open_queries = worker_rows_.data() + worker * room;
+    detail::PlacedRows<Real> placed{open_queries + q_room, q_room,
+                                    worker_places_.data() + worker * most_places, most_places};
+    Real* scores = placed.rows + most_places * q_room;
+    const auto query_at = [&](Index g, Index place) {
+      const Real* rows = placed.at(encodes ? position_of(i) - place : 0, [&](Real* to) {
+        encode_queries(call.q, b, kv_head, i, encodes ? position_of(i) - place : 0, to);
+      });
+      return rows + g * padded_head_dim();
+    };
+    encode_queries<Real>(call.q, b, kv_head, i, encodes ? first_ + i : 0, open_queries);
+    const MatrixView<const Real> open_rows{open_keys_.data() + (b * shape_.kv_heads + kv_head) * open * d,
+                                           open, d, d};
+    for (Index g = 0; g < group(); ++g) {
+      detail::ScoreMass<Real> attended, dropped;
+      for (Index j = 0; j <= first_ + i; j += options_.block) {
+        const Index tokens = std::min(options_.block - 1, first_ + i + 1 - j);
+        detail::add_sample(open_queries + g * padded_head_dim(), padded_head_dim(),
+                           MatrixView<const Real>{open_rows.row(j), open - j, d, d},
+                           TokenSample::of(tokens, tokens), tokens, scores, attended);
+      }
+      const Index h = kv_head * group() + g, tokens = options_.block - 1;
+      const std::span<const Index> chosen = retrieved(b, h, i);
+      const auto sample = TokenSample::of(tokens, options_.sample);
+      for (Index n = 0, rank = 0; n < held_.blocks; ++n) {
+        const bool is_chosen = rank < held_.top_k && chosen[at(rank)] == n;
+        const Real* q = query_at(g, is_chosen ? map_.attended(held_, n, rank) : map_.scored(held_, n));
+        detail::add_sample(q, padded_head_dim(), store_.keys(b, kv_head, n),
+                           is_chosen ? TokenSample::of(tokens, tokens) : sample, tokens, scores,
+                           is_chosen ? attended : dropped);
+        if (is_chosen) ++rank;
+      }
+      masses_[at((b * shape_.heads + h) * chunk_ + i)] = {attended.lse(), dropped.lse()};
+    }
+  };
+  const Index tasks = lanes * chunk_, of_task = std::max<Index>(1, held_.blocks),
+              at_once = std::max<Index>(1, store_.heads_at_once() / of_task);
+  for (Index first = 0; first < tasks; first += std::min(at_once, tasks - first)) {
+    const Index count = std::min(at_once, tasks - first);
+    store_.expect_reading(count * of_task);
+    executor.for_each(count, [&](Index task, Index worker) { weigh(first + task, worker); });
   }
 }
 

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <concepts>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -33,7 +35,8 @@ struct landmark_cache_options {
   Index local_blocks = 0;  ///< the last full blocks that are always attended, and sealed later
   Index capacity = 0;      ///< sealed blocks that are kept, the oldest leave first; 0: all
   double scale = default_scale;
-  std::string file{};               ///< keeps the sealed blocks; empty: they are in memory
+  Index sample = 0;    ///< tokens of each block that `mass` is estimated from; 0: it is not asked for
+  std::string file{};  ///< keeps the sealed blocks; empty: they are in memory
   Index resident = Index{1} << 26;  ///< bytes of the file that stay in memory between queries
 };
 
@@ -49,10 +52,34 @@ inline const StreamShape& checked(const StreamShape& shape, const landmark_cache
   at_least("local_blocks", options.local_blocks, 0);
   at_least("capacity", options.capacity, 0);
   at_least("resident", options.resident, 0);
+  at_least("sample", options.sample, 0);
   return shape;
 }
 
 }  // namespace detail
+
+/// What a query attended and what it passed over, as logarithms of sums of exp(score) over tokens; landmarks
+/// are none.
+struct LandmarkMass {
+  double attended = -std::numeric_limits<double>::infinity();
+  double dropped = -std::numeric_limits<double>::infinity();
+
+  /// Of the softmax over all these tokens, the part that was passed over.
+  double dropped_share() const { return dropped == attended ? 0.5 : 1 / (1 + std::exp(attended - dropped)); }
+};
+
+/// Tokens of a block, evenly spread about its middle: first, first + stride, ...
+struct TokenSample {
+  Index first = 0;
+  Index stride = 1;
+  Index count = 0;
+
+  /// At most `wanted` of `tokens`.
+  static constexpr TokenSample of(Index tokens, Index wanted) noexcept {
+    const Index count = std::min(tokens, wanted), stride = count == 0 ? 1 : tokens / count;
+    return {count == 0 ? 0 : (tokens - 1 - (count - 1) * stride) / 2, stride, count};
+  }
+};
 
 /// What a cache holds when a chunk of queries comes.
 struct Retrieval {

@@ -1,0 +1,51 @@
+// How much of the softmax over all tokens a query of a landmark cache attended.
+#pragma once
+
+#include <algorithm>
+
+#include "longspan/detail/accumulator.hpp"
+#include "longspan/detail/exp2.hpp"
+#include "longspan/detail/row_kernel.hpp"
+#include "longspan/detail/simd.hpp"
+#include "longspan/stream/landmark_retrieval.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// The sum of exp(score) over scores as they come.
+template <class Real>
+struct ScoreMass {
+  Real top = nothing_seen<Real>;
+  Real sum = 0;
+
+  /// Each of the scores stands for `times` equal ones.
+  void add(const Real* scores, Index count, Real times) {
+    constexpr Index w = lanes<Real>;
+    const Real now = std::max(top, *std::max_element(scores, scores + count));
+    alignas(64) Real p[std::size_t(w)];
+    store<Real>(p, weight(broadcast(top - now)));
+    sum *= p[0];
+    for (Index j = 0; j < count; j += w) {
+      const Index used = std::min(w, count - j);
+      store<Real>(p, weight(load_part<Real>(scores + j, used) - broadcast(now)));
+      for (Index i = 0; i < used; ++i) sum += times * p[i];
+    }
+    top = now;
+  }
+  double lse() const { return static_cast<double>(lse_of(top, sum)); }
+};
+
+/// Adds the products of a query with sampled rows of k, which stand for `tokens` rows. `scores` has room for
+/// a packet more than the sample.
+template <class Real, class T>
+void add_sample(const Real* q, Index q_stride, MatrixView<const T> k, const TokenSample& sample, Index tokens,
+                Real* scores, ScoreMass<Real>& to) {
+  if (sample.count == 0) return;
+  score_keys<1>(k.row(sample.first), sample.stride * k.row_stride, sample.count, q, q_stride, k.cols, scores);
+  to.add(scores, sample.count, static_cast<Real>(tokens) / static_cast<Real>(sample.count));
+}
+
+}  // namespace detail
+LONGSPAN_END
