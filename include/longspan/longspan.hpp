@@ -28,6 +28,7 @@
 #include "longspan/stream/blocks.hpp"
 #include "longspan/stream/dilated_cache.hpp"
 #include "longspan/stream/infini_memory.hpp"
+#include "longspan/stream/kv_cache.hpp"
 #include "longspan/stream/landmark_cache.hpp"
 #include "longspan/stream/landmark_retrieval.hpp"
 #include "longspan/stream/stream_shape.hpp"

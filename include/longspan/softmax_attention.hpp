@@ -5,14 +5,20 @@
 
 #include "longspan/detail/forward.hpp"
 #include "longspan/detail/parts.hpp"
+#include "longspan/detail/stored_rows.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
+#include "longspan/stream/stream_shape.hpp"
 #include "longspan/version.hpp"
 
 LONGSPAN_BEGIN
+
+template <StoredElement T, Mask M, Score S, Position P>
+class kv_cache;
+struct kv_cache_options;
 
 /// out[i] = sum_j p_ij v[j],  p_ij = exp(s_ij - lse[i]),  s_ij = score(scale * q[i].k[j]),
 /// lse[i] = log sum_j exp(s_ij), over the keys j that the mask lets query i see.
@@ -87,6 +93,13 @@ struct softmax_attention {
                       bf16_products);
     });
   }
+
+  /// The same, causal, for rows that come in chunks or one by one: see stream/kv_cache.hpp, which has to be
+  /// included. It keeps rows as T.
+  template <StoredElement T = float>
+  kv_cache<T, M, S, P> stream(const StreamShape& shape) const;
+  template <StoredElement T = float>
+  kv_cache<T, M, S, P> stream(const StreamShape& shape, const kv_cache_options& options) const;
 };
 
 template <class... Parts>

@@ -4,11 +4,14 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "longspan/detail/accumulator.hpp"
 #include "longspan/detail/float_products.hpp"
+#include "longspan/detail/key_run.hpp"
 #include "longspan/detail/problem.hpp"
 #include "longspan/detail/query_lanes.hpp"
 #include "longspan/detail/row_kernel.hpp"
@@ -69,15 +72,18 @@ struct RowAccumulator {
   }
 };
 
-template <class Tq, class Tk, class Tv, class To, Mask M>
+template <class Tq, class Tk, class Tv, class To, class Keys, Mask M>
 class Decode {
  public:
   using Call = Problem<Tq, Tk, Tv, To>;
   using Real = typename Call::Real;
+  using Run = KeyRun<Tk, Tv>;
   static constexpr Index w = lanes<Real>;
 
-  Decode(const Call& call, const M& mask)
+  /// Of the call's own k and v only the shapes are read: the rows are in `keys`.
+  Decode(const Call& call, const Keys& keys, const M& mask)
       : call_(call),
+        keys_(keys),
         mask_(mask),
         queries_(call.q_len() * call.group()),
         // One query reads K and V fastest in long stretches of each (256 keys: 88 % of the stream rate, 64:
@@ -108,6 +114,7 @@ class Decode {
   }
 
  private:
+  static constexpr bool is_scaled = std::is_same_v<Tk, std::int8_t>;
   static constexpr Index most_block_keys = 256;
 
   struct Worker {
@@ -160,8 +167,6 @@ class Decode {
   void absorb_stretch(Index kv_head, Index stretch, const Worker& worker,
                       const RowAccumulator<Real>& state) const {
     const QueryLanes queries = queries_of(kv_head);
-    const auto k = call_.k.matrix(queries.batch, kv_head % call_.k.heads);
-    const auto v = call_.v.matrix(queries.batch, kv_head % call_.k.heads);
     state.clear();
     pack_queries(queries, worker.q);
     const Index from = stretch * keys_in_stretch, to = std::min(call_.kv_len(), from + keys_in_stretch);
@@ -171,15 +176,20 @@ class Decode {
     for (const KeyRange& range : ranges) {
       Index first = std::max(done, range.begin / block_keys_ * block_keys_);
       for (; first < range.end; first += block_keys_) {
-        absorb_block(queries, k, v, {first, std::min(first + block_keys_, to)}, worker, state);
+        KeyRange left{first, std::min(first + block_keys_, to)};
+        while (!left.empty()) {
+          const Run run = keys_.run(queries.batch, kv_head % call_.k.heads, left);
+          const Index begin = std::exchange(left.begin, left.begin + run.k.rows);
+          if (run.is_kept) absorb_run(queries, run, {begin, left.begin}, worker, state);
+        }
       }
       done = first;
     }
   }
 
   /// The queries in passes of 8, 4, 2 and 1.
-  void absorb_block(const QueryLanes& queries, MatrixView<const Tk> k, MatrixView<const Tv> v, KeyRange keys,
-                    const Worker& worker, const RowAccumulator<Real>& state) const {
+  void absorb_run(const QueryLanes& queries, const Run& run, KeyRange keys, const Worker& worker,
+                  const RowAccumulator<Real>& state) const {
     const Seen seen = classify(mask_, queries.tile(0, queries_, keys));
     if (seen == Seen::none) return;
     for (Index first = 0; first < queries_;) {
@@ -187,7 +197,7 @@ class Decode {
           std::min<Index>(w, static_cast<Index>(std::bit_floor(std::size_t(queries_ - first))));
       with_queries(pass, [&]<int count>() {
         if constexpr (count <= lanes<Real>)
-          absorb_pass<count>(queries, first, k, v, keys, seen, worker, state);
+          absorb_pass<count>(queries, first, run, keys, seen, worker, state);
       });
       first += pass;
     }
@@ -202,19 +212,21 @@ class Decode {
   }
 
   template <int count>
-  void absorb_pass(const QueryLanes& queries, Index first, MatrixView<const Tk> k, MatrixView<const Tv> v,
-                   KeyRange range, Seen seen, const Worker& worker, const RowAccumulator<Real>& state) const {
-    const Index keys = range.end - range.begin;
-    score_keys<count>(k.row(range.begin), k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
+  void absorb_pass(const QueryLanes& queries, Index first, const Run& run, KeyRange range, Seen seen,
+                   const Worker& worker, const RowAccumulator<Real>& state) const {
+    const Index keys = run.k.rows;
+    score_keys<count>(run.k.data, run.k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
                       call_.head_dim(), worker.scores);
+    if constexpr (is_scaled) scale_rows<count>(worker.scores, run.k_scale, keys);
     const Index scores = round_up(keys * count, w);
     std::fill(worker.scores + keys * count, worker.scores + scores, FloatProducts<Real>::hidden);
     if (seen == Seen::some) hide<count>(queries, first, range, worker);
 
     alignas(64) Real shrink[std::size_t(w)];
     weigh<count>(worker.scores, scores, state.top + first, state.sum + first, shrink);
-    const bool plain = seen == Seen::all || all_finite(v, range);
-    if (!plain) return add_seen_values<count>(v, range, worker, first, state, shrink);
+    if constexpr (is_scaled) scale_rows<count>(worker.scores, run.v_scale, keys);
+    const bool plain = seen == Seen::all || all_finite(run);
+    if (!plain) return add_seen_values<count>(run.v, worker, first, state, shrink);
     const Index in_pairs = columns_in_pairs<Tv>(call_.value_dim());
     for (Index column = 0; column < state.stride;) {
       const Index left = (column < in_pairs ? in_pairs : state.stride) - column;
@@ -224,7 +236,7 @@ class Decode {
         if constexpr (wide <= most_value_packets) {
           constexpr int together = std::min(count, std::max(1, value_accumulators / wide));
           for (int g = 0; g < count; g += together) {
-            add_values<together, wide>(v.row(range.begin) + column, v.row_stride,
+            add_values<together, wide>(run.v.data + column, run.v.row_stride,
                                        std::min(w, call_.value_dim() - column - (wide - 1) * w), keys,
                                        worker.scores + g, count,
                                        state.o + (first + g) * state.stride + column, state.stride,
@@ -281,8 +293,20 @@ class Decode {
   /// NaN, where either is, stays.
   static Real larger(Real a, Real b) { return a < b || b != b ? b : a; }
 
-  bool all_finite(MatrixView<const Tv> v, KeyRange keys) const {
-    for (Index j = keys.begin; j < keys.end; ++j) {
+  /// scores[j * count + g] *= scale[j]: the scale of a row is taken out of its sums.
+  template <int count>
+  static void scale_rows(Real* scores, const float* scale, Index keys) {
+    for (Index j = 0; j < keys; ++j) {
+      for (int g = 0; g < count; ++g) scores[j * count + g] *= static_cast<Real>(scale[j]);
+    }
+  }
+
+  bool all_finite(const Run& run) const {
+    if constexpr (is_scaled) {
+      return std::all_of(run.v_scale, run.v_scale + run.v.rows, [](float x) { return std::isfinite(x); });
+    }
+    const MatrixView<const Tv> v = run.v;
+    for (Index j = 0; j < v.rows; ++j) {
       const Tv* row = v.row(j);
       Real zero = 0;
       for (Index c = 0; c < v.cols; ++c) zero += static_cast<Real>(row[c]) * Real(0);
@@ -293,14 +317,14 @@ class Decode {
 
   /// A weight of 0 does not hide a value that is NaN or infinite: here hidden pairs are left out one by one.
   template <int count>
-  void add_seen_values(MatrixView<const Tv> v, KeyRange keys, const Worker& worker, Index first,
+  void add_seen_values(MatrixView<const Tv> v, const Worker& worker, Index first,
                        const RowAccumulator<Real>& state, const Real* shrink) const {
     for (int g = 0; g < count; ++g) {
       Real* o = state.o + (first + g) * state.stride;
       for (Index c = 0; c < state.stride; c += w) {
         Packet<Real> sum = broadcast(Real(0));
-        for (Index j = keys.begin; j < keys.end; ++j) {
-          const Index at = (j - keys.begin) * count + g;
+        for (Index j = 0; j < v.rows; ++j) {
+          const Index at = j * count + g;
           if (!worker.seen[at]) continue;
           alignas(64) Real row[std::size_t(w)] = {};
           for (Index i = 0; i < std::min(w, call_.value_dim() - c); ++i)
@@ -341,6 +365,7 @@ class Decode {
   }
 
   const Call& call_;
+  const Keys& keys_;
   const M& mask_;
   Index queries_;
   Index block_keys_;

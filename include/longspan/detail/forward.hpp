@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "longspan/detail/decode.hpp"
 #include "longspan/detail/key_block.hpp"
+#include "longspan/detail/key_run.hpp"
 #include "longspan/detail/problem.hpp"
 #include "longspan/detail/scratch.hpp"
 #include "longspan/detail/tile.hpp"
@@ -26,7 +28,7 @@ inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
 /// 16-bit blocks (6-10 % of a call with one tile, 1-2 % with four) and the misses of widely strided rows.
 inline constexpr Index tiles_in_task = 4;
 
-template <class Products, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P>
+template <class Products, class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S, Position P>
 class Forward {
  public:
   using Call = Problem<Tq, Tk, Tv, To>;
@@ -34,8 +36,9 @@ class Forward {
   using Queries = QueryTile<Products, M, S>;
   using Blocks = KeyBlocks<Products, Tk, Tv, P>;
 
-  Forward(const Call& call, const M& mask, const S& score, const P& position, Index workers)
-      : call_(call), mask_(mask), score_(score), position_(position) {
+  /// Of the call's own k and v only the shapes are read: the rows are in `keys`.
+  Forward(const Call& call, const Keys& keys, const M& mask, const S& score, const P& position, Index workers)
+      : call_(call), keys_(keys), mask_(mask), score_(score), position_(position) {
     // A score may depend on the head, and its packet form takes one head for all lanes.
     shared_heads_ = Queries::changes_score ? 1 : call.group();
     rows_ = call.q_len() * shared_heads_;
@@ -157,22 +160,26 @@ class Forward {
     for (Index t = 0; t < tiles; ++t) ranges = united(ranges, worker.tiles[t].ranges());
     ranges = intersection(ranges, KeyRanges(keys));
     const Index kv_head = lanes_of_tile.first_head / call_.group();
-    const auto k = call_.k.matrix(lanes_of_tile.batch, kv_head);
-    const auto v = call_.v.matrix(lanes_of_tile.batch, kv_head);
     constexpr Index keys_in_block = Products::keys_in_block;
     Index done = 0;  // a block that two ranges touch is visited once
     for (const KeyRange& range : ranges) {
       Index first = std::max(done, range.begin / keys_in_block * keys_in_block);
       for (; first < range.end; first += keys_in_block) {
-        const Index begin = std::max(first, keys.begin), end = std::min(first + keys_in_block, keys.end);
-        const KeyBlock<Products> block = worker.blocks.block(k, v, position_, begin, end - begin);
-        for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb(block, worker.scratch);
+        KeyRange left{std::max(first, keys.begin), std::min(first + keys_in_block, keys.end)};
+        while (!left.empty()) {
+          const KeyRun<Tk, Tv> run = keys_.run(lanes_of_tile.batch, kv_head, left);
+          const Index begin = std::exchange(left.begin, left.begin + run.k.rows);
+          if (!run.is_kept) continue;
+          const KeyBlock<Products> block = worker.blocks.block(run, position_, begin);
+          for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb(block, worker.scratch);
+        }
       }
       done = first;
     }
   }
 
   const Call& call_;
+  const Keys& keys_;
   const M& mask_;
   const S& score_;
   const P& position_;
@@ -200,29 +207,38 @@ void run_where_it_pays(double flop, double least_parallel, const E& executor, co
   }
 }
 
-template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
-void forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score, const P& position,
-             const E& executor, Workspace& workspace, [[maybe_unused]] bool bf16_products) {
+/// The call over keys that lie elsewhere than in its k and v.
+template <class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S, Position P, class E>
+void forward_over(const Problem<Tq, Tk, Tv, To>& call, const Keys& keys, const M& mask, const S& score,
+                  const P& position, const E& executor, Workspace& workspace,
+                  [[maybe_unused]] bool bf16_products) {
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
   constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
   if constexpr (plain) {
     if (call.q_len() * call.group() <= most_decode_queries) {
       return run_where_it_pays(call.flop(), least_parallel_decode_flop, executor,
-                               [&](const auto& where) { Decode(call, mask).run(where, workspace); });
+                               [&](const auto& where) { Decode(call, keys, mask).run(where, workspace); });
     }
   }
   run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
 #if defined(LONGSPAN_HAS_BF16_PRODUCTS)
     if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
       if (bf16_products && static_cast<float>(call.scale) > 1e-30f && call.head_dim() % 2 == 0) {
-        using Pass = Forward<Bf16Products, Tq, Tk, Tv, To, M, S, P>;
-        return Pass(call, mask, score, position, where.workers()).run(where, workspace);
+        using Pass = Forward<Bf16Products, Tq, Tk, Tv, To, Keys, M, S, P>;
+        return Pass(call, keys, mask, score, position, where.workers()).run(where, workspace);
       }
     }
 #endif
-    using Pass = Forward<FloatProducts<Arithmetic<Tq>>, Tq, Tk, Tv, To, M, S, P>;
-    Pass(call, mask, score, position, where.workers()).run(where, workspace);
+    using Pass = Forward<FloatProducts<Arithmetic<Tq>>, Tq, Tk, Tv, To, Keys, M, S, P>;
+    Pass(call, keys, mask, score, position, where.workers()).run(where, workspace);
   });
+}
+
+template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
+void forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score, const P& position,
+             const E& executor, Workspace& workspace, bool bf16_products) {
+  forward_over(call, TensorKeys<Tk, Tv>{call.k, call.v}, mask, score, position, executor, workspace,
+               bf16_products);
 }
 
 }  // namespace detail

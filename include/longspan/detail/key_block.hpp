@@ -2,10 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <type_traits>
 
 #include "longspan/detail/bf16_products.hpp"
 #include "longspan/detail/float_products.hpp"
+#include "longspan/detail/key_run.hpp"
 #include "longspan/detail/microkernel.hpp"
 #include "longspan/detail/scratch.hpp"
 #include "longspan/detail/simd.hpp"
@@ -38,6 +40,21 @@ void convert_rows(const T* from, Index from_stride, Index rows, Index cols, Real
   }
 }
 
+/// The same for rows of int8, each times its scale.
+template <class Real>
+void convert_rows(const std::int8_t* from, Index from_stride, const float* scale, Index rows, Index cols,
+                  Real* to, Index to_cols) {
+  constexpr Index w = lanes<Real>;
+  for (Index i = 0; i < rows; ++i, from += from_stride, to += to_cols) {
+    const Real of_row = static_cast<Real>(scale[i]);
+    Index c = 0;
+    for (; c + w <= cols; c += w) store(to + c, load_as<Real>(from + c) * broadcast(of_row));
+    std::transform(from + c, from + cols, to + c,
+                   [&](std::int8_t x) { return static_cast<Real>(x) * of_row; });
+    std::fill_n(to + cols, to_cols - cols, Real(0));
+  }
+}
+
 /// Gives blocks of one KV head: straight from the tensors where their type and layout allow it, through
 /// scratch where rows must be converted, position-encoded or padded. A copy of float blocks that need none of
 /// that would cost 5-16 %.
@@ -46,6 +63,7 @@ class KeyBlocks {
  public:
   using Real = typename Products::Real;
 
+  static constexpr bool is_scaled = std::is_same_v<Tk, std::int8_t>;
   static constexpr bool copies_k = !std::is_same_v<Tk, Real> || !std::is_same_v<P, no_position>;
   static bool copies_v(Index value_dim) { return !std::is_same_v<Tv, Real> || value_dim % tile_rows != 0; }
 
@@ -60,22 +78,39 @@ class KeyBlocks {
   /// The keys [first_key, first_key + keys), at most one block of them.
   KeyBlock<Products> block(MatrixView<const Tk> k, MatrixView<const Tv> v, const P& position, Index first_key,
                            Index keys) const {
-    KeyBlock<Products> block{nullptr, nullptr, k.row_stride, v.row_stride, first_key, keys};
+    return block({{k.row(first_key), keys, k.cols, k.row_stride},
+                  {v.row(first_key), keys, v.cols, v.row_stride},
+                  true},
+                 position, first_key);
+  }
+
+  /// The keys of a run that begins with key `first_key`.
+  KeyBlock<Products> block(const KeyRun<Tk, Tv>& run, const P& position, Index first_key) const {
+    const MatrixView<const Tk> k = run.k;
+    const MatrixView<const Tv> v = run.v;
+    KeyBlock<Products> block{nullptr, nullptr, k.row_stride, v.row_stride, first_key, k.rows};
     if constexpr (copies_k) {
-      convert_rows(k.row(first_key), k.row_stride, keys, k.cols, k_, k.cols);
-      position.encode(MatrixView<Real>{k_, keys, k.cols, k.cols}, first_key, Role::key);
+      if constexpr (is_scaled) {
+        convert_rows(k.data, k.row_stride, run.k_scale, k.rows, k.cols, k_, k.cols);
+      } else {
+        convert_rows(k.data, k.row_stride, k.rows, k.cols, k_, k.cols);
+      }
+      position.encode(MatrixView<Real>{k_, k.rows, k.cols, k.cols}, first_key, Role::key);
       block.k = k_;
       block.k_stride = k.cols;
     } else {
-      block.k = k.row(first_key);
+      block.k = k.data;
     }
-    if (v_ != nullptr) {
-      convert_rows(v.row(first_key), v.row_stride, keys, v.cols, v_, padded_value_dim_);
-      block.v = v_;
-      block.v_stride = padded_value_dim_;
+    if constexpr (is_scaled) {
+      convert_rows(v.data, v.row_stride, run.v_scale, v.rows, v.cols, v_, padded_value_dim_);
+    } else if (v_ != nullptr) {
+      convert_rows(v.data, v.row_stride, v.rows, v.cols, v_, padded_value_dim_);
     } else if constexpr (std::is_same_v<Tv, Real>) {
-      block.v = v.row(first_key);
+      block.v = v.data;
+      return block;
     }
+    block.v = v_;
+    block.v_stride = padded_value_dim_;
     return block;
   }
 
@@ -98,9 +133,16 @@ class KeyBlocks<Bf16Products, Eigen::bfloat16, Eigen::bfloat16, no_position> {
   }
 
   KeyBlock<Bf16Products> block(MatrixView<const Eigen::bfloat16> k, MatrixView<const Eigen::bfloat16> v,
-                               const no_position&, Index first_key, Index keys) const {
-    Bf16Products::pair_values(v.row(first_key), v.row_stride, keys, v.cols, v_, padded_value_dim_);
-    return {k.row(first_key), v_, k.row_stride, padded_value_dim_, first_key, keys};
+                               const no_position& position, Index first_key, Index keys) const {
+    return block({{k.row(first_key), keys, k.cols, k.row_stride},
+                  {v.row(first_key), keys, v.cols, v.row_stride},
+                  true},
+                 position, first_key);
+  }
+  KeyBlock<Bf16Products> block(const KeyRun<Eigen::bfloat16, Eigen::bfloat16>& run, const no_position&,
+                               Index first_key) const {
+    Bf16Products::pair_values(run.v.data, run.v.row_stride, run.v.rows, run.v.cols, v_, padded_value_dim_);
+    return {run.k.data, v_, run.k.row_stride, padded_value_dim_, first_key, run.k.rows};
   }
 
  private:

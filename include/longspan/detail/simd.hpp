@@ -237,6 +237,23 @@ Packet<float> load_half(const Eigen::half* from);
 void store_half(Eigen::half* to, Packet<float> x);
 #endif
 
+// Eigen has no packet of as few 8-bit integers as a packet of float has lanes.
+#if defined(EIGEN_VECTORIZE_AVX2)
+inline constexpr bool converts_int8 = true;
+
+LONGSPAN_INLINE Packet<float> load_int8(const std::int8_t* from) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};
+#else
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return {Packet<float>::Raw(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)))};
+#endif
+}
+#else
+inline constexpr bool converts_int8 = false;
+Packet<float> load_int8(const std::int8_t* from);
+#endif
+
 /// Does Eigen have packets of both types, as long as each other, and a cast between them?
 template <class From, class To>
 inline constexpr bool casts_packets = !std::is_same_v<From, double> && !std::is_same_v<To, double> &&
@@ -252,6 +269,8 @@ LONGSPAN_INLINE Packet<Real> load_as(const T* from) {
     return load(from);
   } else if constexpr (converts_half && std::is_same_v<T, Eigen::half> && std::is_same_v<Real, float>) {
     return load_half(from);
+  } else if constexpr (converts_int8 && std::is_same_v<T, std::int8_t> && std::is_same_v<Real, float>) {
+    return load_int8(from);
   } else if constexpr (casts_packets<T, Real>) {
     using Stored = typename Eigen::internal::packet_traits<T>::type;
     return {

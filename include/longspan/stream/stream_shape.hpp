@@ -49,6 +49,19 @@ void check_stream_call(std::string_view function, const Call& call, const Stream
            std::to_string(call.q.rows) + " as q has");
 }
 
+/// Rows [first, first + count) of a call, lse as well.
+template <class Call>
+Call part_of(const Call& call, Index first, Index count) {
+  Call part = call;
+  part.q = call.q.slice_rows(first, count);
+  part.k = call.k.slice_rows(first, count);
+  part.v = call.v.slice_rows(first, count);
+  part.out = call.out.slice_rows(first, count);
+  part.lse.rows = count;
+  if (call.lse.data != nullptr) part.lse.data = call.lse.data + first * call.lse.row_stride;
+  return part;
+}
+
 }  // namespace detail
 
 LONGSPAN_END

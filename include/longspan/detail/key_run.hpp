@@ -1,0 +1,47 @@
+// Where the kernels find keys and values: in runs of rows that lie together.
+#pragma once
+
+#include <cstdint>
+
+#include "longspan/key_ranges.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// Consecutive keys of one KV head and their values.
+template <class Tk, class Tv>
+struct KeyRun {
+  MatrixView<const Tk> k;
+  MatrixView<const Tv> v;
+  bool is_kept = true;  ///< false: k and v have sizes and no memory, and no query sees these keys
+};
+
+/// Rows of int8: row j stands for k_scale[j] k[j] and v_scale[j] v[j].
+template <>
+struct KeyRun<std::int8_t, std::int8_t> {
+  MatrixView<const std::int8_t> k;
+  MatrixView<const std::int8_t> v;
+  bool is_kept = true;
+  const float* k_scale = nullptr;
+  const float* v_scale = nullptr;
+};
+
+/// All keys of a KV head in one run, as tensors have them.
+template <class Tk, class Tv>
+struct TensorKeys {
+  TensorView<const Tk> k;
+  TensorView<const Tv> v;
+
+  /// The longest run that begins with the first of `keys`, and ends with the last of them at most.
+  KeyRun<Tk, Tv> run(Index batch, Index kv_head, KeyRange keys) const {
+    const Index count = keys.end - keys.begin;
+    return {{k.row(batch, kv_head, keys.begin), count, k.cols, k.row_stride},
+            {v.row(batch, kv_head, keys.begin), count, v.cols, v.row_stride},
+            true};
+  }
+};
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,68 @@
+// Rows of keys and values in the type in which a stream keeps them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "longspan/element.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// What a stream can keep rows as: an element type, or std::int8_t with a scale to each row.
+template <class T>
+concept StoredElement = MutableElement<T> || std::same_as<T, std::int8_t>;
+
+namespace detail {
+
+template <StoredElement T>
+struct StoredArithmetic {
+  using type = Arithmetic<T>;
+};
+template <>
+struct StoredArithmetic<std::int8_t> {
+  using type = float;
+};
+
+/// The type in which rows are computed with on their way to T.
+template <StoredElement T>
+using ArithmeticOf = typename StoredArithmetic<T>::type;
+
+template <class From, class T>
+void store_row(const From* from, Index cols, T* to) {
+  if constexpr (std::is_same_v<From, T>) {
+    std::copy_n(from, cols, to);
+  } else {
+    using Real = ArithmeticOf<T>;
+    for (Index c = 0; c < cols; ++c) to[c] = static_cast<T>(static_cast<Real>(from[c]));
+  }
+}
+
+/// The nearest multiples of the row's scale, which is the largest magnitude / 127: no element is off by more
+/// than half of it. A row that holds NaN or infinity has the scale NaN, and is NaN throughout.
+template <class From>
+void store_row(const From* from, Index cols, std::int8_t* to, float& scale) {
+  float top = 0, zero = 0;
+  for (Index c = 0; c < cols; ++c) {
+    const float x = static_cast<float>(from[c]);
+    top = std::max(top, std::abs(x));
+    zero += x * 0.0f;
+  }
+  scale = zero == 0.0f ? top / 127 : std::numeric_limits<float>::quiet_NaN();
+  if (!(scale > 0.0f)) {
+    std::fill_n(to, cols, std::int8_t{0});
+    return;
+  }
+  for (Index c = 0; c < cols; ++c) {
+    const float steps = std::nearbyint(static_cast<float>(from[c]) / scale);
+    to[c] = static_cast<std::int8_t>(std::clamp(steps, -127.0f, 127.0f));
+  }
+}
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,207 @@
+#include "longspan/stream/kv_cache.hpp"
+
+#include <cmath>
+#include <complex>
+#include <string>
+#include <vector>
+
+#include "longspan/position.hpp"
+#include "longspan/score.hpp"
+#include "support/catch.hpp"
+#include "support/kv_oracle.hpp"
+#include "support/oracle.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/stream_calls.hpp"
+#include "support/tensor.hpp"
+
+namespace {
+
+using namespace test;
+using Eigen::bfloat16;
+using Eigen::half;
+using longspan::causal;
+using longspan::kv_cache_options;
+using longspan::sinks;
+using longspan::softmax_attention;
+using longspan::window;
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("kv_cache: rows of every type under queries of every type", "[law]", float, double,
+                   bfloat16, half) {
+  for_each_case(25, [](Random& random) {
+    const Shape shape = draw_self_shape(random);
+    const softmax_attention attend{window{.left = random.between(0, 200)}};
+    Definition what;
+    what.sees = [&](Index, Index, Index i, Index j) { return j >= i - attend.mask.left; };
+    Call<float, TestType, TestType, float> of_float(shape, Values::normal, random);
+    check_stream<TestType>(of_float, attend, what, random);
+  });
+}
+
+TEST_CASE("kv_cache: positions and scores count from the first token of the stream", "[law]") {
+  for_each_case(40, [](Random& random) {
+    Shape shape = draw_self_shape(random);
+    shape.head_dim = random.pick({2, 8, 34});
+    softmax_attention attend{longspan::rotary(longspan::Pairing::interleaved), longspan::softcap{3}};
+    attend.scale = 0.7;
+    Definition what;
+    what.scale = 0.7;
+    what.encode = [](double* row, Index cols, Index position, bool) {
+      for (Index c = 0; c < cols; c += 2) {
+        const double angle = double(position) * std::pow(10000.0, -double(c) / double(cols));
+        const auto turned = std::complex<double>(row[c], row[c + 1]) * std::polar(1.0, angle);
+        row[c] = turned.real();
+        row[c + 1] = turned.imag();
+      }
+    };
+    what.encode_error = 4;
+    what.score = [](double s, Index, Index, Index, Index) { return 3 * std::tanh(s / 3); };
+    Call<float> call(shape, Values::normal, random);
+    check_stream<float>(call, attend, what, random);
+
+    const std::vector<float> slopes = longspan::alibi_slopes(shape.heads);
+    const softmax_attention sloped{longspan::alibi{slopes}};
+    Definition alibi;
+    alibi.score = [&](double s, Index, Index h, Index i, Index j) {
+      return s - double(slopes[std::size_t(h)]) * double(i - j);
+    };
+    Call<double> again(shape, Values::normal, random);
+    check_stream<double>(again, sloped, alibi, random);
+  });
+}
+
+TEST_CASE("kv_cache: rows of int8 are what their scales make of them", "[law]") {
+  for_each_case(40, [](Random& random) {
+    const Shape shape = draw_self_shape(random);
+    const Index longest = draw_longest(random);
+    const kv_cache_options options = draw_options(random);
+    INFO(shape.text() << " page=" << options.page);
+    Call<float> call(shape, random.pick({Values::normal, Values::peaked, Values::log_normal}), random);
+    auto stream = softmax_attention{}.stream<std::int8_t>(stream_shape(shape), options);
+    extend_in_chunks(stream, call, random, shape.q_len, longest);
+
+    // Each element is off by half a step at most; the result, from what is kept, by the common bound.
+    const auto kept = [](const Tensor<float>& x) {
+      Tensor<double> rows(x.batch, x.heads, x.rows, x.cols);
+      for (Index n = 0; n < x.batch * x.heads * x.rows; ++n) {
+        float top = 0;
+        for (Index c = 0; c < x.cols; ++c) top = std::max(top, std::abs(x.row(0, 0, n)[c]));
+        const float scale = top / 127;
+        for (Index c = 0; c < x.cols; ++c) {
+          const double value = x.row(0, 0, n)[c];
+          rows.row(0, 0, n)[c] = scale == 0 ? 0 : double(scale) * std::nearbyint(x.row(0, 0, n)[c] / scale);
+          REQUIRE(std::abs(rows.row(0, 0, n)[c] - value) <= 0.50001 * double(scale));
+        }
+      }
+      return rows;
+    };
+    const Tensor<double> k = kept(call.k), v = kept(call.v);
+    Definition what;
+    what.sees = [](Index, Index, Index i, Index j) { return j <= i; };
+    check_against(
+        exact_attention<float, double, double>(what, std::as_const(call.q).view(), k.view(), v.view()), call);
+  });
+}
+
+TEST_CASE("kv_cache: what a row of int8 cannot hold is NaN, and hidden is absent", "[masked]") {
+  Random random(1);
+  const Shape shape{1, 2, 1, 40, 40, 8, 8};
+  Call<float> call(shape, Values::normal, random);
+  call.v.row(0, 0, 7)[3] = INFINITY;
+  call.k.row(0, 0, 9)[0] = NAN;
+  std::fill_n(call.v.row(0, 0, 11), 8, 0.0f);
+  Call<float> tokens = call;
+  const softmax_attention attend{causal{} & window{.left = 4}};
+  auto stream = attend.stream<std::int8_t>(stream_shape(shape)), one_by_one = stream;
+  extend(stream, call, 0, 40);
+  for (Index n = 0; n < 40; ++n) extend(one_by_one, tokens, n, 1);
+  for (const auto* each : {&call, &tokens}) {
+    for (Index i = 0; i < 40; ++i) {
+      const bool spoiled = (i >= 7 && i <= 11) || (i >= 9 && i <= 13);
+      for (Index c = 0; c < 8; ++c) REQUIRE(std::isnan(each->out.row(0, 1, i)[c]) == spoiled);
+    }
+  }
+}
+
+TEST_CASE("kv_cache: the bits of the one call", "[bits]") {
+  Random random(2);
+  const Shape shape{2, 8, 2, 2500, 2500, 40, 24};
+  const auto check = [&](auto once, const auto& attend, const kv_cache_options& options) {
+    using C = decltype(once);
+    C chunks = once.unrun(), serial = once.unrun();
+    once.run(attend);
+    using T = typename decltype(once.k.view())::Element;
+    auto stream = attend.template stream<T>(stream_shape(shape), options);
+    // More than 8 queries to a KV head: fewer have a kernel of their own.
+    extend_in_chunks(stream, chunks, random, 2400, 300, 3);
+    extend(stream, chunks, 2400, 100);
+    CHECK(chunks.same_outputs(once));
+    auto of_one_thread = attend.template stream<T>(stream_shape(shape), options);
+    for (Index n = 0; n < 2500; n += 100) extend(of_one_thread, serial, n, 100, 1);
+    CHECK(serial.same_outputs(once));
+  };
+  const Call<float> call(shape, Values::normal, random);
+  const softmax_attention ring{causal{} & (window{.left = 500} | sinks{4})};
+  const softmax_attention turned{causal{}, longspan::rotary(longspan::Pairing::half_split)};
+  for (const Index page : {0, 256, 512}) {
+    check(call, softmax_attention{causal{}}, {.page = page});
+    check(call, ring, {.page = page});
+    check(call, turned, {.page = page});
+    check(Call<bfloat16>(shape, Values::normal, random), ring, {.page = page});
+  }
+}
+
+TEST_CASE("kv_cache: single tokens, the bits of decoding against all tokens so far", "[bits]") {
+  Random random(3);
+  const Shape shape{1, 8, 2, 2300, 2300, 32, 32};
+  Call<float> once(shape, Values::normal, random), tokens = once.unrun(), paged = once.unrun();
+  const softmax_attention attend{causal{}};
+  auto array = attend.stream(stream_shape(shape)), pages = attend.stream(stream_shape(shape), {.page = 256});
+  extend(array, tokens, 0, 2000);
+  extend(pages, paged, 0, 2000);
+  for (Index n = 2000; n < 2300; ++n) {
+    extend(array, tokens, n, 1);
+    extend(pages, paged, n, 1);
+    attend(std::as_const(once.q).view().slice_rows(n, 1), std::as_const(once.k).view().slice_rows(0, n + 1),
+           std::as_const(once.v).view().slice_rows(0, n + 1), once.out.view().slice_rows(n, 1));
+  }
+  CHECK(paged.same_outputs(tokens));
+  for (Index h = 0; h < 8; ++h)
+    CHECK(std::equal(once.out.row(0, h, 2000), once.out.row(0, h, 2299) + 32, tokens.out.row(0, h, 2000)));
+}
+
+TEST_CASE("kv_cache: what it refuses", "[errors]") {
+  const softmax_attention attend{causal{}};
+  const auto says = [](const std::string& text, const auto& call) {
+    INFO(refusal(call));
+    return refusal(call).find(text) != std::string::npos;
+  };
+  CHECK(says("the shape [batch, heads, kv_heads, head_dim] is [1, 3, 2, 4]", [&] {
+    attend.stream({1, 3, 2, 4, 4});
+  }));
+  CHECK(says("kv_cache: the page is -1, wanted at least 0", [&] {
+    attend.stream({1, 2, 2, 4, 4}, {.page = -1});
+  }));
+  softmax_attention placed = attend;
+  placed.first_query = 7;
+  CHECK(says("first_query is 7, wanted unset", [&] { placed.stream({1, 2, 2, 4, 4}); }));
+  auto stream = attend.stream({1, 2, 2, 4, 4}, {.page = 8});
+  Call<float> call(Shape{1, 2, 1, 5, 5, 4, 4}), right(Shape{1, 2, 2, 40, 40, 4, 4});
+  CHECK(says("1 KV heads", [&] { extend(stream, call, 0, 5); }));
+  CHECK(stream.size() == 0);
+  extend(stream, right, 0, 40);
+  CHECK(says("kv_cache::truncate: the number of tokens is 41, wanted 0..40", [&] { stream.truncate(41); }));
+  CHECK(says("kv_cache::truncate: the number of tokens is -1", [&] { stream.truncate(-1); }));
+  CHECK(says("kv_cache::reorder: a row is 1, wanted 0 to 0", [&] { stream.reorder(std::vector<Index>{1}); }));
+  CHECK(says("kv_cache::reorder: the number of rows is 2", [&] {
+    stream.reorder(std::vector<Index>{0, 0});
+  }));
+  auto ring = softmax_attention{window{.left = 10}}.stream({1, 2, 2, 4, 4}, {.page = 8});
+  extend(ring, right, 0, 40);
+  CHECK(says("kv_cache::truncate: the number of tokens is 30, wanted one whose keys are kept",
+             [&] { ring.truncate(30); }));
+  ring.truncate(39);
+  CHECK(ring.size() == 39);
+}
