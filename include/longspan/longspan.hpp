@@ -31,6 +31,7 @@
 #include "longspan/stream/kv_cache.hpp"
 #include "longspan/stream/landmark_cache.hpp"
 #include "longspan/stream/landmark_retrieval.hpp"
+#include "longspan/stream/stream.hpp"
 #include "longspan/stream/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"

@@ -128,6 +128,26 @@ TEST_CASE("kv_cache: a copy costs its open page", "[state]") {
   CHECK(allocations_of([&] { step(stream, 290); }) == 0);
 }
 
+TEST_CASE("kv_cache: absorbed tokens are seen like others", "[state]") {
+  Random random(9);
+  const Shape shape{2, 4, 2, 400, 400, 8, 6};
+  Call<float> call(shape, Values::normal, random), again = call.unrun();
+  for (const Index page : {0, 16}) {
+    auto stream = ring.stream(stream_shape(shape), {.page = page}), other = stream;
+    extend(stream, call, 0, 300);
+    extend(stream, call, 300, 100);
+    other.absorb(std::as_const(call.k).view().slice_rows(0, 300),
+                 std::as_const(call.v).view().slice_rows(0, 300));
+    CHECK(other.size() == 300);
+    extend(other, again, 300, 100);
+    CHECK(same_rows(call, again, 300, 400));
+    CHECK(other.bytes() <= stream.bytes());
+    CHECK(refusal([&] {
+            other.absorb(call.v.view(), call.k.view());
+          }).find("kv_cache::absorb: k is [2, 2, 400, 6], wanted [2, 2, 400, 8]") != std::string::npos);
+  }
+}
+
 TEST_CASE("kv_cache: truncate steps back", "[state]") {
   Random random(5);
   const Shape shape{2, 4, 2, 220, 220, 8, 8};

@@ -105,6 +105,9 @@ class LandmarkStore {
   TensorView<const T> open_k() const { return open_rows(k_, head_dim_); }
   TensorView<const T> open_v() const { return open_rows(v_, value_dim_); }
 
+  /// Forgets keys that are not sealed, but for the first `open`.
+  void truncate(Index open) noexcept { open_ = open; }
+
   template <class Tk, class Tv>
   void append(TensorView<Tk> k, TensorView<Tv> v) {
     if (open_ + k.rows > room_) make_room(std::max(2 * room_, open_ + k.rows));

@@ -91,6 +91,21 @@ class dilated_cache {
 
   void clear() noexcept { size_ = 0; }
 
+  /// Forgets the tokens from number `tokens` on. Refused where rows are gone that were open then.
+  void truncate(Index tokens) {
+    constexpr std::string_view name = "dilated_cache::truncate";
+    if (tokens < 0 || tokens > size_)
+      detail::refuse(name, "the number of tokens", std::to_string(tokens), "0.." + std::to_string(size_));
+    for (const Branch& branch : attend_.branches) {
+      if (tokens % branch.segment != 0 && tokens / branch.segment != size_ / branch.segment) {
+        detail::refuse(name, "the number of tokens", std::to_string(tokens),
+                       "at least " + std::to_string(size_ / branch.segment * branch.segment) +
+                           ": a closed segment is forgotten");
+      }
+    }
+    size_ = tokens;
+  }
+
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
   void extend(const Q& q, const K& k, const V& v, Out&& out) {
     extend(q, k, v, out, detail::no_rows<Real>());

@@ -95,6 +95,17 @@ class infini_memory {
     view_of(b, 1).clear();
     filled_[at(b)] = written_[at(b)] = 0;
   }
+  /// Forgets the tokens of each batch row from number `tokens` on. Refused where some of them are in the
+  /// memory: nothing can be taken out of it.
+  void truncate(Index tokens) {
+    for (Index b = 0; b < shape_.batch; ++b) {
+      if (tokens < written_[at(b)] || tokens > size(b))
+        detail::refuse(
+            "infini_memory::truncate", "the number of tokens", std::to_string(tokens),
+            std::to_string(written_[at(b)]) + ".." + std::to_string(size(b)) + ", those of the open segment");
+    }
+    for (Index b = 0; b < shape_.batch; ++b) filled_[at(b)] = tokens - written_[at(b)];
+  }
 
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
   void extend(const Q& q, const K& k, const V& v, Out&& out) {

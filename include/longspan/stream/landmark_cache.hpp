@@ -144,6 +144,7 @@ class landmark_cache {
     detail::with_executor(execution, [&](const auto& executor) { seal(executor); });
   }
 
+  const StreamShape& shape() const noexcept { return shape_; }
   /// Tokens so far, landmarks included.
   Index size() const noexcept { return (dropped() + blocks()) * options_.block + store_.open_keys(); }
   /// Sealed blocks that can be retrieved.
@@ -180,6 +181,15 @@ class landmark_cache {
     held_ = {};
     finder_.clear();
     if (has_file) open_file();
+  }
+
+  /// Forgets the tokens from number `tokens` on. Refused where some of them are in a sealed block.
+  void truncate(Index tokens) {
+    const Index sealed = size() - store_.open_keys();
+    if (tokens < sealed || tokens > size())
+      detail::refuse("landmark_cache::truncate", "the number of tokens", std::to_string(tokens),
+                     std::to_string(sealed) + ".." + std::to_string(size()) + ", those that are not sealed");
+    store_.truncate(tokens - sealed);
   }
 
   /// Batch row b becomes what row rows[b] was: the step of a beam search.

@@ -1,0 +1,48 @@
+// What all streams have in common: a program that decodes with one decodes with each.
+#pragma once
+
+#include <concepts>
+#include <istream>
+#include <ostream>
+
+#include "longspan/execution.hpp"
+#include "longspan/stream/stream_shape.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// A functor carried from call to call, for queries of T. A copy is a stream of its own.
+///
+///   shape()                     the sizes of all its calls
+///   size(), bytes()             tokens taken in; memory of what is kept of them
+///   extend(q, k, v, out)        takes in any number of tokens, and answers their queries; an execution may
+///                               follow. All streams but infini_memory also take an lse before it
+///   clear()                     forgets everything
+///   truncate(n)                 forgets all tokens but the first n. Throws Error, and changes nothing, where
+///                               what the first n left behind is not there any more
+///   save(to), load(from)        a checked file. A load that throws changes nothing
+template <class S, class T = float>
+concept Stream = std::copyable<S> &&
+    requires(S stream, const S& seen, TensorView<const T> in, TensorView<T> out, openmp& executor,
+             std::ostream& to, std::istream& from) {
+  { seen.shape() } -> std::same_as<const StreamShape&>;
+  { seen.size() } -> std::same_as<Index>;
+  { seen.bytes() } -> std::same_as<Index>;
+  stream.extend(in, in, in, out);
+  stream.extend(in, in, in, out, executor);
+  stream.clear();
+  stream.truncate(Index{});
+  seen.save(to);
+  stream.load(from);
+};
+
+/// A stream whose outputs are partials: they can be merged with others.
+template <class S, class T = float>
+concept PartialStream = Stream<S, T> &&
+    requires(S stream, TensorView<const T> in, TensorView<T> out, RowsView<T> lse, openmp& executor) {
+  stream.extend(in, in, in, out, lse);
+  stream.extend(in, in, in, out, lse, executor);
+};
+
+LONGSPAN_END

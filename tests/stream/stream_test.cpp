@@ -1,0 +1,153 @@
+#include "longspan/stream/stream.hpp"
+
+#include <cmath>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "longspan/stream/dilated_cache.hpp"
+#include "longspan/stream/infini_memory.hpp"
+#include "longspan/stream/kv_cache.hpp"
+#include "longspan/stream/landmark_cache.hpp"
+#include "support/catch.hpp"
+#include "support/random.hpp"
+#include "support/refusal.hpp"
+#include "support/tensor.hpp"
+
+namespace {
+
+using namespace test;
+using longspan::causal;
+using longspan::dilated_attention;
+using longspan::infini_attention;
+using longspan::landmark_cache;
+using longspan::openmp;
+using longspan::PartialStream;
+using longspan::softmax_attention;
+using longspan::Stream;
+using longspan::StreamShape;
+
+const StreamShape shape{2, 6, 2, 16, 12};
+
+softmax_attention<causal> exact() { return softmax_attention{causal{}}; }
+auto ring() { return softmax_attention{causal{} & (longspan::window{.left = 31} | longspan::sinks{4})}; }
+auto longnet() { return dilated_attention{std::vector<longspan::Branch>{{16, 1}, {64, 4}}, causal{}}; }
+auto infini() {
+  infini_attention<> attend;
+  attend.segment = 24;
+  return attend;
+}
+
+static_assert(PartialStream<decltype(exact().stream(shape))>);
+static_assert(PartialStream<decltype(exact().stream<std::int8_t>(shape))>);
+static_assert(PartialStream<decltype(exact().stream<double>(shape)), double>);
+static_assert(PartialStream<decltype(longnet().stream(shape))>);
+static_assert(PartialStream<decltype(longnet().stream<double>(shape)), double>);
+static_assert(PartialStream<landmark_cache<>>);
+static_assert(PartialStream<landmark_cache<double>, double>);
+static_assert(Stream<decltype(infini().stream(shape))>);
+static_assert(Stream<decltype(infini().stream<double>(shape)), double>);
+static_assert(!PartialStream<decltype(infini().stream(shape))>);
+static_assert(!Stream<softmax_attention<causal>> && !Stream<std::vector<float>>);
+
+/// work(name, stream) for every stream: what swapping the attention of a program comes to.
+template <class Work>
+void for_each_stream(const Work& work) {
+  work("kv_cache, one array", exact().stream(shape));
+  work("kv_cache, pages", exact().stream(shape, {.page = 16}));
+  work("kv_cache, ring", ring().stream(shape, {.page = 16}));
+  work("kv_cache, int8", exact().stream<std::int8_t>(shape, {.page = 16}));
+  work("dilated_cache", longnet().stream(shape));
+  work("infini_memory", infini().stream(shape));
+  work("landmark_cache", landmark_cache<>(shape, {.block = 8, .top_k = 3}));
+}
+
+struct Tokens {
+  Tensor<float> q{2, 6, 100, 16}, k{2, 2, 100, 16}, v{2, 2, 100, 12};
+
+  Tokens() {
+    Random random(1);
+    fill(q, k, v, Values::normal, random);
+  }
+};
+
+/// A prompt, then a token at a time: the loop of an inference engine.
+template <class S>
+requires Stream<S> Tensor<float> decode(S& stream, const Tokens& tokens, Index length) {
+  Tensor<float> out(2, 6, 100, 12, NAN);
+  const Index prompt = 40;
+  longspan::Execution execution(openmp{2});
+  while (stream.size() < length) {
+    const Index first = stream.size(), count = first < prompt ? prompt - first : 1;
+    stream.extend(tokens.q.view().slice_rows(first, count), tokens.k.view().slice_rows(first, count),
+                  tokens.v.view().slice_rows(first, count), out.view().slice_rows(first, count), execution);
+  }
+  return out;
+}
+
+bool same_rows(const Tensor<float>& a, const Tensor<float>& b, Index first, Index end) {
+  bool same = true;
+  for (Index n = 0; n < a.batch * a.heads; ++n)
+    same = same && std::equal(a.row(0, n, first), a.row(0, n, end - 1) + a.cols, b.row(0, n, first));
+  return same;
+}
+
+}  // namespace
+
+TEST_CASE("stream: one loop decodes with every stream", "[law]") {
+  const Tokens tokens;
+  for_each_stream([&](const char* name, auto stream) {
+    INFO(name);
+    CHECK(stream.shape() == shape);
+    CHECK(stream.size() == 0);
+    const Tensor<float> out = decode(stream, tokens, 100);
+    CHECK(stream.size() == 100);
+    CHECK(stream.bytes() > 0);
+    for (const float x : out.values) REQUIRE(std::isfinite(x));
+
+    stream.clear();
+    CHECK(stream.size() == 0);
+    CHECK(decode(stream, tokens, 100) == out);
+  });
+}
+
+TEST_CASE("stream: a copy and a file go on where a stream stood", "[state]") {
+  const Tokens tokens;
+  for_each_stream([&](const char* name, auto stream) {
+    INFO(name);
+    auto loaded = stream;
+    decode(stream, tokens, 75);
+    auto copy = stream;
+    std::stringstream file;
+    stream.save(file);
+    loaded.load(file);
+    const Tensor<float> out = decode(stream, tokens, 100);
+    CHECK(same_rows(decode(copy, tokens, 100), out, 75, 100));
+    CHECK(same_rows(decode(loaded, tokens, 100), out, 75, 100));
+  });
+}
+
+TEST_CASE("stream: truncate takes back what nothing else was made of, and refuses the rest", "[state]") {
+  const Tokens tokens;
+  Tokens guess;
+  Random random(2);
+  fill(guess.q, guess.k, guess.v, Values::normal, random);
+  for_each_stream([&](const char* name, auto stream) {
+    INFO(name);
+    // 97 is in an open segment of 16, 64 and 24, and of blocks of 8.
+    decode(stream, tokens, 97);
+    auto straight = stream;
+    decode(stream, guess, 100);
+    stream.truncate(97);
+    CHECK(stream.size() == 97);
+    CHECK(same_rows(decode(stream, tokens, 100), decode(straight, tokens, 100), 97, 100));
+    CHECK(refusal([&] { stream.truncate(101); }).find("::truncate: the number of tokens is 101") !=
+          std::string::npos);
+    const bool keeps_all = stream.bytes() > 0 && std::string(name).find("kv_cache") == 0 &&
+                           std::string(name) != "kv_cache, ring";
+    const std::string sentence = refusal([&] { stream.truncate(45); });
+    INFO(sentence);
+    CHECK(sentence.empty() == keeps_all);
+    CHECK(stream.size() == (keeps_all ? 45 : 100));
+  });
+}
