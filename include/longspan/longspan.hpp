@@ -1,12 +1,14 @@
 // All of Longspan.
 #pragma once
 
+#include "longspan/compose.hpp"
 #include "longspan/dilated_attention.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
+#include "longspan/functor.hpp"
 #include "longspan/infini_attention.hpp"
 #include "longspan/infini_options.hpp"
 #include "longspan/key_ranges.hpp"

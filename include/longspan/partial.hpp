@@ -11,6 +11,7 @@
 #include <limits>
 #include <span>
 #include <string>
+#include <string_view>
 #include <type_traits>
 
 #include "longspan/detail/problem.hpp"
@@ -158,6 +159,18 @@ void merge(std::initializer_list<Partial<const T>> parts, const Partial<T>& into
   merge(std::span<const Partial<const T>>(parts.begin(), parts.size()), into, execution);
 }
 
+namespace detail {
+
+template <class Real, class T>
+void check_gate(std::string_view function, const MatrixView<const Real>& beta, const TensorView<T>& out) {
+  if ((beta.rows != 1 && beta.rows != out.heads) || (beta.cols != 1 && beta.cols != out.cols)) {
+    refuse(function, "beta", "[" + std::to_string(beta.rows) + ", " + std::to_string(beta.cols) + "]",
+           "[1 or " + std::to_string(out.heads) + ", 1 or " + std::to_string(out.cols) + "]");
+  }
+}
+
+}  // namespace detail
+
 /// out = g * a + (1 - g) * b with g = sigmoid(beta): Infini-attention's gate, a the memory, b the local part.
 ///
 /// Shapes    a, b, out [batch, heads, rows, cols]; beta [1], [heads] or [heads, cols], as a view of
@@ -173,7 +186,7 @@ void gate(MatrixView<const Real> beta, const A& a, const B& b, Out&& out, E&& ex
   const auto local = view(b);
   const auto to = view(out);
   using T = typename std::remove_cvref_t<decltype(to)>::Element;
-  static_assert(std::is_same_v<Real, Arithmetic<T>>,
+  static_assert(std::is_same_v<Real, float> || std::is_same_v<Real, Arithmetic<T>>,
                 "longspan: beta holds float, or double where the tensors do");
   for (const auto& [name, x] :
        {std::pair{"a", TensorView<const T>(memory)}, {"b", TensorView<const T>(local)}}) {
@@ -181,20 +194,18 @@ void gate(MatrixView<const Real> beta, const A& a, const B& b, Out&& out, E&& ex
       detail::refuse("gate", name, detail::shape_text(x), detail::shape_text(to));
     }
   }
-  if ((beta.rows != 1 && beta.rows != to.heads) || (beta.cols != 1 && beta.cols != to.cols)) {
-    detail::refuse("gate", "beta", "[" + std::to_string(beta.rows) + ", " + std::to_string(beta.cols) + "]",
-                   "[1 or " + std::to_string(to.heads) + ", 1 or " + std::to_string(to.cols) + "]");
-  }
+  detail::check_gate("gate", beta, to);
+  using Sum = Arithmetic<T>;
   const auto gate_row = [&](Index batch, Index h, Index i) {
     const Real* of_head = beta.row(beta.rows == 1 ? 0 : h);
     const T *x = memory.row(batch, h, i), *y = local.row(batch, h, i);
     T* z = to.row(batch, h, i);
     for (Index c = 0; c < to.cols; ++c) {
-      const Real logit = of_head[beta.cols == 1 ? 0 : c];
+      const auto logit = static_cast<Sum>(of_head[beta.cols == 1 ? 0 : c]);
       // Both from their own exponential: 1 - g would lose every digit of a small one.
-      const Real g = 1 / (1 + std::exp(-logit)), rest = 1 / (1 + std::exp(logit));
-      const Real from_memory = g == Real(0) ? Real(0) : g * static_cast<Real>(x[c]);
-      const Real from_local = rest == Real(0) ? Real(0) : rest * static_cast<Real>(y[c]);
+      const Sum g = 1 / (1 + std::exp(-logit)), rest = 1 / (1 + std::exp(logit));
+      const Sum from_memory = g == Sum(0) ? Sum(0) : g * static_cast<Sum>(x[c]);
+      const Sum from_local = rest == Sum(0) ? Sum(0) : rest * static_cast<Sum>(y[c]);
       z[c] = static_cast<T>(from_memory + from_local);
     }
   };

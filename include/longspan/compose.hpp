@@ -1,0 +1,210 @@
+// Functors made of functors: merged, gated, per_head.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <span>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "longspan/detail/functor_calls.hpp"
+#include "longspan/detail/scratch.hpp"
+#include "longspan/functor.hpp"
+#include "longspan/partial.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// Softmax attention over the keys of all parts together:
+///
+///   lse = log sum_n exp(lse_n),  out = sum_n exp(lse_n - lse) out_n.
+///
+///   merged attend{softmax_attention{causal{} & sinks{4}},
+///                 dilated_attention{{{2048, 1}, {8192, 4}}, causal{} & !sinks{4}}};
+///   attend(q, k, v, out, lse, execution);  // lse and execution may be left out
+///
+/// Shapes    those of the parts
+/// Types     out_n is kept in the type of the arithmetic, whatever out is
+/// Keys      of which several parts see one count it as often; masks keep parts apart
+/// Aliasing  out and lse overlap no input, nor each other
+/// Cost      that of the parts, and one pass over their outputs. Scratch: an output and an lse for each part
+///           but the last
+/// Error     that of each part, and that of `merge`
+/// Exact     two parts give the same bits in either order; a part that sees no key changes nothing
+/// Throws    what the parts do, before anything is written
+template <class... Parts>
+struct merged : detail::FunctorCalls<merged<Parts...>, true> {
+  static_assert(sizeof...(Parts) > 0 && sizeof...(Parts) <= 64);
+  static_assert((PartialFunctor<Parts> && ...), "longspan: a part of merged has to give an lse");
+
+  std::tuple<Parts...> parts{};
+
+  merged() = default;
+  explicit merged(Parts... of) : parts(std::move(of)...) {}
+
+ private:
+  friend detail::FunctorCalls<merged, true>;
+  static constexpr const char* name = "merged";
+
+  template <class Call, class E>
+  void attend(const Call& call, const E& executor, Workspace& workspace) const {
+    using Real = typename Call::Real;
+    constexpr std::size_t count = sizeof...(Parts);
+    std::array<Partial<Real>, count> found;
+    const auto take = [&](detail::Arena& arena) {
+      for (std::size_t n = 0; n < count; ++n) {
+        const bool is_last = n + 1 == count;
+        found[n] = {is_last ? detail::output_or_scratch<Real>(call.out, arena)
+                            : detail::scratch_output<Real>(call.out, arena),
+                    is_last && call.lse.data != nullptr ? call.lse : detail::scratch_lse(call, arena)};
+      }
+    };
+    detail::take_scratch(workspace, take);
+    // The last part alone may write to out: one that refuses the call does so before.
+    detail::ExecutionRef<E> inner{executor, workspace.inner()};
+    std::size_t n = 0;
+    std::apply(
+        [&](const auto&... part) {
+          (..., (part(call.q, call.k, call.v, found[n].out, found[n].lse, inner), ++n));
+        },
+        parts);
+    const std::array<Partial<const Real>, count> from = [&]<std::size_t... i>(std::index_sequence<i...>) {
+      return std::array<Partial<const Real>, count>{found[i]...};
+    }
+    (std::make_index_sequence<count>{});
+    merge(std::span<const Partial<const Real>>(from), found.back(), executor);
+    detail::move_output(found.back().out, call.out, executor);
+  }
+};
+
+template <class... Parts>
+merged(Parts...) -> merged<Parts...>;
+
+/// out = g * a + (1 - g) * b, g = sigmoid(beta): the gate of Infini-attention between any two functors.
+///
+///   gated attend{MatrixView<const float>{beta.data(), heads, 1, 1}, memory, local};
+///   attend(q, k, v, out, execution);  // execution may be left out; there is no lse
+///
+/// Shapes    those of a and b; beta as for `gate`: 1 or heads rows, 1 or value_dim columns. No beta is a 0
+/// Aliasing  out overlaps no input
+/// Cost      that of a and b, and one pass. Scratch: an output, two where out is not in the arithmetic's type
+/// Error     that of `gate`. A side whose gate is 0 has no effect, even if it gives NaN
+/// Throws    what a and b do, and Error for a beta that does not fit, before anything is written
+/// Source    Munkhdalai et al. 2024 (arXiv 2404.07143), eq. 10
+template <class A, class B>
+struct gated : detail::FunctorCalls<gated<A, B>, false> {
+  static_assert(AttentionFunctor<A> && AttentionFunctor<B>);
+
+  MatrixView<const float> beta{};
+  A a{};
+  B b{};
+
+  gated() = default;
+  gated(MatrixView<const float> logits, A first, B second)
+      : beta(logits), a(std::move(first)), b(std::move(second)) {}
+
+ private:
+  friend detail::FunctorCalls<gated, false>;
+  static constexpr const char* name = "gated";
+
+  template <class Call, class E>
+  void attend(const Call& call, const E& executor, Workspace& workspace) const {
+    using Real = typename Call::Real;
+    static constexpr float even = 0;
+    const MatrixView<const float> logits =
+        beta.data == nullptr ? MatrixView<const float>{&even, 1, 1, 1} : beta;
+    detail::check_gate(name, logits, call.out);
+    TensorView<Real> of_a, of_b;
+    detail::take_scratch(workspace, [&](detail::Arena& arena) {
+      of_a = detail::scratch_output<Real>(call.out, arena);
+      of_b = detail::output_or_scratch<Real>(call.out, arena);
+    });
+    detail::ExecutionRef<E> inner{executor, workspace.inner()};
+    a(call.q, call.k, call.v, of_a, inner);
+    b(call.q, call.k, call.v, of_b, inner);
+    gate(logits, of_a, of_b, of_b, executor);
+    detail::move_output(of_b, call.out, executor);
+  }
+};
+
+template <class A, class B>
+gated(MatrixView<const float>, A, B) -> gated<A, B>;
+
+/// A functor for the query heads [begin, end).
+template <class F>
+struct for_heads {
+  Index begin = 0;
+  Index end = 0;
+  F attend{};
+};
+template <class F>
+for_heads(Index, Index, F) -> for_heads<F>;
+
+/// Different functors for different heads, as in models whose layers mix windows with whole context.
+///
+///   per_head attend{for_heads{0, 24, softmax_attention{causal{} & window{.left = 1023}}},
+///                   for_heads{24, 32, softmax_attention{causal{}}}};
+///   attend(q, k, v, out, lse, execution);  // lse, where all of them give one, and execution may be left out
+///
+/// Shapes    the ranges follow one another from head 0 to the last; each holds whole groups of the query
+///           heads that share a KV head. A functor counts heads (a slope, a gate, an offset of each) from the
+///           begin of its range
+/// Aliasing  out and lse overlap no input, nor each other
+/// Cost      that of the functors. No copy, no scratch of its own
+/// Throws    Error when the ranges do not fit, before anything is written. What a functor refuses besides is
+///           thrown when its heads' turn comes
+template <class... F>
+struct per_head : detail::FunctorCalls<per_head<F...>, (PartialFunctor<F> && ...)> {
+  static_assert((AttentionFunctor<F> && ...));
+
+  std::tuple<for_heads<F>...> ranges{};
+
+  per_head() = default;
+  explicit per_head(for_heads<F>... of) : ranges(std::move(of)...) {}
+
+ private:
+  friend detail::FunctorCalls<per_head, (PartialFunctor<F> && ...)>;
+  static constexpr const char* name = "per_head";
+
+  template <class Call, class E>
+  void attend(const Call& call, const E& executor, Workspace& workspace) const {
+    const Index group = call.group();
+    Index reached = 0;
+    const auto check = [&](Index begin, Index end) {
+      if (begin != reached || end < begin || end > call.q.heads || begin % group != 0 || end % group != 0) {
+        detail::refuse(name, "a range of heads",
+                       "[" + std::to_string(begin) + ", " + std::to_string(end) + ")",
+                       "[" + std::to_string(reached) + ", at most " + std::to_string(call.q.heads) +
+                           "), a multiple of the " + std::to_string(group) + " query heads of a KV head");
+      }
+      reached = end;
+    };
+    std::apply([&](const auto&... range) { (..., check(range.begin, range.end)); }, ranges);
+    if (reached != call.q.heads) {
+      detail::refuse(name, "the end of the last range of heads", std::to_string(reached),
+                     "the " + std::to_string(call.q.heads) + " heads of q");
+    }
+    detail::ExecutionRef<E> inner{executor, workspace.inner()};
+    const auto run = [&](const auto& range) {
+      const auto of_q = [&](auto x) { return detail::slice_heads(x, range.begin, range.end - range.begin); };
+      const auto of_k = [&](auto x) {
+        return detail::slice_heads(x, range.begin / group, (range.end - range.begin) / group);
+      };
+      if constexpr ((PartialFunctor<F> && ...)) {
+        if (call.lse.data != nullptr)
+          return range.attend(of_q(call.q), of_k(call.k), of_k(call.v), of_q(call.out), of_q(call.lse),
+                              inner);
+      }
+      range.attend(of_q(call.q), of_k(call.k), of_k(call.v), of_q(call.out), inner);
+    };
+    std::apply([&](const auto&... range) { (..., run(range)); }, ranges);
+  }
+};
+
+template <class... F>
+per_head(for_heads<F>...) -> per_head<F...>;
+
+LONGSPAN_END
