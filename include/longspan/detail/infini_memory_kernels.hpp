@@ -144,7 +144,8 @@ class MemoryRead {
   /// Packing turns squares of 16 rows, which the processor does not foresee.
   template <class T>
   static void prefetch_rows(TensorView<const T> x, Index b, Index h, Index first, Index count) {
-    for (Index i = 0; i < count; ++i) prefetch(x.row(b, h, first + i), x.cols * static_cast<Index>(sizeof(T)));
+    for (Index i = 0; i < count; ++i)
+      prefetch(x.row(b, h, first + i), x.cols * static_cast<Index>(sizeof(T)));
   }
 
   void pack_features(Index b, Index h, Index first, Index count, Index stride, const Scratch& scratch) const {
