@@ -1,4 +1,4 @@
-// One page for people: table and plots, no script, nothing fetched, light and dark.
+// One page for people: table and plots, no script, nothing fetched, light and dark. And the first plot alone.
 #include <algorithm>
 
 #include "compare/results.hpp"
@@ -8,7 +8,7 @@ namespace bench {
 namespace {
 
 // Eight colours that stay apart for colour-blind readers, for a light and for a dark page.
-constexpr const char* style = R"(
+constexpr const char* palette = R"(
 :root { color-scheme: light dark;
   --page: #ffffff; --text: #1d2126; --muted: #5b6670; --rule: #dde2e7; --band: #f5f7f9;
   --c0: #0072b2; --c1: #d55e00; --c2: #00815f; --c3: #a8558a;
@@ -18,6 +18,9 @@ constexpr const char* style = R"(
     --c0: #5db8f5; --c1: #ff9a57; --c2: #4fd1a5; --c3: #e79ccb;
     --c4: #e9c04f; --c5: #9fa8ff; --c6: #ff8a80; --c7: #b5d66a; }
 }
+)";
+
+constexpr const char* page_style = R"(
 body { margin: 0 auto; padding: 2rem 1.25rem 3rem; max-width: 66rem;
   background: var(--page); color: var(--text);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -39,6 +42,9 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 0; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1.5rem; }
 .wide svg { min-width: 44rem; }
+)";
+
+constexpr const char* chart_style = R"(
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 svg text { fill: var(--text); font-size: 13px; }
 svg .tick, svg .axis { fill: var(--muted); }
@@ -225,8 +231,8 @@ std::string explanations(const Results& r) {
 std::string html_report(const Results& r) {
   std::string page = "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n";
   page += "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n";
-  page += "<title>longspan compare</title>\n<style>" + std::string(style) + colours() +
-          "</style>\n</head>\n<body>\n";
+  page += "<title>longspan compare</title>\n<style>" + std::string(palette) + page_style + chart_style +
+          colours() + "</style>\n</head>\n<body>\n";
   page += "<h1>Attention over growing context</h1>\n<p>" + escaped(problem_text(r)) + "</p>\n";
   page += "<p class=\"muted\">" + escaped(machine_text(r.machine)) + ", FMA roof " +
           printed("%.0f", r.roof / 1e9) + " GFLOP/s</p>\n";
@@ -236,6 +242,14 @@ std::string html_report(const Results& r) {
   page += "<section><h2>Memory kept</h2><figure>" + state_chart(r) + "</figure></section>\n</div>\n";
   page += "<h2>How to read it</h2>\n" + explanations(r) + "<h2>Measured on</h2>\n" + facts(r);
   return page + "</body>\n</html>\n";
+}
+
+std::string svg_report(const Results& r) {
+  const std::string chart = time_chart(r), open = "<svg ";
+  return open + "xmlns=\"http://www.w3.org/2000/svg\" " +
+         chart.substr(open.size(), chart.find('>') + 1 - open.size()) + "\n<style>" + palette +
+         "svg { background: var(--page); font-family: sans-serif; }\n" + chart_style + colours() +
+         "</style>" + chart.substr(chart.find('>') + 1);
 }
 
 }  // namespace bench

@@ -11,9 +11,9 @@ namespace bench {
 namespace {
 
 int run(std::span<const std::string> words) {
-  static constexpr std::string_view valued[] = {"--text",    "--q",      "--k",        "--v",
-                                                "--lengths", "--heads",  "--kv-heads", "--head-dim",
-                                                "--threads", "--rounds", "--json",     "--html"};
+  static constexpr std::string_view valued[] = {
+      "--text",     "--q",       "--k",      "--v",    "--lengths", "--heads", "--kv-heads",
+      "--head-dim", "--threads", "--rounds", "--json", "--html",    "--svg"};
   static constexpr std::string_view flags[] = {"--full", "--smoke", "--list", "--help"};
   const Arguments given(words, valued, flags);
   if (given.has("--help")) {
@@ -31,6 +31,7 @@ int run(std::span<const std::string> words) {
   std::fputs(text_report(results).c_str(), stdout);
   if (!options.json.empty()) write_whole(options.json, json_report(results));
   if (!options.html.empty()) write_whole(options.html, html_report(results));
+  if (!options.svg.empty()) write_whole(options.svg, svg_report(results));
   return results.any_wrong() ? 1 : 0;
 }
 

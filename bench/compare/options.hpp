@@ -25,6 +25,7 @@ inline constexpr std::string_view usage =
   --smoke                  a run of a second that shows only that everything works
   --json FILE              every figure and the machine, for programs
   --html FILE              one page with the table and plots, for people
+  --svg FILE               the plot of time against length alone
   --list                   the contenders
 )";
 
@@ -39,7 +40,7 @@ struct Options {
   Index rounds = 7;
   bool full = false;
   bool smoke = false;
-  std::string json, html;  ///< empty: not wanted
+  std::string json, html, svg;  ///< empty: not wanted
 
   bool has_tensors() const { return !q.empty(); }
 };
@@ -65,6 +66,7 @@ inline void refuse_contradictions(const Arguments& given, const Options& options
   }
   if (!options.json.empty()) require_writable("--json", options.json);
   if (!options.html.empty()) require_writable("--html", options.html);
+  if (!options.svg.empty()) require_writable("--svg", options.svg);
 }
 
 inline Options parsed_options(const Arguments& given) {
@@ -86,6 +88,7 @@ inline Options parsed_options(const Arguments& given) {
   options.rounds = given.number("--rounds", options.smoke ? 1 : 7, 1, 1000);
   options.json = given.value("--json").value_or("");
   options.html = given.value("--html").value_or("");
+  options.svg = given.value("--svg").value_or("");
   refuse_contradictions(given, options);
   return options;
 }

@@ -77,6 +77,8 @@ inline std::string machine_text(const Machine& m) {
 std::string text_report(const Results& results);
 std::string json_report(const Results& results);
 std::string html_report(const Results& results);
+/// The plot of time against length alone.
+std::string svg_report(const Results& results);
 
 /// Runs the comparison; see comparison.cpp for the order of things.
 struct Source;
