@@ -105,7 +105,7 @@ void add(const std::string& name, const P& position, const Map& map, Index lengt
 
 void add_all() {
   const longspan::rotary turned(longspan::Pairing::half_split);
-  for (const Index length : {4096, 65536, 262144, 524288}) {
+  for (const Index length : {4096, 65536, 262144, 524288, 1048576}) {
     add("landmark_cache", longspan::no_position{}, longspan::stingy_positions{}, length);
     add("landmark_cache_rotary_stingy", turned, longspan::stingy_positions{}, length);
     add("landmark_cache_rotary_exact", turned, longspan::exact_positions{}, length);
