@@ -4,6 +4,7 @@
 // The cache is held against its reference on 4096 tokens of the same shapes before it is timed.
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <memory>
 #include <string>
@@ -49,10 +50,26 @@ class Stream {
   OwnedTensor<float> out_{1, heads, 1, head_dim};
 };
 
+/// Of one block.
+template <class T, class P, class Map>
+double landmark_bytes(const longspan::landmark_cache<T, P, Map>&) {
+  return static_cast<double>(sizeof(T)) * static_cast<double>(kv_heads * head_dim);
+}
+
+/// An empty cache whose blocks go to a file that nobody finds afterwards.
+longspan::landmark_cache<float> in_file(longspan::landmark_cache_options options) {
+  const auto path = std::filesystem::temp_directory_path() / "longspan_landmark_cache_bench";
+  std::filesystem::remove(path);
+  options.file = path.string();
+  longspan::landmark_cache<float> cache(shape, options);
+  std::filesystem::remove(path);
+  return cache;
+}
+
 /// The largest difference of one step behind 4096 tokens from the reference, whose outputs are of about 1.
 template <class Cache, class Reference>
-double error_of(const Cache& empty, Reference reference) {
-  Stream<Cache> stream(empty, tokens_at_once);
+double error_of(Cache empty, Reference reference) {
+  Stream<Cache> stream(std::move(empty), tokens_at_once);
   longspan::serial execution;
   stream.step(execution);
   const auto& in = stream.in();
@@ -68,47 +85,62 @@ double error_of(const Cache& empty, Reference reference) {
   return worst;
 }
 
-template <class Cache, class Reference>
-void run_case(benchmark::State& state, const Cache& empty, const Reference& reference, Index length,
-              Index threads) {
-  const double error = error_of(empty, reference);
-  if (!(error <= 1e-5)) {
+/// make() gives an empty cache.
+template <class Make, class Reference>
+void run_case(benchmark::State& state, const Make& make, const Reference& reference, double most_error,
+              Index length, Index threads) {
+  const double error = error_of(make(), reference);
+  if (!(error <= most_error)) {
     state.SkipWithError(("wrong: differs by " + std::to_string(error) + " from the reference").c_str());
     return;
   }
-  Stream<Cache> stream(empty, length);
+  Stream<decltype(make())> stream(make(), length);
   longspan::Execution<longspan::openmp> execution(longspan::openmp{threads});
   stream.step(execution);
   const double seconds = timed_calls(state, [&] { stream.step(execution); });
-  const double scanned = 4.0 * static_cast<double>(stream.cache().blocks() * kv_heads * head_dim);
+  const double scanned = landmark_bytes(stream.cache()) * static_cast<double>(stream.cache().blocks());
   set_counter(state, "landmark_GB/s", scanned / seconds / 1e9);
   set_counter(state, "state_MB", static_cast<double>(stream.cache().bytes()) / 1e6);
 }
 
-template <class P, class Map>
-void add(const std::string& name, const P& position, const Map& map, Index length) {
+template <class Make, class Reference>
+void add(const std::string& name, const Make& make, const Reference& reference, double most_error,
+         Index length) {
   for (const Index threads : {Index{1}, default_threads()}) {
-    const longspan::landmark_cache_options options{.block = 64, .top_k = 4};
     benchmark::RegisterBenchmark(
         (name + "/heads:32/kv_heads:8/n:1/m:" + std::to_string(length) +
          "/d:128/block:64/top_k:4/threads:" + std::to_string(threads))
             .c_str(),
-        [=](benchmark::State& state) {
-          run_case(state, longspan::landmark_cache<float, P, Map>(shape, options, position, map),
-                   longspan::reference::landmark_cache<P, Map>(shape, options, position, map), length,
-                   threads);
-        })
+        [=](benchmark::State& state) { run_case(state, make, reference, most_error, length, threads); })
         ->UseRealTime()
         ->Unit(benchmark::kMillisecond);
   }
 }
 
 void add_all() {
+  using longspan::landmark_cache;
   const longspan::rotary turned(longspan::Pairing::half_split);
+  const longspan::landmark_cache_options options{.block = 64, .top_k = 4};
+  const longspan::reference::landmark_cache<> plain(shape, options);
+  using Stingy = landmark_cache<float, longspan::rotary>;
+  using Exact = landmark_cache<float, longspan::rotary, longspan::exact_positions>;
   for (const Index length : {4096, 65536, 262144, 524288, 1048576}) {
-    add("landmark_cache", longspan::no_position{}, longspan::stingy_positions{}, length);
-    add("landmark_cache_rotary_stingy", turned, longspan::stingy_positions{}, length);
-    add("landmark_cache_rotary_exact", turned, longspan::exact_positions{}, length);
+    add(
+        "landmark_cache", [=] { return landmark_cache<float>(shape, options); }, plain, 1e-5, length);
+    // Keys and values are rounded to 8 bits.
+    add(
+        "landmark_cache_bf16", [=] { return landmark_cache<Eigen::bfloat16>(shape, options); }, plain, 0.05,
+        length);
+    add(
+        "landmark_cache_file", [=] { return in_file(options); }, plain, 1e-5, length);
+    add(
+        "landmark_cache_rotary_stingy", [=] { return Stingy(shape, options, turned); },
+        longspan::reference::landmark_cache<longspan::rotary>(shape, options, turned), 1e-5, length);
+    add(
+        "landmark_cache_rotary_exact", [=] { return Exact(shape, options, turned); },
+        longspan::reference::landmark_cache<longspan::rotary, longspan::exact_positions>(shape, options,
+                                                                                         turned),
+        1e-5, length);
   }
 }
 
