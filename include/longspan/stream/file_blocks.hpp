@@ -1,0 +1,155 @@
+// A source of blocks whose rows lie in files, for sequences that only a disk holds.
+#pragma once
+
+#include <algorithm>
+#include <fstream>
+#include <ios>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "longspan/element.hpp"
+#include "longspan/error.hpp"
+#include "longspan/stream/stream_shape.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// The files of a sequence: elements in the order of this machine, [tokens, heads, head_dim] in q, [tokens,
+/// kv_heads, head_dim] in k, [tokens, kv_heads, value_dim] in v, [tokens, heads, value_dim] in out.
+struct SequenceFiles {
+  std::string q, k, v;     ///< are read
+  std::string out;         ///< is written, and made if there is none; rows that are not written stay
+  Index header_bytes = 0;  ///< before the first row of q, k and v: 128 in most .npy files
+};
+
+/// A BlockSource over files of T.
+///
+///   file_blocks<float> source(shape, {"q.bin", "k.bin", "v.bin", "out.bin"});
+///   auto stream = attend.stream(shape);
+///   extend_by_blocks(stream, source, source.length(), 65536, execution);
+///
+/// Shapes  those of the stream, whose batch is 1
+/// State   the rows of one block
+/// Throws  Error, with the name of the file, for one that cannot be opened, that does not hold whole rows, as
+///         many as the others, or that breaks off while it is read; and where a disk takes no more. Outputs
+///         of blocks that were closed before are in the file
+template <MutableElement T>
+class file_blocks {
+ public:
+  struct Block {
+    TensorView<const T> q, k, v;
+    TensorView<T> out;
+  };
+
+  file_blocks(const StreamShape& shape, const SequenceFiles& files)
+      : q_(files.q, checked(shape, files).heads, shape.head_dim, files.header_bytes),
+        k_(files.k, shape.kv_heads, shape.head_dim, files.header_bytes),
+        v_(files.v, shape.kv_heads, shape.value_dim, files.header_bytes),
+        out_name_(files.out),
+        heads_(shape.heads),
+        value_dim_(shape.value_dim) {
+    for (const Rows* rows : {&k_, &v_}) {
+      if (rows->tokens != q_.tokens) {
+        detail::refuse(name, rows->title(), "of " + std::to_string(rows->tokens) + " tokens",
+                       "the " + std::to_string(q_.tokens) + " of " + files.q);
+      }
+    }
+    // Made if there is none, kept if there is one.
+    std::ofstream(out_name_, std::ios::binary | std::ios::app);
+    out_.open(out_name_, std::ios::binary | std::ios::in | std::ios::out);
+    if (!out_)
+      detail::refuse(name, "the file " + out_name_, "one that cannot be opened", "a file to write to");
+  }
+
+  /// Tokens in the files.
+  Index length() const noexcept { return q_.tokens; }
+
+  Block open(Index first, Index count) {
+    if (first < 0 || count < 0 || first > length() - count) {
+      detail::refuse(name, "the range of tokens",
+                     "[" + std::to_string(first) + ", " + std::to_string(first + count) + ")",
+                     "within [0, " + std::to_string(length()) + ")");
+    }
+    values_.resize(static_cast<std::size_t>(count * heads_ * value_dim_));
+    return {q_.read(first, count), k_.read(first, count), v_.read(first, count),
+            token_major(values_.data(), heads_, count, value_dim_)};
+  }
+
+  /// Writes the outputs of [first, first + count).
+  void close(Index first, Index count) {
+    const Index token = heads_ * value_dim_ * element;
+    out_.seekp(static_cast<std::streamoff>(first * token));
+    out_.write(reinterpret_cast<const char*>(values_.data()), static_cast<std::streamsize>(count * token));
+    out_.flush();
+    if (!out_) {
+      detail::refuse(name, "the file " + out_name_, "one that takes no more",
+                     "space for the rows of tokens from " + std::to_string(first) + " on");
+    }
+  }
+
+ private:
+  static constexpr std::string_view name = "file_blocks";
+  static constexpr Index element = sizeof(T);
+
+  static const StreamShape& checked(const StreamShape& shape, const SequenceFiles& files) {
+    detail::check_stream_shape(name, shape);
+    if (shape.batch != 1) detail::refuse(name, "the batch", std::to_string(shape.batch), "1");
+    if (files.out == files.q || files.out == files.k || files.out == files.v)
+      detail::refuse(name, "the file " + files.out, "both input and output", "a file of its own for out");
+    return shape;
+  }
+
+  template <class U>
+  static TensorView<U> token_major(U* data, Index heads, Index rows, Index cols) {
+    return {data, 1, heads, rows, cols, heads * rows * cols, cols, heads * cols};
+  }
+
+  struct Rows {
+    std::string path;
+    Index heads, cols, header;
+    Index tokens = 0;
+    std::ifstream file;
+    std::vector<T> block;
+
+    Rows(const std::string& where, Index of_heads, Index of_cols, Index header_bytes)
+        : path(where),
+          heads(of_heads),
+          cols(of_cols),
+          header(header_bytes),
+          file(where, std::ios::binary | std::ios::ate) {
+      const auto size = file ? static_cast<Index>(file.tellg()) : Index{-1};
+      if (size < 0) detail::refuse(name, title(), "one that cannot be opened", "a file to read");
+      const Index token = heads * cols * element, bytes = size - header;
+      if (header < 0 || bytes < 0 || (token == 0 ? bytes != 0 : bytes % token != 0)) {
+        detail::refuse(
+            name, title(), "of " + std::to_string(size) + " bytes",
+            std::to_string(header) + " and a multiple of the " + std::to_string(token) + " of a token");
+      }
+      tokens = token == 0 ? 0 : bytes / token;
+    }
+
+    std::string title() const { return "the file " + path; }
+
+    TensorView<const T> read(Index first, Index count) {
+      const Index token = heads * cols;
+      block.resize(static_cast<std::size_t>(count * token));
+      file.seekg(static_cast<std::streamoff>(header + first * token * element));
+      file.read(reinterpret_cast<char*>(block.data()), static_cast<std::streamsize>(count * token * element));
+      if (!file) {
+        detail::refuse(name, title(), "one that breaks off",
+                       "the rows of tokens up to " + std::to_string(first + count));
+      }
+      return token_major(static_cast<const T*>(block.data()), heads, count, cols);
+    }
+  };
+
+  Rows q_, k_, v_;
+  std::string out_name_;
+  Index heads_, value_dim_;
+  std::fstream out_;
+  std::vector<T> values_;
+};
+
+LONGSPAN_END
