@@ -128,7 +128,7 @@ class dilated_cache {
     detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
       const Index most = tokens_at_once();
       for (Index first = 0; first < call.q_len(); first += most)
-        take_in(part_of(call, first, std::min(most, call.q_len() - first)), executor, workspace);
+        take_in(detail::part_of(call, first, std::min(most, call.q_len() - first)), executor, workspace);
     });
   }
 
@@ -227,18 +227,6 @@ class dilated_cache {
     const Branch& branch = attend_.branches[strand.branch];
     const Index segments = to / branch.segment - from / branch.segment;
     return segments * kept_rows(branch.segment, strand.offset, branch.dilation) + kept(strand, to);
-  }
-
-  template <class Call>
-  static Call part_of(const Call& call, Index first, Index count) {
-    Call part = call;
-    part.q = call.q.slice_rows(first, count);
-    part.k = call.k.slice_rows(first, count);
-    part.v = call.v.slice_rows(first, count);
-    part.out = call.out.slice_rows(first, count);
-    part.lse.rows = count;
-    if (call.lse.data != nullptr) part.lse.data = call.lse.data + first * call.lse.row_stride;
-    return part;
   }
 
   template <class Call, class E>
