@@ -30,6 +30,7 @@
 #include "longspan/stream/blocks.hpp"
 #include "longspan/stream/dilated_cache.hpp"
 #include "longspan/stream/file_blocks.hpp"
+#include "longspan/stream/hybrid_stream.hpp"
 #include "longspan/stream/infini_memory.hpp"
 #include "longspan/stream/kv_cache.hpp"
 #include "longspan/stream/landmark_cache.hpp"

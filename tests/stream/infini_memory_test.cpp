@@ -241,3 +241,59 @@ TEST_CASE("infini_memory: what does not fit is refused", "[stream][errors][infin
         "and 8");
   CHECK(stream.size() == 0);
 }
+
+TEST_CASE("infini_memory: absorbed rows leave the state of rows whose outputs nobody read",
+          "[stream][infini]") {
+  Random random(21);
+  for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
+    const Shape shape{2, 4, 2, 77, 77, 12, 9};
+    Call<float> call(shape, Values::normal, random);
+    auto extended = options(16, rule).stream(stream_shape(shape)), absorbed = extended;
+    extend_by(extended, call, [&] { return random.between(1, 40); });
+    for (Index b = 0; b < shape.batch; ++b) {
+      for (Index first = 0, count = 0; first < shape.q_len; first += count) {
+        count = std::min(random.between(1, 40), shape.q_len - first);
+        absorbed.absorb(
+            b, longspan::detail::batch_row(std::as_const(call.k).view(), b).slice_rows(first, count),
+            longspan::detail::batch_row(std::as_const(call.v).view(), b).slice_rows(first, count));
+      }
+    }
+    CHECK(saved(absorbed) == saved(extended));
+    CHECK(refusal([&] { absorbed.absorb(2, call.k.view(), call.v.view()); }) ==
+          "longspan: infini_memory::absorb: the batch row is 2, wanted 0..1");
+    CHECK(refusal([&] { absorbed.absorb(0, call.k.view(), call.v.view()); }) ==
+          "longspan: infini_memory::absorb: k is [2, 2, 77, 12], wanted [1, 2, 77, 12]");
+    CHECK(saved(absorbed) == saved(extended));
+  }
+}
+
+TEST_CASE("infini_memory: recall is the gate alone", "[stream][infini]") {
+  Random random(22);
+  const Shape shape{2, 4, 2, 80, 80, 12, 9};
+  Call<float> call(shape, Values::normal, random);
+  const std::vector<float> beta{0.5f, -1, 2, 0};
+  infini_attention attend = options(16);
+  attend.beta = {beta.data(), 4, 1, 1};
+  auto stream = attend.stream(stream_shape(shape));
+  extend(stream, call, 0, 80);  // five segments: none is open
+
+  // A local part of one key is its value.
+  const auto token = [](const auto& x) { return x.view().slice_rows(7, 1); };
+  Tensor<float> whole(2, 4, 1, 9), gated(2, 4, 1, 9);
+  stream.peek(token(std::as_const(call.q)), token(std::as_const(call.k)), token(std::as_const(call.v)),
+              whole.view());
+  for (Index b = 0; b < 2; ++b) {
+    for (Index h = 0; h < 4; ++h) std::copy_n(call.v.row(b, h / 2, 7), 9, gated.row(b, h, 0));
+  }
+  stream.recall(token(std::as_const(call.q)), gated.view());
+  CHECK(gated == whole);
+
+  CHECK(refusal([&] { stream.recall(token(std::as_const(call.q)), call.out.view()); }) ==
+        "longspan: infini_memory::recall: out is [2, 4, 80, 9], wanted [2, 4, 1, 9]");
+  // Nothing is known: the gate holds, or what is local stands.
+  const Tensor<float> before = gated;
+  attend.first = InfiniFirst::bypass;
+  auto empty = attend.stream(stream_shape(shape));
+  empty.recall(token(std::as_const(call.q)), gated.view());
+  CHECK(gated == before);
+}

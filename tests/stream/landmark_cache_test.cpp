@@ -73,6 +73,7 @@ TEST_CASE("landmark_cache: the reference, block by block retrieved, for every op
                           .top_k = random.between(0, 4),
                           .select = random.pick(all_selections),
                           .local_blocks = random.chance(0.3) ? random.between(1, 3) : 0,
+                          .exact_window = random.chance(0.3),
                           .capacity = random.chance(0.3) ? random.between(1, 5) : 0};
     const Index kv_heads = random.between(1, 2);
     Call<double> call(Shape{random.between(1, 2), kv_heads * random.pick({1, 2, 3}), kv_heads,
@@ -82,7 +83,8 @@ TEST_CASE("landmark_cache: the reference, block by block retrieved, for every op
     fill(call.q, call.k, call.v, random.pick({Values::normal, Values::peaked}), random);
     Call<double> exact = call.unrun();
     INFO("block " << options.block << " top_k " << options.top_k << " select " << int(options.select)
-                  << " local " << options.local_blocks << " capacity " << options.capacity);
+                  << " local " << options.local_blocks << " exact window " << options.exact_window
+                  << " capacity " << options.capacity);
     const auto check = [&](auto cache, auto reference) {
       for (Index first = 0; first < call.q.rows;) {
         const Index count = std::min(call.q.rows - first, random.chance(0.5) ? 1 : random.between(1, 25));

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "longspan/stream/dilated_cache.hpp"
+#include "longspan/stream/hybrid_stream.hpp"
 #include "longspan/stream/infini_memory.hpp"
 #include "longspan/stream/kv_cache.hpp"
 #include "longspan/stream/landmark_cache.hpp"
@@ -19,6 +20,7 @@ namespace {
 using namespace test;
 using longspan::causal;
 using longspan::dilated_attention;
+using longspan::hybrid_stream;
 using longspan::infini_attention;
 using longspan::landmark_cache;
 using longspan::openmp;
@@ -60,6 +62,9 @@ void for_each_stream(const Work& work) {
   work("dilated_cache", longnet().stream(shape));
   work("infini_memory", infini().stream(shape));
   work("landmark_cache", landmark_cache<>(shape, {.block = 8, .top_k = 3}));
+  work("hybrid_stream",
+       hybrid_stream<>(shape,
+                       {.block = 8, .top_k = 3, .window_blocks = 2, .capacity = 4, .evicted_at_once = 2}));
 }
 
 struct Tokens {

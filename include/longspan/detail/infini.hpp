@@ -97,10 +97,16 @@ struct InfiniPass {
                        inner);
       }
     }
-    if (!known) return;
+    if (known) recall(q, k.rows - q.rows, out, position, executor, workspace);
+  }
+
+  /// out = gate(memory, out) for queries that stand behind `first_query` others of their segment.
+  template <class Tq, class To, class E>
+  void recall(TensorView<const Tq> q, Index first_query, TensorView<To> out, Index position,
+              const E& executor, Workspace& workspace) const {
     with_encoding(position, [&](const auto& encoding) {
       MemoryRead<Real, Tq, To, To, F, std::remove_cvref_t<decltype(encoding)>>(
-          q, k.rows - q.rows, TensorView<const To>(out), out, memory, gate, feature, encoding)
+          q, first_query, TensorView<const To>(out), out, memory, gate, feature, encoding)
           .run(executor, workspace.inner());
     });
   }

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "longspan/detail/forward.hpp"
 #include "longspan/detail/landmark_forward.hpp"
 #include "longspan/detail/landmark_report.hpp"
 #include "longspan/detail/landmark_scan.hpp"
@@ -15,6 +16,16 @@
 #include "longspan/view.hpp"
 
 LONGSPAN_BEGIN
+namespace detail {
+
+/// Keys that do not close a block.
+struct all_but_landmarks {
+  Index block = 1;
+
+  constexpr bool sees(Index, Index j) const noexcept { return (j + 1) % block != 0; }
+};
+
+}  // namespace detail
 
 template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
 template <class Call, class E>
@@ -32,6 +43,10 @@ void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& e
       compact_rows_view(lse_.data(), shape_.batch, shape_.heads, chunk_),
       first_,
       scale()};
+  if (options_.exact_window) {
+    return detail::forward(problem, causal{} & detail::all_but_landmarks{options_.block}, unchanged{},
+                           position_, executor, workspace, false);
+  }
   detail::LandmarkOptions options;
   options.at = landmarks::every(options_.block);
   detail::landmark_forward(problem, options, causal{}, unchanged{}, position_, executor, workspace);

@@ -169,11 +169,13 @@ class landmark_cache {
     for (std::size_t rank = 0; rank < chosen.size(); ++rank)
       add_block(chosen[rank] * block,
                 map_.attended(held_, chosen[rank] - dropped_, static_cast<Index>(rank)));
-    const Index own_block = own / block * block;
-    for (Index begin = 0; begin < own_block; begin += block)
+    const Index own_group = options_.exact_window ? 0 : own / block * block;
+    for (Index begin = 0; begin < own_group; begin += block)
       add_block(local + begin, map_.local(held_) + begin);
-    for (Index j = own_block; j <= own && (j + 1) % block != 0; ++j)
+    for (Index j = own_group; j <= own; ++j) {
+      if ((j + 1) % block == 0) continue;
       parts.emplace_back(score(row, rows.k[at(local + j)], map_.local(held_) + j), rows.v[at(local + j)]);
+    }
     const auto [log_sum, o] = mean(parts);
     for (Index c = 0; c < shape_.value_dim; ++c) out.row(b, h, i)[c] = static_cast<To>(o[at(c)]);
     if (lse.data != nullptr) lse(b, h, i) = static_cast<Tl>(log_sum);

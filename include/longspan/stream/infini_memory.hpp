@@ -138,6 +138,57 @@ class infini_memory {
     filled_ = filled;
   }
 
+  /// Takes rows k and v [1, kv_heads, n, ..] of batch row b that no query comes with.
+  template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
+  void absorb(Index b, const K& k, const V& v, E&& execution = E{}) {
+    check_row("infini_memory::absorb", b);
+    const auto keys = view(k);
+    const auto values = view(v);
+    const auto wanted = [&](const auto& x, const char* what, Index cols) {
+      if (x.batch != 1 || x.heads != shape_.kv_heads || x.rows != keys.rows || x.cols != cols) {
+        detail::refuse("infini_memory::absorb", what, detail::shape_text(x),
+                       detail::shape_text(1, shape_.kv_heads, keys.rows, cols));
+      }
+    };
+    wanted(keys, "k", shape_.head_dim);
+    wanted(values, "v", shape_.value_dim);
+    make_room(keys.rows);
+    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      for (Index first = 0, count = 0; first < keys.rows; first += count) {
+        count = std::min(attend_.segment - filled_[at(b)], keys.rows - first);
+        append_rows(keys.slice_rows(first, count), values.slice_rows(first, count), b, 1);
+        filled_[at(b)] += count;
+        if (filled_[at(b)] == attend_.segment) close(b, 1, executor, workspace);
+      }
+    });
+  }
+
+  /// out = g * what the memory gives for q + (1 - g) * out: for a local part that comes from elsewhere. The
+  /// open segment is not seen. Where nothing has been written, `first` says what happens.
+  template <TensorLike Q, TensorLike Out, ExecutionLike E = openmp>
+  void recall(const Q& q, Out&& out, E&& execution = E{}) {
+    static_assert(std::is_same_v<detail::LseOf<Q>, Real>, "longspan: q is of the arithmetic of the memory");
+    const auto queries = view(q);
+    const auto to = view(out);
+    const auto wanted = [&](const auto& x, const char* what, Index cols) {
+      if (x.batch != shape_.batch || x.heads != shape_.heads || x.rows != queries.rows || x.cols != cols) {
+        detail::refuse("infini_memory::recall", what, detail::shape_text(x),
+                       detail::shape_text(shape_.batch, shape_.heads, queries.rows, cols));
+      }
+    };
+    wanted(queries, "q", shape_.head_dim);
+    wanted(to, "out", shape_.value_dim);
+    using Tq = std::remove_const_t<typename std::remove_cvref_t<decltype(queries)>::Element>;
+    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      for_each_run_of_rows([&](Index b, Index rows) {
+        if (!knows(b)) return;
+        pass_with_gate(b, rows, workspace)
+            .recall(TensorView<const Tq>(rows_of(queries, b, rows)), 0, rows_of(to, b, rows), written_[at(b)],
+                    executor, workspace);
+      });
+    });
+  }
+
   /// Writes the open segments as they are, and begins new ones.
   template <ExecutionLike E = openmp>
   void flush(E&& execution = E{}) {
@@ -227,16 +278,13 @@ class infini_memory {
   template <class Call, class E>
   void take_in(const Call& call, Index b, Index rows, const E& executor, Workspace& workspace) {
     const auto part = [&](auto x, Index first, Index count) {
-      x.data += b * x.batch_stride;
-      x.batch = rows;
-      return x.slice_rows(first, count);
+      return rows_of(x, b, rows).slice_rows(first, count);
     };
     for (Index first = 0; first < call.q_len();) {
       const Index filled = filled_[at(b)], count = std::min(attend_.segment - filled, call.q_len() - first);
       const auto k = open_keys(b, rows, filled + count);
       const auto v = open_values(b, rows, filled + count);
-      append(part(call.k, first, count), k.slice_rows(filled, count));
-      append(part(call.v, first, count), v.slice_rows(filled, count));
+      append_rows(part(call.k, first, count), part(call.v, first, count), b, rows);
       attend(part(call.q, first, count), k, v, part(call.out, first, count), b, rows, executor, workspace);
       for (Index row = b; row < b + rows; ++row) filled_[at(row)] += count;
       if (filled + count == attend_.segment) close(b, rows, executor, workspace);
@@ -244,6 +292,20 @@ class infini_memory {
     }
   }
 
+  /// Batch rows [b, b + rows) of a tensor.
+  template <class View>
+  static View rows_of(View x, Index b, Index rows) {
+    x.data += b * x.batch_stride;
+    x.batch = rows;
+    return x;
+  }
+
+  template <class Tk, class Tv>
+  void append_rows(TensorView<Tk> k, TensorView<Tv> v, Index b, Index rows) {
+    const Index filled = filled_[at(b)], count = k.rows;
+    append(k, open_keys(b, rows, filled + count).slice_rows(filled, count));
+    append(v, open_values(b, rows, filled + count).slice_rows(filled, count));
+  }
   template <class From>
   static void append(TensorView<From> from, TensorView<T> to) {
     for (Index b = 0; b < to.batch; ++b) {
@@ -271,9 +333,9 @@ class infini_memory {
                                               view_of(b, rows)};
   }
 
-  template <class Tq, class To, class E>
-  void attend(TensorView<const Tq> q, TensorView<T> k, TensorView<T> v, TensorView<To> out, Index b,
-              Index rows, const E& executor, Workspace& workspace) {
+  bool knows(Index b) const noexcept { return written_[at(b)] > 0 || attend_.first == InfiniFirst::gate; }
+
+  auto pass_with_gate(Index b, Index rows, Workspace& workspace) {
     auto pass = pass_over(b, rows);
     const Index size = shape_.heads * pass.memory.stride();
     const auto take = [&](detail::Arena& arena) {
@@ -285,8 +347,14 @@ class infini_memory {
     const auto shares = take(arena);
     pass.gate = detail::gate_shares(attend_.beta, shape_.heads, shape_.value_dim, pass.memory.stride(),
                                     shares[0], shares[1]);
-    const bool known = written_[at(b)] > 0 || attend_.first == InfiniFirst::gate;
-    pass.attend(q, TensorView<const T>(k), TensorView<const T>(v), out, written_[at(b)], known, executor,
+    return pass;
+  }
+
+  template <class Tq, class To, class E>
+  void attend(TensorView<const Tq> q, TensorView<T> k, TensorView<T> v, TensorView<To> out, Index b,
+              Index rows, const E& executor, Workspace& workspace) {
+    pass_with_gate(b, rows, workspace)
+        .attend(q, TensorView<const T>(k), TensorView<const T>(v), out, written_[at(b)], knows(b), executor,
                 workspace, [&](Index) { return k.rows; });
   }
 

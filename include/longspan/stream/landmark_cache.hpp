@@ -171,6 +171,19 @@ class landmark_cache {
   /// Blocks that had left before the last call.
   Index retrieved_from() const noexcept { return held_.dropped; }
 
+  /// Keys and values of sealed block n of batch row b, without its landmark, as they are kept: [1, kv_heads,
+  /// block - 1, ..].
+  TensorView<const T> block_keys(Index b, Index n) const { return block_rows(b, n, true); }
+  TensorView<const T> block_values(Index b, Index n) const { return block_rows(b, n, false); }
+  /// Forgets the oldest sealed blocks.
+  void drop(Index count) {
+    if (count < 0 || count > blocks())
+      detail::refuse("landmark_cache::drop", "the number of blocks", std::to_string(count),
+                     "0.." + std::to_string(blocks()));
+    store_.drop(count);
+    finder_.drop(dropped());
+  }
+
   /// Forgets everything. A file is begun anew; copies go on with what they shared of it.
   void clear() {
     const bool has_file = store_.has_file();
@@ -292,9 +305,21 @@ class landmark_cache {
       store_.seal(full, position_, places_of_text, executor);
       index_blocks(blocks() - full);
     }
-    if (options_.capacity == 0 || blocks() <= options_.capacity) return;
-    store_.drop(blocks() - options_.capacity);
-    finder_.drop(dropped());
+    if (options_.capacity > 0 && blocks() > options_.capacity) drop(blocks() - options_.capacity);
+  }
+
+  TensorView<const T> block_rows(Index b, Index n, bool of_keys) const {
+    if (b < 0 || b >= shape_.batch || n < 0 || n >= blocks())
+      detail::refuse("landmark_cache", "block n of batch row b",
+                     std::to_string(n) + " of " + std::to_string(b),
+                     "one of " + std::to_string(blocks()) + " of " + std::to_string(shape_.batch));
+    const auto rows = [&](Index h) { return of_keys ? store_.keys(b, h, n) : store_.values(b, h, n); };
+    if (shape_.kv_heads == 0)
+      return {nullptr, 1, 0, options_.block - 1, of_keys ? shape_.head_dim : shape_.value_dim};
+    const auto first = rows(0);
+    const Index head_stride = shape_.kv_heads > 1 ? rows(1).data - first.data : 0;
+    return {first.data, 1,           shape_.kv_heads, options_.block - 1,
+            first.cols, head_stride, head_stride,     first.row_stride};
   }
 
   /// Tells the index of the blocks from number `first` of those that are kept.

@@ -33,7 +33,10 @@ struct landmark_cache_options {
   Index top_k = 4;   ///< sealed blocks that a query retrieves
   LandmarkSelect select = LandmarkSelect::per_token_and_head;
   Index local_blocks = 0;  ///< the last full blocks that are always attended, and sealed later
-  Index capacity = 0;      ///< sealed blocks that are kept, the oldest leave first; 0: all
+  /// What is not sealed is one group: the tokens of its full blocks count by themselves like those of the
+  /// open one, not by their landmarks. With local_blocks: a window kept exact.
+  bool exact_window = false;
+  Index capacity = 0;  ///< sealed blocks that are kept, the oldest leave first; 0: all
   double scale = default_scale;
   Index sample = 0;    ///< tokens of each block that `mass` is estimated from; 0: it is not asked for
   std::string file{};  ///< keeps the sealed blocks; empty: they are in memory

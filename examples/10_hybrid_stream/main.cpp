@@ -1,0 +1,110 @@
+// A million tokens in bounded memory that reaches back to the first: a window kept exact, retrieval from the
+// blocks that left it, and a compressive memory behind both. Facts of three ages are asked for at the end.
+// Copy this file, and put your model's projections in the place of `Text`.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <longspan/longspan.hpp>
+#include <string>
+#include <vector>
+
+using longspan::Index;
+
+constexpr Index head_dim = 64, block = 64, chunk = 4096, facts = 16;
+constexpr Index retrieved_fact = facts - 2, recent_fact = facts - 1;
+
+/// Fact n: column n of a key stands out, and so does column n of its value. The first facts come again and
+/// again in the first half of the text; one comes once, 10000 tokens before its end, and one 100 before. A
+/// trained landmark sums up its block, so the block of the fact that comes once has a landmark like it.
+class Text {
+ public:
+  explicit Text(Index length) : length_(length) {}
+
+  void token(Index i, float* key, float* value) {
+    for (Index c = 0; c < head_dim; ++c) key[c] = -8 + noise() / 4;
+    for (Index c = 0; c < head_dim; ++c) value[c] = noise();
+    const Index once = (length_ - 10000) / block * block;
+    if (i % block == 0 && i < length_ / 2) return tell(i / block % retrieved_fact, key, value);
+    if (i == once || i == once + block - 1) return tell(retrieved_fact, key, value);
+    if (i == length_ - 100) tell(recent_fact, key, value);
+  }
+  static std::vector<float> question(Index fact) {
+    std::vector<float> q(head_dim, -8.0f);
+    q[static_cast<std::size_t>(fact)] = 8;
+    return q;
+  }
+
+ private:
+  static void tell(Index fact, float* key, float* value) {
+    key[fact] = 8;
+    value[fact] = 4;
+  }
+  float noise() {
+    state_ = state_ * 1664525u + 1013904223u;
+    return static_cast<float>(state_ >> 8) * 0x1p-23f - 1;
+  }
+  Index length_;
+  std::uint32_t state_ = 1;
+};
+
+static double resident_megabytes() {
+  double pages = 0;
+  if (std::FILE* file = std::fopen("/proc/self/statm", "r")) {
+    if (std::fscanf(file, "%*s %lf", &pages) != 1) pages = 0;
+    std::fclose(file);
+  }
+  return pages * static_cast<double>(sysconf(_SC_PAGESIZE)) / 1e6;
+}
+
+static void show_progress(Index done, Index all) {
+  if (isatty(STDERR_FILENO) == 0) return;
+  const auto filled = static_cast<std::size_t>(40 * done / all);
+  std::fprintf(stderr, "\r[%s%s] %3td %%%s", std::string(filled, '#').c_str(),
+               std::string(40 - filled, ' ').c_str(), 100 * done / all, done == all ? "\n" : "");
+}
+
+int main(int count, char** words) {
+  const Index length = count > 1 ? std::atoll(words[1]) : 1'000'000, least = 300'000;
+  if (length < least) {
+    std::fprintf(stderr, "usage: hybrid_stream [tokens, at least %td]\n", least);
+    return 2;
+  }
+  // 512 tokens exact, 16384 that can be retrieved; all before goes to the memory.
+  longspan::hybrid_stream<float> stream({.head_dim = head_dim, .value_dim = head_dim},
+                                        {.block = block, .top_k = 4, .window_blocks = 8, .capacity = 256});
+  Text text(length);
+  longspan::Execution execution;
+  std::vector<float> k(chunk * head_dim), v(chunk * head_dim), out(chunk * head_dim);
+  const auto rows = [](auto& x, Index tokens) {
+    return longspan::compact_view(x.data(), 1, 1, tokens, head_dim);
+  };
+  double early_megabytes = 0;
+  for (Index first = 0; first < length; first += chunk) {
+    const Index tokens = std::min(chunk, length - first);
+    for (Index i = 0; i < tokens; ++i)
+      text.token(first + i, k.data() + i * head_dim, v.data() + i * head_dim);
+    // A model has queries of its own; here the keys ask for themselves.
+    stream.extend(rows(k, tokens), rows(k, tokens), rows(v, tokens), rows(out, tokens), execution);
+    if (first < 100'000) early_megabytes = resident_megabytes();
+    show_progress(first + tokens, length);
+  }
+
+  const auto knows = [&](Index fact) {
+    const std::vector<float> q = Text::question(fact);
+    auto asked = stream;  // the question leaves no trace
+    asked.extend(rows(q, 1), rows(q, 1), rows(v, 1), rows(out, 1), execution);
+    return std::max_element(out.begin(), out.begin() + head_dim) - out.begin() == fact;
+  };
+  Index remembered = 0;
+  for (Index fact = 0; fact < retrieved_fact; ++fact) remembered += knows(fact);
+  const bool retrieved = knows(retrieved_fact), seen = knows(recent_fact);
+  std::printf("%td tokens; state %.1f MB, resident %.1f MB after 100000 of them and %.1f MB now\n",
+              stream.size(), static_cast<double>(stream.bytes()) / 1e6, early_megabytes,
+              resident_megabytes());
+  std::printf("%td of %td facts from the memory, %d of 1 by retrieval, %d of 1 from the window\n", remembered,
+              retrieved_fact, retrieved, seen);
+  return remembered == retrieved_fact && retrieved && seen ? 0 : 1;
+}
