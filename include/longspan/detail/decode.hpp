@@ -138,13 +138,10 @@ class Decode {
     stretches_ = 0;
     for (const KeyRange& range : seen_) stretches_ += range.end - range.begin;
   }
-  /// Number of the n-th of them.
   Index stretch(Index n) const {
-    for (const KeyRange& range : seen_) {
-      if (n < range.end - range.begin) return range.begin + n;
-      n -= range.end - range.begin;
-    }
-    return 0;
+    const KeyRange* range = seen_.begin();
+    for (; n >= range->end - range->begin; ++range) n -= range->end - range->begin;
+    return range->begin + n;
   }
 
   Index q_stride() const { return round_up(call_.head_dim(), w); }
@@ -329,11 +326,10 @@ class Decode {
     if constexpr (is_scaled) {
       return std::all_of(run.v_scale, run.v_scale + run.v.rows, [](float x) { return std::isfinite(x); });
     }
-    const MatrixView<const Tv> v = run.v;
-    for (Index j = 0; j < v.rows; ++j) {
-      const Tv* row = v.row(j);
+    for (Index j = 0; j < run.v.rows; ++j) {
+      const Tv* row = run.v.row(j);
       Real zero = 0;
-      for (Index c = 0; c < v.cols; ++c) zero += static_cast<Real>(row[c]) * Real(0);
+      for (Index c = 0; c < run.v.cols; ++c) zero += static_cast<Real>(row[c]) * Real(0);
       if (!(zero == Real(0))) return false;
     }
     return true;
@@ -364,9 +360,8 @@ class Decode {
   void join(Index kv_head, RowAccumulator<Real>* parts) const {
     constexpr Index in_span = keys_in_span / keys_in_stretch;
     for (Index first = 0, next = 0; first < stretches_; first = next) {
-      const Index span = stretch(first) / in_span;
-      for (next = first + 1; next < stretches_ && stretch(next) / in_span == span; ++next)
-        parts[first].merge(parts[next]);
+      const auto same_span = [&](Index n) { return stretch(n) / in_span == stretch(first) / in_span; };
+      for (next = first + 1; next < stretches_ && same_span(next); ++next) parts[first].merge(parts[next]);
       if (first > 0) parts[0].merge(parts[first]);
     }
     write(kv_head, parts[0]);
