@@ -23,8 +23,10 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define LONGSPAN_INLINE inline __attribute__((always_inline))
+#define LONGSPAN_NOINLINE __attribute__((noinline))
 #else
 #define LONGSPAN_INLINE inline
+#define LONGSPAN_NOINLINE
 #endif
 #if defined(__clang__)
 #define LONGSPAN_UNROLL _Pragma("clang loop unroll(full)")
