@@ -27,6 +27,8 @@ namespace detail {
 template <class Tq, class Tk, class Tv, class To>
 struct Problem {
   using Real = Arithmetic<Tq>;
+  using Key = Tk;
+  using Value = Tv;
 
   TensorView<const Tq> q;
   TensorView<const Tk> k;

@@ -280,10 +280,21 @@ class infini_memory {
     };
     for (Index first = 0; first < call.q_len();) {
       const Index filled = filled_[at(b)], count = std::min(attend_.segment - filled, call.q_len() - first);
-      const auto k = open_keys(b, rows, filled + count);
-      const auto v = open_values(b, rows, filled + count);
+      const auto q = part(call.q, first, count);
+      const auto out = part(call.out, first, count);
+      if constexpr (std::is_same_v<typename Call::Key, T> && std::is_same_v<typename Call::Value, T>) {
+        // A whole segment is read where it lies: kept first, a long chunk took 20 % longer.
+        if (count == attend_.segment) {
+          const auto k = part(call.k, first, count), v = part(call.v, first, count);
+          attend(q, k, v, out, b, rows, executor, workspace);
+          write(k, v, b, rows, executor, workspace);
+          first += count;
+          continue;
+        }
+      }
       append_rows(part(call.k, first, count), part(call.v, first, count), b, rows);
-      attend(part(call.q, first, count), k, v, part(call.out, first, count), b, rows, executor, workspace);
+      attend(q, TensorView<const T>(open_keys(b, rows, filled + count)),
+             TensorView<const T>(open_values(b, rows, filled + count)), out, b, rows, executor, workspace);
       for (Index row = b; row < b + rows; ++row) filled_[at(row)] += count;
       if (filled + count == attend_.segment) close(b, rows, executor, workspace);
       first += count;
@@ -349,19 +360,27 @@ class infini_memory {
   }
 
   template <class Tq, class To, class E>
-  void attend(TensorView<const Tq> q, TensorView<T> k, TensorView<T> v, TensorView<To> out, Index b,
-              Index rows, const E& executor, Workspace& workspace) {
+  void attend(TensorView<const Tq> q, TensorView<const T> k, TensorView<const T> v, TensorView<To> out,
+              Index b, Index rows, const E& executor, Workspace& workspace) {
     pass_with_gate(b, rows, workspace)
-        .attend(q, TensorView<const T>(k), TensorView<const T>(v), out, written_[at(b)], knows(b), executor,
-                workspace, [&](Index) { return k.rows; });
+        .attend(q, k, v, out, written_[at(b)], knows(b), executor, workspace, [&](Index) { return k.rows; });
+  }
+
+  /// Writes the open segments of batch rows [b, b + rows) and begins new ones.
+  template <class E>
+  void close(Index b, Index rows, const E& executor, Workspace& workspace) {
+    const Index filled = filled_[at(b)];
+    write(TensorView<const T>(open_keys(b, rows, filled)), TensorView<const T>(open_values(b, rows, filled)),
+          b, rows, executor, workspace);
+    for (Index row = b; row < b + rows; ++row) filled_[at(row)] = 0;
   }
 
   template <class E>
-  void close(Index b, Index rows, const E& executor, Workspace& workspace) {
+  void write(TensorView<const T> k, TensorView<const T> v, Index b, Index rows, const E& executor,
+             Workspace& workspace) {
     auto pass = pass_over(b, rows);
-    const Index filled = filled_[at(b)];
     const auto take = [&](detail::Arena& arena) {
-      return detail::InfiniScratch<Real>::take(arena, pass.memory, 0, filled, attend_.rule);
+      return detail::InfiniScratch<Real>::take(arena, pass.memory, 0, k.rows, attend_.rule);
     };
     detail::Arena counting;
     take(counting);
@@ -371,14 +390,9 @@ class infini_memory {
       pass.difference =
           detail::difference_shares(pass.memory.stride(), scratch.difference[0], scratch.difference[1]);
     }
-    pass.write(TensorView<const T>(open_keys(b, rows, filled)),
-               TensorView<const T>(open_values(b, rows, filled)),
-               compact_view(scratch.change, rows, shape_.kv_heads, filled, shape_.value_dim), written_[at(b)],
-               executor, workspace, [&](Index) { return filled; });
-    for (Index row = b; row < b + rows; ++row) {
-      written_[at(row)] += filled;
-      filled_[at(row)] = 0;
-    }
+    pass.write(k, v, compact_view(scratch.change, rows, shape_.kv_heads, k.rows, shape_.value_dim),
+               written_[at(b)], executor, workspace, [&](Index) { return k.rows; });
+    for (Index row = b; row < b + rows; ++row) written_[at(row)] += k.rows;
   }
 
   Numbers numbers() const {
