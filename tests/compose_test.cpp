@@ -30,7 +30,6 @@ using namespace test;
 using Eigen::bfloat16;
 using longspan::causal;
 using longspan::dilated_attention;
-using longspan::everything;
 using longspan::for_heads;
 using longspan::gated;
 using longspan::landmark_attention;
@@ -38,9 +37,7 @@ using longspan::merged;
 using longspan::openmp;
 using longspan::per_head;
 using longspan::serial;
-using longspan::sinks;
 using longspan::softmax_attention;
-using longspan::window;
 using Branches = std::vector<longspan::Branch>;
 using Beta = longspan::MatrixView<const float>;
 
@@ -62,13 +59,17 @@ const std::vector<Shape> shapes{{1, 4, 2, 130, 130, 32, 20},
                                 {2, 2, 2, 0, 5, 4, 4},
                                 {1, 5, 1, 70, 0, 16, 16}};
 
-/// The keys of `causal` in three parts that share none.
-const auto near_keys = causal{} & window{.left = 9};
-const auto first_keys = causal{} & sinks{3} & !window{.left = 9};
-const auto other_keys = causal{} & !(sinks{3} | window{.left = 9});
+/// The keys from `nearest` to `farthest` tokens back: one type for all parts, whose kernels are compiled
+/// once.
+struct tokens_back {
+  Index nearest = 0, farthest = 0;
+
+  longspan::KeyRange keys(Index, Index i) const { return {i - farthest, i - nearest + 1}; }
+};
+const tokens_back near_keys{0, 9}, middle_keys{10, 40}, far_keys{41, 1000};
 
 auto whole_context() {
-  return merged{softmax_attention{near_keys}, softmax_attention{first_keys}, softmax_attention{other_keys}};
+  return merged{softmax_attention{near_keys}, softmax_attention{middle_keys}, softmax_attention{far_keys}};
 }
 
 Definition causal_definition() {
@@ -118,8 +119,8 @@ TEMPLATE_TEST_CASE("merged: parts that share no key make the attention over all 
 TEST_CASE("merged: nested parts are the parts", "[law]") {
   Random random(2);
   Call<float> call(shapes[0], Values::normal, random);
-  const merged inner{softmax_attention{near_keys}, softmax_attention{first_keys}};
-  call.run(merged{inner, softmax_attention{other_keys}});
+  const merged inner{softmax_attention{near_keys}, softmax_attention{middle_keys}};
+  call.run(merged{inner, softmax_attention{far_keys}});
   check_against(exact_attention(causal_definition(), call), call);
 }
 
@@ -127,8 +128,7 @@ TEST_CASE("merged: two parts give the same bits in either order", "[law]") {
   Random random(3);
   for (const Shape& shape : shapes) {
     Call<float> call(shape, Values::normal, random), other = call.unrun();
-    const softmax_attention near{near_keys};
-    const softmax_attention far{causal{} & !near_keys};
+    const softmax_attention near{near_keys}, far{far_keys};
     call.run(merged{near, far});
     other.run(merged{far, near});
     CHECK(call.same_outputs(other));
@@ -138,8 +138,7 @@ TEST_CASE("merged: two parts give the same bits in either order", "[law]") {
 TEST_CASE("merged: a part that sees no key changes no bit", "[law]") {
   Random random(4);
   Call<float> call(shapes[0], Values::normal, random), other = call.unrun();
-  const softmax_attention attend{causal{}};
-  const softmax_attention nothing{!everything{}};
+  const softmax_attention attend{near_keys}, nothing{tokens_back{1, 0}};
   call.run(attend);
   other.run(merged{attend, nothing});
   CHECK(call.same_outputs(other));
@@ -207,11 +206,11 @@ TEST_CASE("gated: the gate of the references, and one side alone where it is shu
 TEMPLATE_TEST_CASE("gated: other types round once more", "[gauge]", bfloat16, double) {
   Random random(7);
   Call<TestType> call({1, 2, 1, 40, 40, 16, 12}, Values::normal, random);
-  const gated attend{Beta{}, softmax_attention{near_keys}, softmax_attention{causal{}}};
+  const gated attend{Beta{}, softmax_attention{near_keys}, softmax_attention{far_keys}};
   attend(std::as_const(call.q).view(), std::as_const(call.k).view(), std::as_const(call.v).view(),
          call.out.view());
   const Known a(call, longspan::reference::softmax_attention{near_keys}),
-      b(call, longspan::reference::softmax_attention{causal{}});
+      b(call, longspan::reference::softmax_attention{far_keys});
   double worst = 0;
   for (std::size_t n = 0; n < call.out.values.size(); ++n) {
     const double wanted = (a.out.values[n] + b.out.values[n]) / 2;
