@@ -13,8 +13,10 @@
 
 using longspan::Index;
 
+namespace model {
 constexpr Index head_dim = 64, block = 64, chunk = 4096, facts = 16;
 constexpr Index retrieved_fact = facts - 2, recent_fact = facts - 1;
+}  // namespace model
 
 /// Fact n: column n of a key stands out, and so does column n of its value. The first facts come again and
 /// again in the first half of the text; one comes once, 10000 tokens before its end, and one 100 before. A
@@ -24,15 +26,16 @@ class Text {
   explicit Text(Index length) : length_(length) {}
 
   void token(Index i, float* key, float* value) {
-    for (Index c = 0; c < head_dim; ++c) key[c] = -8 + noise() / 4;
-    for (Index c = 0; c < head_dim; ++c) value[c] = noise();
-    const Index once = (length_ - 10000) / block * block;
-    if (i % block == 0 && i < length_ / 2) return tell(i / block % retrieved_fact, key, value);
-    if (i == once || i == once + block - 1) return tell(retrieved_fact, key, value);
-    if (i == length_ - 100) tell(recent_fact, key, value);
+    for (Index c = 0; c < model::head_dim; ++c) key[c] = -8 + noise() / 4;
+    for (Index c = 0; c < model::head_dim; ++c) value[c] = noise();
+    const Index once = (length_ - 10000) / model::block * model::block;
+    if (i % model::block == 0 && i < length_ / 2)
+      return tell(i / model::block % model::retrieved_fact, key, value);
+    if (i == once || i == once + model::block - 1) return tell(model::retrieved_fact, key, value);
+    if (i == length_ - 100) tell(model::recent_fact, key, value);
   }
   static std::vector<float> question(Index fact) {
-    std::vector<float> q(head_dim, -8.0f);
+    std::vector<float> q(model::head_dim, -8.0f);
     q[static_cast<std::size_t>(fact)] = 8;
     return q;
   }
@@ -73,19 +76,21 @@ int main(int count, char** words) {
     return 2;
   }
   // 512 tokens exact, 16384 that can be retrieved; all before goes to the memory.
-  longspan::hybrid_stream<float> stream({.head_dim = head_dim, .value_dim = head_dim},
-                                        {.block = block, .top_k = 4, .window_blocks = 8, .capacity = 256});
+  longspan::hybrid_stream<float> stream(
+      {.head_dim = model::head_dim, .value_dim = model::head_dim},
+      {.block = model::block, .top_k = 4, .window_blocks = 8, .capacity = 256});
   Text text(length);
   longspan::Execution execution;
-  std::vector<float> k(chunk * head_dim), v(chunk * head_dim), out(chunk * head_dim);
+  std::vector<float> k(model::chunk * model::head_dim), v(model::chunk * model::head_dim),
+      out(model::chunk * model::head_dim);
   const auto rows = [](auto& x, Index tokens) {
-    return longspan::compact_view(x.data(), 1, 1, tokens, head_dim);
+    return longspan::compact_view(x.data(), 1, 1, tokens, model::head_dim);
   };
   double early_megabytes = 0;
-  for (Index first = 0; first < length; first += chunk) {
-    const Index tokens = std::min(chunk, length - first);
+  for (Index first = 0; first < length; first += model::chunk) {
+    const Index tokens = std::min(model::chunk, length - first);
     for (Index i = 0; i < tokens; ++i)
-      text.token(first + i, k.data() + i * head_dim, v.data() + i * head_dim);
+      text.token(first + i, k.data() + i * model::head_dim, v.data() + i * model::head_dim);
     // A model has queries of its own; here the keys ask for themselves.
     stream.extend(rows(k, tokens), rows(k, tokens), rows(v, tokens), rows(out, tokens), execution);
     if (first < 100'000) early_megabytes = resident_megabytes();
@@ -96,15 +101,15 @@ int main(int count, char** words) {
     const std::vector<float> q = Text::question(fact);
     auto asked = stream;  // the question leaves no trace
     asked.extend(rows(q, 1), rows(q, 1), rows(v, 1), rows(out, 1), execution);
-    return std::max_element(out.begin(), out.begin() + head_dim) - out.begin() == fact;
+    return std::max_element(out.begin(), out.begin() + model::head_dim) - out.begin() == fact;
   };
   Index remembered = 0;
-  for (Index fact = 0; fact < retrieved_fact; ++fact) remembered += knows(fact);
-  const bool retrieved = knows(retrieved_fact), seen = knows(recent_fact);
+  for (Index fact = 0; fact < model::retrieved_fact; ++fact) remembered += knows(fact);
+  const bool retrieved = knows(model::retrieved_fact), seen = knows(model::recent_fact);
   std::printf("%td tokens; state %.1f MB, resident %.1f MB after 100000 of them and %.1f MB now\n",
               stream.size(), static_cast<double>(stream.bytes()) / 1e6, early_megabytes,
               resident_megabytes());
   std::printf("%td of %td facts from the memory, %d of 1 by retrieval, %d of 1 from the window\n", remembered,
-              retrieved_fact, retrieved, seen);
-  return remembered == retrieved_fact && retrieved && seen ? 0 : 1;
+              model::retrieved_fact, retrieved, seen);
+  return remembered == model::retrieved_fact && retrieved && seen ? 0 : 1;
 }

@@ -226,7 +226,7 @@ LONGSPAN_INLINE Packet<float> load_half(const Eigen::half* from) {
 LONGSPAN_INLINE void store_half(Eigen::half* to, Packet<float> x) {
   constexpr int nearest = 0;
 #if defined(EIGEN_VECTORIZE_AVX512)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x.raw, nearest));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, x.raw, nearest));
 #elif defined(EIGEN_VECTORIZE_AVX)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x.raw, nearest));
 #else
