@@ -99,8 +99,9 @@ int main(int count, char** words) {
 
   const auto knows = [&](Index fact) {
     const std::vector<float> q = Text::question(fact);
-    auto asked = stream;  // the question leaves no trace
-    asked.extend(rows(q, 1), rows(q, 1), rows(v, 1), rows(out, 1), execution);
+    const std::vector<float> nothing(model::head_dim);  // a key of zeros: the question is not its own answer
+    auto asked = stream;                                // and leaves no trace
+    asked.extend(rows(q, 1), rows(nothing, 1), rows(nothing, 1), rows(out, 1), execution);
     return std::max_element(out.begin(), out.begin() + model::head_dim) - out.begin() == fact;
   };
   Index remembered = 0;

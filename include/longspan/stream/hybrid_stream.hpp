@@ -38,19 +38,18 @@ struct hybrid_options {
 ///
 ///   out = g * phi(q) M / (phi(q) z) + (1 - g) * A,   g = sigmoid(beta).
 ///
-///   hybrid_stream<float> stream({.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64}, {.capacity =
-///   256}); stream.extend(q, k, v, out);  // a chunk or one token; an execution may follow
+///   hybrid_stream<float> stream({.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64});
+///   stream.extend(q, k, v, out);  // a chunk or one token; an execution may follow
 ///
 /// Shapes    q [batch, heads, n, head_dim]      k [batch, kv_heads, n, head_dim]
 ///           v [batch, kv_heads, n, value_dim]  out [batch, heads, n, value_dim], any n >= 0. There is no lse
 /// Landmarks every block-th token is one, as in landmark_cache. The memory takes the other tokens
 /// Positions none: rotary encodings, if any, are in q and k already, for the memory too
-/// Types     rows and landmarks are kept as T; arithmetic is double where T is, else float, and so must q's
-/// be State     bounded: batch * kv_heads * (head_dim + value_dim) * block * (1 + window_blocks + capacity +
+/// Types     rows and landmarks are kept as T; arithmetic is double where T is, else float, and q's too
+/// State     bounded: batch * kv_heads * (head_dim + value_dim) * block * (1 + window_blocks + capacity +
 ///           evicted_at_once) elements of T, and M and z
 /// Cost      a token: that of landmark_cache with `capacity` blocks, and 4 head_dim * value_dim flop a head
-/// for
-///           the memory. A chunk is cut where blocks end
+///           for the memory. A chunk is cut where blocks end
 /// Equal     for all ways to cut the same rows into calls, within the error bound
 /// Error     g that of infini_attention's memory, 1 - g that of landmark_cache
 /// Bits      do not depend on the executor, nor on how many threads it has
