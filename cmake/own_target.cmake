@@ -33,10 +33,6 @@ set(LONGSPAN_OWN_LINK_OPTIONS "")
 if(LONGSPAN_SANITIZE)
   list(APPEND LONGSPAN_OWN_COMPILE_OPTIONS -fsanitize=${LONGSPAN_SANITIZE} -fno-sanitize-recover=all
        -fno-omit-frame-pointer)
-  # What the address sanitizer sees where it happens, and what nothing here can do: together they doubled the compile time.
-  if(LONGSPAN_SANITIZE MATCHES undefined)
-    list(APPEND LONGSPAN_OWN_COMPILE_OPTIONS -fno-sanitize=null,object-size,pointer-overflow,vptr)
-  endif()
   list(APPEND LONGSPAN_OWN_LINK_OPTIONS -fsanitize=${LONGSPAN_SANITIZE})
 endif()
 

@@ -75,8 +75,8 @@ bool same_rows(const Call<T>& whole, const Call<T>& part, Index first) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("softmax_attention: same bits on any executor with any number of threads", "[bits]", float,
-                   bfloat16) {
+TEMPLATE_TEST_CASE("softmax_attention: same bits on any executor with any number of threads", "[bits][slow]",
+                   float, bfloat16) {
   Random random(1);
   for (const Shape& shape : shapes) {
     INFO(shape.text());

@@ -125,7 +125,7 @@ TEST_CASE("kv_cache: what a row of int8 cannot hold is NaN, and hidden is absent
   }
 }
 
-TEST_CASE("kv_cache: the bits of the one call", "[bits]") {
+TEST_CASE("kv_cache: the bits of the one call", "[bits][slow]") {
   Random random(2);
   const Shape shape{2, 8, 2, 2500, 2500, 40, 24};
   const auto check = [&](auto once, const auto& attend, const kv_cache_options& options) {
