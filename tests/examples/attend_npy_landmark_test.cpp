@@ -1,46 +1,35 @@
 // attend_npy landmark: the reference's results, and what it refuses.
-#include <array>
 #include <cmath>
 #include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "examples/attend_npy/landmark.hpp"
-#include "examples/attend_npy/landmark_stream.hpp"
+#include "attend_npy_program.hpp"
 #include "longspan/reference/landmark_attention.hpp"
 #include "longspan/reference/landmark_cache.hpp"
 #include "support/catch.hpp"
-#include "support/refusal.hpp"
-#include "temporary_folder.hpp"
 
 namespace {
 
 using longspan::Index;
 using longspan::landmarks;
 
-/// Runs a variant on the files of the folder.
-void run(const TemporaryFolder& folder, const std::vector<std::string>& keys,
-         void (*variant)(const attend_npy::Arguments&) = attend_npy::landmark) {
-  const std::vector<std::string> files{folder.file("q.npy"), folder.file("k.npy"), folder.file("v.npy"),
-                                       folder.file("out.npy"), folder.file("lse.npy")};
-  std::vector<std::string_view> words{"--q",    files[0], "--k",    files[1], "--v",
-                                      files[2], "--out",  files[3], "--lse",  files[4]};
-  for (const std::string& key : keys) words.push_back(key);
-  variant(attend_npy::parse_arguments(words));
+/// Runs a variant that has an lse; says what it printed where it fails.
+void run(const TemporaryFolder& folder, const std::string& variant, std::vector<std::string> keys) {
+  keys.insert(keys.end(), {"--lse", "lse.npy"});
+  const Outcome outcome = run_variant(folder, variant, keys);
+  INFO(outcome.err);
+  REQUIRE(outcome.exit_code == 0);
 }
 
+/// Random values, also as a file of the folder.
 std::vector<float> saved(const TemporaryFolder& folder, const std::string& name,
                          const std::vector<Index>& shape, unsigned seed) {
   std::mt19937 random(seed);
   std::vector<float> values(static_cast<std::size_t>(*npy::value_count(shape)));
   for (float& value : values) value = static_cast<float>(random() >> 8) * 0x1p-22f - 2;
-  struct {
-    std::string bytes;
-    void write(const void* from, std::size_t count) { bytes.append(static_cast<const char*>(from), count); }
-  } file;
-  npy::write(file, shape, std::span<const float>(values));
-  folder.write(name, file.bytes);
+  save<float>(folder, name, shape, values);
   return values;
 }
 
@@ -51,15 +40,14 @@ TEST_CASE("attend_npy landmark: agrees with the reference", "[attend_npy][oracle
   const auto q = saved(folder, "q.npy", {2, 6, 19, 24}, 1), k = saved(folder, "k.npy", {2, 2, 37, 24}, 2),
              v = saved(folder, "v.npy", {2, 2, 37, 5}, 3);
   const auto check = [&](const std::vector<std::string>& keys, auto attend) {
-    run(folder, keys);
+    run(folder, "landmark", keys);
     std::vector<double> out(2 * 6 * 19 * 5), lse(2 * 6 * 19);
     longspan::reference::landmark_attention{attend}(
         longspan::compact_view(q.data(), 2, 6, 19, 24), longspan::compact_view(k.data(), 2, 2, 37, 24),
         longspan::compact_view(v.data(), 2, 2, 37, 5), longspan::compact_view(out.data(), 2, 6, 19, 5),
         longspan::compact_rows_view(lse.data(), 2, 6, 19));
-    const auto got = std::get<std::vector<float>>(npy::read(folder.file("out.npy")).values);
-    const auto got_lse = std::get<std::vector<float>>(npy::read(folder.file("lse.npy")).values);
-    REQUIRE(got.size() == out.size());
+    const auto got = loaded(folder, "out.npy", {2, 6, 19, 5}),
+               got_lse = loaded(folder, "lse.npy", {2, 6, 19});
     for (std::size_t n = 0; n < out.size(); ++n) REQUIRE(std::abs(double(got[n]) - out[n]) < 1e-5);
     for (std::size_t n = 0; n < lse.size(); ++n) REQUIRE(std::abs(double(got_lse[n]) - lse[n]) < 1e-5);
   };
@@ -77,9 +65,7 @@ TEST_CASE("attend_npy landmark: keys that do not fit are refused", "[attend_npy]
   const TemporaryFolder folder;
   for (const char* name : {"q.npy", "k.npy", "v.npy"}) saved(folder, name, {9, 4}, 1);
   const auto says = [&](const std::vector<std::string>& keys, const std::string& words) {
-    const std::string text = test::refusal([&] { run(folder, keys); });
-    CAPTURE(text);
-    CHECK(text.find(words) != std::string::npos);
+    check_variant_refused(folder, "landmark", keys, words);
   };
   says({}, "the key block is missing, and so is landmarks");
   says({"block=3", "landmarks=2"}, "both given");
@@ -98,7 +84,7 @@ TEST_CASE("attend_npy landmark_stream: agrees with the reference", "[attend_npy]
              v = saved(folder, "v.npy", {2, 2, 37, 5}, 3);
   const auto check = [&](const std::vector<std::string>& keys, const std::vector<Index>& chunks,
                          auto reference) {
-    run(folder, keys, attend_npy::landmark_stream);
+    run(folder, "landmark_stream", keys);
     std::vector<double> out(2 * 6 * 37 * 5), lse(2 * 6 * 37);
     Index first = 0;
     for (const Index length : chunks) {
@@ -110,8 +96,8 @@ TEST_CASE("attend_npy landmark_stream: agrees with the reference", "[attend_npy]
                        longspan::compact_view(out.data(), 2, 6, 37, 5).slice_rows(first, length), lses);
       first += length;
     }
-    const auto got = std::get<std::vector<float>>(npy::read(folder.file("out.npy")).values);
-    const auto got_lse = std::get<std::vector<float>>(npy::read(folder.file("lse.npy")).values);
+    const auto got = loaded(folder, "out.npy", {2, 6, 37, 5}),
+               got_lse = loaded(folder, "lse.npy", {2, 6, 37});
     for (std::size_t n = 0; n < out.size(); ++n) REQUIRE(std::abs(double(got[n]) - out[n]) < 1e-5);
     for (std::size_t n = 0; n < lse.size(); ++n) REQUIRE(std::abs(double(got_lse[n]) - lse[n]) < 1e-5);
   };
@@ -137,9 +123,7 @@ TEST_CASE("attend_npy landmark_stream: keys that do not fit are refused", "[atte
   const TemporaryFolder folder;
   for (const char* name : {"q.npy", "k.npy", "v.npy"}) saved(folder, name, {9, 4}, 1);
   const auto says = [&](const std::vector<std::string>& keys, const std::string& words) {
-    const std::string text = test::refusal([&] { run(folder, keys, attend_npy::landmark_stream); });
-    CAPTURE(text);
-    CHECK(text.find(words) != std::string::npos);
+    check_variant_refused(folder, "landmark_stream", keys, words);
   };
   says({}, "the key block is missing");
   says({"block=1"}, "block is 1, wanted at least 2");

@@ -1,9 +1,6 @@
-// Runs the built program; LONGSPAN_ATTEND_NPY is its path.
-#include <sys/wait.h>
-
+// attend_npy as a program: its variants against the references, and what it refuses.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -11,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "attend_npy_program.hpp"
 #include "examples/attend_npy/npy.hpp"
 #include "longspan/longspan.hpp"
 #include "longspan/reference/dilated_attention.hpp"
@@ -29,22 +27,6 @@
 namespace {
 
 using longspan::Index;
-
-struct Outcome {
-  int exit_code = -1;
-  std::string out, err;
-};
-
-/// Runs `attend_npy <words>` in the folder, through a shell that first does `before`.
-Outcome run(const TemporaryFolder& folder, const std::string& words, const std::string& before = "") {
-  const TemporaryFolder streams;
-  const auto quoted = [](const std::string& text) { return "'" + text + "'"; };
-  const std::string command = "cd " + quoted(folder.path()) + " && " + before + quoted(LONGSPAN_ATTEND_NPY) +
-                              " " + words + " >" + quoted(streams.file("out")) + " 2>" +
-                              quoted(streams.file("err"));
-  const int status = std::system(command.c_str());
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, streams.read("out"), streams.read("err")};
-}
 
 /// A tensor in double, whose values a float32 holds exactly.
 struct Values {
@@ -72,18 +54,6 @@ Values random_values(const std::vector<Index>& shape, unsigned seed) {
   Values x{shape, std::vector<double>(static_cast<std::size_t>(*npy::value_count(shape)))};
   for (double& value : x.values) value = static_cast<double>(random() >> 8) * 0x1p-22 - 2;
   return x;
-}
-
-template <class T>
-void save(const TemporaryFolder& folder, const std::string& name, const std::vector<Index>& shape,
-          const std::vector<double>& values) {
-  struct {
-    std::string bytes;
-    void write(const void* from, std::size_t count) { bytes.append(static_cast<const char*>(from), count); }
-  } file;
-  const std::vector<T> converted(values.begin(), values.end());
-  npy::write(file, shape, std::span<const T>(converted));
-  folder.write(name, file.bytes);
 }
 
 /// q, k and v of grouped-query attention, saved as float32.

@@ -19,6 +19,9 @@ inline void* allocate(std::size_t bytes, std::size_t alignment) {
   return memory;
 }
 
+// Out of line: where g++ sees std::free in an expression with `new`, it warns of a mismatch.
+[[gnu::noinline]] inline void release(void* memory) noexcept { std::free(memory); }
+
 /// How many times `work` called any form of operator new, on all threads together.
 template <class Work>
 long allocations_of(const Work& work) {
@@ -43,13 +46,13 @@ void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
 void* operator new[](std::size_t bytes, const std::nothrow_t& nothrow) noexcept {
   return operator new(bytes, nothrow);
 }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete[](void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
-void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory) noexcept { test::release(memory); }
+void operator delete[](void* memory) noexcept { test::release(memory); }
+void operator delete(void* memory, std::size_t) noexcept { test::release(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { test::release(memory); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { test::release(memory); }
+void operator delete[](void* memory, const std::nothrow_t&) noexcept { test::release(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { test::release(memory); }
+void operator delete[](void* memory, std::align_val_t) noexcept { test::release(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { test::release(memory); }
+void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { test::release(memory); }

@@ -1,0 +1,71 @@
+// Runs the built program attend_npy, whose path is LONGSPAN_ATTEND_NPY, on files of a folder.
+#pragma once
+
+#include <sys/wait.h>
+
+#include <cstdlib>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "examples/attend_npy/npy.hpp"
+#include "support/catch.hpp"
+#include "temporary_folder.hpp"
+
+struct Outcome {
+  int exit_code = -1;
+  std::string out, err;
+};
+
+inline std::string quoted(const std::string& text) { return "'" + text + "'"; }
+
+/// Runs `attend_npy <words>` in the folder, through a shell that first does `before`.
+inline Outcome run(const TemporaryFolder& folder, const std::string& words, const std::string& before = "") {
+  const TemporaryFolder streams;
+  const std::string command = "cd " + quoted(folder.path()) + " && " + before + quoted(LONGSPAN_ATTEND_NPY) +
+                              " " + words + " >" + quoted(streams.file("out")) + " 2>" +
+                              quoted(streams.file("err"));
+  const int status = std::system(command.c_str());
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, streams.read("out"), streams.read("err")};
+}
+
+/// Runs a variant on q.npy, k.npy and v.npy, into out.npy; `words` are keys, options and names of files.
+inline Outcome run_variant(const TemporaryFolder& folder, const std::string& variant,
+                           const std::vector<std::string>& words) {
+  std::string line = variant + " --q q.npy --k k.npy --v v.npy --out out.npy";
+  for (const std::string& word : words) line += " " + quoted(word);
+  return run(folder, line);
+}
+
+/// The variant refuses the words by one line that has `part` in it, and writes nothing.
+inline void check_variant_refused(const TemporaryFolder& folder, const std::string& variant,
+                                  const std::vector<std::string>& words, const std::string& part) {
+  const auto names = folder.names();
+  const Outcome outcome = run_variant(folder, variant, words);
+  CAPTURE(words, outcome.err);
+  CHECK(outcome.exit_code == 2);
+  CHECK(outcome.err.find(part) != std::string::npos);
+  CHECK(outcome.err.find('\n') == outcome.err.size() - 1);
+  CHECK(folder.names() == names);
+}
+
+/// The file `name` of the folder: an array of T, whatever the type of the values.
+template <class T, class Value = double>
+void save(const TemporaryFolder& folder, const std::string& name, const std::vector<longspan::Index>& shape,
+          const std::vector<Value>& values) {
+  struct {
+    std::string bytes;
+    void write(const void* from, std::size_t count) { bytes.append(static_cast<const char*>(from), count); }
+  } file;
+  const std::vector<T> converted(values.begin(), values.end());
+  npy::write(file, shape, std::span<const T>(converted));
+  folder.write(name, file.bytes);
+}
+
+/// The float32 values of a file, which must have this shape.
+inline std::vector<float> loaded(const TemporaryFolder& folder, const std::string& name,
+                                 const std::vector<longspan::Index>& shape) {
+  const npy::Array file = npy::read(folder.file(name));
+  REQUIRE(file.shape == shape);
+  return std::get<std::vector<float>>(file.values);
+}
