@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what building Longspan needs and this machine lacks: a C++20 compiler, CMake 3.25, Ninja, Eigen, Catch2,
-# Google Benchmark, and OpenMP where the compiler does not bring it. With apt-get, dnf, pacman or brew; with sudo
+# Google Benchmark, nlohmann-json, and OpenMP where the compiler does not bring it. With apt-get, dnf, pacman or brew; with sudo
 # only when not root. Where all is there it says so and does nothing.
 # shellcheck disable=SC2086 # lists of names are left unquoted, to be split
 set -eu
@@ -62,7 +62,7 @@ missing_libraries() {
   cat >"$scratch/probe/CMakeLists.txt" <<'END'
 cmake_minimum_required(VERSION 3.24)
 project(probe LANGUAGES CXX)
-foreach(package Eigen3 Catch2 benchmark)
+foreach(package Eigen3 Catch2 benchmark nlohmann_json)
   find_package(${package} CONFIG QUIET)
   if(NOT ${package}_FOUND)
     file(APPEND ${CMAKE_BINARY_DIR}/missing ${package}\n)
@@ -79,7 +79,7 @@ END
     cat "$scratch/log" >&2
     fail "CMake cannot configure a project of one line, see above"
   fi
-  [ ! -f "$scratch/build/missing" ] || sed 's/Eigen3/eigen/; s/Catch2/catch2/' "$scratch/build/missing"
+  [ ! -f "$scratch/build/missing" ] || sed 's/Eigen3/eigen/; s/Catch2/catch2/; s/nlohmann_//' "$scratch/build/missing"
 }
 
 package_manager() {
@@ -98,16 +98,20 @@ package() {
     apt-get:ninja) echo ninja-build ;;
     apt-get:eigen) echo libeigen3-dev ;;
     apt-get:benchmark) echo libbenchmark-dev ;;
+    apt-get:json) echo nlohmann-json3-dev ;;
     apt-get:openmp) echo libomp-dev ;;
     dnf:compiler) echo gcc-c++ ;;
     dnf:ninja) echo ninja-build ;;
     dnf:eigen) echo eigen3-devel ;;
     dnf:catch2) echo catch-devel ;;
     dnf:benchmark) echo google-benchmark-devel ;;
+    dnf:json) echo json-devel ;;
     dnf:openmp) echo libomp-devel ;;
     pacman:compiler) echo gcc ;;
+    pacman:json) echo nlohmann-json ;;
     brew:compiler) echo gcc ;;
     brew:benchmark) echo google-benchmark ;;
+    brew:json) echo nlohmann-json ;;
     brew:openmp) echo libomp ;;
     *) echo "$1" ;;
   esac
@@ -188,6 +192,7 @@ if [ -n "$libraries" ]; then
   install_missing $libraries
   for name in $(missing_libraries); do
     case "$name" in
+      json) say "nlohmann-json is still missing: compare is built without --against" ;;
       openmp) say "OpenMP is still missing: kernels will run on one thread" ;;
       *) say "$name is still missing: CMake will download it" ;;
     esac

@@ -17,11 +17,13 @@ namespace {
 struct Budget {
   double total_seconds;
   double seconds_per_length;
+  double seconds_per_call;
 
   static Budget of(const Options& options) {
-    if (options.smoke) return {20, 0.1};
-    if (options.full) return {std::numeric_limits<double>::infinity(), 60};
-    return {140, 12};
+    constexpr double unlimited = std::numeric_limits<double>::infinity();
+    if (options.smoke) return {20, 0.1, unlimited};
+    if (options.full) return {unlimited, 60, 300};
+    return {120, 10, unlimited};
   }
 };
 
@@ -98,12 +100,12 @@ class Comparison {
   void run_length(std::size_t l) {
     const Index length = results_.lengths[l];
     progress_->show("input of " + std::to_string(length) + " tokens");
-    const Inputs<float> in = source_.first(length);
+    Inputs<float> in = source_.first(length);
     OwnedTensor<float> out = in.empty_output();
     const std::vector<RowId> rows = sampled_rows(in.batch(), in.heads(), length, 8);
     progress_->show("double oracle");
     const std::vector<ExactRow> exact =
-        exact_rows(in.q.view(), in.k.view(), in.v.view(), Visible::causal, rows, threads());
+        exact_rows<float>(in.q.view(), in.k.view(), in.v.view(), Visible::causal, rows, threads());
     results_.keys_in_effect.push_back(middle_keys(exact, length));
 
     std::vector<Cell> cells;
@@ -128,6 +130,13 @@ class Comparison {
       cell.seconds = summary(seconds[i]);
       saw(cell, cell.seconds.min);
     }
+    const auto obstacle_to_decoding = [&](std::size_t n) {
+      return results_.contenders[n].prompt_is_attended && cells[n].verdict == Verdict::skipped
+                 ? cells[n].note
+                 : over_budget(0);
+    };
+    for (DecodeCell& cell : decoded(results_, in, out, obstacle_to_decoding, *progress_))
+      results_.decoding.push_back(std::move(cell));
     for (Cell& cell : cells) {
       cell.roof = *std::max_element(roofs.begin(), roofs.end());
       progress_->step(planned_seconds(l + 1));
@@ -183,9 +192,10 @@ class Comparison {
 
   /// A call is made at least twice, once checked and once timed.
   std::string over_budget(double seconds) const {
+    const std::string about = "skipped: about " + seconds_text(seconds) + " a call";
+    if (seconds > budget_.seconds_per_call) return about;
     if (seconds_now() - start_ + 2 * seconds <= budget_.total_seconds) return {};
-    return "skipped: about " + seconds_text(seconds) +
-           " a call, the time of this run is up; --full has no limit";
+    return about + ", the time of this run is up; --full goes further";
   }
 
   /// Of the rows in the second half: those before have few keys to choose from.

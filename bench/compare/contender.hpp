@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "compare/decoder.hpp"
 #include "support/exact_rows.hpp"
 #include "support/owned_tensor.hpp"
 
@@ -20,6 +21,8 @@ struct Shape {
   Index head_dim = 64;
   Index value_dim = 64;
 };
+
+using Oracle = std::function<std::vector<ExactRow>(const Inputs<float>&, std::span<const RowId>)>;
 
 struct Contender {
   std::string name;
@@ -37,7 +40,16 @@ struct Contender {
   /// Writes every row of `out`. May keep memory from call to call.
   std::function<void(const Inputs<float>&, longspan::TensorView<float> out)> run;
   /// What it should give, in double; empty: exact causal attention.
-  std::function<std::vector<ExactRow>(const Inputs<float>&, std::span<const RowId>)> oracle;
+  Oracle oracle;
+
+  /// The stream that decodes; empty where the method has none.
+  std::string stream;
+  /// The stream behind the first `prompt` tokens, which writes to `out`.
+  std::function<Decoder(const Inputs<float>&, Index prompt, longspan::TensorView<float> out)> decode;
+  /// Seconds of `decode` are those of `run`: the prompt's outputs are computed too.
+  bool prompt_is_attended = false;
+  /// What it should give where that is not the prefill's.
+  Oracle decode_oracle;
 };
 
 inline double causal_flop(const Shape& s) {
@@ -53,11 +65,13 @@ Contender softmax(Index threads);
 Contender landmark(Index threads);
 Contender infini(Index threads);
 Contender dilated(Index threads);
+Contender hybrid(Index threads);
 Contender eigen_naive(Index threads);
 
 /// The list. A new contender is a file like softmax.cpp, a line above and a line here.
 inline std::vector<Contender> all_contenders(Index threads) {
-  return {softmax(threads), landmark(threads), infini(threads), dilated(threads), eigen_naive(threads)};
+  return {softmax(threads), landmark(threads), infini(threads),
+          dilated(threads), hybrid(threads),   eigen_naive(threads)};
 }
 
 }  // namespace bench

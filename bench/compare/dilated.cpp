@@ -4,6 +4,7 @@
 
 #include "compare/contender.hpp"
 #include "longspan/dilated_attention.hpp"
+#include "longspan/stream/dilated_cache.hpp"
 #include "support/dilated_rows.hpp"
 
 namespace bench {
@@ -41,6 +42,12 @@ Contender dilated(Index threads) {
   contender.oracle = [threads](const Inputs<float>& in, std::span<const RowId> rows) {
     return exact_dilated_rows<float>(in.q.view(), in.k.view(), in.v.view(), branches_for(in.q_len()), rows,
                                      threads);
+  };
+  contender.stream = "dilated_cache";
+  contender.prompt_is_attended = true;
+  contender.decode = [execution](const Inputs<float>& in, Index prompt, longspan::TensorView<float> out) {
+    const longspan::dilated_attention attend{branches_for(in.q_len()), longspan::causal{}};
+    return decoder_behind(attend.stream<float>(stream_shape(in)), in, prompt, out, execution);
   };
   return contender;
 }

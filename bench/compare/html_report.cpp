@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "compare/results.hpp"
+#include "support/needles.hpp"
 #include "support/svg_chart.hpp"
 
 namespace bench {
@@ -66,13 +67,17 @@ std::string colours() {
 
 std::string cell_text(const std::string& words) { return "<td>" + escaped(words) + "</td>"; }
 
+template <class C>
+std::string note_text(const C& cell, int columns) {
+  const std::string kind = cell.verdict == Verdict::wrong ? "note wrong" : "note";
+  return "<td class=\"" + kind + "\" colspan=\"" + std::to_string(columns) + "\">" + escaped(cell.note) +
+         "</td>";
+}
+
 std::string row_text(const Results& r, const Cell& cell) {
   std::string row =
       "<th class=\"name\" scope=\"row\">" + escaped(r.contenders[cell.contender].name) + "</th>";
-  if (!cell.is_timed()) {
-    const std::string kind = cell.verdict == Verdict::wrong ? "note wrong" : "note";
-    return row + "<td class=\"" + kind + "\" colspan=\"8\">" + escaped(cell.note) + "</td>";
-  }
+  if (!cell.is_timed()) return row + note_text(cell, 8);
   const double speed_up = r.speed_up(cell);
   row +=
       cell_text(readable(1e3 * cell.seconds.median)) + cell_text(per_second(cell.tokens_per_second(r.shape)));
@@ -82,41 +87,95 @@ std::string row_text(const Results& r, const Cell& cell) {
   return row + cell_text(printed("%.1e", cell.distance)) + cell_text(printed("%.2f", cell.error_ratio));
 }
 
-std::string table_text(const Results& r) {
+std::string row_text(const Results& r, const DecodeCell& cell) {
+  std::string row =
+      "<th class=\"name\" scope=\"row\">" + escaped(r.contenders[cell.contender].stream) + "</th>";
+  if (!cell.is_timed()) return row + note_text(cell, 6);
+  const double speed_up = r.decode_speed_up(cell);
+  row += cell_text(readable(1e3 * cell.seconds.median)) +
+         cell_text(speed_up > 0 ? printed("%.2f", speed_up) : "-") + cell_text(bytes_text(cell.state_bytes));
+  row += cell_text(printed("%.1e", cell.distance)) + cell_text(printed("%.2f", cell.error_ratio));
+  return row + cell_text(cell.found.empty() ? "-" : printed("%.0f %%", 100 * cell.found_share()));
+}
+
+/// Head and one table body for each length; `row(cell)` is what follows the tokens.
+template <class C, class Row>
+std::string table_of(const Results& r, const std::vector<C>& cells, const std::vector<const char*>& titles,
+                     const Row& row) {
   std::string text = "<div class=\"scroll\"><table>\n<thead><tr><th scope=\"col\">tokens</th>";
-  text += "<th class=\"name\" scope=\"col\">contender</th>";
-  for (const char* title :
-       {"ms", "tokens/s", "GFLOP/s", "% of roof", "&times; naive", "state", "vs exact", "error"}) {
-    text += std::string("<th scope=\"col\">") + title + "</th>";
-  }
+  text += std::string("<th class=\"name\" scope=\"col\">") + titles.front() + "</th>";
+  for (std::size_t n = 1; n < titles.size(); ++n)
+    text += std::string("<th scope=\"col\">") + titles[n] + "</th>";
   text += "</tr></thead>\n";
   for (const Index length : r.lengths) {
+    const auto count =
+        std::count_if(cells.begin(), cells.end(), [&](const C& cell) { return cell.length == length; });
     text += "<tbody>\n";
     bool first = true;
-    for (const Cell& cell : r.cells) {
+    for (const C& cell : cells) {
       if (cell.length != length) continue;
       text += "<tr>";
       if (first) {
-        text += "<th class=\"tokens\" scope=\"rowgroup\" rowspan=\"" + std::to_string(r.contenders.size()) +
-                "\">" + std::to_string(length) + "</th>";
+        text += "<th class=\"tokens\" scope=\"rowgroup\" rowspan=\"" + std::to_string(count) + "\">" +
+                std::to_string(length) + "</th>";
       }
       first = false;
-      text += row_text(r, cell) + "</tr>\n";
+      text += row(cell) + "</tr>\n";
     }
     text += "</tbody>\n";
   }
   return text + "</table></div>\n";
 }
 
-/// A line for each contender; `value` is 0 where there is no point.
-template <class Value, class Words>
-std::vector<ChartLine> lines_of(const Results& r, const Value& value, const Words& words) {
+std::string prefill_table(const Results& r) {
+  return table_of(
+      r, r.cells,
+      {"prefill", "ms", "tokens/s", "GFLOP/s", "% of roof", "&times; naive", "state", "vs exact", "error"},
+      [&](const Cell& cell) { return row_text(r, cell); });
+}
+
+std::string decode_table(const Results& r) {
+  return table_of(r, r.decoding,
+                  {"decoding", "ms a token", "&times; exact", "state", "vs exact", "error", "facts found"},
+                  [&](const DecodeCell& cell) { return row_text(r, cell); });
+}
+
+/// How many of the heads find the fact at each depth of the longest text that has facts in it.
+std::string depth_table(const Results& r) {
+  Index longest = 0;
+  for (const DecodeCell& cell : r.decoding) {
+    if (!cell.found.empty()) longest = cell.length;
+  }
+  if (longest == 0) return {};
+  std::string text = "<h2>Facts found in " + std::to_string(longest) +
+                     " tokens, % of heads by depth</h2>\n<div class=\"scroll\"><table>\n<thead><tr>"
+                     "<th class=\"name\" scope=\"col\">decoding</th>";
+  for (Index n = 0; n < Needles::count; ++n)
+    text += "<th scope=\"col\">" + printed("%g %%", 100 * (static_cast<double>(n) + 0.5) / Needles::count) +
+            "</th>";
+  text += "</tr></thead>\n<tbody>\n";
+  for (const DecodeCell& cell : r.decoding) {
+    if (cell.length != longest || cell.found.empty()) continue;
+    text += "<tr><th class=\"name\" scope=\"row\">" + escaped(r.contenders[cell.contender].stream) + "</th>";
+    for (const double share : cell.found) text += cell_text(printed("%.0f", 100 * share));
+    text += "</tr>\n";
+  }
+  return text + "</tbody></table></div>\n";
+}
+
+constexpr double no_point = -1;
+
+/// A line for each contender, in the same colour in each chart.
+template <class C, class Value, class Words>
+std::vector<ChartLine> lines_of(const Results& r, const std::vector<C>& cells, const Value& value,
+                                const Words& words) {
+  constexpr bool of_streams = std::is_same_v<C, DecodeCell>;
   std::vector<ChartLine> lines;
   for (std::size_t n = 0; n < r.contenders.size(); ++n) {
-    ChartLine line{r.contenders[n].name, {}, false};
-    for (const Cell& cell : r.cells) {
-      const double y = cell.contender == n && cell.verdict != Verdict::wrong ? value(cell) : 0;
-      if (y <= 0) continue;
+    ChartLine line{of_streams ? r.contenders[n].stream : r.contenders[n].name, {}, false};
+    for (const C& cell : cells) {
+      const double y = cell.contender == n && cell.verdict != Verdict::wrong ? value(cell) : no_point;
+      if (y == no_point) continue;
       line.points.push_back({static_cast<double>(cell.length), y,
                              line.name + ", " + std::to_string(cell.length) + " tokens: " + words(y)});
     }
@@ -142,9 +201,21 @@ Axis length_axis(const Results& r) {
                           [](double n) { return length_text(static_cast<Index>(std::llround(n))); });
 }
 
+template <class C>
+double seconds_or_none(const C& cell) {
+  return cell.is_timed() ? cell.seconds.median : no_point;
+}
+
+Axis time_axis(const char* title, double low, double high) {
+  return logarithmic_axis(title, low, high, 10, [](double seconds) {
+    return seconds < 0.9e-3 ? printed("%g us", seconds * 1e6)
+           : seconds < 0.9  ? printed("%g ms", seconds * 1e3)
+                            : printed("%g s", seconds);
+  });
+}
+
 std::string time_chart(const Results& r) {
-  auto lines = lines_of(
-      r, [](const Cell& c) { return c.seconds.median; }, seconds_text);
+  auto lines = lines_of(r, r.cells, seconds_or_none<Cell>, seconds_text);
   ChartLine roof{"exact attention at the FMA roof", {}, true};
   for (const Index n : r.lengths) {
     Shape shape = r.shape;
@@ -153,17 +224,31 @@ std::string time_chart(const Results& r) {
   }
   lines.push_back(std::move(roof));
   const auto [low, high] = range_of(lines);
-  const Axis y = logarithmic_axis("time of one prefill", low, high, 10, [](double seconds) {
-    return seconds < 0.9e-3 ? printed("%g us", seconds * 1e6)
-           : seconds < 0.9  ? printed("%g ms", seconds * 1e3)
-                            : printed("%g s", seconds);
-  });
-  return Chart("Time", length_axis(r), y, std::move(lines), 1000, 440).svg();
+  return Chart("Time", length_axis(r), time_axis("time of one prefill", low, high), std::move(lines), 1000,
+               440)
+      .svg();
+}
+
+std::string decode_chart(const Results& r) {
+  auto lines = lines_of(r, r.decoding, seconds_or_none<DecodeCell>, seconds_text);
+  const auto [low, high] = range_of(lines);
+  return Chart("Decoding", length_axis(r), time_axis("time of one token", low, high), std::move(lines), 520,
+               380)
+      .svg();
+}
+
+std::string found_chart(const Results& r) {
+  auto lines = lines_of(
+      r, r.decoding, [](const DecodeCell& c) { return c.found.empty() ? no_point : 100 * c.found_share(); },
+      [](double y) { return printed("%.0f %%", y); });
+  return Chart("Facts found", length_axis(r), percent_axis("facts found, % of heads", 100), std::move(lines),
+               520, 380)
+      .svg();
 }
 
 std::string roof_chart(const Results& r) {
   auto lines = lines_of(
-      r, [](const Cell& c) { return c.is_timed() ? c.percent_of_roof() : 0; },
+      r, r.cells, [](const Cell& c) { return c.is_timed() ? c.percent_of_roof() : no_point; },
       [](double y) { return printed("%.1f %%", y); });
   const double high = range_of(lines).second;
   return Chart("Efficiency", length_axis(r), percent_axis("useful FLOP/s, % of the FMA roof", high),
@@ -173,7 +258,7 @@ std::string roof_chart(const Results& r) {
 
 std::string state_chart(const Results& r) {
   auto lines = lines_of(
-      r, [](const Cell& c) { return c.state_bytes; }, bytes_text);
+      r, r.cells, [](const Cell& c) { return c.state_bytes; }, bytes_text);
   const auto [low, high] = range_of(lines);
   const Axis y = logarithmic_axis(
       "state (bytes)", low, high,
@@ -221,7 +306,11 @@ std::string explanations(const Results& r) {
   add("vs exact", "relative distance from exact attention, Euclidean norm, on sampled rows");
   add("error",
       "max |out &minus; double| / (u (1 + a) &Sigma; p |v|): what float may cost; right up to 16. "
-      "Checked before any time is taken: what is wrong is never timed");
+      "What is wrong has no time here");
+  add("facts found",
+      "of ten facts that were hidden in the text, each with a key of its own 2.5 times as long as the text's "
+      "and known to its block's landmark, and asked for at its end: the share that heads answer with the "
+      "value nearest to the right one. By chance 10 %");
   for (const Contender& c : r.contenders) add(c.name, escaped(c.description).c_str());
   return text + "</dl>\n";
 }
@@ -237,9 +326,13 @@ std::string html_report(const Results& r) {
   page += "<p class=\"muted\">" + escaped(machine_text(r.machine)) + ", FMA roof " +
           printed("%.0f", r.roof / 1e9) + " GFLOP/s</p>\n";
   page += "<h2>Time</h2>\n<figure class=\"scroll wide\">" + time_chart(r) + "</figure>\n";
-  page += "<h2>Figures</h2>\n" + table_text(r) + "<div class=\"pair\">\n";
+  page += "<h2>Figures</h2>\n" + prefill_table(r) + "<h2>Decoding</h2>\n" + decode_table(r);
+  page += "<div class=\"pair\">\n";
+  page += "<section><h2>Time of a token</h2><figure>" + decode_chart(r) + "</figure></section>\n";
+  page += "<section><h2>Facts found</h2><figure>" + found_chart(r) + "</figure></section>\n";
   page += "<section><h2>Efficiency</h2><figure>" + roof_chart(r) + "</figure></section>\n";
-  page += "<section><h2>Memory kept</h2><figure>" + state_chart(r) + "</figure></section>\n</div>\n";
+  page += "<section><h2>Memory kept</h2><figure>" + state_chart(r) + "</figure></section>\n</div>\n" +
+          depth_table(r);
   page += "<h2>How to read it</h2>\n" + explanations(r) + "<h2>Measured on</h2>\n" + facts(r);
   return page + "</body>\n</html>\n";
 }

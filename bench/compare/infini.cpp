@@ -3,6 +3,7 @@
 
 #include "compare/contender.hpp"
 #include "longspan/infini_attention.hpp"
+#include "longspan/stream/infini_memory.hpp"
 #include "support/infini_rows.hpp"
 
 namespace bench {
@@ -29,6 +30,12 @@ Contender infini(Index threads) {
   };
   contender.oracle = [threads](const Inputs<float>& in, std::span<const RowId> rows) {
     return exact_infini_rows(in, segment, rows, threads);
+  };
+  contender.stream = "infini_memory";
+  contender.decode = [execution](const Inputs<float>& in, Index prompt, longspan::TensorView<float> out) {
+    longspan::infini_attention attend;
+    attend.segment = segment;
+    return decoder_behind(attend.stream<float>(stream_shape(in)), in, prompt, out, execution);
   };
   return contender;
 }

@@ -43,6 +43,33 @@ void add_cell(Json& json, const Results& r, const Cell& cell) {
   json.end_object();
 }
 
+void add_decode_cell(Json& json, const Results& r, const DecodeCell& cell) {
+  constexpr const char* verdicts[] = {"timed", "skipped", "wrong"};
+  json.begin_object();
+  json.add("tokens", cell.length);
+  json.add("contender", r.contenders[cell.contender].name);
+  json.add("stream", r.contenders[cell.contender].stream);
+  json.add("verdict", verdicts[static_cast<std::size_t>(cell.verdict)]);
+  if (!cell.note.empty()) json.add("note", cell.note);
+  if (cell.verdict != Verdict::skipped) {
+    json.add("distance_to_exact", cell.distance);
+    json.add("error_ratio", cell.error_ratio);
+  }
+  if (cell.is_timed()) {
+    json.add("seconds_median", cell.seconds.median);
+    json.add("seconds_min", cell.seconds.min);
+    json.add("steps", cell.seconds.samples);
+    json.add("state_bytes", cell.state_bytes);
+    if (r.decode_speed_up(cell) > 0) json.add("speed_up_over_exact", r.decode_speed_up(cell));
+  }
+  if (!cell.found.empty()) {
+    json.begin_array("facts_found_by_depth");
+    for (const double share : cell.found) json.add("", share);
+    json.end_array();
+  }
+  json.end_object();
+}
+
 }  // namespace
 
 std::string json_report(const Results& r) {
@@ -51,6 +78,7 @@ std::string json_report(const Results& r) {
   json.add("program", "longspan compare");
   add_machine(json, r.machine, r.options.threads);
   json.add("input", r.input);
+  json.add("problem", problem_text(r));
   add_shape(json, r.shape);
   json.add("roof_flop_per_second", r.roof);
   json.begin_array("contenders");
@@ -73,6 +101,9 @@ std::string json_report(const Results& r) {
   json.end_array();
   json.begin_array("cells");
   for (const Cell& cell : r.cells) add_cell(json, r, cell);
+  json.end_array();
+  json.begin_array("decoding");
+  for (const DecodeCell& cell : r.decoding) add_decode_cell(json, r, cell);
   json.end_array();
   json.end_object();
   return json.text();

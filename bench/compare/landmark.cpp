@@ -3,7 +3,9 @@
 
 #include "compare/contender.hpp"
 #include "longspan/landmark_attention.hpp"
+#include "longspan/stream/landmark_cache.hpp"
 #include "support/landmark_rows.hpp"
+#include "support/retrieval_rows.hpp"
 
 namespace bench {
 
@@ -12,8 +14,7 @@ Contender landmark(Index threads) {
   const auto execution = std::make_shared<longspan::Execution<longspan::openmp>>(longspan::openmp{threads});
   Contender contender;
   contender.name = "landmark_attention";
-  contender.description =
-      "grouped softmax, blocks of 64 under their landmarks; no value of a landmark is kept";
+  contender.description = "grouped softmax, blocks of 64 under their landmarks; decoding retrieves 4 of them";
   contender.exact = false;
   contender.flop = causal_flop;
   contender.state_bytes = [](const Shape& s) {
@@ -26,6 +27,14 @@ Contender landmark(Index threads) {
   };
   contender.oracle = [threads](const Inputs<float>& in, std::span<const RowId> rows) {
     return exact_landmark_rows(in, longspan::landmarks::every(block), rows, threads);
+  };
+  contender.stream = "landmark_cache";
+  contender.decode = [execution](const Inputs<float>& in, Index prompt, longspan::TensorView<float> out) {
+    longspan::landmark_cache<float> cache(stream_shape(in), {.block = block, .top_k = 4});
+    return decoder_behind(std::move(cache), in, prompt, out, execution);
+  };
+  contender.decode_oracle = [threads](const Inputs<float>& in, std::span<const RowId> rows) {
+    return exact_retrieval_rows(in, {.block = block, .top_k = 4}, rows, threads);
   };
   return contender;
 }

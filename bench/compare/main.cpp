@@ -3,6 +3,7 @@
 #include <exception>
 #include <new>
 
+#include "compare/earlier.hpp"
 #include "compare/results.hpp"
 #include "compare/source.hpp"
 #include "longspan/eigen.hpp"
@@ -13,7 +14,7 @@ namespace {
 int run(std::span<const std::string> words) {
   static constexpr std::string_view valued[] = {
       "--text",     "--q",       "--k",      "--v",    "--lengths", "--heads", "--kv-heads",
-      "--head-dim", "--threads", "--rounds", "--json", "--html",    "--svg"};
+      "--head-dim", "--threads", "--rounds", "--json", "--html",    "--svg", "--against"};
   static constexpr std::string_view flags[] = {"--full", "--smoke", "--list", "--help"};
   const Arguments given(words, valued, flags);
   if (given.has("--help")) {
@@ -27,8 +28,10 @@ int run(std::span<const std::string> words) {
     return 0;
   }
   const Source source = open_source(options);
+  const std::optional<Earlier> earlier = earlier_run(options.against);
   const Results results = compared(options, source, std::move(contenders));
   std::fputs(text_report(results).c_str(), stdout);
+  if (earlier) std::fputs(against_report(results, *earlier).c_str(), stdout);
   if (!options.json.empty()) write_whole(options.json, json_report(results));
   if (!options.html.empty()) write_whole(options.html, html_report(results));
   if (!options.svg.empty()) write_whole(options.svg, svg_report(results));

@@ -12,18 +12,19 @@
 namespace bench {
 
 inline constexpr std::string_view usage =
-    R"(compare: attention over growing context, causal prefill, float32
+    R"(compare: attention over growing context, float32: causal prefill, decoding, and facts found again
 
   --text FILE              the bytes of a text, one token each; default: this repository's own sources
   --q F --k F --v F        or tensors dumped from a model, .npy [batch, heads, tokens, head_dim], 2-D to 4-D
-  --lengths 512,1024,...   context lengths; default 512 to 32768, with --full to 131072
+  --lengths 512,1024,...   context lengths; default 512 to 32768, with --full to 1048576
   --heads 8 --kv-heads 8   query heads and KV heads; these divide those; default as many
   --head-dim 64
   --threads N              default: as many as OpenMP takes
   --rounds 7               times each contender is timed at a length, in turns; the table shows the median
-  --full                   no limit on the time of the run; without it about two minutes
+  --full                   calls of up to five minutes; without it the whole run takes about two
   --smoke                  a run of a second that shows only that everything works
   --json FILE              every figure and the machine, for programs
+  --against FILE           the times of this run beside those of an earlier one, whose --json wrote FILE
   --html FILE              one page with the table and plots, for people
   --svg FILE               the plot of time against length alone
   --list                   the contenders
@@ -41,6 +42,7 @@ struct Options {
   bool full = false;
   bool smoke = false;
   std::string json, html, svg;  ///< empty: not wanted
+  std::string against;          ///< likewise
 
   bool has_tensors() const { return !q.empty(); }
 };
@@ -87,11 +89,14 @@ inline Options parsed_options(const Arguments& given) {
   options.threads = given.number("--threads", default_threads(), 1, most_threads);
   options.rounds = given.number("--rounds", options.smoke ? 1 : 7, 1, 1000);
   options.json = given.value("--json").value_or("");
+  options.against = given.value("--against").value_or("");
   options.html = given.value("--html").value_or("");
   options.svg = given.value("--svg").value_or("");
   refuse_contradictions(given, options);
   return options;
 }
+
+inline constexpr Index longest_full = Index{1} << 20;
 
 /// 512, 1024, ... up to what is there; with tensors also the whole of them.
 inline std::vector<Index> lengths_to_run(const Options& options, Index available) {
@@ -104,8 +109,10 @@ inline std::vector<Index> lengths_to_run(const Options& options, Index available
   }
   if (options.smoke) return available >= 256 ? std::vector<Index>{64, 256} : std::vector<Index>{available};
   std::vector<Index> lengths;
-  for (Index n = 512; n <= (options.full ? 131072 : 32768) && n <= available; n *= 2) lengths.push_back(n);
-  if (options.has_tensors() && (lengths.empty() || (lengths.back() < available && available <= 131072))) {
+  for (Index n = 512; n <= (options.full ? longest_full : 32768) && n <= available; n *= 2)
+    lengths.push_back(n);
+  if (options.has_tensors() &&
+      (lengths.empty() || (lengths.back() < available && available <= longest_full))) {
     lengths.push_back(available);
   }
   return lengths;

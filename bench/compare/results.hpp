@@ -1,12 +1,14 @@
 // What a comparison has found, before anybody prints it.
 #pragma once
 
+#include <numeric>
 #include <string>
 #include <vector>
 
 #include "compare/contender.hpp"
 #include "compare/options.hpp"
 #include "support/machine.hpp"
+#include "support/progress.hpp"
 #include "support/timing.hpp"
 
 namespace bench {
@@ -34,6 +36,24 @@ struct Cell {
   }
 };
 
+/// A contender's stream at the end of a text of a length.
+struct DecodeCell {
+  std::size_t contender = 0;
+  Index length = 0;
+  Verdict verdict = Verdict::skipped;
+  std::string note;  ///< why there is no time
+  Times seconds;     ///< of one token
+  double state_bytes = 0;
+  double distance = 0;        ///< as of a Cell, on sampled rows of the tokens decoded
+  double error_ratio = 0;     ///< as of a Cell
+  std::vector<double> found;  ///< share of the heads that find the fact at each depth; empty: none was hidden
+
+  bool is_timed() const { return verdict == Verdict::timed; }
+  double found_share() const {
+    return std::accumulate(found.begin(), found.end(), 0.0) / static_cast<double>(found.size());
+  }
+};
+
 struct Results {
   Options options;
   Machine machine;
@@ -43,6 +63,7 @@ struct Results {
   std::vector<Index> lengths;
   std::vector<double> keys_in_effect;  ///< of a sampled row, the middle one, for each length
   std::vector<Cell> cells;             ///< by length, then in the order of the contenders
+  std::vector<DecodeCell> decoding;    ///< of the contenders that have a stream, in the same order
   double roof = 0;                     ///< the middle one of the roofs of the lengths
 
   bool any_wrong() const {
@@ -52,6 +73,15 @@ struct Results {
   double speed_up(const Cell& cell) const {
     for (const Cell& other : cells) {
       if (other.length == cell.length && other.is_timed() && contenders[other.contender].baseline) {
+        return other.seconds.median / cell.seconds.median;
+      }
+    }
+    return 0;
+  }
+  /// The same against the exact stream.
+  double decode_speed_up(const DecodeCell& cell) const {
+    for (const DecodeCell& other : decoding) {
+      if (other.length == cell.length && other.is_timed() && contenders[other.contender].exact) {
         return other.seconds.median / cell.seconds.median;
       }
     }
@@ -79,6 +109,11 @@ std::string json_report(const Results& results);
 std::string html_report(const Results& results);
 /// The plot of time against length alone.
 std::string svg_report(const Results& results);
+
+/// Decodes the last tokens of the inputs with every contender that has a stream and no obstacle, then
+/// hides facts in the inputs and asks for them.
+std::vector<DecodeCell> decoded(const Results& so_far, Inputs<float>& in, OwnedTensor<float>& out,
+                                const std::function<std::string(std::size_t)>& obstacle, Progress& progress);
 
 /// Runs the comparison; see comparison.cpp for the order of things.
 struct Source;

@@ -3,6 +3,7 @@
 
 #include "compare/contender.hpp"
 #include "longspan/softmax_attention.hpp"
+#include "longspan/stream/kv_cache.hpp"
 
 namespace bench {
 
@@ -16,6 +17,11 @@ Contender softmax(Index threads) {
   contender.run = [execution](const Inputs<float>& in, longspan::TensorView<float> out) {
     const longspan::softmax_attention attend{longspan::causal{}};
     attend(in.q.view(), in.k.view(), in.v.view(), out, *execution);
+  };
+  contender.stream = "kv_cache";
+  contender.decode = [execution](const Inputs<float>& in, Index prompt, longspan::TensorView<float> out) {
+    const longspan::softmax_attention attend{longspan::causal{}};
+    return decoder_behind(attend.stream<float>(stream_shape(in)), in, prompt, out, execution);
   };
   return contender;
 }

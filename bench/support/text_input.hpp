@@ -22,7 +22,7 @@ inline std::string read_bytes(const std::filesystem::path& path) {
   std::error_code ignored;
   std::ifstream file(path, std::ios::binary);
   if (!file || std::filesystem::is_directory(path, ignored)) {
-    throw UsageError("the text " + path.string() + " cannot be read, wanted a file");
+    throw UsageError(path.string() + " cannot be read, wanted a file");
   }
   return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }

@@ -87,8 +87,7 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
     };
     LONGSPAN_UNROLL
     for (int j = 0; j < keys_at_once; ++j) {
-      prefetch(reinterpret_cast<const char*>(row[j]) + prefetch_bytes,
-               head_dim * static_cast<Index>(sizeof(Tk)));
+      prefetch(row[j], head_dim * static_cast<Index>(sizeof(Tk)), prefetch_bytes);
     }
     Index column = 0;
     if constexpr (loads_in_pairs<Real, Tk>) {
@@ -149,8 +148,7 @@ LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_column
     for (Index j = 0; j < keys; ++j) {
       const Tv* row = v + j * v_stride;
       if (reads_first) {
-        prefetch(reinterpret_cast<const char*>(row) + prefetch_bytes,
-                 packets * w * static_cast<Index>(sizeof(Tv)));
+        prefetch(row, packets * w * static_cast<Index>(sizeof(Tv)), prefetch_bytes);
       }
       add(row, p + j * p_stride, [](const Tv* from, Packet<Real>(&to)[std::size_t(packets)]) {
         load_whole<packets, Real>(from, to);

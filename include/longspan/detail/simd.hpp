@@ -175,13 +175,17 @@ LONGSPAN_INLINE Real sum_of_lanes(Packet<Real> x) {
   return Eigen::internal::predux(x.raw);
 }
 
-/// Asks for the cache lines of `bytes` bytes that will be read soon. Never faults.
-LONGSPAN_INLINE void prefetch(const void* from, Index bytes) {
+/// Asks for the cache lines of `bytes` bytes that will be read soon, `ahead` bytes behind `from`. Never faults,
+/// whatever lies there: addresses are numbers here, since a pointer may not leave its array.
+LONGSPAN_INLINE void prefetch(const void* from, Index bytes, Index ahead = 0) {
 #if defined(__GNUC__) || defined(__clang__)
-  for (Index at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 3);
+  const auto first = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(ahead);
+  for (Index at = 0; at < bytes; at += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<std::uintptr_t>(at)), 0, 3);
 #else
   static_cast<void>(from);
   static_cast<void>(bytes);
+  static_cast<void>(ahead);
 #endif
 }
 

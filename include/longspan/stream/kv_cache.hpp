@@ -76,8 +76,8 @@ struct kv_cache_options {
 ///           batch rows and the executor change none
 /// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws leaves a
 ///           stream that has taken in some of the call's rows
-/// Source    pages: Kwon et al. 2023 (arXiv 2309.06180), section 4; sinks: Xiao et al. 2023 (arXiv
-/// 2309.17453)
+/// Source    pages: Kwon et al. 2023 (arXiv 2309.06180), section 4; sinks: Xiao et al. 2023
+///           (arXiv 2309.17453)
 template <StoredElement T, Mask M, Score S, Position P>
 class kv_cache {
  public:

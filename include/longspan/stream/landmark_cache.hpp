@@ -47,15 +47,13 @@ LONGSPAN_BEGIN
 /// Positions are written by the cache, q and k come without: stingy_positions, exact_positions or your own.
 /// Index     every_landmark scores all blocks; an index of your own names some, see LandmarkIndex.
 /// Types     tensors of any type of softmax_attention. T is what keys, values and landmarks are kept in, a
-/// type
-///           of 16 bits too, rounded once more when a block is sealed with its positions; arithmetic is in
-///           double for T = double, which takes queries of double, and else in float.
+///           type of 16 bits too, rounded once more when a block is sealed with its positions; arithmetic is
+///           in double for T = double, which takes queries of double, and else in float.
 /// Law       with a top_k of all sealed blocks, any chunking gives the results of landmark_attention.
 /// Cost      for a token 2 * heads * head_dim flop for each sealed block, its landmarks read once for a KV
 ///           head; attention to top_k blocks, where they lie, and to the open part. Copies share the blocks.
 /// File      with options.file sealed blocks lie there and are attended there; landmarks and the open part
-/// are
-///           in memory, and of the file about `resident` bytes beyond what one query retrieves. A cache that
+///           are in memory, and of the file about `resident` bytes beyond what one query retrieves. A cache that
 ///           opens the file of an earlier one has all blocks that it sealed, size() tokens, whenever the
 ///           process ended; the open part has to come again. (Not the processor: nothing is flushed to the
 ///           disk.) Opening reads the file once, against its checksums, and locks it. The position is not
