@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "longspan/detail/composition.hpp"
 #include "longspan/detail/functor_calls.hpp"
 #include "longspan/detail/scratch.hpp"
 #include "longspan/functor.hpp"

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "longspan/detail/dilated.hpp"
+#include "longspan/detail/functor_calls.hpp"
 #include "longspan/detail/parts.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"
@@ -50,7 +51,7 @@ class dilated_cache;
 /// Source    Ding et al. 2023 (arXiv 2307.02486), eq. 3-10 and 13-15. Where the paper is silent: a key that
 ///           several branches keep counts several times (eq. 9 and 10 taken literally), see `overlap`
 template <Mask M = everything, Score S = unchanged, Position P = no_position>
-struct dilated_attention {
+struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true> {
   std::vector<Branch> branches;
   M mask{};
   S score{};
@@ -74,35 +75,23 @@ struct dilated_attention {
         score(detail::take_part<detail::ScorePart, S>(parts...)),
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
 
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out) const {
-    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>());
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out, E&& execution) const {
-    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>(), execution);
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) const {
-    operator()(q, k, v, out, lse, openmp{});
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) const {
-    const auto problem =
-        detail::checked_problem("dilated_attention", view(q), view(k), view(v), view(out), rows_view(lse));
-    detail::check_branches("dilated_attention", branches);
-    position.check(problem.head_dim());
-    const detail::Dilation dilation{branches, phase, overlap, zero_pad_compat};
-    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-      detail::dilated_forward(problem.at(first_query, scale), dilation, mask, score, position, executor,
-                              workspace, bf16_products);
-    });
-  }
-
   /// The same, causal, for rows that come in chunks or one by one: see stream/dilated_cache.hpp, which has to
   /// be included. It keeps rows as T.
   template <Element T = float>
   dilated_cache<T, M, S, P> stream(const StreamShape& shape) const;
+
+ private:
+  friend detail::FunctorCalls<dilated_attention, true>;
+  static constexpr const char* name = "dilated_attention";
+
+  template <class Call, class E>
+  void attend(const Call& call, const E& executor, Workspace& workspace) const {
+    detail::check_branches(name, branches);
+    position.check(call.head_dim());
+    const detail::Dilation dilation{branches, phase, overlap, zero_pad_compat};
+    detail::dilated_forward(call.at(first_query, scale), dilation, mask, score, position, executor, workspace,
+                            bf16_products);
+  }
 };
 
 dilated_attention(std::vector<Branch>)->dilated_attention<>;

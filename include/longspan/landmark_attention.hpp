@@ -5,6 +5,7 @@
 #include <string>
 
 #include "longspan/detail/forward.hpp"
+#include "longspan/detail/functor_calls.hpp"
 #include "longspan/detail/landmark_forward.hpp"
 #include "longspan/detail/parts.hpp"
 #include "longspan/eigen.hpp"
@@ -54,7 +55,7 @@ enum class LandmarkSoftmax : unsigned char {
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), eq. 2-4, where G_ij = G_ii reads "in the block of
 ///           i": a block is a partial whose log-sum-exp is replaced by the score of its landmark.
 template <Mask M = causal, Score S = unchanged, Position P = no_position>
-struct landmark_attention {
+struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, true> {
   landmarks at;
   M mask{};
   S score{};
@@ -82,37 +83,23 @@ struct landmark_attention {
         score(detail::take_part<detail::ScorePart, S>(parts...)),
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
 
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out) const {
-    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>());
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out, E&& execution) const {
-    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>(), execution);
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) const {
-    operator()(q, k, v, out, lse, openmp{});
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) const {
-    const auto problem =
-        detail::checked_problem("landmark_attention", view(q), view(k), view(v), view(out), rows_view(lse));
-    position.check(problem.head_dim());
-    check_options(problem);
+ private:
+  friend detail::FunctorCalls<landmark_attention, true>;
+  static constexpr const char* name = "landmark_attention";
+
+  template <class Call, class E>
+  void attend(const Call& call, const E& executor, Workspace& workspace) const {
+    position.check(call.head_dim());
+    check_options(call);
     const bool plain = softmax == LandmarkSoftmax::plain;
     const detail::LandmarkOptions options{plain ? landmarks::none() : at, softmax == LandmarkSoftmax::grouped,
                                           leak, gate_keep, control};
-    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-      detail::landmark_forward(problem.at(first_query, scale), options, mask, score, position, executor,
-                               workspace);
-    });
+    detail::landmark_forward(call.at(first_query, scale), options, mask, score, position, executor,
+                             workspace);
   }
 
- private:
   template <class Problem>
   void check_options(const Problem& call) const {
-    constexpr const char* name = "landmark_attention";
     at.check(name, call.k.batch, call.kv_len());
     if (softmax != LandmarkSoftmax::grouped && (gate_keep.data != nullptr || control.cmt.data != nullptr)) {
       detail::refuse(name, "softmax", "not grouped", "grouped, where gate_keep or control are given");

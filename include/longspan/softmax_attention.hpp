@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "longspan/detail/forward.hpp"
+#include "longspan/detail/functor_calls.hpp"
 #include "longspan/detail/parts.hpp"
 #include "longspan/detail/stored_rows.hpp"
 #include "longspan/eigen.hpp"
@@ -51,7 +52,7 @@ struct kv_cache_options;
 /// Source    Vaswani et al. 2017 (arXiv 1706.03762), eq. 1; blocked as Dao et al. 2022 (arXiv 2205.14135),
 ///           algorithm 1, with queries in the lanes.
 template <Mask M = everything, Score S = unchanged, Position P = no_position>
-struct softmax_attention {
+struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true> {
   M mask{};
   S score{};
   P position{};
@@ -71,35 +72,22 @@ struct softmax_attention {
         score(detail::take_part<detail::ScorePart, S>(parts...)),
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
 
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out) const {
-    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>());
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out, E&& execution) const {
-    operator()(q, k, v, out, detail::no_rows<detail::LseOf<Q>>(), execution);
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) const {
-    operator()(q, k, v, out, lse, openmp{});
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) const {
-    const auto problem =
-        detail::checked_problem("softmax_attention", view(q), view(k), view(v), view(out), rows_view(lse));
-    position.check(problem.head_dim());
-    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-      detail::forward(problem.at(first_query, scale), mask, score, position, executor, workspace,
-                      bf16_products);
-    });
-  }
-
   /// The same, causal, for rows that come in chunks or one by one: see stream/kv_cache.hpp, which has to be
   /// included. It keeps rows as T.
   template <StoredElement T = float>
   kv_cache<T, M, S, P> stream(const StreamShape& shape) const;
   template <StoredElement T = float>
   kv_cache<T, M, S, P> stream(const StreamShape& shape, const kv_cache_options& options) const;
+
+ private:
+  friend detail::FunctorCalls<softmax_attention, true>;
+  static constexpr const char* name = "softmax_attention";
+
+  template <class Call, class E>
+  void attend(const Call& call, const E& executor, Workspace& workspace) const {
+    position.check(call.head_dim());
+    detail::forward(call.at(first_query, scale), mask, score, position, executor, workspace, bf16_products);
+  }
 };
 
 template <class... Parts>

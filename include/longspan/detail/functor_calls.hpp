@@ -1,14 +1,10 @@
-// What a functor made of functors needs: the ways to call it, and outputs to merge in.
+// The ways to call a functor, and those to extend a stream: written once.
 #pragma once
 
-#include <string_view>
-#include <type_traits>
-
 #include "longspan/detail/problem.hpp"
-#include "longspan/detail/scratch.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/execution.hpp"
-#include "longspan/partial.hpp"
+#include "longspan/stream/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -46,57 +42,37 @@ struct FunctorCalls {
   }
 };
 
-/// Runs take(arena) twice: to count, and to hand out.
-template <class Take>
-void take_scratch(Workspace& workspace, const Take& take) {
-  Arena counting;
-  take(counting);
-  Arena arena(workspace.reserve(counting.used()));
-  take(arena);
-}
-
-template <class Real, class T>
-TensorView<Real> scratch_output(const TensorView<T>& like, Arena& arena) {
-  return compact_view(arena.take<Real>(like.batch * like.heads * like.rows * like.cols), like.batch,
-                      like.heads, like.rows, like.cols);
-}
-
-/// `out` itself where its elements are those of the arithmetic.
-template <class Real, class T>
-TensorView<Real> output_or_scratch(const TensorView<T>& out, Arena& arena) {
-  if constexpr (std::is_same_v<T, Real>) {
-    return out;
-  } else {
-    return scratch_output<Real>(out, arena);
+/// The same for Derived::extend of a stream, each as Derived::take(problem, executor, workspace).
+template <class Derived, bool gives_lse>
+struct StreamCalls {
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
+  void extend(const Q& q, const K& k, const V& v, Out&& out) {
+    run(q, k, v, out, no_rows<LseOf<Q>>(), openmp{});
   }
-}
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
+  void extend(const Q& q, const K& k, const V& v, Out&& out, E&& execution) {
+    run(q, k, v, out, no_rows<LseOf<Q>>(), execution);
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
+  requires gives_lse void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) {
+    run(q, k, v, out, rows_view(lse), openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
+  requires gives_lse void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) {
+    run(q, k, v, out, rows_view(lse), execution);
+  }
 
-template <class Call>
-auto scratch_lse(const Call& call, Arena& arena) {
-  using Real = typename Call::Real;
-  return compact_rows_view(arena.take<Real>(call.q.batch * call.q.heads * call.q.rows), call.q.batch,
-                           call.q.heads, call.q.rows);
-}
-
-/// Rounds what output_or_scratch gave to the elements of `out`.
-template <class Real, class T, class E>
-void move_output(const TensorView<Real>& from, const TensorView<T>& out, const E& executor) {
-  if constexpr (!std::is_same_v<T, Real>) {
-    for_each_row(out, executor, [&](Index b, Index h, Index i) {
-      const Real* x = from.row(b, h, i);
-      T* y = out.row(b, h, i);
-      for (Index c = 0; c < out.cols; ++c) y[c] = static_cast<T>(x[c]);
+ private:
+  template <class Q, class K, class V, class Out, class Lse, class E>
+  void run(const Q& q, const K& k, const V& v, Out& out, Lse lse, E&& execution) {
+    auto& stream = static_cast<Derived&>(*this);
+    const auto call = checked_problem(Derived::function, view(q), view(k), view(v), view(out), lse);
+    check_stream_call(Derived::function, call, stream.shape());
+    with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      stream.take(call, executor, workspace);
     });
   }
-}
-
-/// Heads [first, first + count) of a TensorView or RowsView.
-template <class View>
-View slice_heads(View x, Index first, Index count) {
-  if (x.batch > 0 && x.rows > 0 && count > 0) x.data += first * x.head_stride;
-  x.heads = count;
-  return x;
-}
+};
 
 }  // namespace detail
 LONGSPAN_END

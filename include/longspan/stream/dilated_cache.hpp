@@ -14,6 +14,7 @@
 
 #include "longspan/detail/dilated.hpp"
 #include "longspan/detail/dilated_strands.hpp"
+#include "longspan/detail/functor_calls.hpp"
 #include "longspan/detail/problem.hpp"
 #include "longspan/detail/state_file.hpp"
 #include "longspan/dilated_attention.hpp"
@@ -48,7 +49,7 @@ LONGSPAN_BEGIN
 /// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws leaves a
 ///           stream that has taken in some of the call's rows
 template <Element T, Mask M, Score S, Position P>
-class dilated_cache {
+class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true> {
  public:
   using Real = Arithmetic<T>;
   /// A row is encoded once, when it comes: it would else be at every query.
@@ -106,32 +107,6 @@ class dilated_cache {
     size_ = tokens;
   }
 
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
-  void extend(const Q& q, const K& k, const V& v, Out&& out) {
-    extend(q, k, v, out, detail::no_rows<Real>());
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
-  void extend(const Q& q, const K& k, const V& v, Out&& out, E&& execution) {
-    extend(q, k, v, out, detail::no_rows<Real>(), execution);
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
-  void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) {
-    extend(q, k, v, out, lse, openmp{});
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
-  void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) {
-    static_assert(
-        std::is_same_v<detail::LseOf<Q>, Real>,
-        "longspan: the stream computes in double if its rows are double, else in float, and so must q");
-    const auto call = detail::checked_problem(function, view(q), view(k), view(v), view(out), rows_view(lse));
-    detail::check_stream_call(function, call, shape_);
-    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-      const Index most = tokens_at_once();
-      for (Index first = 0; first < call.q_len(); first += most)
-        take_in(detail::part_of(call, first, std::min(most, call.q_len() - first)), executor, workspace);
-    });
-  }
-
   /// Writes the rows; a stream of the same functor, shape and T can load them.
   void save(std::ostream& to) const {
     const std::vector<std::int64_t> branches = branch_numbers();
@@ -171,6 +146,7 @@ class dilated_cache {
   }
 
  private:
+  friend detail::StreamCalls<dilated_cache, true>;
   using Rows = detail::StrandRows<Key, T>;
   using Causal = std::conditional_t<std::is_same_v<M, causal>, causal, both<causal, M>>;
   using Numbers = std::array<std::int64_t, 10>;
@@ -227,6 +203,16 @@ class dilated_cache {
     const Branch& branch = attend_.branches[strand.branch];
     const Index segments = to / branch.segment - from / branch.segment;
     return segments * kept_rows(branch.segment, strand.offset, branch.dilation) + kept(strand, to);
+  }
+
+  template <class Call, class E>
+  void take(const Call& call, const E& executor, Workspace& workspace) {
+    static_assert(
+        std::is_same_v<typename Call::Real, Real>,
+        "longspan: the stream computes in double if its rows are double, else in float, and so must q");
+    const Index most = tokens_at_once();
+    for (Index first = 0; first < call.q_len(); first += most)
+      take_in(detail::part_of(call, first, std::min(most, call.q_len() - first)), executor, workspace);
   }
 
   template <class Call, class E>

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "longspan/detail/functor_calls.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
@@ -57,7 +58,7 @@ struct hybrid_options {
 /// Source    landmarks: Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 3.2; memory: Munkhdalai et al.
 ///           2024 (arXiv 2404.07143), eq. 6-10. That the second takes what the first evicts is in neither
 template <Element T = float>
-class hybrid_stream {
+class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
  public:
   using Real = Arithmetic<T>;
 
@@ -80,27 +81,6 @@ class hybrid_stream {
   const landmark_cache<T>& cache() const noexcept { return cache_; }
   const infini_memory<T, softmax_attention<causal>, elu_plus_one>& memory() const noexcept { return memory_; }
 
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
-  void extend(const Q& q, const K& k, const V& v, Out&& out) {
-    extend(q, k, v, out, openmp{});
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
-  void extend(const Q& q, const K& k, const V& v, Out&& out, E&& execution) {
-    const auto call = detail::checked_problem(name, view(q), view(k), view(v), view(out),
-                                              detail::no_rows<detail::LseOf<Q>>());
-    detail::check_stream_call(name, call, shape());
-    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-      detail::ExecutionRef<std::remove_cvref_t<decltype(executor)>> inner{executor, workspace};
-      for (Index first = 0, count = 0; first < call.q_len(); first += count) {
-        count = std::min(cache_.tokens_to_landmark() + 1, call.q_len() - first);
-        const auto part = detail::part_of(call, first, count);
-        cache_.extend(part.q, part.k, part.v, part.out, inner);
-        memory_.recall(part.q, part.out, inner);
-        evict(inner);
-      }
-    });
-  }
-
   void clear() {
     cache_.clear();
     memory_.clear();
@@ -121,7 +101,8 @@ class hybrid_stream {
   }
 
  private:
-  static constexpr const char* name = "hybrid_stream::extend";
+  friend detail::StreamCalls<hybrid_stream, false>;
+  static constexpr const char* function = "hybrid_stream::extend";
 
   static const hybrid_options& checked(const StreamShape& shape, const hybrid_options& options) {
     detail::check_stream_shape("hybrid_stream", shape);
@@ -145,6 +126,18 @@ class hybrid_stream {
     attend.rule = options.rule;
     attend.first = options.first;
     return attend;
+  }
+
+  template <class Call, class E>
+  void take(const Call& call, const E& executor, Workspace& workspace) {
+    detail::ExecutionRef<E> inner{executor, workspace};
+    for (Index first = 0, count = 0; first < call.q_len(); first += count) {
+      count = std::min(cache_.tokens_to_landmark() + 1, call.q_len() - first);
+      const auto part = detail::part_of(call, first, count);
+      cache_.extend(part.q, part.k, part.v, part.out, inner);
+      memory_.recall(part.q, part.out, inner);
+      evict(inner);
+    }
   }
 
   template <class E>

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "longspan/detail/forward.hpp"
+#include "longspan/detail/functor_calls.hpp"
 #include "longspan/detail/key_pages.hpp"
 #include "longspan/detail/later_keys.hpp"
 #include "longspan/detail/problem.hpp"
@@ -79,7 +80,7 @@ struct kv_cache_options {
 /// Source    pages: Kwon et al. 2023 (arXiv 2309.06180), section 4; sinks: Xiao et al. 2023
 ///           (arXiv 2309.17453)
 template <StoredElement T, Mask M, Score S, Position P>
-class kv_cache {
+class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
  public:
   kv_cache(softmax_attention<M, S, P> attend, const StreamShape& shape, const kv_cache_options& options = {})
       : attend_(std::move(attend)),
@@ -124,29 +125,6 @@ class kv_cache {
         detail::refuse(name, "a row", std::to_string(row), "0 to " + std::to_string(shape_.batch - 1));
     }
     pages_.reorder(rows);
-  }
-
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
-  void extend(const Q& q, const K& k, const V& v, Out&& out) {
-    extend(q, k, v, out, detail::no_rows<detail::LseOf<Q>>());
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
-  void extend(const Q& q, const K& k, const V& v, Out&& out, E&& execution) {
-    extend(q, k, v, out, detail::no_rows<detail::LseOf<Q>>(), execution);
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
-  void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) {
-    extend(q, k, v, out, lse, openmp{});
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
-  void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) {
-    const auto call = detail::checked_problem(function, view(q), view(k), view(v), view(out), rows_view(lse));
-    detail::check_stream_call(function, call, shape_);
-    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-      const Index most = tokens_at_once(call.q_len());
-      for (Index first = 0; first < call.q_len(); first += most)
-        take_in(detail::part_of(call, first, std::min(most, call.q_len() - first)), executor, workspace);
-    });
   }
 
   /// Takes tokens whose queries nobody asks for.
@@ -203,6 +181,7 @@ class kv_cache {
   }
 
  private:
+  friend detail::StreamCalls<kv_cache, true>;
   using Causal = detail::CausalMask<M>;
   using Real = detail::ArithmeticOf<T>;
   using Numbers = std::array<std::int64_t, 9>;
@@ -239,6 +218,13 @@ class kv_cache {
         return 2048;
     }
     return std::max<Index>(1, rows);
+  }
+
+  template <class Call, class E>
+  void take(const Call& call, const E& executor, Workspace& workspace) {
+    const Index most = tokens_at_once(call.q_len());
+    for (Index first = 0; first < call.q_len(); first += most)
+      take_in(detail::part_of(call, first, std::min(most, call.q_len() - first)), executor, workspace);
   }
 
   template <class Call, class E>

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "longspan/detail/functor_calls.hpp"
 #include "longspan/detail/landmark_choice.hpp"
 #include "longspan/detail/landmark_file.hpp"
 #include "longspan/detail/landmark_scan.hpp"
@@ -65,7 +66,7 @@ LONGSPAN_BEGIN
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), sections 3.2 and 3.2.1.
 template <class T = float, Position P = no_position, PositionMap Map = stingy_positions,
           LandmarkIndex<Arithmetic<T>> Finder = every_landmark>
-class landmark_cache {
+class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Finder>, true> {
   static_assert(Element<T> && !std::is_const_v<T>,
                 "longspan: a landmark_cache keeps float, double, bfloat16 or half");
 
@@ -83,43 +84,6 @@ class landmark_cache {
         choice_(options.select, shape.batch, shape.heads, shape.kv_heads) {
     position_.check(shape.head_dim);
     if (!options.file.empty()) open_file();
-  }
-
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
-  void extend(const Q& q, const K& k, const V& v, Out&& out) {
-    extend(q, k, v, out, detail::no_rows<detail::LseOf<Q>>());
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
-  void extend(const Q& q, const K& k, const V& v, Out&& out, E&& execution) {
-    extend(q, k, v, out, detail::no_rows<detail::LseOf<Q>>(), execution);
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
-  void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) {
-    extend(q, k, v, out, lse, openmp{});
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
-  void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) {
-    const auto call = detail::checked_problem(name, view(q), view(k), view(v), view(out), rows_view(lse));
-    static_assert(std::is_same_v<detail::LseOf<Q>, Real>,
-                  "longspan: a landmark_cache of double takes queries of double, others those of the others");
-    detail::check_stream_call(name, call, shape_);
-    store_.reserve(full_blocks(call.q.rows));
-    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-      held_ = {blocks(), dropped(), std::min(options_.top_k, blocks()), options_.top_k, options_.block};
-      chunk_ = call.q.rows;
-      first_ = store_.open_keys();
-      store_.append(call.k, call.v);
-      if (call.q.batch * call.q.heads * call.q.rows > 0) {
-        attend_open(call, executor, workspace);
-        if (held_.top_k > 0) {
-          choose(call, executor);
-          attend_blocks(call, executor);
-        }
-        write(call);
-        if (options_.sample > 0) weigh_tokens(call, executor);
-      }
-      seal(executor);
-    });
   }
 
   /// Takes tokens whose queries nobody asks for.
@@ -203,15 +167,14 @@ class landmark_cache {
 
   /// Batch row b becomes what row rows[b] was: the step of a beam search.
   void reorder(std::span<const Index> rows) {
-    constexpr const char* function = "landmark_cache::reorder";
+    constexpr const char* name = "landmark_cache::reorder";
     if (static_cast<Index>(rows.size()) != shape_.batch)
-      detail::refuse(function, "the number of rows", std::to_string(rows.size()),
-                     std::to_string(shape_.batch));
+      detail::refuse(name, "the number of rows", std::to_string(rows.size()), std::to_string(shape_.batch));
     for (const Index row : rows) {
       if (row < 0 || row >= shape_.batch)
-        detail::refuse(function, "a row", std::to_string(row), "0 to " + std::to_string(shape_.batch - 1));
+        detail::refuse(name, "a row", std::to_string(row), "0 to " + std::to_string(shape_.batch - 1));
     }
-    refuse_with_file(function);
+    refuse_with_file(name);
     store_.reorder(rows);
     finder_.clear();
     index_blocks(0);
@@ -228,11 +191,33 @@ class landmark_cache {
   }
 
  private:
-  static constexpr const char* name = "landmark_cache::extend";
+  friend detail::StreamCalls<landmark_cache, true>;
+  static constexpr const char* function = "landmark_cache::extend";
   static constexpr bool encodes = !std::is_same_v<P, no_position>;
   static constexpr bool finds = !std::is_same_v<Finder, every_landmark>;
   static constexpr bool places_of_text = requires { Map::are_of_the_text; };
   static constexpr Index w = detail::lanes<Real>;
+
+  template <class Call, class E>
+  void take(const Call& call, const E& executor, Workspace& workspace) {
+    static_assert(std::is_same_v<typename Call::Real, Real>,
+                  "longspan: a landmark_cache of double takes queries of double, others those of the others");
+    store_.reserve(full_blocks(call.q.rows));
+    held_ = {blocks(), dropped(), std::min(options_.top_k, blocks()), options_.top_k, options_.block};
+    chunk_ = call.q.rows;
+    first_ = store_.open_keys();
+    store_.append(call.k, call.v);
+    if (call.q.batch * call.q.heads * call.q.rows > 0) {
+      attend_open(call, executor, workspace);
+      if (held_.top_k > 0) {
+        choose(call, executor);
+        attend_blocks(call, executor);
+      }
+      write(call);
+      if (options_.sample > 0) weigh_tokens(call, executor);
+    }
+    seal(executor);
+  }
 
   static std::size_t at(Index i) noexcept { return static_cast<std::size_t>(i); }
   Index group() const noexcept { return shape_.kv_heads == 0 ? 1 : shape_.heads / shape_.kv_heads; }
@@ -272,8 +257,8 @@ class landmark_cache {
     detail::open_landmark_blocks(shape_, options_, places_of_text, store_);
     index_blocks(0);
   }
-  void refuse_with_file(const char* function) const {
-    if (store_.has_file()) detail::refuse(function, "the store of blocks", "a file", "memory");
+  void refuse_with_file(const char* name) const {
+    if (store_.has_file()) detail::refuse(name, "the store of blocks", "a file", "memory");
   }
 
   template <class Call, class E>
