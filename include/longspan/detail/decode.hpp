@@ -128,13 +128,14 @@ class Decode {
   /// Only stretches that somebody sees are work: the last token of 2^20 under a window of 2^12 would else
   /// take 2.3 ms, where that of 2^13 takes 1.1.
   void find_stretches() {
+    if (call_.kv_len() <= keys_in_stretch) return seen_.add({0, 1});
     for (Index kv_head = 0; kv_head < call_.k.batch * call_.k.heads; ++kv_head) {
       const KeyRanges seen = intersection(key_ranges(mask_, queries_of(kv_head).tile(0, queries_, {0, 0})),
                                           KeyRanges(KeyRange{0, call_.kv_len()}));
       for (const KeyRange& keys : seen)
         seen_.add({keys.begin / keys_in_stretch, divide_up(keys.end, keys_in_stretch)});
     }
-    if (seen_.empty()) seen_.add({0, 1});
+    if (seen_.empty()) return seen_.add({0, 1});
     stretches_ = 0;
     for (const KeyRange& range : seen_) stretches_ += range.end - range.begin;
   }
@@ -191,12 +192,11 @@ class Decode {
     state.clear();
     pack_queries(queries, worker.q);
     const Index from = stretch * keys_in_stretch, to = std::min(call_.kv_len(), from + keys_in_stretch);
-    const KeyRanges ranges =
-        intersection(key_ranges(mask_, queries.tile(0, queries_, {0, 0})), KeyRanges(KeyRange{from, to}));
     Index done = from;
-    for (const KeyRange& range : ranges) {
-      Index first = std::max(done, range.begin / block_keys_ * block_keys_);
-      for (; first < range.end; first += block_keys_) {
+    for (const KeyRange& range : key_ranges(mask_, queries.tile(0, queries_, {0, 0}))) {
+      const Index end = std::min(range.end, to);
+      Index first = std::max(done, std::max(range.begin, from) / block_keys_ * block_keys_);
+      for (; first < end; first += block_keys_) {
         KeyRange left{first, std::min(first + block_keys_, to)};
         while (!left.empty()) {
           const Run run = keys_.run(queries.batch, kv_head % call_.k.heads, left);
@@ -391,7 +391,7 @@ class Decode {
   Index queries_;
   Index block_keys_;
   KeyRanges seen_;  ///< numbers of stretches
-  Index stretches_ = 0;
+  Index stretches_ = 1;
 };
 
 }  // namespace detail

@@ -85,9 +85,11 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
           sum[j * queries + g] = fma(of_key, of_query[g], sum[j * queries + g]);
       }
     };
-    LONGSPAN_UNROLL
-    for (int j = 0; j < keys_at_once; ++j) {
-      prefetch(row[j], head_dim * static_cast<Index>(sizeof(Tk)), prefetch_bytes);
+    if (keys > keys_at_once) {  // 64 prefetches take as long as the products with one key
+      LONGSPAN_UNROLL
+      for (int j = 0; j < keys_at_once; ++j) {
+        prefetch(row[j], head_dim * static_cast<Index>(sizeof(Tk)), prefetch_bytes);
+      }
     }
     Index column = 0;
     if constexpr (loads_in_pairs<Real, Tk>) {
