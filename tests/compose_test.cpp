@@ -261,6 +261,9 @@ TEST_CASE("per_head: functors without an lse, and within infini_attention", "[la
   longspan::infini_attention outer{per_head{for_heads{0, 4, softmax_attention{causal{}}}}};
   outer.segment = 32;
   CHECK(run(outer, openmp{}) == whole);
+  const std::vector<Index> lengths{70};
+  compressed.lengths = outer.lengths = lengths;
+  CHECK(run(outer, openmp{}) == run(compressed, openmp{}));
   longspan::infini_attention parts{whole_context()};
   parts.segment = 32;
   CHECK(distance(run(parts, openmp{2}).values, whole.values) < 4e-6);

@@ -217,31 +217,6 @@ TEST_CASE("infini_attention: another feature map, number by number", "[options][
   CHECK(worst_in_u<float>(call.out, infini_oracle(attend, call), call.v) <= most_u);
 }
 
-TEST_CASE("infini_attention: dilated and landmark attention within segments", "[options][infini]") {
-  Random random(10);
-  Call<float> call(Shape{1, 2, 1, 120, 120, 16, 16}, Values::normal, random), by_segments = call;
-  const auto check = [&](const auto& local) {
-    infini_attention attend{local};
-    attend.segment = 48;
-    run(attend, call);
-    Tensor<double> expected(1, 2, 120, 16, 0.0);
-    for (Index begin = 0; begin < 120; begin += 48) {
-      const Index rows = std::min<Index>(48, 120 - begin);
-      local(std::as_const(call.q).view().slice_rows(begin, rows),
-            std::as_const(call.k).view().slice_rows(begin, rows),
-            std::as_const(call.v).view().slice_rows(begin, rows),
-            by_segments.out.view().slice_rows(begin, rows));
-    }
-    for (std::size_t n = 0; n < expected.values.size(); ++n)
-      expected.values[n] = static_cast<double>(by_segments.out.values[n]);
-    infini_attention plain;
-    plain.segment = 48;
-    CHECK(worst_in_u<float>(call.out, infini_oracle(plain, call, expected), call.v) <= most_u);
-  };
-  check(longspan::dilated_attention({{16, 1}, {32, 2}}, causal{}));
-  check(longspan::landmark_attention(longspan::landmarks::every(8)));
-}
-
 TEST_CASE("infini_attention: a very negative feature is not lost", "[golden][infini]") {
   const longspan::elu_plus_one phi;
   alignas(64) float of_lane[64];
@@ -253,10 +228,8 @@ TEST_CASE("infini_attention: a very negative feature is not lost", "[golden][inf
 TEST_CASE("infini_attention: the same bits with any number of threads", "[bits][infini]") {
   Random random(11);
   Call<float> call(Shape{2, 6, 2, 300, 300, 40, 24}, Values::normal, random);
-  for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
-    infini_attention attend;
+  const auto check = [&](auto attend) {
     attend.segment = 64;
-    attend.rule = rule;
     Call<float> one = call;
     run(attend, one, 1);
     for (const Index threads : {2, 3, 7, 16}) {
@@ -264,7 +237,14 @@ TEST_CASE("infini_attention: the same bits with any number of threads", "[bits][
       run(attend, many, threads);
       CHECK(many.out == one.out);
     }
+  };
+  for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
+    infini_attention attend;
+    attend.rule = rule;
+    check(attend);
   }
+  check(infini_attention{longspan::dilated_attention({{16, 1}, {64, 3}}, causal{})});
+  check(infini_attention{longspan::landmark_attention(longspan::landmarks::every(12))});
 }
 
 TEST_CASE("infini_attention: what does not fit is refused, and nothing is written", "[errors][infini]") {

@@ -12,6 +12,7 @@
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
+#include "longspan/functor.hpp"
 #include "longspan/infini_options.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/softmax_attention.hpp"
@@ -32,6 +33,8 @@ LONGSPAN_BEGIN
 ///
 ///   infini_attention attend;                                       // softmax_attention{causal{}} within
 ///   infini_attention attend{softmax_attention{causal{}, rotary(Pairing::half_split)}};
+///   infini_attention attend{dilated_attention{{{512, 1}, {1024, 2}}, causal{}}};
+///   infini_attention attend{landmark_attention{landmarks::every(64)}};
 ///   attend.segment = 1024;
 ///   attend.beta = {beta.data(), heads, 1, 1};
 ///   attend(q, k, v, out, execution);                               // execution may be left out
@@ -43,24 +46,33 @@ LONGSPAN_BEGIN
 ///           kv_heads divides heads; a KV head has one M [head_dim, value_dim] and z [head_dim], which its
 ///           query heads share. The length need not be a multiple of the segment. There is no lse.
 /// Types     those of softmax_attention; M and z are float, double where q is.
-/// Positions the local functor is called for each segment, and counts from its beginning (the same for rotary
-///           but for rounding); softmax_attention can be told absolute positions. The memory sees q and k
-///           without positions unless `memory_uses_positions`.
+/// Local     any AttentionFunctor (functor.hpp), called for each segment with its rows alone: dilated
+/// segments
+///           and blocks of landmarks begin anew in every one, and none reaches across. The memory takes every
+///           row, those of landmarks too.
+/// Positions the local functor counts from the beginning of the segment (the same for rotary but for
+///           rounding), its mask and score too; softmax_attention can be told absolute positions. The memory
+///           sees q and k without positions unless `memory_uses_positions`.
 /// Aliasing  out overlaps no input.
-/// Cost      for each token and query head 2 segment * (head_dim + value_dim) / 2 flop of causal local
-///           attention and 2 head_dim * value_dim of reading, and for each KV head as much of writing, twice
-///           that by the delta rule. Memory: batch * kv_heads * head_dim * (value_dim + 1) numbers.
+/// Cost      that of local for each segment: causal softmax attention takes segment * (head_dim + value_dim)
+///           flop for each token and query head. The memory takes 2 head_dim * value_dim for reading, and for
+///           each KV head as much for writing, twice that by the delta rule. It holds batch * kv_heads *
+///           head_dim * (value_dim + 1) numbers.
 /// Error     that of local, plus 16 u (head_dim + 128) g sum_j p_j |v_j| with p the weights of the linear
 ///           memory: all are positive, and segments are summed by themselves before they are added.
 /// Masked    with `lengths` the rows behind the length of a batch row are neither seen nor written, even if
 ///           they hold NaN; their own outputs mean nothing. A side whose gate is 0 has no effect.
 /// Bits      do not depend on the executor nor on how many threads it has.
-/// Throws    Error when shapes or options disagree, before anything is written.
+/// Throws    Error when shapes or options disagree, before anything is written. What a local functor without
+///           an lse refuses is thrown when its segment's turn comes.
 /// Source    Munkhdalai et al. 2024 (arXiv 2404.07143 v2), eq. 6-11. Where the paper is silent: M and z begin
 ///           as 0 and the gate holds in the first segment too (see `first`); a norm below 1e-10 counts as it.
 template <class Local = softmax_attention<causal>, FeatureMap F = elu_plus_one>
 struct infini_attention {
-  Local local{};  ///< any functor of the library, or whatever is called like one
+  static_assert(AttentionFunctor<Local> || AttentionFunctor<Local, double>,
+                "longspan: local attention is called with q, k, v, out and an execution");
+
+  Local local{};
   F feature{};
   Index segment = 2048;
   MatrixView<const float> beta{};  ///< [1 or heads][1 or value_dim]; 0 unless set
@@ -105,6 +117,11 @@ struct infini_attention {
                      "[" + std::to_string(beta.rows) + ", " + std::to_string(beta.cols) + "]",
                      "[1 or " + std::to_string(heads) + ", 1 or " + std::to_string(value_dim) + "]");
     }
+    if constexpr (requires { local.gate_keep, local.control; }) {
+      if (local.gate_keep.data != nullptr || local.control.cmt.data != nullptr)
+        detail::refuse(function, "gate_keep or control of the local attention", "given",
+                       "none: they hold rows of one call, and each segment is another");
+    }
     if (!lengths.empty() && static_cast<Index>(lengths.size()) != batch) {
       detail::refuse(function, "the number of lengths", std::to_string(lengths.size()),
                      std::to_string(batch) + ", one for each batch row");
@@ -136,21 +153,27 @@ struct infini_attention {
       pass.difference =
           detail::difference_shares(memory.stride(), scratch.difference[0], scratch.difference[1]);
     }
-    for (Index begin = 0; begin < call.kv_len(); begin += segment) {
-      const Index count = std::min(segment, call.kv_len() - begin);
-      const auto rows_of = [&](Index b) {
-        return lengths.empty() ? count
-                               : std::clamp<Index>(lengths[static_cast<std::size_t>(b)] - begin, 0, count);
-      };
-      const auto k = call.k.slice_rows(begin, count);
-      const auto v = call.v.slice_rows(begin, count);
+    const auto for_each_segment = [&](const auto& work) {
+      for (Index begin = 0; begin < call.kv_len(); begin += segment) {
+        const auto part = detail::part_of(call, begin, std::min(segment, call.kv_len() - begin));
+        work(part, begin, [&](Index b) {
+          return lengths.empty()
+                     ? part.kv_len()
+                     : std::clamp<Index>(lengths[static_cast<std::size_t>(b)] - begin, 0, part.kv_len());
+        });
+      }
+    };
+    for_each_segment([&](const auto& part, Index, const auto& rows_of) {
+      pass.check(part.q, part.k, part.v, part.out, executor, workspace, rows_of);
+    });
+    for_each_segment([&](const auto& part, Index begin, const auto& rows_of) {
       const bool known = begin > 0 || first == InfiniFirst::gate;
-      pass.attend(call.q.slice_rows(begin, count), k, v, call.out.slice_rows(begin, count), begin, known,
-                  executor, workspace, rows_of);
-      if (begin + segment >= call.kv_len()) break;
-      pass.write(k, v, compact_view(scratch.change, k.batch, k.heads, count, v.cols), begin, executor,
-                 workspace, rows_of);
-    }
+      pass.attend(part.q, part.k, part.v, part.out, begin, known, executor, workspace, rows_of);
+      if (begin + segment >= call.kv_len()) return;
+      pass.write(part.k, part.v,
+                 compact_view(scratch.change, part.k.batch, part.k.heads, part.kv_len(), part.value_dim()),
+                 begin, executor, workspace, rows_of);
+    });
   }
 };
 

@@ -45,6 +45,8 @@ class landmarks {
     return std::lower_bound(keys.begin(), keys.end(), j) - keys.begin();
   }
 
+  /// Are they landmarks of a context of any length?
+  constexpr bool fit_any_length() const noexcept { return regular_ || (keys_.empty() && lists_.empty()); }
   /// Does every batch row have the same blocks?
   constexpr bool same_in_all_rows() const noexcept { return lists_.empty(); }
 

@@ -8,8 +8,11 @@
 #include "longspan/detail/infini_memory_kernels.hpp"
 #include "longspan/detail/scratch.hpp"
 #include "longspan/execution.hpp"
+#include "longspan/functor.hpp"
 #include "longspan/infini_options.hpp"
+#include "longspan/mask.hpp"
 #include "longspan/position.hpp"
+#include "longspan/score.hpp"
 #include "longspan/softmax_attention.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -57,6 +60,12 @@ requires(!std::is_same_v<P, no_position>) auto local_at(const softmax_attention<
   return shifted;
 }
 
+/// Has a local functor no option that fits some segments and not others?
+template <class Local>
+inline constexpr bool fits_any_segment = false;
+template <Mask M, Score S, Position P>
+inline constexpr bool fits_any_segment<softmax_attention<M, S, P>> = true;
+
 /// One batch row of a tensor.
 template <class T>
 TensorView<T> batch_row(TensorView<T> x, Index b) {
@@ -79,7 +88,7 @@ struct InfiniPass {
 
   /// out = gate(memory, local) for queries of one segment; k and v are its keys so far, the last q.rows of
   /// them beside the queries, the first at `position`. Where nothing is `known`, local attention stands
-  /// alone.
+  /// alone. Of batch row b there are rows_of(b) rows; outputs behind them are those of a local part of 0.
   template <class Tq, class Tk, class Tv, class To, class E, class RowsOf>
   void attend(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v, TensorView<To> out,
               Index position, bool known, const E& executor, Workspace& workspace,
@@ -90,14 +99,30 @@ struct InfiniPass {
     if (whole) {
       attend_locally(q, k, v, out, position, k.rows - q.rows, inner);
     } else {
+      const Index before = k.rows - q.rows;
       for (Index b = 0; b < k.batch; ++b) {
         const Index rows = std::clamp<Index>(rows_of(b), 0, k.rows);
-        attend_locally(batch_row(q, b), batch_row(k, b).slice_rows(0, rows),
-                       batch_row(v, b).slice_rows(0, rows), batch_row(out, b), position, k.rows - q.rows,
-                       inner);
+        const Index queries = std::max<Index>(0, rows - before);
+        const auto to = batch_row(out, b);
+        attend_locally(batch_row(q, b).slice_rows(0, queries), batch_row(k, b).slice_rows(0, rows),
+                       batch_row(v, b).slice_rows(0, rows), to.slice_rows(0, queries), position,
+                       rows - queries, inner);
+        for (Index h = 0; h < to.heads; ++h) {
+          for (Index i = queries; i < to.rows; ++i) std::fill_n(to.row(0, h, i), to.cols, To(0));
+        }
       }
     }
     if (known) recall(q, k.rows - q.rows, out, position, executor, workspace);
+  }
+
+  /// Calls the local functor as `attend` will, but for the queries: it says what it refuses, and writes
+  /// nothing. Only functors that give an lse can be called so; the others want a query for each key.
+  template <class Tq, class Tk, class Tv, class To, class E, class RowsOf>
+  void check(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v, TensorView<To> out,
+             const E& executor, Workspace& workspace, const RowsOf& rows_of) const {
+    if constexpr (PartialFunctor<Local, Real> && !fits_any_segment<Local>) {
+      attend(q.slice_rows(0, 0), k, v, out.slice_rows(0, 0), 0, false, executor, workspace, rows_of);
+    }
   }
 
   /// out = gate(memory, out) for queries that stand behind `first_query` others of their segment.

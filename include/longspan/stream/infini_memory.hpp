@@ -21,11 +21,27 @@
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/infini_attention.hpp"
+#include "longspan/mask.hpp"
 #include "longspan/stream/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 LONGSPAN_BEGIN
+namespace detail {
+
+/// Does a local functor answer the last queries of its keys by themselves?
+template <class Local>
+inline constexpr bool answers_last_queries = true;
+template <class Local, FeatureMap F>
+inline constexpr bool answers_last_queries<infini_attention<Local, F>> = false;
+
+/// Does it have a mask, and that hides nothing?
+template <class Local>
+inline constexpr bool shows_later_keys = requires {
+  requires std::is_same_v<decltype(Local::mask), everything>;
+};
+
+}  // namespace detail
 
 /// infini_attention carried from call to call: rows taken in by `extend` stand behind those of the calls
 /// before. When a segment is full it is written to the memory and forgotten.
@@ -36,10 +52,16 @@ LONGSPAN_BEGIN
 ///
 /// Shapes    q [batch, heads, n, head_dim]           k [batch, kv_heads, n, head_dim]
 ///           v [batch, kv_heads, n, value_dim]       out [batch, heads, n, value_dim], any n >= 0
+/// Local     answers the new queries over the rows of the open segment so far, and so has to hide later keys:
+///           softmax_attention, dilated_attention and landmark_attention with a causal mask, or a composition
+///           of them, do. Landmarks stand at `every` so many rows: a list would not fit an open segment.
+///           infini_attention, which wants a query for each key, is refused when it is compiled
 /// Types     rows of the open segment are kept as T. M and z, and all arithmetic, are double where T is, else
 ///           float, and so must q's be; k and v are any elements
 /// State     batch * kv_heads * (head_dim * (value_dim + 1) + segment * (head_dim + value_dim)) numbers,
 ///           however many tokens have come. A copy is a stream of its own
+/// Cost      that of local for the new queries over the open segment, and what infini_attention takes to read
+///           and to write
 /// Equal     to the one call over all rows within the error bound, however the rows are cut into calls, by
 ///           both rules: a segment is written when it is full, from its own rows. M and z are the same to the
 ///           bit where T is the type of k and v; rows of `out` are where local attention gives them so
@@ -48,6 +70,13 @@ LONGSPAN_BEGIN
 /// Source    that of infini_attention
 template <Element T, class Local, FeatureMap F>
 class infini_memory {
+  static_assert(
+      detail::answers_last_queries<Local>,
+      "longspan: the local attention of a stream cannot be infini_attention, which wants a query for "
+      "each key");
+  static_assert(!detail::shows_later_keys<Local>,
+                "longspan: the local attention of a stream has to hide later keys: give it causal{}");
+
  public:
   using Real = Arithmetic<T>;
 
@@ -58,6 +87,12 @@ class infini_memory {
     attend_.check(function, shape.batch, shape.heads, shape.head_dim, shape.value_dim);
     if (!attend_.lengths.empty())
       detail::refuse(function, "lengths", "given", "none: a stream has no padding");
+    if constexpr (requires { attend_.local.at.fit_any_length(); }) {
+      if (!attend_.local.at.fit_any_length()) {
+        detail::refuse(function, "at of the local attention", "a list of landmarks",
+                       "every: an open segment ends before some of the list");
+      }
+    }
     const detail::MemoryView<Real> memory = view_of(0, shape.batch);
     m_.resize(static_cast<std::size_t>(memory.m_size()));
     z_.resize(static_cast<std::size_t>(memory.z_size()));
@@ -119,6 +154,9 @@ class infini_memory {
     detail::check_stream_call(function, call, shape_);
     make_room(call.q_len());
     detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      if (call.q_len() > 0) {
+        for_each_run_of_rows([&](Index b, Index rows) { check_local(call, b, rows, executor, workspace); });
+      }
       for_each_run_of_rows([&](Index b, Index rows) { take_in(call, b, rows, executor, workspace); });
     });
   }
@@ -357,6 +395,14 @@ class infini_memory {
     pass.gate = detail::gate_shares(attend_.beta, shape_.heads, shape_.value_dim, pass.memory.stride(),
                                     shares[0], shares[1]);
     return pass;
+  }
+
+  /// With the one key of a segment that has begun: what fits it fits all that come.
+  template <class Call, class E>
+  void check_local(const Call& call, Index b, Index rows, const E& executor, Workspace& workspace) {
+    pass_over(b, rows).check(rows_of(call.q, b, rows), TensorView<const T>(open_keys(b, rows, 1)),
+                             TensorView<const T>(open_values(b, rows, 1)), rows_of(call.out, b, rows),
+                             executor, workspace, [](Index) { return Index{1}; });
   }
 
   template <class Tq, class To, class E>
