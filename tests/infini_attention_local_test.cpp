@@ -13,6 +13,7 @@
 #include "longspan/reference/landmark_attention.hpp"
 #include "longspan/stream/infini_memory.hpp"
 #include "support/catch.hpp"
+#include "support/count_allocations.hpp"
 #include "support/infini_oracle.hpp"
 #include "support/refusal.hpp"
 
@@ -279,4 +280,28 @@ TEST_CASE("infini_attention: landmarks listed by hand, where all segments have t
   run(options(landmark_attention{landmarks::at(keys)}, 16), call);
   run(options(grouped(), 16), by_length);
   CHECK(call.out == by_length.out);
+}
+
+TEST_CASE(
+    "infini_attention: a local functor allocates nothing again, and counts from its segment's beginning",
+    "[options][infini]") {
+  Random random(8);
+  for_each_local([&](auto local) {
+    Call<float> call({1, 2, 1, 90, 90, 16, 16}, Values::normal, random), told = call;
+    const auto attend = options(local, 32);
+    longspan::Execution team(openmp{2});
+    const auto run_in_team = [&] { run_rows([&](const auto&... x) { attend(x..., team); }, call, 0, 90); };
+    run_in_team();
+    CHECK(allocations_of(run_in_team) == 0);
+    local.first_query = 1000;
+    run(options(local, 32), told);
+    CHECK(told.out == call.out);
+
+    auto stream = attend.stream({1, 2, 1, 16, 16});
+    const auto extend_in_team = [&](Index first) {
+      run_rows([&](const auto&... x) { stream.extend(x..., team); }, told, first, 1);
+    };
+    for (Index first = 0; first < 40; ++first) extend_in_team(first);
+    CHECK(allocations_of([&] { extend_in_team(40); }) == 0);
+  });
 }

@@ -80,7 +80,7 @@ struct infini_attention {
   InfiniFirst first = InfiniFirst::gate;
   std::span<const Index> lengths{};    ///< of each batch row; all of it unless set
   bool memory_uses_positions = false;  ///< give the memory q and k as the position encoding of local has them
-  bool absolute_positions = false;     ///< tell softmax_attention positions in the whole sequence
+  bool absolute_positions = false;  ///< tell softmax_attention and the memory positions in the whole sequence
 
   infini_attention() = default;
   explicit infini_attention(Local within, F map = {}) : local(std::move(within)), feature(std::move(map)) {}

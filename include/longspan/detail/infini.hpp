@@ -5,66 +5,19 @@
 #include <cmath>
 #include <type_traits>
 
+#include "longspan/detail/infini_local.hpp"
 #include "longspan/detail/infini_memory_kernels.hpp"
+#include "longspan/detail/problem.hpp"
 #include "longspan/detail/scratch.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/functor.hpp"
 #include "longspan/infini_options.hpp"
-#include "longspan/mask.hpp"
 #include "longspan/position.hpp"
-#include "longspan/score.hpp"
-#include "longspan/softmax_attention.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 LONGSPAN_BEGIN
 namespace detail {
-
-/// Positions from `offset` on.
-template <Position P>
-struct ShiftedPosition {
-  P position;
-  Index offset = 0;
-
-  template <class Real>
-  void encode(MatrixView<Real> rows, Index first, Role role) const {
-    position.encode(rows, offset + first, role);
-  }
-  void check(Index cols) const { position.check(cols); }
-};
-
-/// The position encoding of a local functor; none where it has none.
-template <class Local>
-auto position_of(const Local& local) {
-  if constexpr (requires { local.position; }) {
-    return local.position;
-  } else {
-    return no_position{};
-  }
-}
-
-/// The local functor for a segment that stands at `offset`. Only softmax_attention can be told so; the others
-/// count from the beginning of the segment.
-template <class Local>
-const Local& local_at(const Local& local, Index) {
-  return local;
-}
-template <Mask M, Score S, Position P>
-requires(!std::is_same_v<P, no_position>) auto local_at(const softmax_attention<M, S, P>& local,
-                                                        Index offset) {
-  softmax_attention<M, S, ShiftedPosition<P>> shifted(local.mask, local.score,
-                                                      ShiftedPosition<P>{local.position, offset});
-  shifted.scale = local.scale;
-  shifted.first_query = local.first_query;
-  shifted.bf16_products = local.bf16_products;
-  return shifted;
-}
-
-/// Has a local functor no option that fits some segments and not others?
-template <class Local>
-inline constexpr bool fits_any_segment = false;
-template <Mask M, Score S, Position P>
-inline constexpr bool fits_any_segment<softmax_attention<M, S, P>> = true;
 
 /// One batch row of a tensor.
 template <class T>
@@ -97,7 +50,7 @@ struct InfiniPass {
     bool whole = true;
     for (Index b = 0; b < k.batch; ++b) whole = whole && rows_of(b) >= k.rows;
     if (whole) {
-      attend_locally(q, k, v, out, position, k.rows - q.rows, inner);
+      attend_locally(q, k, v, out, position, inner);
     } else {
       const Index before = k.rows - q.rows;
       for (Index b = 0; b < k.batch; ++b) {
@@ -105,8 +58,7 @@ struct InfiniPass {
         const Index queries = std::max<Index>(0, rows - before);
         const auto to = batch_row(out, b);
         attend_locally(batch_row(q, b).slice_rows(0, queries), batch_row(k, b).slice_rows(0, rows),
-                       batch_row(v, b).slice_rows(0, rows), to.slice_rows(0, queries), position,
-                       rows - queries, inner);
+                       batch_row(v, b).slice_rows(0, rows), to.slice_rows(0, queries), position, inner);
         for (Index h = 0; h < to.heads; ++h) {
           for (Index i = queries; i < to.rows; ++i) std::fill_n(to.row(0, h, i), to.cols, To(0));
         }
@@ -157,11 +109,19 @@ struct InfiniPass {
   }
 
  private:
+  /// The last q.rows keys stand beside the queries, as functors have it unless they are told otherwise. A
+  /// functor is not copied for that: dilated_attention would allocate its branches.
   template <class Tq, class Tk, class Tv, class To, class E>
   void attend_locally(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v,
-                      TensorView<To> out, Index position, Index first_query, E& execution) const {
-    const auto call = [&](auto functor) {
-      if constexpr (requires { functor.first_query; }) functor.first_query = first_query;
+                      TensorView<To> out, Index position, E& execution) const {
+    const auto call = [&](const auto& functor) {
+      if constexpr (requires { functor.first_query; }) {
+        if (functor.first_query != queries_end_at_keys) {
+          auto copy = functor;
+          copy.first_query = queries_end_at_keys;
+          return copy(q, k, v, out, execution);
+        }
+      }
       functor(q, k, v, out, execution);
     };
     if (absolute_positions) {

@@ -21,27 +21,11 @@
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/infini_attention.hpp"
-#include "longspan/mask.hpp"
 #include "longspan/stream/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 LONGSPAN_BEGIN
-namespace detail {
-
-/// Does a local functor answer the last queries of its keys by themselves?
-template <class Local>
-inline constexpr bool answers_last_queries = true;
-template <class Local, FeatureMap F>
-inline constexpr bool answers_last_queries<infini_attention<Local, F>> = false;
-
-/// Does it have a mask, and that hides nothing?
-template <class Local>
-inline constexpr bool shows_later_keys = requires {
-  requires std::is_same_v<decltype(Local::mask), everything>;
-};
-
-}  // namespace detail
 
 /// infini_attention carried from call to call: rows taken in by `extend` stand behind those of the calls
 /// before. When a segment is full it is written to the memory and forgotten.
@@ -61,7 +45,8 @@ inline constexpr bool shows_later_keys = requires {
 /// State     batch * kv_heads * (head_dim * (value_dim + 1) + segment * (head_dim + value_dim)) numbers,
 ///           however many tokens have come. A copy is a stream of its own
 /// Cost      that of local for the new queries over the open segment, and what infini_attention takes to read
-///           and to write
+///           and to write. For one token landmark_attention takes 3 times as long as softmax_attention, which
+///           has a kernel for a few queries
 /// Equal     to the one call over all rows within the error bound, however the rows are cut into calls, by
 ///           both rules: a segment is written when it is full, from its own rows. M and z are the same to the
 ///           bit where T is the type of k and v; rows of `out` are where local attention gives them so
