@@ -33,7 +33,7 @@ void infini_memory<T, Local, F>::save(std::ostream& to) const {
     writer.array(memory.norm(head), shape_.head_dim);
   }
   for (Index b = 0; b < shape_.batch; ++b) {
-    const auto k = self.open_keys(b, 1, filled_[at(b)]), v = self.open_values(b, 1, filled_[at(b)]);
+    const auto k = self.open_.keys(b, 1, filled_[at(b)]), v = self.open_.values(b, 1, filled_[at(b)]);
     for (Index h = 0; h < shape_.kv_heads; ++h) {
       writer.array(k.row(0, h, 0), k.rows * k.cols);
       writer.array(v.row(0, h, 0), v.rows * v.cols);
@@ -80,14 +80,12 @@ void infini_memory<T, Local, F>::load(std::istream& from) {
   reader.finish();
   const Index most =
       loaded.filled_.empty() ? 0 : *std::max_element(loaded.filled_.begin(), loaded.filled_.end());
-  const auto filled = std::exchange(loaded.filled_, std::vector<std::int64_t>(loaded.filled_.size(), 0));
-  if (most > 0) loaded.resize(most);
-  loaded.filled_ = filled;
+  if (most > 0) loaded.open_.resize(most, std::vector<std::int64_t>(loaded.filled_.size(), 0));
   for (Index b = 0; b < shape_.batch; ++b) {
     for (Index h = 0; h < shape_.kv_heads; ++h) {
       const auto n = static_cast<std::size_t>(2 * (b * shape_.kv_heads + h));
-      std::copy(rows[n].begin(), rows[n].end(), loaded.open_keys(b, 1, most).row(0, h, 0));
-      std::copy(rows[n + 1].begin(), rows[n + 1].end(), loaded.open_values(b, 1, most).row(0, h, 0));
+      std::copy(rows[n].begin(), rows[n].end(), loaded.open_.keys(b, 1, most).row(0, h, 0));
+      std::copy(rows[n + 1].begin(), rows[n + 1].end(), loaded.open_.values(b, 1, most).row(0, h, 0));
     }
   }
   *this = std::move(loaded);

@@ -12,8 +12,10 @@
 #include <utility>
 #include <vector>
 
+#include "longspan/detail/functor_calls.hpp"
 #include "longspan/detail/infini.hpp"
 #include "longspan/detail/key_block.hpp"
+#include "longspan/detail/open_rows.hpp"
 #include "longspan/detail/problem.hpp"
 #include "longspan/detail/state_file.hpp"
 #include "longspan/eigen.hpp"
@@ -54,7 +56,7 @@ LONGSPAN_BEGIN
 ///           stream that has taken in some of the call's rows
 /// Source    that of infini_attention
 template <Element T, class Local, FeatureMap F>
-class infini_memory {
+class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, false> {
   static_assert(
       detail::answers_last_queries<Local>,
       "longspan: the local attention of a stream cannot be infini_attention, which wants a query for "
@@ -67,7 +69,7 @@ class infini_memory {
 
   /// `attend.lengths` must be empty: a row of a batch that has ended is reset or ignored.
   infini_memory(infini_attention<Local, F> attend, const StreamShape& shape)
-      : attend_(std::move(attend)), shape_(shape) {
+      : attend_(std::move(attend)), shape_(shape), open_(shape) {
     detail::check_stream_shape(function, shape);
     attend_.check(function, shape.batch, shape.heads, shape.head_dim, shape.value_dim);
     if (!attend_.lengths.empty())
@@ -92,8 +94,7 @@ class infini_memory {
   Index open_rows(Index b = 0) const noexcept { return filled_[at(b)]; }
   /// Memory of M and z, and of the open segments.
   Index bytes() const noexcept {
-    return static_cast<Index>((m_.capacity() + z_.capacity()) * sizeof(Real) +
-                              (k_.capacity() + v_.capacity()) * sizeof(T));
+    return static_cast<Index>((m_.capacity() + z_.capacity()) * sizeof(Real)) + open_.bytes();
   }
   /// M[c][column] and z[c] of a KV head.
   Real memory(Index b, Index kv_head, Index c, Index column) const noexcept {
@@ -125,27 +126,6 @@ class infini_memory {
     for (Index b = 0; b < shape_.batch; ++b) filled_[at(b)] = tokens - written_[at(b)];
   }
 
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
-  void extend(const Q& q, const K& k, const V& v, Out&& out) {
-    extend(q, k, v, out, openmp{});
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
-  void extend(const Q& q, const K& k, const V& v, Out&& out, E&& execution) {
-    static_assert(
-        std::is_same_v<detail::LseOf<Q>, Real>,
-        "longspan: the stream computes in double if its rows are double, else in float, and so must q");
-    const auto call =
-        detail::checked_problem(function, view(q), view(k), view(v), view(out), detail::no_rows<Real>());
-    detail::check_stream_call(function, call, shape_);
-    make_room(call.q_len());
-    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-      if (call.q_len() > 0) {
-        for_each_run_of_rows([&](Index b, Index rows) { check_local(call, b, rows, executor, workspace); });
-      }
-      for_each_run_of_rows([&](Index b, Index rows) { take_in(call, b, rows, executor, workspace); });
-    });
-  }
-
   /// What `extend` would give, the stream left as it is. Copies the stream if the rows would close a segment.
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E = openmp>
   void peek(const Q& q, const K& k, const V& v, Out&& out, E&& execution = E{}) {
@@ -155,7 +135,7 @@ class infini_memory {
       infini_memory copy = *this;
       return copy.extend(q, k, v, out, execution);
     }
-    extend(q, k, v, out, execution);
+    this->extend(q, k, v, out, execution);
     filled_ = filled;
   }
 
@@ -165,19 +145,12 @@ class infini_memory {
     check_row("infini_memory::absorb", b);
     const auto keys = view(k);
     const auto values = view(v);
-    const auto wanted = [&](const auto& x, const char* what, Index cols) {
-      if (x.batch != 1 || x.heads != shape_.kv_heads || x.rows != keys.rows || x.cols != cols) {
-        detail::refuse("infini_memory::absorb", what, detail::shape_text(x),
-                       detail::shape_text(1, shape_.kv_heads, keys.rows, cols));
-      }
-    };
-    wanted(keys, "k", shape_.head_dim);
-    wanted(values, "v", shape_.value_dim);
+    detail::check_tokens("infini_memory::absorb", keys, values, 1, shape_);
     make_room(keys.rows);
     detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
       for (Index first = 0, count = 0; first < keys.rows; first += count) {
         count = std::min(attend_.segment - filled_[at(b)], keys.rows - first);
-        append_rows(keys.slice_rows(first, count), values.slice_rows(first, count), b, 1);
+        open_.append(keys.slice_rows(first, count), values.slice_rows(first, count), b, 1, filled_[at(b)]);
         filled_[at(b)] += count;
         if (filled_[at(b)] == attend_.segment) close(b, 1, executor, workspace);
       }
@@ -204,8 +177,8 @@ class infini_memory {
       for_each_run_of_rows([&](Index b, Index rows) {
         if (!knows(b)) return;
         pass_with_gate(b, rows, workspace)
-            .recall(TensorView<const Tq>(rows_of(queries, b, rows)), 0, rows_of(to, b, rows), written_[at(b)],
-                    executor, workspace);
+            .recall(TensorView<const Tq>(detail::batch_rows(queries, b, rows)), 0,
+                    detail::batch_rows(to, b, rows), written_[at(b)], executor, workspace);
       });
     });
   }
@@ -227,6 +200,7 @@ class infini_memory {
   void load(std::istream& from);
 
  private:
+  friend detail::StreamCalls<infini_memory, false>;
   using Numbers = std::array<std::int64_t, 9>;
   static constexpr std::string_view function = "infini_memory";
   static constexpr detail::StateKind kind{"infini", 1, "infini_memory::save", "infini_memory::load"};
@@ -247,42 +221,13 @@ class infini_memory {
     return view;
   }
 
-  /// The first `count` rows of the open segments of batch rows [b, b + rows).
-  TensorView<T> open_keys(Index b, Index rows, Index count) {
-    auto all = compact_view(k_.data(), shape_.batch, shape_.kv_heads, room_, shape_.head_dim);
-    all.data += b * all.batch_stride;
-    all.batch = rows;
-    return all.slice_rows(0, count);
-  }
-  TensorView<T> open_values(Index b, Index rows, Index count) {
-    auto all = compact_view(v_.data(), shape_.batch, shape_.kv_heads, room_, shape_.value_dim);
-    all.data += b * all.batch_stride;
-    all.batch = rows;
-    return all.slice_rows(0, count);
-  }
-
   /// Room for `more` rows in each open segment, as far as a segment goes.
   void make_room(Index more) {
     const Index most = filled_.empty() ? 0 : *std::max_element(filled_.begin(), filled_.end());
     const Index wanted =
         std::min(attend_.segment, more > attend_.segment - most ? attend_.segment : most + more);
-    if (wanted <= room_) return;
-    resize(std::min(attend_.segment, std::max<Index>(wanted, 2 * room_)));
-  }
-  void resize(Index room) {
-    const auto moved = [&](const std::vector<T>& from, Index cols) {
-      const Index heads = shape_.batch * shape_.kv_heads;
-      std::vector<T> to(static_cast<std::size_t>(heads * room * cols));
-      for (Index head = 0; head < heads; ++head) {
-        const Index rows = filled_[at(head / shape_.kv_heads)];
-        std::copy_n(from.begin() + head * room_ * cols, rows * cols, to.begin() + head * room * cols);
-      }
-      return to;
-    };
-    std::vector<T> k = moved(k_, shape_.head_dim), v = moved(v_, shape_.value_dim);
-    k_ = std::move(k);
-    v_ = std::move(v);
-    room_ = room;
+    if (wanted <= open_.room()) return;
+    open_.resize(std::min(attend_.segment, std::max<Index>(wanted, 2 * open_.room())), filled_);
   }
 
   /// work(b, rows) for each run of batch rows that are equally far.
@@ -297,9 +242,20 @@ class infini_memory {
   }
 
   template <class Call, class E>
+  void take(const Call& call, const E& executor, Workspace& workspace) {
+    static_assert(
+        std::is_same_v<typename Call::Real, Real>,
+        "longspan: the stream computes in double if its rows are double, else in float, and so must q");
+    make_room(call.q_len());
+    if (call.q_len() > 0)
+      for_each_run_of_rows([&](Index b, Index rows) { check_local(call, b, rows, executor, workspace); });
+    for_each_run_of_rows([&](Index b, Index rows) { take_in(call, b, rows, executor, workspace); });
+  }
+
+  template <class Call, class E>
   void take_in(const Call& call, Index b, Index rows, const E& executor, Workspace& workspace) {
     const auto part = [&](auto x, Index first, Index count) {
-      return rows_of(x, b, rows).slice_rows(first, count);
+      return detail::batch_rows(x, b, rows).slice_rows(first, count);
     };
     for (Index first = 0; first < call.q_len();) {
       const Index filled = filled_[at(b)], count = std::min(attend_.segment - filled, call.q_len() - first);
@@ -315,44 +271,12 @@ class infini_memory {
           continue;
         }
       }
-      append_rows(part(call.k, first, count), part(call.v, first, count), b, rows);
-      attend(q, TensorView<const T>(open_keys(b, rows, filled + count)),
-             TensorView<const T>(open_values(b, rows, filled + count)), out, b, rows, executor, workspace);
+      open_.append(part(call.k, first, count), part(call.v, first, count), b, rows, filled);
+      attend(q, TensorView<const T>(open_.keys(b, rows, filled + count)),
+             TensorView<const T>(open_.values(b, rows, filled + count)), out, b, rows, executor, workspace);
       for (Index row = b; row < b + rows; ++row) filled_[at(row)] += count;
       if (filled + count == attend_.segment) close(b, rows, executor, workspace);
       first += count;
-    }
-  }
-
-  /// Batch rows [b, b + rows) of a tensor.
-  template <class View>
-  static View rows_of(View x, Index b, Index rows) {
-    x.data += b * x.batch_stride;
-    x.batch = rows;
-    return x;
-  }
-
-  template <class Tk, class Tv>
-  void append_rows(TensorView<Tk> k, TensorView<Tv> v, Index b, Index rows) {
-    const Index filled = filled_[at(b)], count = k.rows;
-    append(k, open_keys(b, rows, filled + count).slice_rows(filled, count));
-    append(v, open_values(b, rows, filled + count).slice_rows(filled, count));
-  }
-  template <class From>
-  static void append(TensorView<From> from, TensorView<T> to) {
-    for (Index b = 0; b < to.batch; ++b) {
-      for (Index h = 0; h < to.heads; ++h) {
-        for (Index i = 0; i < to.rows; ++i) {
-          const From* row = from.row(b, h, i);
-          std::transform(row, row + to.cols, to.row(b, h, i), [](From x) {
-            if constexpr (std::is_same_v<std::remove_const_t<From>, T>) {
-              return x;
-            } else {
-              return static_cast<T>(static_cast<Real>(x));
-            }
-          });
-        }
-      }
     }
   }
 
@@ -385,9 +309,10 @@ class infini_memory {
   /// With the one key of a segment that has begun: what fits it fits all that come.
   template <class Call, class E>
   void check_local(const Call& call, Index b, Index rows, const E& executor, Workspace& workspace) {
-    pass_over(b, rows).check(rows_of(call.q, b, rows), TensorView<const T>(open_keys(b, rows, 1)),
-                             TensorView<const T>(open_values(b, rows, 1)), rows_of(call.out, b, rows),
-                             executor, workspace, [](Index) { return Index{1}; });
+    pass_over(b, rows).check(detail::batch_rows(call.q, b, rows), TensorView<const T>(open_.keys(b, rows, 1)),
+                             TensorView<const T>(open_.values(b, rows, 1)),
+                             detail::batch_rows(call.out, b, rows), executor, workspace,
+                             [](Index) { return Index{1}; });
   }
 
   template <class Tq, class To, class E>
@@ -401,8 +326,8 @@ class infini_memory {
   template <class E>
   void close(Index b, Index rows, const E& executor, Workspace& workspace) {
     const Index filled = filled_[at(b)];
-    write(TensorView<const T>(open_keys(b, rows, filled)), TensorView<const T>(open_values(b, rows, filled)),
-          b, rows, executor, workspace);
+    write(TensorView<const T>(open_.keys(b, rows, filled)),
+          TensorView<const T>(open_.values(b, rows, filled)), b, rows, executor, workspace);
     for (Index row = b; row < b + rows; ++row) filled_[at(row)] = 0;
   }
 
@@ -450,8 +375,7 @@ class infini_memory {
   infini_attention<Local, F> attend_;
   StreamShape shape_;
   std::vector<Real> m_, z_;
-  std::vector<T> k_, v_;  ///< [batch, kv_heads, room, cols]
-  Index room_ = 0;
+  detail::OpenRows<T> open_;
   std::vector<std::int64_t> filled_;   ///< rows of the open segment of each batch row
   std::vector<std::int64_t> written_;  ///< tokens that its memory has taken
 };

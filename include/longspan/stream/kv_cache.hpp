@@ -132,14 +132,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   void absorb(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
     const auto values = view(v);
-    const auto wanted = [&](const auto& x, std::string_view what, Index cols) {
-      if (x.batch != shape_.batch || x.heads != shape_.kv_heads || x.rows != keys.rows || x.cols != cols) {
-        detail::refuse("kv_cache::absorb", what, detail::shape_text(x),
-                       detail::shape_text(shape_.batch, shape_.kv_heads, keys.rows, cols));
-      }
-    };
-    wanted(keys, "k", shape_.head_dim);
-    wanted(values, "v", shape_.value_dim);
+    detail::check_tokens("kv_cache::absorb", keys, values, shape_.batch, shape_);
     const Index most = tokens_at_once(keys.rows);
     detail::with_executor(execution, [&](const auto& executor) {
       for (Index first = 0; first < keys.rows; first += most) {

@@ -91,14 +91,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   void absorb(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
     const auto values = view(v);
-    const auto wanted = [&](const auto& x, const char* what, Index cols) {
-      if (x.batch != shape_.batch || x.heads != shape_.kv_heads || x.rows != keys.rows || x.cols != cols) {
-        detail::refuse("landmark_cache::absorb", what, detail::shape_text(x),
-                       detail::shape_text(shape_.batch, shape_.kv_heads, keys.rows, cols));
-      }
-    };
-    wanted(keys, "k", shape_.head_dim);
-    wanted(values, "v", shape_.value_dim);
+    detail::check_tokens("landmark_cache::absorb", keys, values, shape_.batch, shape_);
     store_.reserve(full_blocks(keys.rows));
     store_.append(keys, values);
     detail::with_executor(execution, [&](const auto& executor) { seal(executor); });

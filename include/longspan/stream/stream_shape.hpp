@@ -49,6 +49,17 @@ void check_stream_call(std::string_view function, const Call& call, const Stream
            std::to_string(call.q.rows) + " as q has");
 }
 
+/// Refuses keys and values that come without queries unless they are of `batch` rows of the stream.
+template <class K, class V>
+void check_tokens(std::string_view function, const K& k, const V& v, Index batch, const StreamShape& shape) {
+  const auto wanted = [&](const auto& x, std::string_view what, Index cols) {
+    if (x.batch != batch || x.heads != shape.kv_heads || x.rows != k.rows || x.cols != cols)
+      refuse(function, what, shape_text(x), shape_text(batch, shape.kv_heads, k.rows, cols));
+  };
+  wanted(k, "k", shape.head_dim);
+  wanted(v, "v", shape.value_dim);
+}
+
 /// Rows [first, first + count) of a call, lse as well.
 template <class Call>
 Call part_of(const Call& call, Index first, Index count) {
