@@ -35,13 +35,11 @@ double team_seconds([[maybe_unused]] Index threads, const Work& work) {
 #pragma omp parallel num_threads(static_cast <int>(threads))
   {
 #pragma omp barrier
-#pragma omp master
-    start = seconds_now();
+    if (omp_get_thread_num() == 0) start = seconds_now();
 #pragma omp barrier
     work(static_cast<Index>(omp_get_thread_num()));
 #pragma omp barrier
-#pragma omp master
-    end = seconds_now();
+    if (omp_get_thread_num() == 0) end = seconds_now();
   }
   return end - start;
 #else
