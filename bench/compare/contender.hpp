@@ -4,6 +4,7 @@
 #include <functional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "compare/decoder.hpp"
@@ -37,8 +38,13 @@ struct Contender {
   std::function<double(const Shape&)> state_bytes;
   /// Why it cannot run on this shape; empty where it can.
   std::function<std::string(const Shape&)> obstacle;
+  /// Untimed, before the calls of a length: what the users of another library have at hand when they call it,
+  /// such as a mask. Empty: nothing. The inputs stay where they are until the next call.
+  std::function<void(const Inputs<float>&)> prepare;
   /// Writes every row of `out`. May keep memory from call to call.
   std::function<void(const Inputs<float>&, longspan::TensorView<float> out)> run;
+  /// Untimed, behind a call: brings to `out` what a library writes to memory or in a layout of its own.
+  std::function<void(longspan::TensorView<float> out)> collect;
   /// What it should give, in double; empty: exact causal attention.
   Oracle oracle;
 
@@ -67,11 +73,15 @@ Contender infini(Index threads);
 Contender dilated(Index threads);
 Contender hybrid(Index threads);
 Contender eigen_naive(Index threads);
+/// Of the libraries that are installed: bench/peers.
+std::vector<Contender> peers(Index threads);
 
 /// The list. A new contender is a file like softmax.cpp, a line above and a line here.
 inline std::vector<Contender> all_contenders(Index threads) {
-  return {softmax(threads), landmark(threads), infini(threads),
-          dilated(threads), hybrid(threads),   eigen_naive(threads)};
+  std::vector<Contender> all{softmax(threads), landmark(threads), infini(threads),
+                             dilated(threads), hybrid(threads),   eigen_naive(threads)};
+  for (Contender& peer : peers(threads)) all.push_back(std::move(peer));
+  return all;
 }
 
 }  // namespace bench

@@ -13,11 +13,13 @@ constexpr const char* palette = R"(
 :root { color-scheme: light dark;
   --page: #ffffff; --text: #1d2126; --muted: #5b6670; --rule: #dde2e7; --band: #f5f7f9;
   --c0: #0072b2; --c1: #d55e00; --c2: #00815f; --c3: #a8558a;
-  --c4: #9a6b00; --c5: #3f51b5; --c6: #b71c1c; --c7: #4e6b12; }
+  --c4: #9a6b00; --c5: #3f51b5; --c6: #b71c1c; --c7: #4e6b12;
+  --c8: #007c91; --c9: #6d4c41; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #14181d; --text: #e4e8ec; --muted: #98a3ae; --rule: #303841; --band: #1b2027;
     --c0: #5db8f5; --c1: #ff9a57; --c2: #4fd1a5; --c3: #e79ccb;
-    --c4: #e9c04f; --c5: #9fa8ff; --c6: #ff8a80; --c7: #b5d66a; }
+    --c4: #e9c04f; --c5: #9fa8ff; --c6: #ff8a80; --c7: #b5d66a;
+    --c8: #4dd0e1; --c9: #d7b3a4; }
 }
 )";
 
@@ -57,7 +59,7 @@ svg .mark { stroke: var(--page); stroke-width: 1; stroke-dasharray: none; }
 
 std::string colours() {
   std::string text;
-  for (int n = 0; n < 8; ++n) {
+  for (int n = 0; n < 10; ++n) {
     const std::string line = ".line" + std::to_string(n), colour = "var(--c" + std::to_string(n) + ")";
     text +=
         "svg .line" + line + " { stroke: " + colour + "; } svg .mark" + line + " { fill: " + colour + "; }\n";

@@ -1,0 +1,94 @@
+// ggml: its flash attention on its CPU backend, called as llama.cpp does.
+#include <ggml-backend.h>
+#include <ggml-cpp.h>
+#include <ggml.h>
+
+#include <cmath>
+#include <memory>
+#include <stdexcept>
+
+#include "peers/peers.hpp"
+
+namespace bench {
+namespace {
+
+class GgmlFlash {
+ public:
+  explicit GgmlFlash(Index threads) : threads_(threads) {}
+
+  void prepare(const Inputs<float>& in) {
+    if (!backend_) start_backend();
+    buffers_.clear();
+    context_.reset(ggml_init({.mem_size = std::size_t{1} << 20, .mem_buffer = nullptr, .no_alloc = true}));
+    const Index n = in.kv_len();
+    constexpr ggml_fp16_t hidden = 0xfc00;  // -infinity
+    mask_ = OwnedTensor<ggml_fp16_t>(1, 1, n, n);
+    for (Index i = 0; i < n; ++i) std::fill_n(mask_.view().row(0, 0, i) + i + 1, n - i - 1, hidden);
+    out_ = OwnedTensor<float>(in.batch(), in.q_len(), in.heads(), in.value_dim());
+    std::fill(out_.values().begin(), out_.values().end(), std::nanf(""));
+
+    ggml_tensor* mask = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F16, n, n);
+    place(mask, mask_.view().data);
+    const float scale = 1 / std::sqrt(static_cast<float>(in.head_dim()));
+    ggml_tensor* out = ggml_flash_attn_ext(context_.get(), placed(in.q.view()), placed(in.k.view()),
+                                           placed(in.v.view()), mask, scale, 0, 0);
+    place(out, out_.view().data);
+    graph_ = ggml_new_graph(context_.get());
+    ggml_build_forward_expand(graph_, out);
+  }
+
+  void run() {
+    if (ggml_backend_graph_compute(backend_.get(), graph_) != GGML_STATUS_SUCCESS)
+      throw std::runtime_error("ggml could not compute its graph");
+  }
+
+  void collect(const longspan::TensorView<float>& out) const {
+    copy_rows(rows_before_heads<const float>(out_.view().data, out), out);
+  }
+
+ private:
+  void start_backend() {
+    ggml_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
+    ggml_backend_load_all();  // a distribution has it in a library for each processor
+    backend_.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    if (!backend_) throw std::runtime_error("ggml has no CPU backend");
+    ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend_.get()));
+    const auto set_threads = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(registry, "ggml_backend_set_n_threads"));
+    set_threads(backend_.get(), static_cast<int>(threads_));
+  }
+
+  void place(ggml_tensor* tensor, void* data) {
+    buffers_.emplace_back(ggml_backend_cpu_buffer_from_ptr(data, ggml_nbytes(tensor)));
+    ggml_backend_tensor_alloc(buffers_.back().get(), tensor, data);
+  }
+  /// The input where it lies.
+  ggml_tensor* placed(const longspan::TensorView<const float>& x) {
+    ggml_tensor* tensor = ggml_new_tensor_4d(context_.get(), GGML_TYPE_F32, x.cols, x.rows, x.heads, x.batch);
+    place(tensor, const_cast<float*>(x.data));
+    return tensor;
+  }
+
+  Index threads_;
+  ggml_backend_ptr backend_;
+  ggml_context_ptr context_;
+  std::vector<ggml_backend_buffer_ptr> buffers_;
+  OwnedTensor<ggml_fp16_t> mask_;
+  OwnedTensor<float> out_;
+  ggml_cgraph* graph_ = nullptr;
+};
+
+}  // namespace
+
+Contender ggml(Index threads) {
+  const auto flash = std::make_shared<GgmlFlash>(threads);
+  Contender contender =
+      peer("ggml", std::string("ggml ") + ggml_version() + ": ggml_flash_attn_ext, its mask made before");
+  contender.obstacle = [](const Shape& shape) { return square_mask_too_large(shape, sizeof(ggml_fp16_t)); };
+  contender.prepare = [flash](const Inputs<float>& in) { flash->prepare(in); };
+  contender.run = [flash](const Inputs<float>&, longspan::TensorView<float>) { flash->run(); };
+  contender.collect = [flash](longspan::TensorView<float> out) { flash->collect(out); };
+  return contender;
+}
+
+}  // namespace bench
