@@ -4,7 +4,6 @@
 #include <ggml.h>
 
 #include <cmath>
-#include <memory>
 #include <stdexcept>
 
 #include "peers/peers.hpp"
@@ -21,9 +20,7 @@ class GgmlFlash {
     buffers_.clear();
     context_.reset(ggml_init({.mem_size = std::size_t{1} << 20, .mem_buffer = nullptr, .no_alloc = true}));
     const Index n = in.kv_len();
-    constexpr ggml_fp16_t hidden = 0xfc00;  // -infinity
-    mask_ = OwnedTensor<ggml_fp16_t>(1, 1, n, n);
-    for (Index i = 0; i < n; ++i) std::fill_n(mask_.view().row(0, 0, i) + i + 1, n - i - 1, hidden);
+    mask_ = causal_mask<ggml_fp16_t>(n, 0xfc00);  // -infinity
     out_ = OwnedTensor<float>(in.batch(), in.q_len(), in.heads(), in.value_dim());
     std::fill(out_.values().begin(), out_.values().end(), std::nanf(""));
 
@@ -37,7 +34,7 @@ class GgmlFlash {
     ggml_build_forward_expand(graph_, out);
   }
 
-  void run() {
+  void run(const longspan::TensorView<float>&) {
     if (ggml_backend_graph_compute(backend_.get(), graph_) != GGML_STATUS_SUCCESS)
       throw std::runtime_error("ggml could not compute its graph");
   }
@@ -81,13 +78,9 @@ class GgmlFlash {
 }  // namespace
 
 Contender ggml(Index threads) {
-  const auto flash = std::make_shared<GgmlFlash>(threads);
-  Contender contender =
-      peer("ggml", std::string("ggml ") + ggml_version() + ": ggml_flash_attn_ext, its mask made before");
+  Contender contender = peer<GgmlFlash>(
+      "ggml", std::string("ggml ") + ggml_version() + ": ggml_flash_attn_ext, its mask made before", threads);
   contender.obstacle = [](const Shape& shape) { return square_mask_too_large(shape, sizeof(ggml_fp16_t)); };
-  contender.prepare = [flash](const Inputs<float>& in) { flash->prepare(in); };
-  contender.run = [flash](const Inputs<float>&, longspan::TensorView<float>) { flash->run(); };
-  contender.collect = [flash](longspan::TensorView<float> out) { flash->collect(out); };
   return contender;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 
 #include "compare/contender.hpp"
 #include "support/format.hpp"
@@ -13,13 +14,19 @@ Contender onednn(Index threads);
 Contender onnxruntime(Index threads);
 Contender torch(Index threads);
 
-/// What is the same for all of them.
-inline Contender peer(std::string name, std::string description) {
+/// A `Library` has prepare(in), run(out), and collect(out) where it writes elsewhere, as Contender has them.
+template <class Library>
+Contender peer(std::string name, std::string description, Index threads) {
+  const auto library = std::make_shared<Library>(threads);
   Contender contender;
   contender.name = std::move(name);
   contender.description = std::move(description);
   contender.flop = causal_flop;
   contender.state_bytes = cache_bytes;
+  contender.prepare = [library](const Inputs<float>& in) { library->prepare(in); };
+  contender.run = [library](const Inputs<float>&, longspan::TensorView<float> out) { library->run(out); };
+  if constexpr (requires { &Library::collect; })
+    contender.collect = [library](longspan::TensorView<float> out) { library->collect(out); };
   return contender;
 }
 
@@ -30,6 +37,14 @@ inline std::string square_mask_too_large(const Shape& shape, double bytes) {
   const std::string n = std::to_string(shape.length);
   const auto length = static_cast<double>(shape.length);
   return "skipped: needs a mask of " + n + " x " + n + ", " + bytes_text(bytes * length * length);
+}
+
+/// [length, length], `hidden` behind the diagonal.
+template <class T>
+OwnedTensor<T> causal_mask(Index length, T hidden) {
+  OwnedTensor<T> mask(1, 1, length, length);
+  for (Index i = 0; i < length; ++i) std::fill_n(mask.view().row(0, 0, i) + i + 1, length - i - 1, hidden);
+  return mask;
 }
 
 inline void copy_rows(const longspan::TensorView<const float>& from, const longspan::TensorView<float>& to) {
