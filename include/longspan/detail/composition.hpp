@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "longspan/detail/scratch.hpp"
+#include "longspan/detail/slices.hpp"
 #include "longspan/partial.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -53,14 +54,6 @@ void move_output(const TensorView<Real>& from, const TensorView<T>& out, const E
       for (Index c = 0; c < out.cols; ++c) y[c] = static_cast<T>(x[c]);
     });
   }
-}
-
-/// Heads [first, first + count) of a TensorView or RowsView.
-template <class View>
-View slice_heads(View x, Index first, Index count) {
-  if (x.batch > 0 && x.rows > 0 && count > 0) x.data += first * x.head_stride;
-  x.heads = count;
-  return x;
 }
 
 }  // namespace detail

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "longspan/detail/slices.hpp"
 #include "longspan/element.hpp"
 #include "longspan/stream/stream_shape.hpp"
 #include "longspan/version.hpp"
@@ -14,14 +15,6 @@
 
 LONGSPAN_BEGIN
 namespace detail {
-
-/// Batch rows [b, b + rows) of a tensor.
-template <class View>
-View batch_rows(View x, Index b, Index rows) {
-  x.data += b * x.batch_stride;
-  x.batch = rows;
-  return x;
-}
 
 template <class T>
 class OpenRows {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "longspan/detail/dilated.hpp"
+#include "longspan/detail/dilated_decode.hpp"
 #include "longspan/detail/dilated_strands.hpp"
 #include "longspan/detail/functor_calls.hpp"
 #include "longspan/detail/problem.hpp"
@@ -42,9 +43,11 @@ LONGSPAN_BEGIN
 ///           any elements. Arithmetic is double where T is, else float, and so must q's be
 /// State     for each head at most sum_i w_i / r_i rows, those of the open segments that its offset keeps;
 ///           query heads that share KV head and offset share them. A copy is a stream of its own
-/// Cost      as dilated_attention; every row is copied once for each branch and offset that keeps it
+/// Cost      as dilated_attention; every row is copied once for each branch and offset that keeps it. One token
+///           reads the rows that its branches show it, once for each head
 /// Scratch   2^14 / (batch heads) tokens, at least 1024, are taken in together
-/// Bits      do not depend on how rows are cut into calls
+/// Bits      do not depend on how rows are cut into calls of more than one token. One token, with no mask beside
+///           causal, no score and Overlap::multiset, has a kernel of its own
 /// Masked    a mask of the functor holds beside the causal one
 /// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws leaves a
 ///           stream that has taken in some of the call's rows
@@ -305,6 +308,10 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         &attend_.branches, &strand_of_,      &rows_, shape_.heads, static_cast<Index>(strands_.size()),
         shape_.head_dim,   shape_.value_dim, size_};
     const detail::Dilation dilation{attend_.branches, attend_.phase, attend_.overlap, false};
+    if constexpr (std::is_same_v<Causal, causal> && std::is_same_v<S, unchanged>) {
+      if (q.rows == 1 && attend_.overlap == Overlap::multiset && attend_.branches.size() <= 64)
+        return detail::decode_dilated(problem, stored, dilation, executor, workspace);
+    }
     double keys = 0;
     for (const detail::Strand& strand : strands_)
       keys += static_cast<double>(rows_between(strand, size_, end));
