@@ -198,10 +198,10 @@ class Comparison {
 
   /// A call is made at least twice, once checked and once timed.
   std::string over_budget(double seconds) const {
-    const std::string about = "skipped: about " + seconds_text(seconds) + " a call";
-    if (seconds > budget_.seconds_per_call) return about;
+    const std::string about = seconds > 0 ? "about " + seconds_text(seconds) + " a call, " : "";
+    if (seconds > budget_.seconds_per_call) return "skipped: " + about + "more than this run takes";
     if (seconds_now() - start_ + 2 * seconds <= budget_.total_seconds) return {};
-    return about + ", the time of this run is up; --full goes further";
+    return "skipped: " + about + "the time of this run is up; --full goes further";
   }
 
   /// Of the rows in the second half: those before have few keys to choose from.
