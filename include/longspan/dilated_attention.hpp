@@ -7,6 +7,7 @@
 #include "longspan/detail/dilated.hpp"
 #include "longspan/detail/functor_calls.hpp"
 #include "longspan/detail/parts.hpp"
+#include "longspan/detail/stored_rows.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
@@ -19,7 +20,7 @@
 
 LONGSPAN_BEGIN
 
-template <Element T, Mask M, Score S, Position P>
+template <StoredElement T, Mask M, Score S, Position P>
 class dilated_cache;
 
 /// A branch (w, r) keeps of each segment of w tokens those whose place in it is s plus a multiple of r, with
@@ -77,7 +78,7 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
 
   /// The same, causal, for rows that come in chunks or one by one: see stream/dilated_cache.hpp, which has to
   /// be included. It keeps rows as T.
-  template <Element T = float>
+  template <StoredElement T = float>
   dilated_cache<T, M, S, P> stream(const StreamShape& shape) const;
 
  private:

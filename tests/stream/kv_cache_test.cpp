@@ -8,6 +8,7 @@
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
 #include "support/catch.hpp"
+#include "support/int8_rows.hpp"
 #include "support/kv_oracle.hpp"
 #include "support/oracle.hpp"
 #include "support/random.hpp"
@@ -82,22 +83,8 @@ TEST_CASE("kv_cache: rows of int8 are what their scales make of them", "[law]") 
     auto stream = softmax_attention{}.stream<std::int8_t>(stream_shape(shape), options);
     extend_in_chunks(stream, call, random, shape.q_len, longest);
 
-    // Each element is off by half a step at most; the result, from what is kept, by the common bound.
-    const auto kept = [](const Tensor<float>& x) {
-      Tensor<double> rows(x.batch, x.heads, x.rows, x.cols);
-      for (Index n = 0; n < x.batch * x.heads * x.rows; ++n) {
-        float top = 0;
-        for (Index c = 0; c < x.cols; ++c) top = std::max(top, std::abs(x.row(0, 0, n)[c]));
-        const float scale = top / 127;
-        for (Index c = 0; c < x.cols; ++c) {
-          const double value = x.row(0, 0, n)[c];
-          rows.row(0, 0, n)[c] = scale == 0 ? 0 : double(scale) * std::nearbyint(x.row(0, 0, n)[c] / scale);
-          REQUIRE(std::abs(rows.row(0, 0, n)[c] - value) <= 0.50001 * double(scale));
-        }
-      }
-      return rows;
-    };
-    const Tensor<double> k = kept(call.k), v = kept(call.v);
+    // The result, from what is kept, by the common bound.
+    const Tensor<double> k = kept_as_int8(call.k), v = kept_as_int8(call.v);
     Definition what;
     what.sees = [](Index, Index, Index i, Index j) { return j <= i; };
     check_against(

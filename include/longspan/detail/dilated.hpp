@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "longspan/detail/dilated_rows.hpp"
+#include "longspan/detail/key_run.hpp"
 #include "longspan/detail/problem.hpp"
 #include "longspan/detail/row_tiles.hpp"
 #include "longspan/detail/scratch.hpp"
@@ -66,11 +67,10 @@ struct TensorRows {
   Index group;  ///< query heads to a KV head
 
   /// `count` rows from the position `first` on, `step` apart, that head h keeps in branch n.
-  MatrixView<const Tk> keys(std::size_t, Index b, Index h, Index first, Index step, Index count) const {
-    return {k.row(b, h / group, first), count, k.cols, k.row_stride * step};
-  }
-  MatrixView<const Tv> values(std::size_t, Index b, Index h, Index first, Index step, Index count) const {
-    return {v.row(b, h / group, first), count, v.cols, v.row_stride * step};
+  KeyRun<Tk, Tv> rows(std::size_t, Index b, Index h, Index first, Index step, Index count) const {
+    return {{k.row(b, h / group, first), count, k.cols, k.row_stride * step},
+            {v.row(b, h / group, first), count, v.cols, v.row_stride * step},
+            true};
   }
 };
 
@@ -180,13 +180,8 @@ class Dilated {
     TensorView<const Tq> q = call_.q.slice_rows(row_of_q, row_count);
     q.row_stride *= step;
     const RowsToAttend<Tq, Tk, Tv> attended{
-        q,
-        queries.batch,
-        queries.head,
-        first_row,
-        row_count,
-        source_.keys(n, queries.batch, queries.head, rows.first, step, keys),
-        source_.values(n, queries.batch, queries.head, rows.first, step, keys)};
+        q,         queries.batch, queries.head,
+        first_row, row_count,     source_.rows(n, queries.batch, queries.head, rows.first, step, keys)};
     const auto score = dilated_score(score_, rows);
     const auto position = dilated_position(position_, rows);
     worker.tiles.attend(attended, mask_of(n, rows), score, position, call_.scale,

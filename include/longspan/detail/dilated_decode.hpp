@@ -45,11 +45,8 @@ class BranchKeys {
     if (count <= 0) return {{nullptr, wanted, head_dim_, 0}, {nullptr, wanted, value_dim_, 0}, false};
     const Branch& branch = branch_of(n);
     const Index first = position_ / branch.segment * branch.segment + offset(n, h);
-    const auto k = source_.keys(static_cast<std::size_t>(n), b_, h, first, branch.dilation, seen(n, h));
-    const auto v = source_.values(static_cast<std::size_t>(n), b_, h, first, branch.dilation, seen(n, h));
-    return {{k.row(keys.begin), count, k.cols, k.row_stride},
-            {v.row(keys.begin), count, v.cols, v.row_stride},
-            true};
+    const auto rows = source_.rows(static_cast<std::size_t>(n), b_, h, first, branch.dilation, seen(n, h));
+    return slice_rows(rows, keys.begin, count);
   }
 
   /// The most keys of any branch.

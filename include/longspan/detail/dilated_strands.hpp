@@ -1,11 +1,12 @@
 // The rows that a stream of dilated attention keeps, and how the kernel finds them.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <type_traits>
 #include <vector>
 
+#include "longspan/detail/key_run.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -27,17 +28,8 @@ template <class Tk, class Tv>
 struct StrandRows {
   std::vector<Tk> k;
   std::vector<Tv> v;
+  std::vector<float> k_scale, v_scale;  ///< of rows of int8
 };
-
-/// Copies a row to another type, by way of Real.
-template <class Real, class From, class To>
-void copy_row(const From* from, Index count, To* to) {
-  if constexpr (std::is_same_v<From, To>) {
-    std::copy_n(from, count, to);
-  } else {
-    for (Index c = 0; c < count; ++c) to[c] = static_cast<To>(static_cast<Real>(from[c]));
-  }
-}
 
 /// Where Dilated finds keys and values: in the strands.
 template <class Tk, class Tv>
@@ -52,11 +44,17 @@ struct StoredRows {
   Index heads, strands_in_batch, head_dim, value_dim;
   Index first_token;  ///< strands begin with the segments that hold it
 
-  MatrixView<const Tk> keys(std::size_t n, Index b, Index h, Index first, Index, Index count) const {
-    return {at(n, b, h).k.data() + row_of(n, first) * head_dim, count, head_dim, head_dim};
-  }
-  MatrixView<const Tv> values(std::size_t n, Index b, Index h, Index first, Index, Index count) const {
-    return {at(n, b, h).v.data() + row_of(n, first) * value_dim, count, value_dim, value_dim};
+  KeyRun<Tk, Tv> rows(std::size_t n, Index b, Index h, Index first, Index, Index count) const {
+    const StrandRows<Tk, Tv>& strand = at(n, b, h);
+    const Index row = row_of(n, first);
+    KeyRun<Tk, Tv> run{{strand.k.data() + row * head_dim, count, head_dim, head_dim},
+                       {strand.v.data() + row * value_dim, count, value_dim, value_dim},
+                       true};
+    if constexpr (std::is_same_v<Tk, std::int8_t>) {
+      run.k_scale = strand.k_scale.data() + row;
+      run.v_scale = strand.v_scale.data() + row;
+    }
+    return run;
   }
 
  private:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "longspan/key_ranges.hpp"
 #include "longspan/version.hpp"
@@ -27,6 +28,18 @@ struct KeyRun<std::int8_t, std::int8_t> {
   const float* k_scale = nullptr;
   const float* v_scale = nullptr;
 };
+
+/// Keys [first, first + count) of a run, counted from its first.
+template <class Tk, class Tv>
+KeyRun<Tk, Tv> slice_rows(KeyRun<Tk, Tv> run, Index first, Index count) {
+  run.k = {run.k.row(first), count, run.k.cols, run.k.row_stride};
+  run.v = {run.v.row(first), count, run.v.cols, run.v.row_stride};
+  if constexpr (std::is_same_v<Tk, std::int8_t>) {
+    run.k_scale += first;
+    run.v_scale += first;
+  }
+  return run;
+}
 
 /// All keys of a KV head in one run, as tensors have them.
 template <class Tk, class Tv>

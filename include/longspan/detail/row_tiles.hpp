@@ -8,6 +8,7 @@
 #include "longspan/detail/decode.hpp"
 #include "longspan/detail/forward.hpp"
 #include "longspan/detail/key_block.hpp"
+#include "longspan/detail/key_run.hpp"
 #include "longspan/detail/query_lanes.hpp"
 #include "longspan/detail/scratch.hpp"
 #include "longspan/detail/tile.hpp"
@@ -77,7 +78,7 @@ void write_rows(const RowAccumulator<Real>& rows, Index count, Index batch, Inde
   }
 }
 
-/// Consecutive queries of one head against the keys of a matrix, both counted as the mask counts them.
+/// Consecutive queries of one head against the keys of a run, both counted as the mask counts them.
 template <class Tq, class Tk, class Tv>
 struct RowsToAttend {
   TensorView<const Tq> q;  ///< row 0 is the first of the queries
@@ -85,8 +86,7 @@ struct RowsToAttend {
   Index head = 0;
   Index first_query = 0;
   Index count = 0;
-  MatrixView<const Tk> k;
-  MatrixView<const Tv> v;
+  KeyRun<Tk, Tv> keys;
 };
 
 /// The tiles of one worker.
@@ -122,7 +122,7 @@ class RowTiles {
         tiles_[t].start(lanes_of(t), mask, score, rows.q, scale, position, scratch_);
         ranges = united(ranges, tiles_[t].ranges());
       }
-      absorb(tiles, intersection(ranges, KeyRanges(KeyRange{0, rows.k.rows})), rows.k, rows.v, position);
+      absorb(tiles, intersection(ranges, KeyRanges(KeyRange{0, rows.keys.k.rows})), rows.keys, position);
       for (Index t = 0; t < tiles; ++t)
         done(lanes_of(t).first_row, lanes_of(t).count, tiles_[t].state().whole());
     }
@@ -131,15 +131,14 @@ class RowTiles {
  private:
   using Blocks = KeyBlocks<Products, Tk, Tv, P>;
 
-  void absorb(Index tiles, const KeyRanges& ranges, MatrixView<const Tk> k, MatrixView<const Tv> v,
-              const P& position) {
+  void absorb(Index tiles, const KeyRanges& ranges, const KeyRun<Tk, Tv>& run, const P& position) {
     constexpr Index keys_in_block = Products::keys_in_block;
     Index done = 0;  // a block that two ranges touch is visited once
     for (const KeyRange& range : ranges) {
       Index first = std::max(done, range.begin / keys_in_block * keys_in_block);
       for (; first < range.end; first += keys_in_block) {
-        const Index keys = std::min(keys_in_block, k.rows - first);
-        const KeyBlock<Products> block = blocks_.block(k, v, position, first, keys);
+        const Index keys = std::min(keys_in_block, run.k.rows - first);
+        const KeyBlock<Products> block = blocks_.block(slice_rows(run, first, keys), position, first);
         for (Index t = 0; t < tiles; ++t) tiles_[t].absorb(block, scratch_);
       }
       done = first;

@@ -18,6 +18,7 @@
 #include "longspan/detail/functor_calls.hpp"
 #include "longspan/detail/problem.hpp"
 #include "longspan/detail/state_file.hpp"
+#include "longspan/detail/stored_rows.hpp"
 #include "longspan/dilated_attention.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"
@@ -39,24 +40,28 @@ LONGSPAN_BEGIN
 ///   stream.extend(q, k, v, out);  // a prompt, a chunk of one or a single token; lse and execution as ever
 ///
 /// Shapes    those of dilated_attention with kv_len = q_len, which may be 0 and differ from call to call
-/// Types     rows are kept as T, where they are position-encoded in the arithmetic type; q, k, v and out are
+/// Types     rows are kept as T: float, double, Eigen::bfloat16, Eigen::half or std::int8_t; where keys are
+///           position-encoded, they are in the arithmetic type unless T is std::int8_t. q, k, v and out are
 ///           any elements. Arithmetic is double where T is, else float, and so must q's be
 /// State     for each head at most sum_i w_i / r_i rows, those of the open segments that its offset keeps;
-///           query heads that share KV head and offset share them. A copy is a stream of its own
+///           query heads that share KV head and offset share them. In int8 each has 8 bytes besides, the
+///           scales of its key and its value. A copy is a stream of its own
 /// Cost      as dilated_attention; every row is copied once for each branch and offset that keeps it. One token
 ///           reads the rows that its branches show it, once for each head
 /// Scratch   2^14 / (batch heads) tokens, at least 1024, are taken in together
+/// Error     that of dilated_attention over the rows as they are kept. Keeping rounds each element of k and
+///           v: bfloat16 by 2^-9 of it, half by 2^-12, int8 by 1 / 254 of the largest of its row
 /// Bits      do not depend on how rows are cut into calls of more than one token. One token, with no mask beside
 ///           causal, no score and Overlap::multiset, has a kernel of its own
 /// Masked    a mask of the functor holds beside the causal one
 /// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws leaves a
 ///           stream that has taken in some of the call's rows
-template <Element T, Mask M, Score S, Position P>
+template <StoredElement T, Mask M, Score S, Position P>
 class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true> {
  public:
-  using Real = Arithmetic<T>;
+  using Real = detail::ArithmeticOf<T>;
   /// A row is encoded once, when it comes: it would else be at every query.
-  using Key = std::conditional_t<std::is_same_v<P, no_position>, T, Real>;
+  using Key = std::conditional_t<std::is_same_v<P, no_position> || std::is_same_v<T, std::int8_t>, T, Real>;
 
   dilated_cache(dilated_attention<M, S, P> attend, const StreamShape& shape)
       : attend_(std::move(attend)), shape_(shape) {
@@ -89,7 +94,8 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   /// Memory of the rows, with what they may grow into.
   Index bytes() const noexcept {
     std::size_t bytes = 0;
-    for (const auto& rows : rows_) bytes += rows.k.capacity() * sizeof(Key) + rows.v.capacity() * sizeof(T);
+    for (const Rows& rows : rows_)
+      for_arrays(rows, [&](const auto& array, Index) { bytes += array.capacity() * sizeof(array[0]); });
     return static_cast<Index>(bytes);
   }
 
@@ -117,8 +123,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     writer.array(branches.data(), std::ssize(branches));
     for (std::size_t n = 0; n < rows_.size(); ++n) {
       const Index count = kept(strands_[n % strands_.size()], size_);
-      writer.array(rows_[n].k.data(), count * shape_.head_dim);
-      writer.array(rows_[n].v.data(), count * shape_.value_dim);
+      for_arrays(rows_[n], [&](const auto& array, Index cols) { writer.array(array.data(), count * cols); });
     }
     writer.finish();
   }
@@ -140,8 +145,9 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     std::vector<Rows> loaded(rows_.size());
     for (std::size_t n = 0; n < loaded.size(); ++n) {
       const Index count = kept(strands_[n % strands_.size()], size);
-      loaded[n].k = reader.template array<Key>(count * shape_.head_dim);
-      loaded[n].v = reader.template array<T>(count * shape_.value_dim);
+      for_arrays(loaded[n], [&](auto& array, Index cols) {
+        array = reader.template array<typename std::decay_t<decltype(array)>::value_type>(count * cols);
+      });
     }
     reader.finish();
     rows_ = std::move(loaded);
@@ -153,6 +159,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   using Rows = detail::StrandRows<Key, T>;
   using Causal = std::conditional_t<std::is_same_v<M, causal>, causal, both<causal, M>>;
   using Numbers = std::array<std::int64_t, 10>;
+  static constexpr bool encodes = !std::is_same_v<P, no_position>, is_scaled = std::is_same_v<T, std::int8_t>;
   static constexpr std::string_view function = "dilated_cache", save_name = "dilated_cache::save",
                                     load_name = "dilated_cache::load";
 
@@ -177,7 +184,18 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   }
   Index row_bytes() const {
     return shape_.head_dim * static_cast<Index>(sizeof(Key)) +
-           shape_.value_dim * static_cast<Index>(sizeof(T));
+           shape_.value_dim * static_cast<Index>(sizeof(T)) +
+           (is_scaled ? 2 * static_cast<Index>(sizeof(float)) : 0);
+  }
+  /// work(array, numbers of a row) for all that `rows` holds.
+  template <class AnyRows, class Work>
+  void for_arrays(AnyRows& rows, const Work& work) const {
+    work(rows.k, shape_.head_dim);
+    work(rows.v, shape_.value_dim);
+    if constexpr (is_scaled) {
+      work(rows.k_scale, 1);
+      work(rows.v_scale, 1);
+    }
   }
 
   /// `size` may come from a file: where it stands for more than any memory, an Index would overflow.
@@ -222,13 +240,18 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   void take_in(const Call& call, const E& executor, Workspace& workspace) {
     const Index end = size_ + call.q_len(), strands = static_cast<Index>(strands_.size());
     make_room(end);
-    const auto copy = [&](Index n, Index) {
+    const auto copy = [&](Index n, Index worker) {
       append(n / strands, strands_[static_cast<std::size_t>(n % strands)], call,
-             rows_[static_cast<std::size_t>(n)]);
+             rows_[static_cast<std::size_t>(n)],
+             encodes ? key_rows_.data() + worker * shape_.head_dim : nullptr);
     };
-    detail::run_where_it_pays(static_cast<double>(call.q_len() * shape_.batch * strands * row_bytes()), 1e5,
-                              executor,
-                              [&](const auto& where) { where.for_each(shape_.batch * strands, copy); });
+    detail::run_where_it_pays(
+        static_cast<double>(call.q_len() * shape_.batch * strands * row_bytes()), 1e5, executor,
+        [&](const auto& where) {
+          if constexpr (encodes)
+            key_rows_.resize(static_cast<std::size_t>(where.workers() * shape_.head_dim));
+          where.for_each(shape_.batch * strands, copy);
+        });
     if (!call.out.empty()) attend(call, end, executor, workspace);
     for (std::size_t n = 0; n < rows_.size(); ++n) drop_closed(strands_[n % strands_.size()], end, rows_[n]);
     size_ = end;
@@ -248,14 +271,13 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
           values.reserve(static_cast<std::size_t>(std::max(needed, twice) * cols));
         if (values.size() < wanted) values.resize(wanted);
       };
-      grow(rows_[n].k, shape_.head_dim);
-      grow(rows_[n].v, shape_.value_dim);
+      for_arrays(rows_[n], grow);
     }
   }
 
   /// Copies the rows of the call that a strand keeps behind those it has.
   template <class Call>
-  void append(Index b, const detail::Strand& strand, const Call& call, Rows& rows) const {
+  void append(Index b, const detail::Strand& strand, const Call& call, Rows& rows, Real* encoded) const {
     const Branch& branch = attend_.branches[strand.branch];
     const Index end = size_ + call.q_len();
     Index row = kept(strand, size_);
@@ -265,21 +287,36 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
       Index t = kept_rows(past, strand.offset, branch.dilation);
       for (const Index last = kept_rows(length, strand.offset, branch.dilation); t < last; ++t, ++row) {
         const Index n = begin + strand.offset + t * branch.dilation, i = n - size_;
-        Key* key = rows.k.data() + row * shape_.head_dim;
-        detail::copy_row<Real>(call.k.row(b, strand.kv_head, i), shape_.head_dim, key);
-        if constexpr (!std::is_same_v<P, no_position>)
-          attend_.position.encode(MatrixView<Key>{key, 1, shape_.head_dim, shape_.head_dim}, n, Role::key);
-        detail::copy_row<Real>(call.v.row(b, strand.kv_head, i), shape_.value_dim,
-                               rows.v.data() + row * shape_.value_dim);
+        const auto* key = call.k.row(b, strand.kv_head, i);
+        if constexpr (encodes) {
+          detail::store_row(key, shape_.head_dim, encoded);
+          attend_.position.encode(MatrixView<Real>{encoded, 1, shape_.head_dim, shape_.head_dim}, n,
+                                  Role::key);
+          store(encoded, shape_.head_dim, rows.k, rows.k_scale, row);
+        } else {
+          store(key, shape_.head_dim, rows.k, rows.k_scale, row);
+        }
+        store(call.v.row(b, strand.kv_head, i), shape_.value_dim, rows.v, rows.v_scale, row);
       }
       begin += length;
+    }
+  }
+  /// Row number `row` of a strand.
+  template <class From, class To>
+  static void store(const From* from, Index cols, std::vector<To>& rows, std::vector<float>& scales,
+                    Index row) {
+    To* to = rows.data() + row * cols;
+    if constexpr (is_scaled) {
+      detail::store_row(from, cols, to, scales[static_cast<std::size_t>(row)]);
+    } else {
+      detail::store_row(from, cols, to);
     }
   }
 
   template <class Tq, class Tk, class Tv, class To, class E>
   void attend(const detail::Problem<Tq, Tk, Tv, To>& call, Index end, const E& executor,
               Workspace& workspace) {
-    if constexpr (std::is_same_v<P, no_position>) {
+    if constexpr (!encodes) {
       attend_encoded(call.q, call, end, executor, workspace);
     } else {
       queries_.resize(static_cast<std::size_t>(shape_.batch * shape_.heads * call.q_len() * shape_.head_dim));
@@ -287,7 +324,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
       for (Index b = 0; b < shape_.batch; ++b) {
         for (Index h = 0; h < shape_.heads; ++h) {
           for (Index i = 0; i < q.rows; ++i)
-            detail::copy_row<Real>(call.q.row(b, h, i), shape_.head_dim, q.row(b, h, i));
+            detail::store_row(call.q.row(b, h, i), shape_.head_dim, q.row(b, h, i));
           attend_.position.encode(q.matrix(b, h), size_, Role::query);
         }
       }
@@ -336,8 +373,9 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   void drop_closed(const detail::Strand& strand, Index end, Rows& rows) const {
     const Index count = kept(strand, end), closed = rows_between(strand, size_, end) - count;
     if (closed == 0) return;
-    std::copy_n(rows.k.begin() + closed * shape_.head_dim, count * shape_.head_dim, rows.k.begin());
-    std::copy_n(rows.v.begin() + closed * shape_.value_dim, count * shape_.value_dim, rows.v.begin());
+    for_arrays(rows, [&](auto& array, Index cols) {
+      std::copy_n(array.begin() + closed * cols, count * cols, array.begin());
+    });
   }
 
   dilated_attention<M, S, P> attend_;
@@ -346,6 +384,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   std::vector<std::size_t> strand_of_;  ///< [branches][heads]
   std::vector<Rows> rows_;              ///< [batch][strands]
   std::vector<Real> queries_;           ///< of one call, encoded
+  std::vector<Real> key_rows_;          ///< [workers][head_dim], on their way to the strands
   Index size_ = 0;
 };
 
@@ -353,7 +392,7 @@ template <Mask M, Score S, Position P>
 dilated_cache(dilated_attention<M, S, P>, StreamShape) -> dilated_cache<float, M, S, P>;
 
 template <Mask M, Score S, Position P>
-template <Element T>
+template <StoredElement T>
 dilated_cache<T, M, S, P> dilated_attention<M, S, P>::stream(const StreamShape& shape) const {
   return {*this, shape};
 }
