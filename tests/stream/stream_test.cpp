@@ -45,8 +45,10 @@ static_assert(PartialStream<decltype(exact().stream<std::int8_t>(shape))>);
 static_assert(PartialStream<decltype(exact().stream<double>(shape)), double>);
 static_assert(PartialStream<decltype(longnet().stream(shape))>);
 static_assert(PartialStream<decltype(longnet().stream<double>(shape)), double>);
+static_assert(PartialStream<decltype(longnet().stream<std::int8_t>(shape))>);
 static_assert(PartialStream<landmark_cache<>>);
 static_assert(PartialStream<landmark_cache<double>, double>);
+static_assert(PartialStream<landmark_cache<std::int8_t>>);
 static_assert(Stream<decltype(infini().stream(shape))>);
 static_assert(Stream<decltype(infini().stream<double>(shape)), double>);
 static_assert(!PartialStream<decltype(infini().stream(shape))>);
@@ -60,8 +62,10 @@ void for_each_stream(const Work& work) {
   work("kv_cache, ring", ring().stream(shape, {.page = 16}));
   work("kv_cache, int8", exact().stream<std::int8_t>(shape, {.page = 16}));
   work("dilated_cache", longnet().stream(shape));
+  work("dilated_cache, int8", longnet().stream<std::int8_t>(shape));
   work("infini_memory", infini().stream(shape));
   work("landmark_cache", landmark_cache<>(shape, {.block = 8, .top_k = 3}));
+  work("landmark_cache, int8", landmark_cache<std::int8_t>(shape, {.block = 8, .top_k = 3}));
   work("hybrid_stream",
        hybrid_stream<>(shape,
                        {.block = 8, .top_k = 3, .window_blocks = 2, .capacity = 4, .evicted_at_once = 2}));

@@ -22,7 +22,7 @@ namespace detail {
 inline constexpr StateKind landmark_state{"landmark", 1, "landmark_cache::save", "landmark_cache::load"};
 
 /// What a file must agree in, and then the sizes of its own.
-template <class T>
+template <StoredElement T>
 std::array<std::int64_t, 14> landmark_numbers(const StreamShape& shape, const landmark_cache_options& options,
                                               const LandmarkStore<T>& store) {
   return {std::numeric_limits<T>::digits,
@@ -41,7 +41,7 @@ std::array<std::int64_t, 14> landmark_numbers(const StreamShape& shape, const la
           store.open_keys()};
 }
 
-template <class T>
+template <StoredElement T>
 void save_landmark_store(std::ostream& to, const StreamShape& shape, const landmark_cache_options& options,
                          const LandmarkStore<T>& store) {
   const auto numbers = landmark_numbers(shape, options, store);
@@ -51,7 +51,7 @@ void save_landmark_store(std::ostream& to, const StreamShape& shape, const landm
   writer.finish();
 }
 
-template <class T>
+template <StoredElement T>
 LandmarkStore<T> loaded_landmark_store(std::istream& from, const StreamShape& shape,
                                        const landmark_cache_options& options) {
   static constexpr const char* names[] = {"the significand of a number, in bits,",
@@ -86,7 +86,7 @@ LandmarkStore<T> loaded_landmark_store(std::istream& from, const StreamShape& sh
 }
 
 /// Opens the file of the options for an empty store.
-template <class T>
+template <StoredElement T>
 void open_landmark_blocks(const StreamShape& shape, const landmark_cache_options& options, bool as_in_text,
                           LandmarkStore<T>& store) {
   static constexpr const char* names[] = {

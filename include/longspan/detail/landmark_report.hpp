@@ -2,9 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <type_traits>
 
 #include "longspan/detail/accumulator.hpp"
 #include "longspan/detail/exp2.hpp"
+#include "longspan/detail/key_run.hpp"
 #include "longspan/detail/row_kernel.hpp"
 #include "longspan/detail/simd.hpp"
 #include "longspan/stream/landmark_retrieval.hpp"
@@ -37,13 +40,17 @@ struct ScoreMass {
   double lse() const { return static_cast<double>(lse_of(top, sum)); }
 };
 
-/// Adds the products of a query with sampled rows of k, which stand for `tokens` rows. `scores` has room for
-/// a packet more than the sample.
-template <class Real, class T>
-void add_sample(const Real* q, Index q_stride, MatrixView<const T> k, const TokenSample& sample, Index tokens,
-                Real* scores, ScoreMass<Real>& to) {
+/// Adds the products of a query with sampled keys, which stand for `tokens` keys. `scores` has room for a
+/// packet more than the sample.
+template <class T, class Real>
+void add_sample(const Real* q, Index q_stride, const KeyRun<T, T>& keys, const TokenSample& sample,
+                Index tokens, Real* scores, ScoreMass<Real>& to) {
   if (sample.count == 0) return;
-  score_keys<1>(k.row(sample.first), sample.stride * k.row_stride, sample.count, q, q_stride, k.cols, scores);
+  score_keys<1>(keys.k.row(sample.first), sample.stride * keys.k.row_stride, sample.count, q, q_stride,
+                keys.k.cols, scores);
+  if constexpr (std::is_same_v<T, std::int8_t>) {
+    for (Index s = 0; s < sample.count; ++s) scores[s] *= keys.k_scale[sample.first + s * sample.stride];
+  }
   to.add(scores, sample.count, static_cast<Real>(tokens) / static_cast<Real>(sample.count));
 }
 

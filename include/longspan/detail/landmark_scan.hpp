@@ -3,10 +3,13 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdint>
 #include <span>
+#include <type_traits>
 
 #include "longspan/detail/accumulator.hpp"
 #include "longspan/detail/exp2.hpp"
+#include "longspan/detail/key_run.hpp"
 #include "longspan/detail/row_kernel.hpp"
 #include "longspan/detail/scratch.hpp"
 #include "longspan/detail/simd.hpp"
@@ -128,12 +131,16 @@ struct RetrievedRow {
   Real top = nothing_seen<Real>;
   Real sum = 0;
 
-  /// Adds a block under the score of its landmark. q holds whole packets; k [block][head_dim], the last row
-  /// the landmark; v [block - 1][value_dim].
+  /// Adds a block under the score of its landmark, its last key, which has no value. q holds whole packets.
   template <class T>
-  void absorb(const Real* q, Index q_stride, MatrixView<const T> k, MatrixView<const T> v) {
+  void absorb(const Real* q, Index q_stride, const KeyRun<T, T>& block) {
     constexpr Index w = lanes<Real>;
+    constexpr bool is_scaled = std::is_same_v<T, std::int8_t>;
+    const MatrixView<const T> k = block.k, v = block.v;
     score_keys<1>(k.data, k.row_stride, k.rows, q, q_stride, k.cols, scores);
+    if constexpr (is_scaled) {
+      for (Index j = 0; j < k.rows; ++j) scores[j] *= block.k_scale[j];
+    }
     const Index tokens = k.rows - 1;
     if (tokens == 0) return;
     const Real logit = scores[tokens];
@@ -148,6 +155,9 @@ struct RetrievedRow {
     const Real now = std::max(top, logit);
     const Real shrink = one_weight(top - now), share = one_weight(logit - now);
     for (Index j = 0; j < tokens; ++j) scores[j] *= share / block_sum;
+    if constexpr (is_scaled) {
+      for (Index j = 0; j < tokens; ++j) scores[j] *= block.v_scale[j];
+    }
     for (Index column = 0; column < v.cols; column += w) {
       add_values<1, 1>(v.data + column, v.row_stride, std::min(w, v.cols - column), tokens, scores, 1,
                        o + column, 0, &shrink, false);

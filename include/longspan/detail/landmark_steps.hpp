@@ -27,7 +27,7 @@ struct all_but_landmarks {
 
 }  // namespace detail
 
-template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
+template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& executor,
                                                     Workspace& workspace) {
@@ -35,7 +35,8 @@ void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& e
   out_.resize(at(rows * shape_.value_dim));
   lse_.resize(at(rows));
   using Tq = std::remove_const_t<typename decltype(call.q)::Element>;
-  const detail::Problem<Tq, T, T, Real> problem{
+  using Open = typename detail::SealedRows<T>::Open;
+  const detail::Problem<Tq, Open, Open, Real> problem{
       call.q,
       store_.open_k(),
       store_.open_v(),
@@ -52,7 +53,7 @@ void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& e
   detail::landmark_forward(problem, options, causal{}, unchanged{}, position_, executor, workspace);
 }
 
-template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
+template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::choose(const Call& call, const E& executor) {
   const Index q_room = group() * padded_head_dim();
@@ -73,7 +74,7 @@ void landmark_cache<T, P, Map, Finder>::choose(const Call& call, const E& execut
 
 /// Scores of all landmarks of a KV head for the queries at i of its group. Blocks that stand in one place
 /// share an encoding of the query, and are scored together.
-template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
+template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class Call>
 void landmark_cache<T, P, Map, Finder>::score_blocks(const Call& call, Index b, Index kv_head, Index i,
                                                      Real* q, Real* scores) const {
@@ -93,7 +94,7 @@ void landmark_cache<T, P, Map, Finder>::score_blocks(const Call& call, Index b, 
 }
 
 /// The same for the blocks of a range that the index names; the others cannot be chosen before them.
-template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
+template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 void landmark_cache<T, P, Map, Finder>::score_candidates(Index b, Index kv_head, KeyRange blocks,
                                                          MatrixView<const Real> queries, Real* scores) const {
   for (Index g = 0; g < group(); ++g) {
@@ -112,7 +113,7 @@ void landmark_cache<T, P, Map, Finder>::score_candidates(Index b, Index kv_head,
   }
 }
 
-template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
+template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::attend_blocks(const Call& call, const E& executor) {
   const Index padded_value_dim = detail::round_up(shape_.value_dim, w), q_room = group() * padded_head_dim(),
@@ -138,7 +139,7 @@ void landmark_cache<T, P, Map, Finder>::attend_blocks(const Call& call, const E&
         const Index n = chosen[at(rank)],
                     place = encodes ? position_of(i) - map_.attended(held_, n, rank) : 0;
         retrieved.absorb(queries_at(place) + g * padded_head_dim(), padded_head_dim(),
-                         store_.keys(b, kv_head, n), store_.values(b, kv_head, n));
+                         store_.rows(b, kv_head, n));
       }
       retrieved.merge_into(out_.data() + row * shape_.value_dim, lse_[at(row)], shape_.value_dim);
     }
@@ -152,7 +153,7 @@ void landmark_cache<T, P, Map, Finder>::attend_blocks(const Call& call, const E&
   }
 }
 
-template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
+template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class Call>
 void landmark_cache<T, P, Map, Finder>::write(const Call& call) const {
   using To = typename decltype(call.out)::Element;
@@ -165,7 +166,7 @@ void landmark_cache<T, P, Map, Finder>::write(const Call& call) const {
   }
 }
 
-template <class T, Position P, PositionMap Map, LandmarkIndex<Arithmetic<T>> Finder>
+template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& executor) {
   const Index d = shape_.head_dim, open = store_.open_keys(), lanes = shape_.batch * shape_.kv_heads;
@@ -202,9 +203,9 @@ void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& 
       detail::ScoreMass<Real> attended, dropped;
       for (Index j = 0; j <= first_ + i; j += options_.block) {
         const Index tokens = std::min(options_.block - 1, first_ + i + 1 - j);
-        detail::add_sample(open_queries + g * padded_head_dim(), padded_head_dim(),
-                           MatrixView<const Real>{open_rows.row(j), open - j, d, d},
-                           TokenSample::of(tokens, tokens), tokens, scores, attended);
+        detail::add_sample<Real>(open_queries + g * padded_head_dim(), padded_head_dim(),
+                                 {{open_rows.row(j), open - j, d, d}, {}, true},
+                                 TokenSample::of(tokens, tokens), tokens, scores, attended);
       }
       const Index h = kv_head * group() + g, tokens = options_.block - 1;
       const std::span<const Index> chosen = retrieved(b, h, i);
@@ -212,9 +213,9 @@ void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& 
       for (Index n = 0, rank = 0; n < held_.blocks; ++n) {
         const bool is_chosen = rank < held_.top_k && chosen[at(rank)] == n;
         const Real* q = query_at(g, is_chosen ? map_.attended(held_, n, rank) : map_.scored(held_, n));
-        detail::add_sample(q, padded_head_dim(), store_.keys(b, kv_head, n),
-                           is_chosen ? TokenSample::of(tokens, tokens) : sample, tokens, scores,
-                           is_chosen ? attended : dropped);
+        detail::add_sample<T>(q, padded_head_dim(), store_.rows(b, kv_head, n),
+                              is_chosen ? TokenSample::of(tokens, tokens) : sample, tokens, scores,
+                              is_chosen ? attended : dropped);
         if (is_chosen) ++rank;
       }
       masses_[at((b * shape_.heads + h) * chunk_ + i)] = {attended.lse(), dropped.lse()};

@@ -16,9 +16,10 @@
 #include <vector>
 
 #include "longspan/detail/block_file.hpp"
-#include "longspan/detail/key_block.hpp"
+#include "longspan/detail/key_run.hpp"
+#include "longspan/detail/sealed_rows.hpp"
 #include "longspan/detail/state_file.hpp"
-#include "longspan/element.hpp"
+#include "longspan/detail/stored_rows.hpp"
 #include "longspan/position.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -26,29 +27,18 @@
 LONGSPAN_BEGIN
 namespace detail {
 
-/// Rows of one type into rows of another, back to back.
-template <class From, class To>
-void copy_rows(const From* from, Index from_stride, Index rows, Index cols, To* to) {
-  for (Index i = 0; i < rows; ++i) {
-    const From* row = from + i * from_stride;
-    if constexpr (std::is_same_v<To, std::remove_const_t<From>>) {
-      std::copy_n(row, cols, to + i * cols);
-    } else if constexpr (std::is_same_v<To, Arithmetic<To>>) {
-      convert_rows(row, from_stride, 1, cols, to + i * cols, cols);
-    } else {
-      std::transform(row, row + cols, to + i * cols,
-                     [](const From& x) { return static_cast<To>(static_cast<Arithmetic<To>>(x)); });
-    }
-  }
-}
-
-template <class T>
+template <StoredElement T>
 class LandmarkStore {
  public:
-  using Real = Arithmetic<T>;
+  using Open = typename SealedRows<T>::Open;
 
   LandmarkStore(Index batch, Index kv_heads, Index head_dim, Index value_dim, Index block)
-      : batch_(batch), kv_heads_(kv_heads), head_dim_(head_dim), value_dim_(value_dim), block_(block) {
+      : batch_(batch),
+        kv_heads_(kv_heads),
+        head_dim_(head_dim),
+        value_dim_(value_dim),
+        block_(block),
+        rows_{block, head_dim, value_dim} {
     pages_.resize(at(batch));
     landmarks_.resize(at(batch * kv_heads));
   }
@@ -64,7 +54,7 @@ class LandmarkStore {
   }
   /// Bytes of a block in a file.
   Index file_bytes() const {
-    return batch_ * file_page_bytes() + batch_ * kv_heads_ * head_dim_ * static_cast<Index>(sizeof(T));
+    return batch_ * file_page_bytes() + batch_ * kv_heads_ * head_dim_ * static_cast<Index>(sizeof(Open));
   }
 
   /// How many heads of blocks may be read before the pages of the file are given back; all, in memory.
@@ -86,24 +76,23 @@ class LandmarkStore {
   Index dropped() const noexcept { return dropped_; }
   Index open_keys() const noexcept { return open_; }
   Index bytes() const noexcept {
-    const Index sealed = batch_ * ((blocks_ - in_file_) * page_size() + blocks_ * kv_heads_ * head_dim_);
-    return static_cast<Index>(sizeof(T)) * (sealed + static_cast<Index>(k_.size() + v_.size()));
+    const Index sealed = batch_ * (blocks_ - in_file_) * page_size(),
+                landmarks = batch_ * blocks_ * kv_heads_ * head_dim_;
+    return static_cast<Index>(sizeof(T)) * sealed +
+           static_cast<Index>(sizeof(Open)) * (landmarks + static_cast<Index>(k_.size() + v_.size()));
   }
 
   /// Keys of a sealed block, the last its landmark, encoded as if the block stood at position 0; its values.
-  MatrixView<const T> keys(Index b, Index h, Index n) const {
-    return {pages_[at(b)][at(n)].get() + h * head_size(), block_, head_dim_, head_dim_};
-  }
-  MatrixView<const T> values(Index b, Index h, Index n) const {
-    return {keys(b, h, n).row(block_), block_ - 1, value_dim_, value_dim_};
+  KeyRun<T, T> rows(Index b, Index h, Index n) const {
+    return rows_.run(pages_[at(b)][at(n)].get() + h * rows_.size());
   }
   /// Landmarks of the blocks [first, first + count).
-  MatrixView<const T> landmarks(Index b, Index h, Index first, Index count) const {
+  MatrixView<const Open> landmarks(Index b, Index h, Index first, Index count) const {
     return {landmarks_[at(b * kv_heads_ + h)].data() + first * head_dim_, count, head_dim_, head_dim_};
   }
   /// Keys, without positions, and values that are not sealed.
-  TensorView<const T> open_k() const { return open_rows(k_, head_dim_); }
-  TensorView<const T> open_v() const { return open_rows(v_, value_dim_); }
+  TensorView<const Open> open_k() const { return open_rows(k_, head_dim_); }
+  TensorView<const Open> open_v() const { return open_rows(v_, value_dim_); }
 
   /// Forgets keys that are not sealed, but for the first `open`.
   void truncate(Index open) noexcept { open_ = open; }
@@ -112,7 +101,7 @@ class LandmarkStore {
   void append(TensorView<Tk> k, TensorView<Tv> v) {
     if (open_ + k.rows > room_) make_room(std::max(2 * room_, open_ + k.rows));
     for (Index n = 0; n < batch_ * kv_heads_; ++n) {
-      const auto copy = [&](const auto& from, std::vector<T>& to) {
+      const auto copy = [&](const auto& from, std::vector<Open>& to) {
         if (from.empty()) return;
         copy_rows(from.row(n / kv_heads_, n % kv_heads_, 0), from.row_stride, from.rows, from.cols,
                   to.data() + (n * room_ + open_) * from.cols);
@@ -140,7 +129,7 @@ class LandmarkStore {
   /// Batch row b becomes what row rows[b] was.
   void reorder(std::span<const Index> rows) {
     const LandmarkStore before = *this;
-    const auto copy_row = [&](const std::vector<T>& from, std::vector<T>& to, Index b, Index row) {
+    const auto copy_row = [&](const std::vector<Open>& from, std::vector<Open>& to, Index b, Index row) {
       const Index count = static_cast<Index>(from.size()) / batch_;
       std::copy_n(from.data() + row * count, count, to.data() + b * count);
     };
@@ -156,18 +145,19 @@ class LandmarkStore {
 
   /// Bytes of a state of so many sealed blocks and open keys.
   Index payload_bytes(std::string_view function, Index blocks, Index open) const {
-    const Index of_block = array_bytes<T>(function, batch_ * (page_size() + kv_heads_ * head_dim_));
+    const Index of_block = array_bytes<T>(function, batch_ * page_size()) +
+                           array_bytes<Open>(function, batch_ * kv_heads_ * head_dim_);
     if (of_block > 0 && blocks > PTRDIFF_MAX / 2 / of_block)
       refuse(function, "the number of blocks", std::to_string(blocks), "fewer");
-    return of_block * blocks + array_bytes<T>(function, batch_ * kv_heads_ * open * (head_dim_ + value_dim_));
+    return of_block * blocks +
+           array_bytes<Open>(function, batch_ * kv_heads_ * open * (head_dim_ + value_dim_));
   }
   void save(StateWriter& writer) const;
   /// Into an empty store.
   void load(StateReader& reader, Index blocks, Index dropped, Index open);
 
  private:
-  /// A sealed block of one batch row, never changed and shared by copies: for each KV head keys
-  /// [block][head_dim] and values [block - 1][value_dim].
+  /// A sealed block of one batch row, never changed and shared by copies: SealedRows for each KV head.
   using Page = std::shared_ptr<const T>;
 
   /// Who writes to a file. A copy reads the blocks that it shares, and keeps its own in memory.
@@ -186,29 +176,24 @@ class LandmarkStore {
   };
 
   static std::size_t at(Index i) noexcept { return static_cast<std::size_t>(i); }
-  Index head_size() const noexcept { return block_ * head_dim_ + (block_ - 1) * value_dim_; }
   Index head_bytes() const noexcept {
-    return std::max<Index>(1, head_size() * static_cast<Index>(sizeof(T)));
+    return std::max<Index>(1, rows_.size() * static_cast<Index>(sizeof(T)));
   }
-  Index page_size() const noexcept { return kv_heads_ * head_size(); }
+  Index page_size() const noexcept { return kv_heads_ * rows_.size(); }
   Index file_page_bytes() const noexcept { return round_up(page_size() * static_cast<Index>(sizeof(T)), 64); }
 
-  template <Position P>
-  void encode_rows(const P& position, T* rows, Index count, Index first) const;
-  template <Position P>
-  void encode_block(Index lane, Index n, const P& position, bool as_in_text, T* keys, T* landmark) const;
   template <class Encode, class E>
   void seal_in_memory(Index count, const Encode& encode, const E& executor);
   template <class Encode, class E>
   void seal_in_file(Index count, const Encode& encode, const E& executor);
   void add_pages_of_file(Index number);
-  TensorView<const T> open_rows(const std::vector<T>& rows, Index cols) const {
+  TensorView<const Open> open_rows(const std::vector<Open>& rows, Index cols) const {
     return {rows.data(), batch_, kv_heads_, open_, cols, kv_heads_ * room_ * cols, room_ * cols, cols};
   }
 
   void make_room(Index room) {
-    const auto grown = [&](const std::vector<T>& rows, Index cols) {
-      std::vector<T> to(at(batch_ * kv_heads_ * room * cols));
+    const auto grown = [&](const std::vector<Open>& rows, Index cols) {
+      std::vector<Open> to(at(batch_ * kv_heads_ * room * cols));
       for (Index n = 0; n < batch_ * kv_heads_; ++n)
         std::copy_n(rows.data() + n * room_ * cols, open_ * cols, to.data() + n * room * cols);
       return to;
@@ -221,9 +206,10 @@ class LandmarkStore {
 
   Index batch_, kv_heads_, head_dim_, value_dim_, block_;
   Index blocks_ = 0, dropped_ = 0;
-  std::vector<std::deque<Page>> pages_;    ///< of each batch row
-  std::vector<std::vector<T>> landmarks_;  ///< of each batch row and KV head, [blocks][head_dim]
-  std::vector<T> k_, v_;                   ///< [batch][kv_heads][room][cols]
+  SealedRows<T> rows_;
+  std::vector<std::deque<Page>> pages_;       ///< of each batch row
+  std::vector<std::vector<Open>> landmarks_;  ///< of each batch row and KV head, [blocks][head_dim]
+  std::vector<Open> k_, v_;                   ///< [batch][kv_heads][room][cols]
   Index open_ = 0, room_ = 0;
 
   Writer writer_;
@@ -233,52 +219,25 @@ class LandmarkStore {
   Index resident_ = 0, read_ = 0;       ///< bytes; heads of blocks since pages were released
 };
 
-/// Rows at [first, first + count), in place.
-template <class T>
-template <Position P>
-void LandmarkStore<T>::encode_rows(const P& position, T* rows, Index count, Index first) const {
-  if constexpr (std::is_same_v<P, no_position>) return;
-  if constexpr (std::is_same_v<T, Real>) {
-    position.encode(MatrixView<Real>{rows, count, head_dim_, head_dim_}, first, Role::key);
-  } else {
-    std::vector<Real> wide(at(count * head_dim_));
-    copy_rows(rows, head_dim_, count, head_dim_, wide.data());
-    position.encode(MatrixView<Real>{wide.data(), count, head_dim_, head_dim_}, first, Role::key);
-    copy_rows(wide.data(), head_dim_, count, head_dim_, rows);
-  }
-}
-
-/// Open block n as it is kept.
-template <class T>
-template <Position P>
-void LandmarkStore<T>::encode_block(Index lane, Index n, const P& position, bool as_in_text, T* keys,
-                                    T* landmark) const {
-  const Index d = head_dim_, dv = value_dim_;
-  const T* raw = k_.data() + (lane * room_ + n * block_) * d;
-  std::copy_n(raw, block_ * d, keys);
-  std::copy_n(v_.data() + (lane * room_ + n * block_) * dv, (block_ - 1) * dv, keys + block_ * d);
-  encode_rows(position, keys, block_, 0);
-  std::copy_n(raw + (block_ - 1) * d, d, landmark);
-  const Index place = as_in_text ? (dropped_ + blocks_ + n) * block_ : 0;
-  encode_rows(position, landmark, 1, place + block_ - 1);
-}
-
-template <class T>
+template <StoredElement T>
 template <Position P, class E>
 void LandmarkStore<T>::seal(Index count, const P& position, bool as_in_text, const E& executor) {
   for (auto& list : landmarks_) list.resize(at((blocks_ + count) * head_dim_));
-  const auto encode = [&](Index lane, Index n, T* keys) {
-    encode_block(lane, n, position, as_in_text, keys,
-                 landmarks_[at(lane)].data() + (blocks_ + n) * head_dim_);
+  const auto encode = [&](Index lane, Index n, T* rows) {
+    const Index first = lane * room_ + n * block_, place = as_in_text ? (dropped_ + blocks_ + n) * block_ : 0;
+    rows_.seal(k_.data() + first * head_dim_, v_.data() + first * value_dim_, position, rows);
+    Open* landmark = landmarks_[at(lane)].data() + (blocks_ + n) * head_dim_;
+    std::copy_n(k_.data() + (first + block_ - 1) * head_dim_, head_dim_, landmark);
+    rows_.encode(position, landmark, 1, place + block_ - 1);
   };
   if (has_file()) {
     seal_in_file(count, encode, executor);
   } else {
     seal_in_memory(count, encode, executor);
   }
-  const auto drop_front = [&](std::vector<T>& rows, Index cols) {
+  const auto drop_front = [&](std::vector<Open>& rows, Index cols) {
     for (Index lane = 0; lane < batch_ * kv_heads_; ++lane) {
-      T* first = rows.data() + lane * room_ * cols;
+      Open* first = rows.data() + lane * room_ * cols;
       std::copy(first + count * block_ * cols, first + open_ * cols, first);
     }
   };
@@ -288,7 +247,7 @@ void LandmarkStore<T>::seal(Index count, const P& position, bool as_in_text, con
   blocks_ += count;
 }
 
-template <class T>
+template <StoredElement T>
 template <class Encode, class E>
 void LandmarkStore<T>::seal_in_memory(Index count, const Encode& encode, const E& executor) {
   std::vector<std::shared_ptr<T>> pages;
@@ -299,13 +258,13 @@ void LandmarkStore<T>::seal_in_memory(Index count, const Encode& encode, const E
   }
   executor.for_each(batch_ * kv_heads_ * count, [&](Index task, Index) {
     const Index n = task % count, lane = task / count;
-    encode(lane, n, pages[at(lane / kv_heads_ * count + n)].get() + lane % kv_heads_ * head_size());
+    encode(lane, n, pages[at(lane / kv_heads_ * count + n)].get() + lane % kv_heads_ * rows_.size());
   });
   for (Index n = 0; n < batch_ * count; ++n) pages_[at(n / count)].push_back(std::move(pages[at(n)]));
 }
 
 /// A block in the file: its pages, one for each batch row, and its landmarks.
-template <class T>
+template <StoredElement T>
 template <class Encode, class E>
 void LandmarkStore<T>::seal_in_file(Index count, const Encode& encode, const E& executor) {
   BlockFile& file = *writer_.file;
@@ -315,9 +274,9 @@ void LandmarkStore<T>::seal_in_file(Index count, const Encode& encode, const E& 
   for (Index n = 0; n < count; ++n) {
     executor.for_each(batch_ * kv_heads_, [&](Index lane, Index) {
       std::byte* page = written_.data() + lane / kv_heads_ * file_page_bytes();
-      encode(lane, n, reinterpret_cast<T*>(page) + lane % kv_heads_ * head_size());
-      const T* landmark = landmarks_[at(lane)].data() + (blocks_ + n) * head_dim_;
-      const auto bytes = at(head_dim_) * sizeof(T);
+      encode(lane, n, reinterpret_cast<T*>(page) + lane % kv_heads_ * rows_.size());
+      const Open* landmark = landmarks_[at(lane)].data() + (blocks_ + n) * head_dim_;
+      const auto bytes = at(head_dim_) * sizeof(Open);
       std::memcpy(written_.data() + at(batch_ * file_page_bytes()) + at(lane) * bytes, landmark, bytes);
     });
     file.write(n, written_.data());
@@ -326,7 +285,7 @@ void LandmarkStore<T>::seal_in_file(Index count, const Encode& encode, const E& 
   for (Index n = first; n < first + count; ++n) add_pages_of_file(n);
 }
 
-template <class T>
+template <StoredElement T>
 void LandmarkStore<T>::add_pages_of_file(Index number) {
   const std::shared_ptr<BlockFile> file = writer_.file;
   const std::shared_ptr<const std::byte> block(file->block(number),
@@ -336,13 +295,13 @@ void LandmarkStore<T>::add_pages_of_file(Index number) {
   ++in_file_;
 }
 
-template <class T>
+template <StoredElement T>
 void LandmarkStore<T>::open(const std::string& path, const BlockFileKind& kind, Index resident) {
   writer_.file = std::make_shared<BlockFile>(path, kind, [&](Index, const std::byte* block) {
     const auto* landmark = block + batch_ * file_page_bytes();
     for (auto& list : landmarks_) {
       list.resize(list.size() + at(head_dim_));
-      const auto bytes = at(head_dim_) * sizeof(T);
+      const auto bytes = at(head_dim_) * sizeof(Open);
       if (bytes > 0) std::memcpy(list.data() + list.size() - at(head_dim_), landmark, bytes);
       landmark += bytes;
     }
@@ -354,7 +313,7 @@ void LandmarkStore<T>::open(const std::string& path, const BlockFileKind& kind, 
   for (Index n = 0; n < blocks_; ++n) add_pages_of_file(dropped_ + n);
 }
 
-template <class T>
+template <StoredElement T>
 void LandmarkStore<T>::save(StateWriter& writer) const {
   for (const auto& row : pages_) {
     for (const Page& page : row) writer.array(page.get(), page_size());
@@ -366,7 +325,7 @@ void LandmarkStore<T>::save(StateWriter& writer) const {
   }
 }
 
-template <class T>
+template <StoredElement T>
 void LandmarkStore<T>::load(StateReader& reader, Index blocks, Index dropped, Index open) {
   for (auto& row : pages_) {
     for (Index n = 0; n < blocks; ++n) {
@@ -374,10 +333,10 @@ void LandmarkStore<T>::load(StateReader& reader, Index blocks, Index dropped, In
       row.push_back(Page(page, page->data()));
     }
   }
-  for (auto& list : landmarks_) list = reader.template array<T>(blocks * head_dim_);
+  for (auto& list : landmarks_) list = reader.template array<Open>(blocks * head_dim_);
   for (Index n = 0; n < batch_ * kv_heads_; ++n) {
-    const auto k = reader.template array<T>(open * head_dim_),
-               v = reader.template array<T>(open * value_dim_);
+    const auto k = reader.template array<Open>(open * head_dim_),
+               v = reader.template array<Open>(open * value_dim_);
     k_.insert(k_.end(), k.begin(), k.end());
     v_.insert(v_.end(), v.begin(), v.end());
   }

@@ -18,7 +18,9 @@
 #include "longspan/detail/landmark_scan.hpp"
 #include "longspan/detail/landmark_store.hpp"
 #include "longspan/detail/problem.hpp"
+#include "longspan/detail/sealed_rows.hpp"
 #include "longspan/detail/simd.hpp"
+#include "longspan/detail/stored_rows.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
@@ -49,8 +51,11 @@ LONGSPAN_BEGIN
 /// Index     every_landmark scores all blocks; an index of your own names some, see LandmarkIndex.
 /// Types     tensors of any type of softmax_attention. T is what keys, values and landmarks are kept in, a
 ///           type of 16 bits too, rounded once more when a block is sealed with its positions; arithmetic is
-///           in double for T = double, which takes queries of double, and else in float.
-/// Law       with a top_k of all sealed blocks, any chunking gives the results of landmark_attention.
+///           in double for T = double, which takes queries of double, and else in float. With std::int8_t
+///           the rows of sealed blocks are int8, with a scale to each; the landmarks that choose blocks, and
+///           what is not sealed, are float.
+/// Law       with a top_k of all sealed blocks, any chunking gives the results of landmark_attention, but for
+///           the rounding of int8, which begins when a block is sealed.
 /// Cost      for a token 2 * heads * head_dim flop for each sealed block, its landmarks read once for a KV
 ///           head; attention to top_k blocks, where they lie, and to the open part. Copies share the blocks.
 /// File      with options.file sealed blocks lie there and are attended there; landmarks and the open part
@@ -59,19 +64,17 @@ LONGSPAN_BEGIN
 ///           process ended; the open part has to come again. (Not the processor: nothing is flushed to the
 ///           disk.) Opening reads the file once, against its checksums, and locks it. The position is not
 ///           told by the file. A copy shares the blocks, and keeps what it seals itself in memory.
-/// Error     that of landmark_attention over the same keys.
+/// Error     that of landmark_attention over the rows as they are kept; int8 rounds each element of a sealed
+///           row by 1 / 254 of the largest of the row.
 /// Bits      do not depend on the executor, nor on how many threads it has.
 /// Throws    Error when shapes or options disagree, or the disk has no space for what a call seals, before
 ///           anything changes; and where a file is damaged, not one of this cache, or in use.
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), sections 3.2 and 3.2.1.
-template <class T = float, Position P = no_position, PositionMap Map = stingy_positions,
-          LandmarkIndex<Arithmetic<T>> Finder = every_landmark>
+template <StoredElement T = float, Position P = no_position, PositionMap Map = stingy_positions,
+          LandmarkIndex<detail::ArithmeticOf<T>> Finder = every_landmark>
 class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Finder>, true> {
-  static_assert(Element<T> && !std::is_const_v<T>,
-                "longspan: a landmark_cache keeps float, double, bfloat16 or half");
-
  public:
-  using Real = Arithmetic<T>;
+  using Real = detail::ArithmeticOf<T>;
 
   explicit landmark_cache(const StreamShape& shape, const landmark_cache_options& options = {},
                           const P& position = P{}, const Map& map = Map{}, const Finder& finder = Finder{})
@@ -127,9 +130,13 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   Index retrieved_from() const noexcept { return held_.dropped; }
 
   /// Keys and values of sealed block n of batch row b, without its landmark, as they are kept: [1, kv_heads,
-  /// block - 1, ..].
-  TensorView<const T> block_keys(Index b, Index n) const { return block_rows(b, n, true); }
-  TensorView<const T> block_values(Index b, Index n) const { return block_rows(b, n, false); }
+  /// block - 1, ..]. Not of a cache of int8, whose rows are numbers only with their scales.
+  TensorView<const T> block_keys(Index b, Index n) const requires Element<T> {
+    return block_rows(b, n, true);
+  }
+  TensorView<const T> block_values(Index b, Index n) const requires Element<T> {
+    return block_rows(b, n, false);
+  }
   /// Forgets the oldest sealed blocks.
   void drop(Index count) {
     if (count < 0 || count > blocks())
@@ -289,7 +296,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
       detail::refuse("landmark_cache", "block n of batch row b",
                      std::to_string(n) + " of " + std::to_string(b),
                      "one of " + std::to_string(blocks()) + " of " + std::to_string(shape_.batch));
-    const auto rows = [&](Index h) { return of_keys ? store_.keys(b, h, n) : store_.values(b, h, n); };
+    const auto rows = [&](Index h) { return of_keys ? store_.rows(b, h, n).k : store_.rows(b, h, n).v; };
     if (shape_.kv_heads == 0)
       return {nullptr, 1, 0, options_.block - 1, of_keys ? shape_.head_dim : shape_.value_dim};
     const auto first = rows(0);
