@@ -80,7 +80,9 @@ class GgmlFlash {
 Contender ggml(Index threads) {
   Contender contender = peer<GgmlFlash>(
       "ggml", std::string("ggml ") + ggml_version() + ": ggml_flash_attn_ext, its mask made before", threads);
-  contender.obstacle = [](const Shape& shape) { return square_mask_too_large(shape, sizeof(ggml_fp16_t)); };
+  contender.obstacle = [](const Shape& shape) {
+    return too_large(shape, "its whole mask", sizeof(ggml_fp16_t));
+  };
   return contender;
 }
 

@@ -88,7 +88,7 @@ Contender onednn(Index threads) {
   const std::string version = std::to_string(is.major) + "." + std::to_string(is.minor);
   Contender contender = peer<OneDnnSdpa>(
       "onednn", "oneDNN " + version + ": attention of its graph API, fused, its mask made before", threads);
-  contender.obstacle = [](const Shape& shape) { return square_mask_too_large(shape, sizeof(float)); };
+  contender.obstacle = [](const Shape& shape) { return too_large(shape, "its whole mask", sizeof(float)); };
   return contender;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "compare/contender.hpp"
@@ -30,13 +31,10 @@ Contender peer(std::string name, std::string description, Index threads) {
   return contender;
 }
 
-/// For `Contender::obstacle` of a library that is given its mask as a square of `bytes` a pair.
-inline std::string square_mask_too_large(const Shape& shape, double bytes) {
-  constexpr Index longest = 16384;
-  if (shape.length <= longest) return {};
-  const std::string n = std::to_string(shape.length);
-  const auto length = static_cast<double>(shape.length);
-  return "skipped: needs a mask of " + n + " x " + n + ", " + bytes_text(bytes * length * length);
+/// For `Contender::obstacle` of a library that is given its mask, or keeps its scores, whole.
+inline std::string too_large(const Shape& shape, const std::string& what, double bytes_a_pair) {
+  const double bytes = bytes_a_pair * std::pow(static_cast<double>(shape.length), 2);
+  return bytes <= 4.5e9 ? std::string() : "skipped: needs " + what + ", " + bytes_text(bytes);
 }
 
 /// [length, length], `hidden` behind the diagonal.
