@@ -1,9 +1,10 @@
-// ONNX Runtime: the operator Attention, in a model of one node that is built in memory.
+// ONNX Runtime: the operator Attention, in a model of that one node.
 #include <onnxruntime_cxx_api.h>
 
 #include <cstdint>
 #include <iostream>
 
+#include "08_onnxruntime_op/one_node_model.hpp"
 #include "peers/peers.hpp"
 
 namespace bench {
@@ -27,25 +28,12 @@ class OrtAttention {
   void prepare(const Inputs<float>& in) {
     const Silence silence;
     const auto q = in.q.view(), k = in.k.view(), v = in.v.view();
-    longspan::TensorView<const float> out = q;
+    auto out = q;
     out.cols = v.cols;
-    std::vector<Ort::ValueInfo> inputs, outputs;
-    inputs.push_back(declared("q", q));
-    inputs.push_back(declared("k", k));
-    inputs.push_back(declared("v", v));
-    outputs.push_back(declared("out", out));
-
-    constexpr std::int64_t yes = 1;
-    std::vector<Ort::OpAttr> attributes;
-    attributes.emplace_back("is_causal", &yes, 1, ORT_OP_ATTR_INT);
-    Ort::Node attention("Attention", "", "attention", {"q", "k", "v"}, {"out"}, attributes);
-    Ort::Graph graph;
-    graph.SetInputs(inputs);
-    graph.SetOutputs(outputs);
-    graph.AddNode(attention);
-    Ort::Model model({{"", 23}});
-    model.AddGraph(graph);
-    session_ = Ort::Session(environment_, model, options_);
+    const std::string model =
+        one_node_model({{"", 23}}, "Attention", {{"is_causal", 1}},
+                       {{"q", shape_of(q)}, {"k", shape_of(k)}, {"v", shape_of(v)}}, {"out", shape_of(out)});
+    session_ = Ort::Session(environment_, model.data(), model.size(), options_);
     inputs_.clear();
     for (const auto& x : {q, k, v}) inputs_.push_back(where_it_lies(x));
   }
@@ -59,10 +47,6 @@ class OrtAttention {
  private:
   static std::vector<std::int64_t> shape_of(const longspan::TensorView<const float>& x) {
     return {x.batch, x.heads, x.rows, x.cols};
-  }
-  static Ort::ValueInfo declared(const char* name, const longspan::TensorView<const float>& x) {
-    const Ort::TensorTypeAndShapeInfo shape(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, shape_of(x));
-    return Ort::ValueInfo(name, Ort::TypeInfo::CreateTensorInfo(shape.GetConst()).GetConst());
   }
   Ort::Value where_it_lies(const longspan::TensorView<const float>& x) const {
     const std::vector<std::int64_t> shape = shape_of(x);
