@@ -1,8 +1,7 @@
 // Runs a variant of attention on tensors that a model dumped as .npy files, so that a port can be checked
 // against its original layer by layer. Copy this folder to run your own functor: write a file like
-// softmax.hpp for it and name it in `variants`.
+// softmax.cpp for it, and name it in variants.hpp, in CMakeLists.txt and in `variants`.
 
-#include <array>
 #include <cstdio>
 #include <exception>
 #include <new>
@@ -12,29 +11,14 @@
 #include <vector>
 
 #include "arguments.hpp"
-#include "dilated.hpp"
-#include "infini.hpp"
-#include "landmark.hpp"
-#include "landmark_stream.hpp"
-#include "softmax.hpp"
+#include "variants.hpp"
 
 namespace {
 
 using namespace attend_npy;
 
-struct Variant {
-  std::string_view name;
-  std::string_view help;  ///< one line for each key
-  void (*run)(const Arguments&);
-};
-
-constexpr std::array variants{
-    Variant{"softmax", softmax_help, softmax},
-    Variant{"landmark", landmark_help, landmark},
-    Variant{"landmark_stream", landmark_stream_help, landmark_stream},
-    Variant{"infini", infini_help, infini},
-    Variant{"dilated", dilated_help, dilated},
-};
+constexpr const Variant* variants[] = {&softmax, &softmax_stream, &landmark, &landmark_stream,
+                                       &infini,  &hybrid_stream,  &dilated,  &dilated_stream};
 
 constexpr std::string_view usage =
     "usage: attend_npy VARIANT [key=value ...] --q q.npy --k k.npy --v v.npy --out out.npy\n"
@@ -46,18 +30,18 @@ constexpr std::string_view usage =
     "  --q, --k, --v  in: [B, H, N, d], [B, Hkv, M, d], [B, Hkv, M, dv]; also [H, N, d] and [N, d]\n"
     "  --out          out: as q, with dv for d\n"
     "  --lse          out: the natural log-sum-exp of each query's scores, as q without d\n"
-    "  --beta         in: the gate of infini, [1], [H] or [H, dv]; 0 where it is left out\n"
+    "  --beta         in: the gate of a memory, [1], [H] or [H, dv]; 0 where it is left out\n"
     "  --memory-out   out: the memory of infini behind the last token, [B, Hkv, d, dv]\n"
     "  --norm-out     out: its norm, [B, Hkv, d]\n"
-    "  --dtype        type in which the kernel sees q, k and v (default: f64 if one of the files\n"
-    "                 is float64, else f32); the outputs are float64 with f64, else float32\n"
+    "  --dtype        type to which q, k and v are rounded (default: f64 if one of the files is\n"
+    "                 float64, else f32); arithmetic and outputs are float64 with f64, else float32\n"
     "  --threads      default: as many as OpenMP takes; the result is the same for any number\n";
 
 std::string help() {
   std::string text(usage);
-  for (const Variant& variant : variants) {
-    text.append("\nkeys of ").append(variant.name).append("\n\n");
-    for (std::string_view lines = variant.help; !lines.empty();) {
+  for (const Variant* variant : variants) {
+    text.append("\nkeys of ").append(variant->name).append("\n\n");
+    for (std::string_view lines = variant->help; !lines.empty();) {
       const std::size_t length = lines.find('\n') + 1;
       text.append("  ").append(lines.substr(0, length));
       lines.remove_prefix(length);
@@ -66,17 +50,27 @@ std::string help() {
   return text;
 }
 
+void check_options(const Variant& variant, const Arguments& arguments) {
+  if (!variant.has_gates && !arguments.beta.empty()) {
+    std::vector<std::string_view> names;
+    for (const Variant* other : variants) {
+      if (other->has_gates) names.push_back(other->name);
+    }
+    throw Error("the option --beta is for " + listed(names));
+  }
+  if (!variant.shows_memory && !(arguments.memory_out + arguments.norm_out).empty())
+    throw Error("the options --memory-out and --norm-out are for infini");
+}
+
 void run(std::string_view name, std::span<const std::string_view> words) {
   std::vector<std::string_view> names;
-  for (const Variant& variant : variants) {
-    if (variant.name == name) {
+  for (const Variant* variant : variants) {
+    if (variant->name == name) {
       const Arguments arguments = parse_arguments(words);
-      const bool memory = !(arguments.beta + arguments.memory_out + arguments.norm_out).empty();
-      if (memory && name != "infini")
-        throw Error("the options --beta, --memory-out and --norm-out are for infini");
-      return variant.run(arguments);
+      check_options(*variant, arguments);
+      return variant->run(arguments);
     }
-    names.push_back(variant.name);
+    names.push_back(variant->name);
   }
   throw Error("unknown variant '" + std::string(name) + "', the variants are: " + listed(names));
 }

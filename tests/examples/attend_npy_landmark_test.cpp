@@ -131,7 +131,7 @@ TEST_CASE("attend_npy landmark_stream: keys that do not fit are refused", "[atte
   says({"block=3", "chunks=4,9223372036854775807"}, "chunks does not add up");
   says({"block=3", "chunks=4,,5"}, "wanted integers from 1");
   says({"block=3", "select=all"}, "wanted one of token_head, max_heads and max_tokens");
-  says({"block=3", "positions=mine"}, "wanted one of stingy and exact");
+  says({"block=3", "positions=mine"}, "wanted stingy or exact");
   says({"block=3", "rope_base=5"}, "rope_base needs the key rope_layout");
   says({"block=3", "rope_layout=both"}, "wanted one of interleaved and half");
   saved(folder, "q.npy", {8, 4}, 1);

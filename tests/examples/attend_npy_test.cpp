@@ -364,10 +364,12 @@ TEST_CASE("attend_npy: a wrong command line is refused in one sentence and write
       "--q, --k, --v, --out, --lse, --dtype, --threads, --beta, --memory-out and --norm-out";
   check_refused(
       folder, "sofmax" + files,
-      "unknown variant 'sofmax', the variants are: softmax, landmark, landmark_stream, infini and dilated");
+      "unknown variant 'sofmax', the variants are: softmax, softmax_stream, landmark, landmark_stream, "
+      "infini, hybrid_stream, dilated and dilated_stream");
   check_refused(
       folder, "causal=1 softmax" + files,
-      "unknown variant 'causal=1', the variants are: softmax, landmark, landmark_stream, infini and dilated");
+      "unknown variant 'causal=1', the variants are: softmax, softmax_stream, landmark, landmark_stream, "
+      "infini, hybrid_stream, dilated and dilated_stream");
   check_refused(folder, "softmax casual=1" + files,
                 "unknown key 'casual', the keys of softmax are causal, window, scale and softcap");
   check_refused(folder, "softmax causal=1 causal=1" + files, "the key causal is given twice");

@@ -1,0 +1,38 @@
+// attend_npy dilated: LongNet's dilated attention.
+#include <array>
+#include <string_view>
+
+#include "attend_files.hpp"
+#include "dilated_functor.hpp"
+#include "longspan/mask.hpp"
+#include "variants.hpp"
+
+namespace attend_npy {
+namespace {
+
+void run(const Arguments& arguments) {
+  const Keys& keys = arguments.keys;
+  keys.allow("dilated", std::array<std::string_view, 7>{"segments", "dilations", "causal", "phase", "overlap",
+                                                        "zero_pad", "scale"});
+  // Causal and not are both a window, so the kernel is compiled once for the two.
+  longspan::window mask;
+  if (keys.flag("causal")) mask.right = 0;
+  auto attend = dilated_functor(keys, mask);
+  attend.zero_pad_compat = keys.flag("zero_pad");
+  attend_files(arguments, read_inputs(arguments), attend);
+}
+
+}  // namespace
+
+const Variant dilated{
+    "dilated",
+    "segments=W,W,...         segment lengths, one for each branch\n"
+    "dilations=r,r,...        their dilations (default 1 each)\n"
+    "causal=0|1               1: a query sees no later key (default 0)\n"
+    "phase=modulo|blocked     offset of head h: h mod r, or as torchscale (default modulo)\n"
+    "overlap=multiset|set     a key of several branches counts several times, or once (default multiset)\n"
+    "zero_pad=0|1             1: short segments are filled with zeros, as torchscale does (default 0)\n"
+    "scale=x                  multiplies q.k, not 0 (default 1 / sqrt(head_dim))\n",
+    run};
+
+}  // namespace attend_npy

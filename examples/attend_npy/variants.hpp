@@ -1,0 +1,21 @@
+// The variants of attend_npy, each in a .cpp of its own.
+#pragma once
+
+#include <string_view>
+
+#include "arguments.hpp"
+
+namespace attend_npy {
+
+struct Variant {
+  std::string_view name;
+  std::string_view help;  ///< one line for each key
+  void (*run)(const Arguments&);
+  bool has_gates = false;     ///< takes --beta
+  bool shows_memory = false;  ///< takes --memory-out and --norm-out
+};
+
+extern const Variant softmax, softmax_stream, landmark, landmark_stream, infini, hybrid_stream, dilated,
+    dilated_stream;
+
+}  // namespace attend_npy
