@@ -1,6 +1,7 @@
 // attend_npy dilated_stream: causal dilated attention in chunks.
 #include <array>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "attend_files.hpp"

@@ -1,6 +1,8 @@
 // attend_npy landmark_stream: landmark attention in chunks, with retrieval of sealed blocks.
 #include <array>
+#include <optional>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "attend_files.hpp"
@@ -28,11 +30,27 @@ struct ChosenPositions {
   }
 };
 
+/// Rotary positions or none, so that the kernels are compiled once for the two.
+struct ChosenEncoding {
+  std::optional<longspan::rotary> rotary;
+
+  template <class Real>
+  void encode(longspan::MatrixView<Real> rows, Index first_position, longspan::Role role) const {
+    if (rotary) rotary->encode(rows, first_position, role);
+  }
+  template <class Real>
+  void encode_alike(longspan::MatrixView<Real> rows, Index position, longspan::Role role) const {
+    if (rotary) rotary->encode_alike(rows, position, role);
+  }
+  void check(Index cols) const {
+    if (rotary) rotary->check(cols);
+  }
+};
+
 /// A functor like the others, that streams its tokens through a cache.
-template <class P>
 struct LandmarkStream {
   longspan::landmark_cache_options options;
-  P position;
+  ChosenEncoding encoding;
   ChosenPositions places;
   std::vector<Index> chunks;
 
@@ -41,8 +59,8 @@ struct LandmarkStream {
                   const E& executor) const {
     using Real = std::remove_const_t<typename Q::Element>;
     const auto lengths = chunks_of("landmark_stream", chunks, q.rows, k.rows);
-    longspan::landmark_cache<Real, P, ChosenPositions> cache({q.batch, q.heads, k.heads, q.cols, v.cols},
-                                                             options, position, places);
+    longspan::landmark_cache<Real, ChosenEncoding, ChosenPositions> cache(
+        {q.batch, q.heads, k.heads, q.cols, v.cols}, options, encoding, places);
     for (const Chunk chunk : lengths) extend(cache, chunk, q, k, v, out, lse, executor);
   }
 };
@@ -68,22 +86,19 @@ void run(const Arguments& arguments) {
   keys.allow("landmark_stream",
              std::array<std::string_view, 9>{"block", "chunks", "top_k", "select", "capacity", "positions",
                                              "rope_base", "rope_layout", "scale"});
-  const longspan::landmark_cache_options options = options_of(keys);
-  const std::vector<Index> chunks = keys.positive_integers("chunks");
-  const ChosenPositions places{keys.choice("positions", "stingy", "exact") == 1};
+  LandmarkStream stream;
+  stream.options = options_of(keys);
+  stream.chunks = keys.positive_integers("chunks");
+  stream.places.exact = keys.choice("positions", "stingy", "exact") == 1;
   const auto base = keys.positive_float("rope_base");
   const auto layout = keys.word("rope_layout", std::array<std::string_view, 2>{"interleaved", "half"});
   if (base && !layout) throw Error("the key rope_base needs the key rope_layout");
   if (layout) {
-    const longspan::rotary position(
+    stream.encoding.rotary.emplace(
         *layout == 0 ? longspan::Pairing::interleaved : longspan::Pairing::half_split,
         static_cast<double>(base.value_or(10000.0f)));
-    attend_files(arguments, read_inputs(arguments),
-                 LandmarkStream<longspan::rotary>{options, position, places, chunks});
-  } else {
-    attend_files(arguments, read_inputs(arguments),
-                 LandmarkStream<longspan::no_position>{options, {}, places, chunks});
   }
+  attend_files(arguments, read_inputs(arguments), stream);
 }
 
 }  // namespace
