@@ -18,7 +18,8 @@ std::optional<Number> number_in(std::string_view text) {
   return number;
 }
 
-/// Reads "8,16,64"; false where it is something else, or where fits(the number before or -1, number) is false.
+/// Reads "8,16,64"; false where it is something else, or where fits(the number before or -1, number) is not
+/// true.
 template <class Fits>
 bool add_numbers(std::string_view text, std::vector<Index>& numbers, const Fits& fits) {
   for (std::size_t begin = 0; begin <= text.size();) {

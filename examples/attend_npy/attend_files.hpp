@@ -100,9 +100,9 @@ void attend_in(const Arguments& arguments, Inputs inputs, const Attend& attend) 
   write_outputs(outputs);
 }
 
-/// Calls attend(q, k, v, out, lse, executor) on the tensors of the files, of double where --dtype is f64, else
-/// of float, rounded to that type. A kernel that reads 16-bit tensors computes the same from them, and half as
-/// many kernels are compiled. What the call may return, a list of Output, is written too.
+/// Calls attend(q, k, v, out, lse, executor) on the tensors of the files, as double with --dtype f64, else
+/// as float, rounded to that type: bit for bit what the kernels give for 16-bit tensors, with half as many of
+/// them to compile. What the call may return, a list of Output, is written too.
 template <class Attend>
 void attend_files(const Arguments& arguments, Inputs inputs, const Attend& attend) {
   if (inputs.storage == Storage::f64) return attend_in<double>(arguments, std::move(inputs), attend);

@@ -8,8 +8,7 @@
 
 namespace attend_npy {
 
-/// The keys less than `window` positions away. All that can be asked for is a window, so the kernel is compiled
-/// once for all.
+/// All that can be asked for is a window, so the kernel is compiled once for all.
 inline longspan::window softmax_mask(const Keys& keys, bool causal) {
   longspan::window mask;
   if (const auto width = keys.positive_integer("window"))

@@ -18,6 +18,7 @@
 namespace attend_npy {
 namespace {
 
+/// In the order of Storage, and one more.
 constexpr std::array<std::string_view, 5> row_types{"f32", "f64", "bf16", "f16", "int8"};
 constexpr std::string_view f64_rows = row_types[1];
 

@@ -1,5 +1,5 @@
-// attend_npy softmax_stream, dilated_stream and hybrid_stream: what one call over all tokens gives, however they
-// are cut into chunks, and what is refused.
+// attend_npy softmax_stream, dilated_stream and hybrid_stream: what one call over all tokens gives, however
+// they are cut into chunks, and what is refused.
 #include <algorithm>
 #include <cmath>
 #include <random>
