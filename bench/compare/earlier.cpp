@@ -27,12 +27,14 @@ std::optional<Earlier> earlier_run(const std::string& path) {
   const std::string text = read_bytes(path);
   try {
     const nlohmann::json report = nlohmann::json::parse(text);
-    Earlier earlier{report.at("machine").at("date"), report.at("machine").at("cpu"), report.at("problem"), {}};
+    Earlier earlier{
+        report.at("machine").at("date"), report.at("machine").at("cpu"), report.at("problem"), {}};
     add_cells(earlier, report.at("cells"), false);
     add_cells(earlier, report.at("decoding"), true);
     return earlier;
   } catch (const nlohmann::json::exception& error) {
-    throw UsageError("the option --against names " + path + ", wanted a file that --json wrote: " + error.what());
+    throw UsageError("the option --against names " + path +
+                     ", wanted a file that --json wrote: " + error.what());
   }
 }
 #else

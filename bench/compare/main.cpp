@@ -14,7 +14,7 @@ namespace {
 int run(std::span<const std::string> words) {
   static constexpr std::string_view valued[] = {
       "--text",     "--q",       "--k",      "--v",    "--lengths", "--heads", "--kv-heads",
-      "--head-dim", "--threads", "--rounds", "--json", "--html",    "--svg", "--against"};
+      "--head-dim", "--threads", "--rounds", "--json", "--html",    "--svg",   "--against"};
   static constexpr std::string_view flags[] = {"--full", "--smoke", "--list", "--help"};
   const Arguments given(words, valued, flags);
   if (given.has("--help")) {

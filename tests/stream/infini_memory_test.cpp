@@ -168,7 +168,8 @@ TEST_CASE("infini_memory: a row that is reset is new, and the others go on", "[s
         "longspan: infini_memory::reset: the batch row is 2, wanted 0..1");
 }
 
-TEST_CASE("infini_memory: state does not grow, and z stays exact, over 10^6 tokens", "[stream][infini][slow]") {
+TEST_CASE("infini_memory: state does not grow, and z stays exact, over 10^6 tokens",
+          "[stream][infini][slow]") {
   const Index d = 8;
   auto stream = options(2048).stream({1, 1, 1, d, d});
   Random random(6);
