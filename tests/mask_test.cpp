@@ -102,7 +102,7 @@ Tile random_tile(test::Random& random) {
 
 }  // namespace
 
-TEST_CASE("mask: classify and key_ranges of every mask, on every small tile", "[mask]") {
+TEST_CASE("mask: classify and key_ranges of every mask, on every small tile", "[mask][slow]") {
   for (const MaskCase& mask : test::library_masks()) {
     std::string found;
     for (Index batch = 0; batch < (mask.text == "padding" ? 3 : 1); ++batch) {

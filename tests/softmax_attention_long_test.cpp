@@ -27,7 +27,7 @@ void check_long(const Shape& shape, bool bf16_products, double limit) {
 
 }  // namespace
 
-TEST_CASE("softmax_attention: 140000 keys, which cross a span", "[gauge]") {
+TEST_CASE("softmax_attention: 140000 keys, which cross a span", "[gauge][slow]") {
   static_assert(longspan::detail::keys_in_span < 140000);
   for (const Index q_len : {1, 4, 12}) {
     const Shape shape{1, 1, 1, q_len, 140000, 8, 8};

@@ -118,7 +118,7 @@ TEST_CASE("dilated_cache: the bits of the one call, where segments do not share 
   CHECK(chunks.same_outputs(once));
 }
 
-TEST_CASE("dilated_cache: single tokens have the same bits on any number of threads", "[bits]") {
+TEST_CASE("dilated_cache: single tokens have the same bits on any number of threads", "[bits][slow]") {
   Random random(4);
   const Shape shape{2, 6, 2, 3000, 3000, 24, 20};
   Call<float> call(shape, Values::normal, random);

@@ -41,7 +41,7 @@ TEMPLATE_TEST_CASE("kv_cache: rows of every type under queries of every type", "
   });
 }
 
-TEST_CASE("kv_cache: positions and scores count from the first token of the stream", "[law]") {
+TEST_CASE("kv_cache: positions and scores count from the first token of the stream", "[law][slow]") {
   for_each_case(40, [](Random& random) {
     Shape shape = draw_self_shape(random);
     shape.head_dim = random.pick({2, 8, 34});
@@ -140,7 +140,7 @@ TEST_CASE("kv_cache: the bits of the one call", "[bits][slow]") {
   }
 }
 
-TEST_CASE("kv_cache: single tokens, the bits of decoding against all tokens so far", "[bits]") {
+TEST_CASE("kv_cache: single tokens, the bits of decoding against all tokens so far", "[bits][slow]") {
   Random random(3);
   const Shape shape{1, 8, 2, 2100, 2100, 32, 32};
   Call<float> once(shape, Values::normal, random), tokens = once.unrun(), paged = once.unrun();

@@ -49,7 +49,7 @@ bool near(double got, double wanted) { return got == wanted || std::abs(got - wa
 
 }  // namespace
 
-TEST_CASE("landmark_cache: the report has the masses of its reference", "[stream][oracle]") {
+TEST_CASE("landmark_cache: the report has the masses of its reference", "[stream][oracle][slow]") {
   for_each_case(12, [](Random& random) {
     const Options options{.block = random.between(2, 11),
                           .top_k = random.between(0, 3),

@@ -119,7 +119,7 @@ TEST_CASE("landmark_cache: the reference, block by block retrieved, for every op
   });
 }
 
-TEST_CASE("landmark_cache: with every block retrieved, any chunks give landmark attention", "[stream][law]") {
+TEST_CASE("landmark_cache: with every block retrieved, any chunks give landmark attention", "[stream][law][slow]") {
   Random random(2);
   Call<float> whole(Shape{2, 6, 2, 300, 300, 20, 13}, Values::normal, random), call = whole.unrun();
   const rotary turned(Pairing::half_split);
