@@ -62,13 +62,16 @@ inline std::int64_t environment_number(const char* name, std::int64_t otherwise)
 }
 
 /// body(random) for each of `cases` cases, `random` depending on the seed and the number of the case alone. A
-/// failure names both; LONGSPAN_SEED and LONGSPAN_CASE run that case again, LONGSPAN_CASES multiplies the
-/// number of cases.
+/// failure names both; LONGSPAN_SEED and LONGSPAN_CASE run that case again, LONGSPAN_CASES (10, or 0.5)
+/// multiplies the number of cases.
 template <class Body>
 void for_each_case(std::int64_t cases, const Body& body) {
   const std::int64_t seed = environment_number("LONGSPAN_SEED", 1),
                      only = environment_number("LONGSPAN_CASE", -1);
-  const std::int64_t count = cases * environment_number("LONGSPAN_CASES", 1);
+  const char* times = std::getenv("LONGSPAN_CASES");
+  const std::int64_t count =
+      times == nullptr ? cases
+                       : static_cast<std::int64_t>(std::ceil(std::strtod(times, nullptr) * double(cases)));
   for (std::int64_t n = 0; n < count; ++n) {
     if (only >= 0 && n != only) continue;
     INFO("replay: LONGSPAN_SEED=" << seed << " LONGSPAN_CASE=" << n);
