@@ -201,13 +201,3 @@ TEST_CASE("accumulator: stretches are summed alone, then together", "[accumulato
   spans.absorb(keys_in_span + keys_in_stretch, 1);
   CHECK(spans.state.whole().o[0] == 0x1p24f + 2);
 }
-
-TEST_CASE("accumulator: it begins anew with every stretch of keys", "[accumulator]") {
-  Levels levels(3 * keys_in_stretch);
-  for (const Index key :
-       {Index{0}, Index{128}, keys_in_stretch, keys_in_stretch + 128, 2 * keys_in_stretch}) {
-    levels.state.at_key(key);
-    INFO("key " << key);
-    CHECK(levels.state.begins() == (key % keys_in_stretch == 0));
-  }
-}

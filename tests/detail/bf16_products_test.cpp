@@ -160,7 +160,8 @@ TEST_CASE("bf16_products: weighted values of pairs of keys", "[bf16]") {
         for (float& x : before) x = static_cast<float>(random.normal());
         for (float& x : scale) x = static_cast<float>(random.normal());
         std::vector<float> o = before;
-        Products::value_rows<packets>(v_pairs.data(), tile_rows, p_pairs.data(), rows, o.data(), into,
+        const longspan::detail::RowRun all{rows, 0, packets};
+        Products::value_rows<packets>(v_pairs.data(), tile_rows, p_pairs.data(), {&all, 1}, o.data(), into,
                                       scale.data(), stride);
         Index wrong = 0;
         for (Index r = 0; r < tile_rows; ++r) {

@@ -142,6 +142,49 @@ void check_value_rows() {
   }
 }
 
+/// Runs of rows, each with some packets: lane by lane what the same rows give one by one.
+template <class Real, int packets>
+void check_value_runs() {
+  constexpr Index width = packets * lanes<Real>, v_stride = tile_rows;
+  test::for_each_case(30, [](Random& random) {
+    std::vector<RowRun> runs(static_cast<std::size_t>(random.between(0, 6)));
+    Index rows = 0;
+    for (RowRun& run : runs) {
+      run.rows = random.between(0, 19);
+      run.first_packet = static_cast<int>(random.between(0, packets - 1));
+      run.packets = static_cast<int>(random.between(1, packets - run.first_packet));
+      rows += run.rows;
+    }
+    const auto v = normals<Real>((rows + 1) * v_stride, random),
+               p = normals<Real>((rows + 1) * width, random);
+    const auto scale = normals<Real>(width, random), before = normals<Real>(tile_rows * width, random);
+    for (const Into into : {Into::fresh, Into::continued, Into::rescaled}) {
+      std::vector<Real> o = before, wanted = before;
+      value_rows<packets>(v.data(), v_stride, p.data(), width, runs, o.data(), width, into, scale.data());
+      for (int c = 0; c < packets; ++c) {
+        const Index lane = c * lanes<Real>;
+        std::vector<Real> of_packet;  // the rows in which it takes part
+        std::vector<Real> values;
+        Index row = 0;
+        for (const RowRun& run : runs) {
+          const bool takes_part = c >= run.first_packet && c < run.first_packet + run.packets;
+          for (Index j = row; takes_part && j < row + run.rows; ++j) {
+            of_packet.insert(of_packet.end(), p.begin() + j * width + lane,
+                             p.begin() + j * width + lane + lanes<Real>);
+            values.insert(values.end(), v.begin() + j * v_stride, v.begin() + (j + 1) * v_stride);
+          }
+          row += run.rows;
+        }
+        value_rows<1>(static_cast<const Real*>(values.data()), v_stride,
+                      static_cast<const Real*>(of_packet.data()), lanes<Real>,
+                      static_cast<Index>(of_packet.size()) / lanes<Real>, wanted.data() + lane, width, into,
+                      scale.data() + lane);
+      }
+      REQUIRE(o == wanted);
+    }
+  });
+}
+
 template <class Real, template <class, int> class Check>
 void for_each_packets() {
   Check<Real, 1>::run();
@@ -159,7 +202,10 @@ struct Weights {
 };
 template <class Real, int packets>
 struct Products {
-  static void run() { check_value_rows<Real, packets>(); }
+  static void run() {
+    check_value_rows<Real, packets>();
+    check_value_runs<Real, packets>();
+  }
 };
 
 }  // namespace

@@ -95,7 +95,6 @@ class LeveledAccumulator {
       level_[level].clear();
     }
     first_key_ = 0;
-    empty_ = true;
   }
 
   Index columns() const noexcept { return level_[0].columns; }
@@ -110,13 +109,6 @@ class LeveledAccumulator {
     return level_[0];
   }
 
-  /// Is what at_key has just given still empty? True once for each of them: something is absorbed next.
-  bool begins() {
-    const bool begins = empty_;
-    empty_ = false;
-    return begins;
-  }
-
   /// All of it, when no more keys come.
   const Accumulator<Real>& whole() {
     for (int level = 0; level + 1 < levels_; ++level) carry(level);
@@ -127,13 +119,11 @@ class LeveledAccumulator {
   void carry(int level) {
     level_[level + 1].merge(level_[level]);
     level_[level].clear();
-    if (level == 0) empty_ = true;
   }
 
   Accumulator<Real> level_[3];
   int levels_ = 1;
   Index first_key_ = 0;
-  bool empty_ = true;
 };
 
 }  // namespace detail

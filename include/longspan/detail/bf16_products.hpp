@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <span>
 
 #include "longspan/detail/float_products.hpp"
 #include "longspan/detail/microkernel.hpp"
@@ -73,32 +74,7 @@ struct Bf16Products {
   template <int packets>
   static void score_rows(const Key* k, Index k_stride, Index k_rows, const Query* q, Index head_dim, float* s,
                          float* highest, Index stride) {
-    const Key* row[std::size_t(tile_rows)];
-    LONGSPAN_UNROLL
-    for (int r = 0; r < tile_rows; ++r) row[r] = k + std::min<Index>(r, k_rows - 1) * k_stride;
-    __m512 sum[std::size_t(tile_rows)][std::size_t(packets)];
-    clear<packets>(sum);
-    LONGSPAN_NO_UNROLL
-    for (Index i = 0; i < head_dim; i += 2, q += stride) {
-      __m512bh of_query[std::size_t(packets)];
-      load_pairs<packets>(q, of_query);
-      LONGSPAN_UNROLL
-      for (int r = 0; r < tile_rows; ++r) {
-        const __m512bh of_key = broadcast_pair(row[r] + i);
-        LONGSPAN_UNROLL
-        for (int c = 0; c < packets; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], of_key, of_query[c]);
-      }
-    }
-    LONGSPAN_UNROLL
-    for (int c = 0; c < packets; ++c) {
-      __m512 top = _mm512_loadu_ps(highest + c * 16);
-      LONGSPAN_UNROLL
-      for (int r = 0; r < tile_rows; ++r) {
-        top = _mm512_max_ps(sum[r][c], top);  // in this order NaN in top stays
-        _mm512_storeu_ps(s + r * stride + c * 16, sum[r][c]);
-      }
-      _mm512_storeu_ps(highest + c * 16, top);
-    }
+    detail::score_rows<packets, float, Pairs>(k, k_stride, k_rows, q, stride, head_dim, s, stride, highest);
   }
 
   /// pairs[j / 2] = weight(factor * s[j] - shift) of two keys, rounded; `total` grows by the unrounded
@@ -107,63 +83,23 @@ struct Bf16Products {
   static void weigh_rows(float* s, Index keys, float factor, const float* shift, float* total, Weight* pairs,
                          Index stride) {
     if (keys % 2 != 0) std::fill_n(s + keys * stride, packets * 16, hidden);
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const Packet<float> by = broadcast(factor);
-    Packet<float> sum[std::size_t(packets)], down[std::size_t(packets)];
-    LONGSPAN_UNROLL
-    for (int c = 0; c < packets; ++c) {
-      sum[c] = load<float>(total + c * 16);
-      down[c] = broadcast(0.0f) - load<float>(shift + c * 16);
+    bool huge = false;
+    for (int c = 0; c < packets; ++c) huge = huge || any_huge(_mm512_loadu_ps(shift + c * 16));
+    if (huge) {
+      weigh_pairs<packets>(s, keys, factor, shift, total, pairs, stride, [](auto score, auto by, auto down) {
+        // As an fma with 0, which no compiler fuses with what follows.
+        return fma(score, by, broadcast(0.0f)) + down;
+      });
+    } else {
+      weigh_pairs<packets>(s, keys, factor, shift, total, pairs, stride,
+                           [](auto score, auto by, auto down) { return fma(score, by, down); });
     }
-    for (Index j = 0; j < keys; j += 2, s += 2 * stride, pairs += stride) {
-      LONGSPAN_UNROLL
-      for (int c = 0; c < packets; ++c) {
-        const Packet<float> first = coarse_weight(scaled(s + c * 16, by) + down[c]);
-        const Packet<float> second = coarse_weight(scaled(s + stride + c * 16, by) + down[c]);
-        sum[c] = sum[c] + (first + second);
-        const __m512i rounded = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
-        _mm512_storeu_si512(pairs + c * 16, _mm512_permutexvar_epi16(interleave, rounded));
-      }
-    }
-    LONGSPAN_UNROLL
-    for (int c = 0; c < packets; ++c) store(total + c * 16, sum[c]);
   }
 
   template <int packets>
-  static void value_rows(const Value* v, Index v_stride, const Weight* p, Index rows, float* o, Into into,
-                         const float* scale, Index stride) {
-    __m512 sum[std::size_t(tile_rows)][std::size_t(packets)];
-    clear<packets>(sum);
-    if (into == Into::continued) {
-      LONGSPAN_UNROLL
-      for (int r = 0; r < tile_rows; ++r) {
-        LONGSPAN_UNROLL
-        for (int c = 0; c < packets; ++c) sum[r][c] = _mm512_loadu_ps(o + r * stride + c * 16);
-      }
-    }
-    LONGSPAN_NO_UNROLL
-    for (Index j = 0; j < rows; ++j, v += v_stride, p += stride) {
-      __m512bh of_query[std::size_t(packets)];
-      load_pairs<packets>(p, of_query);
-      LONGSPAN_UNROLL
-      for (int r = 0; r < tile_rows; ++r) {
-        const __m512bh of_value = broadcast_pair(v + r);
-        LONGSPAN_UNROLL
-        for (int c = 0; c < packets; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], of_value, of_query[c]);
-      }
-    }
-    LONGSPAN_UNROLL
-    for (int r = 0; r < tile_rows; ++r) {
-      LONGSPAN_UNROLL
-      for (int c = 0; c < packets; ++c) {
-        float* to = o + r * stride + c * 16;
-        if (into == Into::rescaled) {
-          sum[r][c] = _mm512_fmadd_ps(_mm512_loadu_ps(scale + c * 16), _mm512_loadu_ps(to), sum[r][c]);
-        }
-        _mm512_storeu_ps(to, sum[r][c]);
-      }
-    }
+  static void value_rows(const Value* v, Index v_stride, const Weight* p, std::span<const RowRun> runs,
+                         float* o, Into into, const float* scale, Index stride) {
+    detail::value_rows<packets, float, Pairs>(v, v_stride, p, stride, runs, o, stride, into, scale);
   }
 
   /// As that of FloatProducts.
@@ -220,30 +156,59 @@ struct Bf16Products {
   }
 
  private:
-  template <int packets>
-  static LONGSPAN_INLINE void clear(__m512 (&sum)[std::size_t(tile_rows)][std::size_t(packets)]) {
-    LONGSPAN_UNROLL
-    for (int r = 0; r < tile_rows; ++r) {
-      LONGSPAN_UNROLL
-      for (int c = 0; c < packets; ++c) sum[r][c] = _mm512_setzero_ps();
+  /// What is multiplied: pairs, each product the sum of two.
+  struct Pairs {
+    using Real = float;
+    using Key = Eigen::bfloat16;
+    using Element = Pair;
+    using Factor = __m512bh;
+    static constexpr Index columns = 2;
+
+    static LONGSPAN_INLINE Factor load(const Pair* from) {
+      return std::bit_cast<__m512bh>(_mm512_loadu_si512(from));
     }
-  }
-  template <int packets>
-  static LONGSPAN_INLINE void load_pairs(const Pair* from, __m512bh (&to)[std::size_t(packets)]) {
+    static LONGSPAN_INLINE Factor broadcast(const void* from) {
+      int pair;
+      std::memcpy(&pair, from, sizeof pair);
+      return std::bit_cast<__m512bh>(_mm512_set1_epi32(pair));
+    }
+    static LONGSPAN_INLINE Factor broadcast_key(const Key* from) { return broadcast(from); }
+    static LONGSPAN_INLINE Packet<float> add_product(Factor a, Factor b, Packet<float> sum) {
+      return {_mm512_dpbf16_ps(sum.raw, a, b)};
+    }
+  };
+
+  template <int packets, class Shifted>
+  static LONGSPAN_INLINE void weigh_pairs(const float* s, Index keys, float factor, const float* shift,
+                                          float* total, Weight* pairs, Index stride, const Shifted& shifted) {
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const Packet<float> by = broadcast(factor);
+    Packet<float> sum[std::size_t(packets)], down[std::size_t(packets)];
     LONGSPAN_UNROLL
-    for (int c = 0; c < packets; ++c) to[c] = std::bit_cast<__m512bh>(_mm512_loadu_si512(from + c * 16));
-  }
-  static LONGSPAN_INLINE __m512bh broadcast_pair(const void* from) {
-    int pair;
-    std::memcpy(&pair, from, sizeof pair);
-    return std::bit_cast<__m512bh>(_mm512_set1_epi32(pair));
+    for (int c = 0; c < packets; ++c) {
+      sum[c] = load<float>(total + c * 16);
+      down[c] = broadcast(0.0f) - load<float>(shift + c * 16);
+    }
+    for (Index j = 0; j < keys; j += 2, s += 2 * stride, pairs += stride) {
+      LONGSPAN_UNROLL
+      for (int c = 0; c < packets; ++c) {
+        const Packet<float> first = coarse_weight(shifted(load<float>(s + c * 16), by, down[c]));
+        const Packet<float> second = coarse_weight(shifted(load<float>(s + stride + c * 16), by, down[c]));
+        sum[c] = sum[c] + (first + second);
+        const __m512i rounded = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
+        _mm512_storeu_si512(pairs + c * 16, _mm512_permutexvar_epi16(interleave, rounded));
+      }
+    }
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) store(total + c * 16, sum[c]);
   }
 
-  /// A score in score units, rounded as its maximum was: an unrounded product less a rounded maximum of 1e9
-  /// would leave -100 for the highest score itself. (As an fma with 0, which no compiler fuses with what
-  /// follows.)
-  static LONGSPAN_INLINE Packet<float> scaled(const float* s, Packet<float> by) {
-    return fma(load<float>(s), by, broadcast(0.0f));
+  /// A shift is a rounded product. An unrounded one less its own rounding is not 0, but the same for all of a
+  /// lane, and cancels in the division by the sum, until it is so large that the weights leave the range of
+  /// float: from 1e9 on it is -100 for the highest score itself. Such products are rounded first.
+  static LONGSPAN_INLINE bool any_huge(__m512 shift) {
+    return _mm512_cmp_ps_mask(_mm512_abs_ps(shift), _mm512_set1_ps(0x1p20f), _CMP_NLT_UQ) != 0;
   }
 
   /// As `weight`, to 7.5e-5 relative by degree 3: far inside the rounding to bfloat16 that follows, and 2-4 %

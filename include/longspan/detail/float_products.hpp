@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <span>
 
 #include "longspan/detail/microkernel.hpp"
 #include "longspan/detail/query_lanes.hpp"
@@ -64,9 +65,9 @@ struct FloatProducts {
     detail::weigh_rows<packets>(s, stride, keys, shift, total);
   }
   template <int packets>
-  static void value_rows(const Value* v, Index v_stride, const Weight* p, Index rows, Real* o, Into into,
-                         const Real* scale, Index stride) {
-    detail::value_rows<packets>(v, v_stride, p, stride, rows, o, stride, into, scale);
+  static void value_rows(const Value* v, Index v_stride, const Weight* p, std::span<const RowRun> runs,
+                         Real* o, Into into, const Real* scale, Index stride) {
+    detail::value_rows<packets>(v, v_stride, p, stride, runs, o, stride, into, scale);
   }
 
   /// x * 0 is 0 for finite x and NaN for the others, and NaN stays in a sum.

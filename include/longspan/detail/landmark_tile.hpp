@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 
 #include "longspan/detail/accumulator.hpp"
 #include "longspan/detail/float_products.hpp"
@@ -147,13 +148,13 @@ class LandmarkTile : public QueryTile<FloatProducts<Real>, M, S> {
   }
 
  private:
+  using Base::add_values;
   using Base::lanes_;
   using Base::mask_;
   using Base::packets_;
   using Base::score_run;
   using Base::state_;
   using Base::stride_;
-  using Base::value_run;
 
   bool all_of_it(const Runs& runs, Index keys) const {
     const Run& run = runs.run[0];
@@ -196,8 +197,6 @@ class LandmarkTile : public QueryTile<FloatProducts<Real>, M, S> {
                     const Scratch& scratch, LeveledAccumulator<Real>& into) const;
   void add_part(const LandmarkBlock& block, const Reach& reach, const Real* landmark, const Real* top,
                 const Real* sum, const Accumulator<Real>& state, Real* shrink, Real* factor) const;
-  void add_values_of_runs(KeyRange rows, const Block& keys, const Runs& runs, const Reach& reach,
-                          const Scratch& scratch, const Accumulator<Real>& state, const Real* shrink) const;
   void add_values_past_hidden(const Block& keys, const Run& run, const Reach& reach, const Real* weights,
                               Real* o) const;
   void add_wide(const LandmarkBlock& block, const Accumulator<Real>& tokens, LandmarkLanes taken,
@@ -237,11 +236,19 @@ void LandmarkTile<Real, M, S>::absorb_block(const LandmarkBlock& block, const Bl
   add_part(block, reach, scratch.scores + rows.end * stride_, top, sum, state, shrink, factor);
   with_packets(packets_, [&]<int packets>() { scale_rows<packets>(weights, stride_, count, factor); });
 
-  if (all && reach.none_shut && !Base::changes_score) {
-    value_run(keys, {rows.begin, rows.end, 0, packets_, 0}, weights, state.o, Into::rescaled, shrink);
-  } else {
-    add_values_of_runs(rows, keys, runs, reach, scratch, state, shrink);
+  std::array<Run, Runs::capacity> of_block;
+  std::size_t count_of_runs = 0;
+  for (Run run : runs) {
+    run.begin = std::max(run.begin, rows.begin);
+    run.end = std::min(run.end, rows.end);
+    if (run.begin < run.end) of_block[count_of_runs++] = run;
   }
+  const bool hides = runs.any_partial() || !reach.none_shut || Base::changes_score;
+  const bool finite = !hides || Products::values_finite(keys.v + rows.begin * keys.v_stride, keys.v_stride,
+                                                        count, state.columns);
+  add_values(
+      keys, {of_block.data(), count_of_runs}, scratch, state, shrink, [&](const Run&) { return !finite; },
+      [&](const Run& run, const Real* from, Real* o) { add_values_past_hidden(keys, run, reach, from, o); });
 }
 
 /// Adds a block to the state, its output apart: the block's own queries take it under its log-sum-exp
@@ -278,47 +285,6 @@ void LandmarkTile<Real, M, S>::add_part(const LandmarkBlock& block, const Reach&
   if (options_->gate_keep.data == nullptr) return;
   for (Index lane = 0; lane < stride_; ++lane) {
     if (reach.open[lane] != Real(0)) factor[lane] *= gate_keep(lane, block.index);
-  }
-}
-
-/// Where something hides, the block's output is made by itself, run behind run, and then added: each lane's
-/// sum is taken in the order of one run over the block.
-template <class Real, Mask M, Score S>
-void LandmarkTile<Real, M, S>::add_values_of_runs(KeyRange rows, const Block& keys, const Runs& runs,
-                                                  const Reach& reach, const Scratch& scratch,
-                                                  const Accumulator<Real>& state, const Real* shrink) const {
-  Real* o = scratch.block_output;
-  std::fill_n(o, state.columns * stride_, Real(0));
-  const bool hides = runs.any_partial() || !reach.none_shut || Base::changes_score;
-  const bool finite = !hides || Products::values_finite(keys.v + rows.begin * keys.v_stride, keys.v_stride,
-                                                        rows.end - rows.begin, state.columns);
-  Run pending;  // neighbours whose values can go through one loop
-  const auto add_pending = [&] {
-    const Real* weights = scratch.scores + pending.begin * stride_ + pending.first_packet * w;
-    if (pending.packets == 0 || pending.begin >= pending.end) return;
-    if (finite) {
-      value_run(keys, pending, weights, o, Into::continued, shrink);
-    } else {
-      add_values_past_hidden(keys, pending, reach, weights, o);
-    }
-  };
-  for (Run run : runs) {
-    run.begin = std::max(run.begin, rows.begin);
-    run.end = std::min(run.end, rows.end);
-    if (run.begin >= run.end) continue;
-    if (finite && pending.packets > 0 && pending.continues_in(run)) {
-      pending.end = run.end;
-      continue;
-    }
-    add_pending();
-    pending = run;
-  }
-  add_pending();
-  for (Index at = 0; at < state.columns * stride_; at += stride_) {
-    for (Index lane = 0; lane < stride_; lane += w) {
-      Real* to = state.o + at + lane;
-      store(to, fma(load<Real>(shrink + lane), load<Real>(to), load<Real>(o + at + lane)));
-    }
   }
 }
 

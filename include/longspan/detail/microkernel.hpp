@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
 
 #include "longspan/detail/exp2.hpp"
 #include "longspan/detail/simd.hpp"
@@ -22,6 +23,9 @@ namespace detail {
 inline constexpr int tile_rows = vector_registers == 32 ? 8 : 4;
 inline constexpr int tile_packets = vector_registers == 32 || has_fused_multiply_add ? 3 : 2;
 
+// The loops over columns and keys are unrolled by 4: their ends are then foreseen, which makes a call 2-4 % faster
+// at head_dim 128 and 1-2 % at 64. Unrolled by 8 they gain no more.
+
 /// Calls work.template operator()<packets>() with the run-time number of packets, 1 to tile_packets.
 template <class Work>
 LONGSPAN_INLINE void with_packets(int packets, const Work& work) {
@@ -32,15 +36,33 @@ LONGSPAN_INLINE void with_packets(int packets, const Work& work) {
   work.template operator()<2>();
 }
 
+/// What score_rows and value_rows multiply: numbers, one by one.
+template <class RealType>
+struct Singles {
+  using Real = RealType;
+  using Key = Real;      ///< element of key rows
+  using Element = Real;  ///< element of packed queries, values and weights
+  using Factor = Packet<Real>;
+  static constexpr Index columns = 1;  ///< of a key row in one element of a packed query
+
+  static LONGSPAN_INLINE Factor load(const Element* from) { return detail::load(from); }
+  static LONGSPAN_INLINE Factor broadcast(const Element* from) { return detail::broadcast(from); }
+  static LONGSPAN_INLINE Factor broadcast_key(const Key* from) { return detail::broadcast(from); }
+  static LONGSPAN_INLINE Packet<Real> add_product(Factor a, Factor b, Packet<Real> sum) {
+    return fma(a, b, sum);
+  }
+};
+
 /// S[j][lane] = sum_c K[j][c] * Q[c][lane] for the keys j < tile_rows, and highest[lane] = max over them.
 ///
 /// `k_rows` (1 to tile_rows) keys exist: rows behind repeat the last one, which changes no maximum. All of
 /// tile_rows rows of S are written.
-template <int packets, class Real>
-void score_rows(const Real* k, Index k_stride, Index k_rows, const Real* q, Index q_stride, Index head_dim,
-                Real* s, Index s_stride, Real* highest) {
+template <int packets, class Real, class Factors = Singles<Real>>
+void score_rows(const typename Factors::Key* k, Index k_stride, Index k_rows,
+                const typename Factors::Element* q, Index q_stride, Index head_dim, Real* s, Index s_stride,
+                Real* highest) {
   constexpr int w = lanes<Real>;
-  const Real* row[std::size_t(tile_rows)];
+  const typename Factors::Key* row[std::size_t(tile_rows)];
   LONGSPAN_UNROLL
   for (int r = 0; r < tile_rows; ++r) row[r] = k + std::min<Index>(r, k_rows - 1) * k_stride;
 
@@ -50,16 +72,16 @@ void score_rows(const Real* k, Index k_stride, Index k_rows, const Real* q, Inde
     LONGSPAN_UNROLL
     for (int c = 0; c < packets; ++c) sum[r][c] = broadcast(Real(0));
   }
-  LONGSPAN_NO_UNROLL
-  for (Index i = 0; i < head_dim; ++i, q += q_stride) {
-    Packet<Real> of_query[std::size_t(packets)];
+  LONGSPAN_UNROLL_BY_4
+  for (Index i = 0; i < head_dim; i += Factors::columns, q += q_stride) {
+    typename Factors::Factor of_query[std::size_t(packets)];
     LONGSPAN_UNROLL
-    for (int c = 0; c < packets; ++c) of_query[c] = load(q + c * w);
+    for (int c = 0; c < packets; ++c) of_query[c] = Factors::load(q + c * w);
     LONGSPAN_UNROLL
     for (int r = 0; r < tile_rows; ++r) {
-      const Packet<Real> of_key = broadcast(row[r] + i);
+      const auto of_key = Factors::broadcast_key(row[r] + i);
       LONGSPAN_UNROLL
-      for (int c = 0; c < packets; ++c) sum[r][c] = fma(of_key, of_query[c], sum[r][c]);
+      for (int c = 0; c < packets; ++c) sum[r][c] = Factors::add_product(of_key, of_query[c], sum[r][c]);
     }
   }
   LONGSPAN_UNROLL
@@ -98,17 +120,47 @@ void weigh_rows(Real* s, Index s_stride, Index keys, const Real* shift, Real* to
   for (int c = 0; c < packets; ++c) store(total + c * w, sum[c]);
 }
 
-/// What value_rows does with the sum over its keys.
+/// What value_rows does with the sum over its rows.
 enum class Into : unsigned char {
   fresh,      ///< O = sum
-  continued,  ///< O = O + sum, the sum carried on from O key by key
+  continued,  ///< O = O + sum, the sum carried on from O row by row
   rescaled,   ///< O = scale * O + sum
 };
 
-/// sum = sum_j V[j][r] * P[j][lane] over `keys` keys, for the value columns r < tile_rows, into O[r][lane].
-template <int packets, class Real>
-void value_rows(const Real* v, Index v_stride, const Real* p, Index p_stride, Index keys, Real* o,
-                Index o_stride, Into into, const Real* scale) {
+/// Rows of values and weights of which the packets [first_packet, first_packet + packets) take part.
+struct RowRun {
+  Index rows = 0;
+  int first_packet = 0;
+  int packets = 0;
+};
+
+/// sum[r][c] grows by V[j][r] * P[j][packet c] over `rows` rows j, for `count` packets from `first` on.
+template <int packets, int first, int count, class Factors>
+LONGSPAN_INLINE void add_products(
+    const typename Factors::Element* v, Index v_stride, const typename Factors::Element* p, Index p_stride,
+    Index rows, Packet<typename Factors::Real> (&sum)[std::size_t(tile_rows)][std::size_t(packets)]) {
+  constexpr int w = lanes<typename Factors::Real>;
+  LONGSPAN_UNROLL_BY_4
+  for (Index j = 0; j < rows; ++j, v += v_stride, p += p_stride) {
+    typename Factors::Factor of_query[std::size_t(count)];
+    LONGSPAN_UNROLL
+    for (int c = 0; c < count; ++c) of_query[c] = Factors::load(p + (first + c) * w);
+    LONGSPAN_UNROLL
+    for (int r = 0; r < tile_rows; ++r) {
+      const auto of_value = Factors::broadcast(v + r);
+      LONGSPAN_UNROLL
+      for (int c = 0; c < count; ++c)
+        sum[r][first + c] = Factors::add_product(of_value, of_query[c], sum[r][first + c]);
+    }
+  }
+}
+
+/// sum = sum_j V[j][r] * P[j][lane] over the rows of `runs`, one run behind another, for the value columns
+/// r < tile_rows, into O[r][lane]. The sums stay in registers from run to run.
+template <int packets, class Real, class Factors = Singles<Real>>
+void value_rows(const typename Factors::Element* v, Index v_stride, const typename Factors::Element* p,
+                Index p_stride, std::span<const RowRun> runs, Real* o, Index o_stride, Into into,
+                const Real* scale) {
   constexpr int w = lanes<Real>;
   Packet<Real> sum[std::size_t(tile_rows)][std::size_t(packets)];
   LONGSPAN_UNROLL
@@ -123,17 +175,30 @@ void value_rows(const Real* v, Index v_stride, const Real* p, Index p_stride, In
       for (int c = 0; c < packets; ++c) sum[r][c] = load(static_cast<const Real*>(o) + r * o_stride + c * w);
     }
   }
-  LONGSPAN_NO_UNROLL
-  for (Index j = 0; j < keys; ++j, v += v_stride, p += p_stride) {
-    Packet<Real> of_query[std::size_t(packets)];
-    LONGSPAN_UNROLL
-    for (int c = 0; c < packets; ++c) of_query[c] = load(p + c * w);
-    LONGSPAN_UNROLL
-    for (int r = 0; r < tile_rows; ++r) {
-      const Packet<Real> of_value = broadcast(v + r);
-      LONGSPAN_UNROLL
-      for (int c = 0; c < packets; ++c) sum[r][c] = fma(of_value, of_query[c], sum[r][c]);
+  for (const RowRun& run : runs) {
+    if (run.packets == packets) {
+      add_products<packets, 0, packets, Factors>(v, v_stride, p, p_stride, run.rows, sum);
+    } else if constexpr (packets == 2) {
+      if (run.first_packet == 0) {
+        add_products<packets, 0, 1, Factors>(v, v_stride, p, p_stride, run.rows, sum);
+      } else {
+        add_products<packets, 1, 1, Factors>(v, v_stride, p, p_stride, run.rows, sum);
+      }
+    } else if constexpr (packets == 3) {
+      if (run.packets == 2 && run.first_packet == 0) {
+        add_products<packets, 0, 2, Factors>(v, v_stride, p, p_stride, run.rows, sum);
+      } else if (run.packets == 2) {
+        add_products<packets, 1, 2, Factors>(v, v_stride, p, p_stride, run.rows, sum);
+      } else if (run.first_packet == 0) {
+        add_products<packets, 0, 1, Factors>(v, v_stride, p, p_stride, run.rows, sum);
+      } else if (run.first_packet == 1) {
+        add_products<packets, 1, 1, Factors>(v, v_stride, p, p_stride, run.rows, sum);
+      } else {
+        add_products<packets, 2, 1, Factors>(v, v_stride, p, p_stride, run.rows, sum);
+      }
     }
+    v += run.rows * v_stride;
+    p += run.rows * p_stride;
   }
   if (into == Into::rescaled) {
     Packet<Real> by[std::size_t(packets)];
@@ -152,6 +217,14 @@ void value_rows(const Real* v, Index v_stride, const Real* p, Index p_stride, In
     LONGSPAN_UNROLL
     for (int c = 0; c < packets; ++c) store(o + r * o_stride + c * w, sum[r][c]);
   }
+}
+
+/// The same over `rows` rows of which all packets take part.
+template <int packets, class Real>
+void value_rows(const Real* v, Index v_stride, const Real* p, Index p_stride, Index rows, Real* o,
+                Index o_stride, Into into, const Real* scale) {
+  const RowRun run{rows, 0, packets};
+  value_rows<packets>(v, v_stride, p, p_stride, std::span(&run, 1), o, o_stride, into, scale);
 }
 
 }  // namespace detail

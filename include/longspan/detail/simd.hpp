@@ -31,14 +31,17 @@
 #if defined(__clang__)
 #define LONGSPAN_UNROLL _Pragma("clang loop unroll(full)")
 #define LONGSPAN_UNROLL_BY_2 _Pragma("clang loop unroll_count(2)")
+#define LONGSPAN_UNROLL_BY_4 _Pragma("clang loop unroll_count(4)")
 #define LONGSPAN_NO_UNROLL _Pragma("clang loop unroll(disable)")
 #elif defined(__GNUC__)
 #define LONGSPAN_UNROLL _Pragma("GCC unroll 32")
 #define LONGSPAN_UNROLL_BY_2 _Pragma("GCC unroll 2")
+#define LONGSPAN_UNROLL_BY_4 _Pragma("GCC unroll 4")
 #define LONGSPAN_NO_UNROLL _Pragma("GCC unroll 1")
 #else
 #define LONGSPAN_UNROLL
 #define LONGSPAN_UNROLL_BY_2
+#define LONGSPAN_UNROLL_BY_4
 #define LONGSPAN_NO_UNROLL
 #endif
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <span>
 #include <type_traits>
 
 #include "longspan/detail/accumulator.hpp"
@@ -99,7 +101,6 @@ class QueryTile {
     const Runs runs = cut_into_runs(mask_, packets_, block.first_key, block.keys);
     if (runs.empty()) return;
     const Accumulator<Real>& state = state_.at_key(block.first_key);
-    const bool first = state_.begins();
 
     alignas(64) Real top[std::size_t(most_lanes)], shrink[std::size_t(most_lanes)],
         sum[std::size_t(most_lanes)];
@@ -118,11 +119,12 @@ class QueryTile {
       });
     }
     add_sums(state, shrink, sum);
-    if (runs.count == 1 && !must_check_values(runs.run[0])) {
-      value_run(block, runs.run[0], weights_of(runs.run[0], scratch), state.o, Into::rescaled, shrink);
-    } else {
-      add_runs(block, runs, scratch, state, shrink, first);
-    }
+    add_values(
+        block, {runs.begin(), runs.end()}, scratch, state, shrink,
+        [&](const Run& run) { return must_check_values(run) && !values_finite(block, run); },
+        [&](const Run& run, const Weight* weights, Real* o) {
+          value_run_past_hidden(block, run, weights, o);
+        });
   }
 
   /// Writes outputs and log-sum-exps.
@@ -151,16 +153,18 @@ class QueryTile {
     return scratch.weights + run.begin / Products::keys_in_row * stride_ + run.first_packet * w;
   }
   bool must_check_values(const Run& run) const { return run.partial != 0 || changes_score; }
-  void value_run(const Block& block, const Run& run, const Weight* weights, Real* o, Into into,
-                 const Real* scale) const;
+  void value_runs(const Block& block, std::span<const Run> runs, const Scratch& scratch, Real* o, Into into,
+                  const Real* scale) const;
   bool values_finite(const Block& block, const Run& run) const {
     constexpr Index in_row = Products::keys_in_row;
     return Products::values_finite(block.v + run.begin / in_row * block.v_stride, block.v_stride,
                                    divide_up(run.end - run.begin, in_row), state_.columns());
   }
   void value_run_past_hidden(const Block& block, const Run& run, const Weight* weights, Real* o) const;
-  void add_runs(const Block& block, const Runs& runs, const Scratch& scratch, const Accumulator<Real>& state,
-                const Real* shrink, bool first) const;
+  template <class MustHide, class PastHidden>
+  void add_values(const Block& block, std::span<const Run> runs, const Scratch& scratch,
+                  const Accumulator<Real>& state, const Real* shrink, const MustHide& must_hide,
+                  const PastHidden& past_hidden) const;
 
   QueryLanes lanes_;
   TileMask<Real, M> mask_;
@@ -271,16 +275,22 @@ void QueryTile<Products, M, S>::add_sums(const Accumulator<Real>& state, const R
 // ----------------------------------------------------------------------------------------------------------
 // Values
 
+/// The values of neighbouring runs.
 template <class Products, Mask M, Score S>
-void QueryTile<Products, M, S>::value_run(const Block& block, const Run& run, const Weight* weights, Real* o,
-                                          Into into, const Real* scale) const {
-  const Index lane = run.first_packet * w, columns = state_.columns();
-  const Index rows = divide_up(run.end - run.begin, Products::keys_in_row);
-  const auto* v = block.v + run.begin / Products::keys_in_row * block.v_stride;
-  with_packets(run.packets, [&]<int packets>() {
+void QueryTile<Products, M, S>::value_runs(const Block& block, std::span<const Run> runs,
+                                           const Scratch& scratch, Real* o, Into into,
+                                           const Real* scale) const {
+  std::array<RowRun, Runs::capacity> rows;
+  std::transform(runs.begin(), runs.end(), rows.begin(), [](const Run& run) {
+    return RowRun{divide_up(run.end - run.begin, Products::keys_in_row), run.first_packet, run.packets};
+  });
+  const Index columns = state_.columns(), first_row = runs.front().begin / Products::keys_in_row;
+  const auto* v = block.v + first_row * block.v_stride;
+  const Weight* weights = scratch.weights + first_row * stride_;
+  with_packets(packets_, [&]<int packets>() {
     for (Index column = 0; column < columns; column += tile_rows) {
-      Products::template value_rows<packets>(v + column, block.v_stride, weights, rows,
-                                             o + column * stride_ + lane, into, scale + lane, stride_);
+      Products::template value_rows<packets>(v + column, block.v_stride, weights, {rows.data(), runs.size()},
+                                             o + column * stride_, into, scale, stride_);
     }
   });
 }
@@ -312,43 +322,36 @@ void QueryTile<Products, M, S>::value_run_past_hidden(const Block& block, const 
   }
 }
 
-/// More than one run, or values that must be looked at: the block's own output is made first, run behind run
-/// in key order, and then added. So every lane's sum is taken in the same order as from one run over the
-/// block, and its bits do not depend on the queries beside it.
+/// o = shrink * o + the sum over the runs of a block. That sum is made first, run behind run in key order, so
+/// every lane's is taken in the same order, and its bits do not depend on the queries beside it. Where
+/// must_hide(run), past_hidden(run, weights, o) adds the values of a run.
 template <class Products, Mask M, Score S>
-void QueryTile<Products, M, S>::add_runs(const Block& block, const Runs& runs, const Scratch& scratch,
-                                         const Accumulator<Real>& state, const Real* shrink,
-                                         bool first) const {
-  // Into an empty state the block's output may go straight.
-  Real* o = first ? state.o : scratch.block_output;
-  bool blank = first;  // is o 0 where nothing was added?
-  const auto clear = [&] {
-    if (!blank) std::fill_n(o, state.columns * stride_, Real(0));
-    blank = true;
+template <class MustHide, class PastHidden>
+void QueryTile<Products, M, S>::add_values(const Block& block, std::span<const Run> runs,
+                                           const Scratch& scratch, const Accumulator<Real>& state,
+                                           const Real* shrink, const MustHide& must_hide,
+                                           const PastHidden& past_hidden) const {
+  Real* o = scratch.block_output;
+  bool in_one_loop = true;
+  std::size_t first = 0, next = 0;  // the runs of [first, next) can go through one loop
+  const auto add_neighbours = [&] {
+    if (in_one_loop) std::fill_n(o, state.columns * stride_, Real(0));
+    in_one_loop = false;
+    if (first < next)
+      value_runs(block, runs.subspan(first, next - first), scratch, o, Into::continued, shrink);
+    first = next;
   };
-  Run plain;  // neighbours whose values can go through one loop
-  const auto add_plain = [&] {
-    if (plain.packets == 0) return;
-    const bool fresh = !blank && plain.packets == packets_;
-    if (!fresh) clear();
-    value_run(block, plain, weights_of(plain, scratch), o, fresh ? Into::fresh : Into::continued, shrink);
-    blank = true;
-    plain.packets = 0;
-  };
-  for (const Run& run : runs) {
-    if (must_check_values(run) && !values_finite(block, run)) {
-      add_plain();
-      clear();
-      value_run_past_hidden(block, run, weights_of(run, scratch), o);
-    } else if (plain.packets > 0 && plain.continues_in(run)) {
-      plain.end = run.end;
-    } else {
-      add_plain();
-      plain = run;
+  for (; next < runs.size(); ++next) {
+    if (must_hide(runs[next])) {
+      add_neighbours();
+      past_hidden(runs[next], weights_of(runs[next], scratch), o);
+      ++first;
+    } else if (first < next && runs[next - 1].end != runs[next].begin) {
+      add_neighbours();
     }
   }
-  add_plain();
-  if (first) return;
+  if (in_one_loop && !runs.empty()) return value_runs(block, runs, scratch, state.o, Into::rescaled, shrink);
+  add_neighbours();
   for (Index at = 0; at < state.columns * stride_; at += stride_) {
     for (Index lane = 0; lane < stride_; lane += w) {
       Real* to = state.o + at + lane;
