@@ -120,9 +120,9 @@ void run_case(benchmark::State& state, const Case& c, Data& data, Index threads,
     state.SkipWithError(("wrong: error ratio " + printed("%.3g", ratio) + ", right is at most 16").c_str());
     return;
   }
-  double roof = best_of(3, [&] { return fma_peak(threads); });
-  const double seconds = timed_calls(state, call);
-  roof = std::max(roof, best_of(3, [&] { return fma_peak(threads); }));
+  double seconds = 0;
+  const double roof =
+      roof_around([&] { return fma_peak(threads); }, [&] { seconds = timed_calls(state, call); });
   report_flop(state, longspan::dilated_flop(c.branches, c.heads, c.length, c.head_dim, c.head_dim, true),
               seconds, roof);
   set_counter(state, "ns/token", 1e9 * seconds / static_cast<double>(c.length));

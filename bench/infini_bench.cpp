@@ -55,9 +55,9 @@ void prefill(benchmark::State& state, const Case& c, Index threads) {
     }
     set_counter(state, "max_ratio", ratio);
   }
-  double roof = best_of(3, [&] { return fma_peak(threads); });
-  const double seconds = timed_calls(state, call);
-  roof = std::max(roof, best_of(3, [&] { return fma_peak(threads); }));
+  double seconds = 0;
+  const double roof =
+      roof_around([&] { return fma_peak(threads); }, [&] { seconds = timed_calls(state, call); });
   double flop = infini_flop(1, c.heads, c.heads, c.length, c.segment, c.head_dim, c.head_dim);
   if (c.rule == longspan::InfiniRule::delta) {
     flop += 2.0 *

@@ -37,10 +37,6 @@ bool is_right(benchmark::State& state, double error, double most) {
   return false;
 }
 
-double roof_here() {
-  return best_of(5, [] { return fma_peak(1); });
-}
-
 /// 2048 exponentials of numbers from -20 to 0, in place of each other: `exponential` on a packet.
 template <class Exponential>
 void run_exponential(benchmark::State& state, double base, double most_ulp, const Exponential& exponential) {
@@ -92,7 +88,8 @@ void run_scores(benchmark::State& state, Index keys, Index head_dim) {
     }
   }
   if (!is_right(state, worst, static_cast<double>(head_dim))) return;
-  const double roof = roof_here(), seconds = timed_calls(state, call);
+  double seconds = 0;
+  const double roof = roof_around([] { return fma_peak(1); }, [&] { seconds = timed_calls(state, call); });
   report_flop(state, 2.0 * static_cast<double>(keys * head_dim * stride), seconds, roof);
 }
 
@@ -124,7 +121,8 @@ void run_values(benchmark::State& state, Index keys, Index value_dim) {
     }
   }
   if (!is_right(state, worst, static_cast<double>(keys))) return;
-  const double roof = roof_here(), seconds = timed_calls(state, call);
+  double seconds = 0;
+  const double roof = roof_around([] { return fma_peak(1); }, [&] { seconds = timed_calls(state, call); });
   report_flop(state, 2.0 * static_cast<double>(keys * value_dim * stride), seconds, roof);
 }
 

@@ -142,17 +142,12 @@ void run_case(benchmark::State& state, LastData& last, Data<T>& data, Index thre
     state.SkipWithError(("wrong: error ratio " + printed("%.3g", ratio) + ", right is at most 16").c_str());
     return;
   }
-  double roof = 0;
   const auto sample_roof = [&] {
-    const double best = best_of(3, [&] {
-      if (data.of.is_decode()) return last.stream(threads).sample();
-      return bf16_roof ? bf16_dot_peak(threads) : fma_peak(threads);
-    });
-    roof = std::max(roof, best);
+    if (data.of.is_decode()) return last.stream(threads).sample();
+    return bf16_roof ? bf16_dot_peak(threads) : fma_peak(threads);
   };
-  sample_roof();
-  const double seconds = timed_calls(state, call);
-  sample_roof();
+  double seconds = 0;
+  const double roof = roof_around(sample_roof, [&] { seconds = timed_calls(state, call); });
   if (data.of.is_decode()) {
     const double rate = data.of.cache_elements() * sizeof(T) / seconds;
     set_counter(state, "GB/s", rate / 1e9);

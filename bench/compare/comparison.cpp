@@ -142,7 +142,7 @@ class Comparison {
     for (DecodeCell& cell : decoded(results_, in, out, obstacle_to_decoding, *progress_))
       results_.decoding.push_back(std::move(cell));
     for (Cell& cell : cells) {
-      cell.roof = *std::max_element(roofs.begin(), roofs.end());
+      cell.roof = median(roofs);
       progress_->step(planned_seconds(l + 1));
       results_.cells.push_back(std::move(cell));
     }

@@ -23,7 +23,7 @@ struct Cell {
   std::string note;  ///< why there is no time
   Times seconds;
   double flop = 0;  ///< useful ones, see Contender::flop
-  double roof = 0;  ///< FLOP/s of multiply-adds, the best sample between the rounds of this length
+  double roof = 0;  ///< FLOP/s of multiply-adds, the middle sample between the rounds of this length
   double state_bytes = 0;
   double distance = 0;     ///< from exact attention, relative, Euclidean norm, on the sampled rows
   double error_ratio = 0;  ///< from its own oracle, in units of what a float kernel may be off by

@@ -207,4 +207,16 @@ double best_of(int samples, const Sample& sample) {
   return best;
 }
 
+/// A roof while `timed` ran: the middle one of eight samples, half of them before it and half behind. A core's
+/// clock wanders by a tenth within seconds, and calls are timed by their mean: the best of the samples would be
+/// the roof of another clock.
+template <class Sample, class Timed>
+double roof_around(const Sample& sample, const Timed& timed) {
+  std::vector<double> samples;
+  for (int i = 0; i < 4; ++i) samples.push_back(sample());
+  timed();
+  for (int i = 0; i < 4; ++i) samples.push_back(sample());
+  return median(samples);
+}
+
 }  // namespace bench
