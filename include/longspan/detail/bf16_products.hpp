@@ -83,12 +83,13 @@ struct Bf16Products {
   static void weigh_rows(float* s, Index keys, float factor, const float* shift, float* total, Weight* pairs,
                          Index stride) {
     if (keys % 2 != 0) std::fill_n(s + keys * stride, packets * 16, hidden);
-    bool huge = false;
-    for (int c = 0; c < packets; ++c) huge = huge || any_huge(_mm512_loadu_ps(shift + c * 16));
-    if (huge) {
+    bool any_huge = false;
+    for (int c = 0; c < packets; ++c) any_huge = any_huge || huge(_mm512_loadu_ps(shift + c * 16)) != 0;
+    if (any_huge) {
       weigh_pairs<packets>(s, keys, factor, shift, total, pairs, stride, [](auto score, auto by, auto down) {
-        // As an fma with 0, which no compiler fuses with what follows.
-        return fma(score, by, broadcast(0.0f)) + down;
+        const Packet<float> product = fma(score, by, broadcast(0.0f));  // what no compiler fuses with a sum
+        return Packet<float>{
+            _mm512_mask_add_ps(fma(score, by, down).raw, huge(down.raw), product.raw, down.raw)};
       });
     } else {
       weigh_pairs<packets>(s, keys, factor, shift, total, pairs, stride,
@@ -204,11 +205,12 @@ struct Bf16Products {
     for (int c = 0; c < packets; ++c) store(total + c * 16, sum[c]);
   }
 
-  /// A shift is a rounded product. An unrounded one less its own rounding is not 0, but the same for all of a
-  /// lane, and cancels in the division by the sum, until it is so large that the weights leave the range of
-  /// float: from 1e9 on it is -100 for the highest score itself. Such products are rounded first.
-  static LONGSPAN_INLINE bool any_huge(__m512 shift) {
-    return _mm512_cmp_ps_mask(_mm512_abs_ps(shift), _mm512_set1_ps(0x1p20f), _CMP_NLT_UQ) != 0;
+  /// The lanes whose shift is huge. A shift is a rounded product. An unrounded one less its own rounding is not
+  /// 0, but the same for all of a lane, and cancels in the division by the sum, until it is so large that
+  /// weights leave the range of float: from 1e9 on it is -100 for the highest score itself. Such products are
+  /// rounded first.
+  static LONGSPAN_INLINE __mmask16 huge(__m512 shift) {
+    return _mm512_cmp_ps_mask(_mm512_abs_ps(shift), _mm512_set1_ps(0x1p20f), _CMP_NLT_UQ);
   }
 
   /// As `weight`, to 7.5e-5 relative by degree 3: far inside the rounding to bfloat16 that follows, and 2-4 %

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -294,7 +295,7 @@ class Decode {
     Packet<Real> raised = before;
     for (Index i = 0; i < size; i += w) raised = max(raised, load<Real>(scores + i));
     store<Real>(of_lane, raised);
-    for (int i = count; i < w; ++i) of_lane[i % count] = larger(of_lane[i % count], of_lane[i]);
+    fold<count>(of_lane, larger);
     for (int i = count; i < w; ++i) of_lane[i] = of_lane[i % count];
     raised = load<Real>(of_lane);
     store(shrink, weight(before - raised));
@@ -307,12 +308,22 @@ class Decode {
       store(scores + i, p);
     }
     store<Real>(of_lane, total);
-    for (int i = count; i < w; ++i) of_lane[i % count] += of_lane[i];
+    fold<count>(of_lane, std::plus<>());
     for (int g = 0; g < count; ++g) sum[g] = sum[g] * shrink[g] + of_lane[g];
   }
 
-  /// NaN, where either is, stays.
-  static Real larger(Real a, Real b) { return a < b || b != b ? b : a; }
+  /// of_lane[g] = all of of_lane[g], of_lane[g + count], ... combined.
+  template <int count, class Combine>
+  static void fold(Real (&of_lane)[std::size_t(w)], const Combine& combine) {
+    LONGSPAN_UNROLL
+    for (Index apart = w / 2; apart >= count; apart /= 2) {
+      LONGSPAN_UNROLL
+      for (Index i = 0; i < apart; ++i) of_lane[i] = combine(of_lane[i], of_lane[i + apart]);
+    }
+  }
+
+  /// NaN, where either is, stays. (Without a branch: lanes are compared together.)
+  static Real larger(Real a, Real b) { return bool(int(a < b) | int(b != b)) ? b : a; }
 
   /// scores[j * count + g] *= scale[j]: the scale of a row is taken out of its sums.
   template <int count>

@@ -193,8 +193,8 @@ class Forward {
   Index split_keys_ = 0;
 };
 
-/// Work below which waking a team costs more than it saves: about 5 us of one core, multiplying or reading.
-inline constexpr double least_parallel_tile_flop = 1e6;
+/// Work below which waking a team costs more than it saves: about 5 us of one core, in small tiles or reading.
+inline constexpr double least_parallel_tile_flop = 4e5;
 inline constexpr double least_parallel_decode_flop = 1e5;
 
 /// task(executor), or task(serial{}) for little work. Bits are the same.

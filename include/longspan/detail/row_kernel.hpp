@@ -57,6 +57,56 @@ LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index co
   }
 }
 
+/// sum[j * queries + g] += k[j] * q[g], to be summed over the lanes.
+template <int queries, int keys, class Real, class Tk>
+LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Real* q, Index q_stride,
+                              Index head_dim, Packet<Real> (&sum)[std::size_t(queries * keys)]) {
+  constexpr int w = lanes<Real>;
+  const auto add = [&](const auto& load_key, Index column) {
+    Packet<Real> of_query[std::size_t(queries)];
+    LONGSPAN_UNROLL
+    for (int g = 0; g < queries; ++g) of_query[g] = load(q + g * q_stride + column);
+    LONGSPAN_UNROLL
+    for (int j = 0; j < keys; ++j) {
+      const Packet<Real> of_key = load_key(k[j] + column);
+      LONGSPAN_UNROLL
+      for (int g = 0; g < queries; ++g) sum[j * queries + g] = fma(of_key, of_query[g], sum[j * queries + g]);
+    }
+  };
+  const Index whole = head_dim / w * w;
+  Index column = 0;
+  if constexpr (loads_in_pairs<Real, Tk>) {
+    LONGSPAN_NO_UNROLL
+    for (; column + 2 * w <= head_dim; column += 2 * w) {
+      add_pairs<queries, keys>(k, column, q + column, q_stride, sum);
+    }
+  }
+  LONGSPAN_NO_UNROLL
+  for (; column < whole; column += w) {
+    add([](const Tk* from) { return load_as<Real>(from); }, column);
+  }
+  if (whole < head_dim) add([&](const Tk* from) { return load_part<Real>(from, head_dim - whole); }, whole);
+}
+
+/// As score_keys for fewer keys than a packet holds, one by one: the same bits. (By itself, since inlined there
+/// it takes registers from the loop over many keys, which is then 8-15 % slower.)
+template <int queries, class Real, class Tk>
+LONGSPAN_NOINLINE void score_few_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride,
+                                      Index head_dim, Real* s) {
+  constexpr int keys_at_once = lanes<Real> / queries;
+  Real of_key[std::size_t(queries)] = {};
+  for (Index j = 0; j < keys_at_once; ++j) {
+    if (j < keys) {
+      const Tk* const row[1] = {k + j * k_stride};
+      Packet<Real> sum[std::size_t(queries)];
+      for (int g = 0; g < queries; ++g) sum[g] = broadcast(Real(0));
+      add_rows<queries, 1>(row, q, q_stride, head_dim, sum);
+      for (int g = 0; g < queries; ++g) of_key[g] = sum_in_pairs(sum[g]);
+    }
+    std::copy_n(of_key, queries, s + j * queries);
+  }
+}
+
 /// s[j * queries + g] = k[j].q[g] for `keys` keys and a power of two of queries, at most `lanes`.
 ///
 /// q [queries][q_stride], columns at their `place_of`, zero behind head_dim up to whole packets. Whole
@@ -65,44 +115,24 @@ template <int queries, class Real, class Tk>
 void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride, Index head_dim,
                 Real* s) {
   constexpr int w = lanes<Real>, keys_at_once = w / queries;
-  const Index whole = head_dim / w * w;
   for (Index first = 0; first < keys; first += keys_at_once, s += w) {
+    // Of one key in 16, half the time would go to repeating it.
+    if ((keys - first) * queries <= w / 4) {
+      return score_few_keys<queries>(k + first * k_stride, k_stride, keys - first, q, q_stride, head_dim, s);
+    }
     const Tk* row[std::size_t(keys_at_once)];
     LONGSPAN_UNROLL
     for (int j = 0; j < keys_at_once; ++j) row[j] = k + std::min(first + j, keys - 1) * k_stride;
     Packet<Real> sum[std::size_t(w)];
     LONGSPAN_UNROLL
     for (int i = 0; i < w; ++i) sum[i] = broadcast(Real(0));
-    const auto add = [&](const auto& load_key, Index column) {
-      Packet<Real> of_query[std::size_t(queries)];
-      LONGSPAN_UNROLL
-      for (int g = 0; g < queries; ++g) of_query[g] = load(q + g * q_stride + column);
-      LONGSPAN_UNROLL
-      for (int j = 0; j < keys_at_once; ++j) {
-        const Packet<Real> of_key = load_key(row[j] + column);
-        LONGSPAN_UNROLL
-        for (int g = 0; g < queries; ++g)
-          sum[j * queries + g] = fma(of_key, of_query[g], sum[j * queries + g]);
-      }
-    };
     if (keys > keys_at_once) {  // 64 prefetches take as long as the products with one key
       LONGSPAN_UNROLL
       for (int j = 0; j < keys_at_once; ++j) {
         prefetch(row[j], head_dim * static_cast<Index>(sizeof(Tk)), prefetch_bytes);
       }
     }
-    Index column = 0;
-    if constexpr (loads_in_pairs<Real, Tk>) {
-      LONGSPAN_NO_UNROLL
-      for (; column + 2 * w <= head_dim; column += 2 * w) {
-        add_pairs<queries, keys_at_once>(row, column, q + column, q_stride, sum);
-      }
-    }
-    LONGSPAN_NO_UNROLL
-    for (; column < whole; column += w) {
-      add([](const Tk* from) { return load_as<Real>(from); }, column);
-    }
-    if (whole < head_dim) add([&](const Tk* from) { return load_part<Real>(from, head_dim - whole); }, whole);
+    add_rows<queries, keys_at_once>(row, q, q_stride, head_dim, sum);
     store(s, sums_of_rows(sum));
   }
 }

@@ -217,6 +217,19 @@ LONGSPAN_INLINE Packet<Real> sums_of_rows(Packet<Real> (&rows)[std::size_t(lanes
   return rows[0];
 }
 
+/// The sum of the lanes of one packet, in the order of sums_of_rows.
+template <class Real>
+LONGSPAN_INLINE Real sum_in_pairs(Packet<Real> x) {
+  alignas(64) Real lane[std::size_t(lanes<Real>)];
+  store<Real>(lane, x);
+  LONGSPAN_UNROLL
+  for (int apart = 1; apart < lanes<Real>; apart *= 2) {
+    LONGSPAN_UNROLL
+    for (int i = 0; i < lanes<Real>; i += 2 * apart) lane[i] += lane[i + apart];
+  }
+  return lane[0];
+}
+
 // Eigen 3.4 converts half in software when compiled by g++: its test for F16C fails there.
 #if defined(__F16C__) && !defined(EIGEN_DONT_VECTORIZE)
 inline constexpr bool converts_half = true;
