@@ -217,3 +217,33 @@ TEST_CASE("landmark_cache: blocks of int8 go on from a state, from a file and in
   extend(reopened, file_call, 43, 17);
   CHECK(same_rows(call, file_call, 43, 60));
 }
+
+TEST_CASE("landmark_cache: a sealed block decodes to the rows that are kept", "[int8]") {
+  Random random(9);
+  Call<float> call({2, 4, 2, 40, 40, 12, 9}, Values::normal, random);
+  landmark_cache<std::int8_t> cache(stream_shape({2, 4, 2, 40, 40, 12, 9}), {.block = 8});
+  landmark_cache<float> whole(stream_shape({2, 4, 2, 40, 40, 12, 9}), {.block = 8});
+  extend(cache, call, 0, 40);
+  extend(whole, call, 0, 40);
+  const Tensor<double> k = kept_as_int8(call.k), v = kept_as_int8(call.v);
+  Tensor<float> keys(1, 2, 7, 12), values(1, 2, 7, 9);
+  for (Index n = 0; n < 4; ++n) {
+    cache.decode_block(1, n, keys.view(), values.view());
+    for (Index h = 0; h < 2; ++h) {
+      for (Index j = 0; j < 7; ++j) {
+        for (Index c = 0; c < 12; ++c)
+          REQUIRE(std::abs(keys.row(0, h, j)[c] - k.row(1, h, 8 * n + j)[c]) < 1e-6);
+        for (Index c = 0; c < 9; ++c)
+          REQUIRE(std::abs(values.row(0, h, j)[c] - v.row(1, h, 8 * n + j)[c]) < 1e-6);
+      }
+    }
+    whole.decode_block(1, n, keys.view(), values.view());
+    REQUIRE(std::equal(keys.row(0, 1, 0), keys.row(0, 1, 7), call.k.row(1, 1, 8 * n)));
+  }
+  CHECK(refusal([&] {
+          cache.decode_block(1, 99, keys.view(), values.view());
+        }).starts_with("longspan: landmark_cache::decode_block: block n of batch row b is 99 of 1"));
+  CHECK(refusal([&] {
+          cache.decode_block(0, 0, values.view(), values.view());
+        }).starts_with("longspan: landmark_cache::decode_block: k is"));
+}

@@ -3,12 +3,16 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <istream>
 #include <ostream>
 #include <string>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "longspan/detail/functor_calls.hpp"
+#include "longspan/detail/stored_rows.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
@@ -46,21 +50,26 @@ struct hybrid_options {
 ///           v [batch, kv_heads, n, value_dim]  out [batch, heads, n, value_dim], any n >= 0. There is no lse
 /// Landmarks every block-th token is one, as in landmark_cache. The memory takes the other tokens
 /// Positions none: rotary encodings, if any, are in q and k already, for the memory too
-/// Types     rows and landmarks are kept as T; arithmetic is double where T is, else float, and q's too
+/// Types     rows and landmarks are kept as T; arithmetic is double where T is, else float, and q's too. With
+///           std::int8_t the rows of blocks that have left the window are int8 with a scale to each, landmarks
+///           and the window float
 /// State     bounded: batch * kv_heads * (head_dim + value_dim) * block * (1 + window_blocks + capacity +
 ///           evicted_at_once) elements of T, and M and z
 /// Cost      a token: that of landmark_cache with `capacity` blocks, and 4 head_dim * value_dim flop a head
 ///           for the memory. A chunk is cut where blocks end
 /// Equal     for all ways to cut the same rows into calls, within the error bound
-/// Error     g that of infini_attention's memory, 1 - g that of landmark_cache
+/// Error     g that of infini_attention's memory, 1 - g that of landmark_cache, over the rows as they are kept
 /// Bits      do not depend on the executor, nor on how many threads it has
 /// Throws    Error when shapes or options disagree, before anything changes
 /// Source    landmarks: Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 3.2; memory: Munkhdalai et al.
 ///           2024 (arXiv 2404.07143), eq. 6-10. That the second takes what the first evicts is in neither
-template <Element T = float>
+template <StoredElement T = float>
 class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
  public:
-  using Real = Arithmetic<T>;
+  using Real = detail::ArithmeticOf<T>;
+  /// Of the memory, which sums rows in the arithmetic type: those of int8 reach it decoded.
+  using Memory = infini_memory<std::conditional_t<std::is_same_v<T, std::int8_t>, float, T>,
+                               softmax_attention<causal>, elu_plus_one>;
 
   explicit hybrid_stream(const StreamShape& shape, const hybrid_options& options = {})
       : options_(checked(shape, options)),
@@ -79,7 +88,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   Index tokens_to_landmark() const noexcept { return cache_.tokens_to_landmark(); }
   /// The window, the blocks that can be retrieved, what was retrieved; and the memory behind them.
   const landmark_cache<T>& cache() const noexcept { return cache_; }
-  const infini_memory<T, softmax_attention<causal>, elu_plus_one>& memory() const noexcept { return memory_; }
+  const Memory& memory() const noexcept { return memory_; }
 
   void clear() {
     cache_.clear();
@@ -144,15 +153,29 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   void evict(E& execution) {
     if (cache_.blocks() < options_.capacity + options_.evicted_at_once) return;
     for (Index b = 0; b < shape().batch; ++b) {
-      for (Index n = 0; n < options_.evicted_at_once; ++n)
-        memory_.absorb(b, cache_.block_keys(b, n), cache_.block_values(b, n), execution);
+      for (Index n = 0; n < options_.evicted_at_once; ++n) absorb_block(b, n, execution);
     }
     cache_.drop(options_.evicted_at_once);
   }
 
+  template <class E>
+  void absorb_block(Index b, Index n, E& execution) {
+    if constexpr (Element<T>) {
+      memory_.absorb(b, cache_.block_keys(b, n), cache_.block_values(b, n), execution);
+    } else {
+      const Index heads = shape().kv_heads, rows = options_.block - 1, keys = heads * rows * shape().head_dim;
+      decoded_.resize(static_cast<std::size_t>(keys + heads * rows * shape().value_dim));
+      const auto k = compact_view(decoded_.data(), 1, heads, rows, shape().head_dim),
+                 v = compact_view(decoded_.data() + keys, 1, heads, rows, shape().value_dim);
+      cache_.decode_block(b, n, k, v);
+      memory_.absorb(b, k, v, execution);
+    }
+  }
+
   hybrid_options options_;
+  std::vector<Real> decoded_;  ///< a block on its way from int8 to the memory
   landmark_cache<T> cache_;
-  infini_memory<T, softmax_attention<causal>, elu_plus_one> memory_;
+  Memory memory_;
 };
 
 LONGSPAN_END

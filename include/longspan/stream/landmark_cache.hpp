@@ -131,12 +131,32 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   Index retrieved_from() const noexcept { return held_.dropped; }
 
   /// Keys and values of sealed block n of batch row b, without its landmark, as they are kept: [1, kv_heads,
-  /// block - 1, ..]. Not of a cache of int8, whose rows are numbers only with their scales.
+  /// block - 1, ..]. Of a cache of int8, whose rows are numbers only with their scales, `decode_block` has them.
   TensorView<const T> block_keys(Index b, Index n) const requires Element<T> {
     return block_rows(b, n, true);
   }
   TensorView<const T> block_values(Index b, Index n) const requires Element<T> {
     return block_rows(b, n, false);
+  }
+  /// The same in the arithmetic type, into k and v [1, kv_heads, block - 1, ..].
+  void decode_block(Index b, Index n, TensorView<Real> k, TensorView<Real> v) const {
+    check_block("landmark_cache::decode_block", b, n);
+    detail::check_tokens("landmark_cache::decode_block", k, v, 1, shape_);
+    if (k.rows != options_.block - 1)
+      detail::refuse("landmark_cache::decode_block", "the number of rows of k", std::to_string(k.rows),
+                     std::to_string(options_.block - 1));
+    for (Index h = 0; h < shape_.kv_heads; ++h) {
+      const auto run = store_.rows(b, h, n);
+      for (Index j = 0; j < k.rows; ++j) {
+        if constexpr (std::is_same_v<T, std::int8_t>) {
+          detail::convert_rows(run.k.row(j), k.cols, run.k_scale + j, 1, k.cols, k.row(0, h, j), k.cols);
+          detail::convert_rows(run.v.row(j), v.cols, run.v_scale + j, 1, v.cols, v.row(0, h, j), v.cols);
+        } else {
+          detail::convert_rows(run.k.row(j), k.cols, 1, k.cols, k.row(0, h, j), k.cols);
+          detail::convert_rows(run.v.row(j), v.cols, 1, v.cols, v.row(0, h, j), v.cols);
+        }
+      }
+    }
   }
   /// Forgets the oldest sealed blocks.
   void drop(Index count) {
@@ -292,11 +312,14 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     if (options_.capacity > 0 && blocks() > options_.capacity) drop(blocks() - options_.capacity);
   }
 
-  TensorView<const T> block_rows(Index b, Index n, bool of_keys) const {
+  void check_block(const char* name, Index b, Index n) const {
     if (b < 0 || b >= shape_.batch || n < 0 || n >= blocks())
-      detail::refuse("landmark_cache", "block n of batch row b",
-                     std::to_string(n) + " of " + std::to_string(b),
+      detail::refuse(name, "block n of batch row b", std::to_string(n) + " of " + std::to_string(b),
                      "one of " + std::to_string(blocks()) + " of " + std::to_string(shape_.batch));
+  }
+
+  TensorView<const T> block_rows(Index b, Index n, bool of_keys) const {
+    check_block(of_keys ? "landmark_cache::block_keys" : "landmark_cache::block_values", b, n);
     const auto rows = [&](Index h) { return of_keys ? store_.rows(b, h, n).k : store_.rows(b, h, n).v; };
     if (shape_.kv_heads == 0)
       return {nullptr, 1, 0, options_.block - 1, of_keys ? shape_.head_dim : shape_.value_dim};
