@@ -1,5 +1,6 @@
 // Bits of softmax_attention: they depend on nothing but the numbers that a row is made of.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -240,5 +241,35 @@ TEMPLATE_TEST_CASE("softmax_attention: causal rows do not know of later keys", "
       if (row + 1 == shape.q_len) continue;
       CHECK(call.lse(0, h, row + 1) != changed.lse(0, h, row + 1));
     }
+  });
+}
+
+TEST_CASE("softmax_attention: padded keys are absent keys, to the bit", "[mask][bits]") {
+  for_each_case(15, [&](Random& random) {
+    Shape shape{1,
+                6,
+                2,
+                random.pick<Index>({1, 9, 30, 60}),
+                random.between(1, 200),
+                random.pick<Index>({1, 8, 17}),
+                random.pick<Index>({1, 8, 19})};
+    if (random.chance(0.2)) shape.kv_len += 2300;
+    const std::vector<Index> length{random.between(0, shape.kv_len)};
+    INFO(shape.text() << " length=" << length[0]);
+    Call<float> padded(shape, Values::normal, random), cut = padded;
+    for (Index kv = 0; kv < shape.kv_heads; ++kv) {
+      for (Index j = length[0]; j < shape.kv_len; ++j) {
+        std::fill_n(padded.k.row(0, kv, j), shape.head_dim, NAN);
+        std::fill_n(padded.v.row(0, kv, j), shape.value_dim, NAN);
+      }
+    }
+    padded.run(longspan::softmax_attention{longspan::padding{length}});
+    // The same buffer again, with NaN behind the last key of each head.
+    const auto first_keys = [&](TensorView<float> x) {
+      return TensorView<const float>(x.slice_rows(0, length[0]));
+    };
+    longspan::softmax_attention{}(cut.q.view(), first_keys(padded.k.view()), first_keys(padded.v.view()),
+                                  cut.out.view(), cut.lse.view(), longspan::openmp{2});
+    CHECK(cut.same_outputs(padded));
   });
 }

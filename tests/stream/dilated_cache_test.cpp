@@ -10,6 +10,7 @@
 #include "support/oracle.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
+#include "support/stream_calls.hpp"
 #include "support/tensor.hpp"
 
 namespace {
@@ -21,8 +22,6 @@ using longspan::causal;
 using longspan::dilated_attention;
 using longspan::StreamShape;
 using Branches = std::vector<Branch>;
-
-StreamShape stream_shape(const Shape& s) { return {s.batch, s.heads, s.kv_heads, s.head_dim, s.value_dim}; }
 
 Shape draw_self_shape(Random& random) {
   Shape shape{random.between(1, 2),       0, random.between(1, 2), 0, 0, random.pick({2, 8, 16, 34}),
@@ -43,27 +42,6 @@ Branches draw_branches(Random& random) {
   return branches;
 }
 
-/// Rows [first, first + count) of a call go through the stream.
-template <class Stream, class C>
-void extend(Stream& stream, C& call, Index first, Index count) {
-  auto lse = call.lse.view();
-  lse.data += first;
-  lse.rows = count;
-  stream.extend(std::as_const(call.q).view().slice_rows(first, count),
-                std::as_const(call.k).view().slice_rows(first, count),
-                std::as_const(call.v).view().slice_rows(first, count),
-                call.out.view().slice_rows(first, count), lse, longspan::openmp{2});
-}
-
-template <class Stream, class C>
-void extend_in_chunks(Stream& stream, C& call, Random& random, Index longest) {
-  for (Index first = stream.size(); first < call.q.rows;) {
-    const Index count = std::min(call.q.rows - first, random.between(0, longest));
-    extend(stream, call, first, count);
-    first += count;
-  }
-}
-
 template <class Attend, class Oracle>
 void check_stream(Random& random, Attend attend, Oracle oracle) {
   const Shape shape = draw_self_shape(random);
@@ -76,7 +54,7 @@ void check_stream(Random& random, Attend attend, Oracle oracle) {
 
   Call<double> chunks = exact.unrun(), tokens = exact.unrun();
   auto stream = attend.template stream<double>(stream_shape(shape));
-  extend_in_chunks(stream, chunks, random, random.pick({3, 20, 400}));
+  extend_in_chunks(stream, chunks, random, chunks.q.rows, random.pick({3, 20, 400}));
   CHECK(stream.size() == shape.q_len);
   auto one_by_one = attend.template stream<double>(stream_shape(shape));
   for (Index n = 0; n < shape.q_len; ++n) extend(one_by_one, tokens, n, 1);
@@ -114,7 +92,7 @@ TEST_CASE("dilated_cache: the bits of the one call, where segments do not share 
   const dilated_attention attend{Branches{{1000, 1}, {3000, 2}, {4100, 3}}, causal{}};
   once.run(attend);
   auto stream = attend.stream(stream_shape(shape));
-  extend_in_chunks(stream, chunks, random, 2500);
+  extend_in_chunks(stream, chunks, random, chunks.q.rows, 2500);
   CHECK(chunks.same_outputs(once));
 }
 
@@ -174,7 +152,7 @@ TEST_CASE("dilated_cache: closed segments are forgotten", "[state]") {
   for (Index h = 0; h < 2; ++h) std::copy_n(call.v.row(0, h, 200), 100 * 4, spoiled.v.row(0, h, 200));
   auto stream = attend.stream(stream_shape(shape)), of_spoiled = attend.stream(stream_shape(shape));
   extend(stream, call, 0, 300);
-  extend_in_chunks(of_spoiled, spoiled, random, 70);
+  extend_in_chunks(of_spoiled, spoiled, random, spoiled.q.rows, 70);
   for (Index h = 0; h < 2; ++h)
     CHECK(std::equal(call.out.row(0, h, 200), call.out.row(0, h, 200) + 400, spoiled.out.row(0, h, 200)));
 }

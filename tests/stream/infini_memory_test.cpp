@@ -9,6 +9,7 @@
 #include "support/catch.hpp"
 #include "support/infini_oracle.hpp"
 #include "support/refusal.hpp"
+#include "support/stream_calls.hpp"
 
 namespace {
 
@@ -19,18 +20,6 @@ using longspan::InfiniFirst;
 using longspan::InfiniRule;
 using longspan::StreamShape;
 using longspan::TensorView;
-
-StreamShape stream_shape(const Shape& shape) {
-  return {shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim};
-}
-
-template <class Stream, class T>
-void extend(Stream& stream, Call<T>& call, Index first, Index count) {
-  stream.extend(std::as_const(call.q).view().slice_rows(first, count),
-                std::as_const(call.k).view().slice_rows(first, count),
-                std::as_const(call.v).view().slice_rows(first, count),
-                call.out.view().slice_rows(first, count), longspan::serial{});
-}
 
 /// All rows, in chunks as `next` draws them.
 template <class Stream, class T, class Next>

@@ -11,6 +11,7 @@
 #include "support/catch.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
+#include "support/stream_calls.hpp"
 #include "support/tensor.hpp"
 
 namespace {
@@ -24,17 +25,6 @@ const StreamShape shape{2, 6, 2, 40, 35};
 
 Call<float> drawn_call(Random& random) {
   return Call<float>(Shape{2, 6, 2, 120, 120, 40, 35}, Values::normal, random);
-}
-
-template <class C>
-void extend(C& cache, Call<float>& call, Index first, Index count) {
-  auto lse = call.lse.view();
-  lse.data += first;
-  lse.rows = count;
-  cache.extend(std::as_const(call.q).view().slice_rows(first, count),
-               std::as_const(call.k).view().slice_rows(first, count),
-               std::as_const(call.v).view().slice_rows(first, count),
-               call.out.view().slice_rows(first, count), lse);
 }
 
 double largest_difference(const Call<float>& x, const Call<float>& y) {

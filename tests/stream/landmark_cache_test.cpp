@@ -15,6 +15,7 @@
 #include "support/catch.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
+#include "support/stream_calls.hpp"
 #include "support/tensor.hpp"
 
 namespace {
@@ -31,22 +32,6 @@ const std::vector<LandmarkSelect> all_selections{
 template <class T>
 StreamShape shape_of(const Call<T>& call) {
   return {call.q.batch, call.q.heads, call.k.heads, call.q.cols, call.v.cols};
-}
-
-/// The tokens [first, first + count) of a call, through a cache.
-template <class T, class Cache>
-void extend(Cache& cache, Call<T>& call, Index first, Index count, Index threads = 1) {
-  const auto q = std::as_const(call.q).view().slice_rows(first, count),
-             k = std::as_const(call.k).view().slice_rows(first, count),
-             v = std::as_const(call.v).view().slice_rows(first, count);
-  auto lse = call.lse.view();
-  lse.data += first;
-  lse.rows = count;
-  if constexpr (requires { cache.tokens_to_landmark(); }) {
-    cache.extend(q, k, v, call.out.view().slice_rows(first, count), lse, openmp{threads});
-  } else {
-    cache.extend(q, k, v, call.out.view().slice_rows(first, count), lse);
-  }
 }
 
 /// All tokens in chunks of `length`.
@@ -119,7 +104,8 @@ TEST_CASE("landmark_cache: the reference, block by block retrieved, for every op
   });
 }
 
-TEST_CASE("landmark_cache: with every block retrieved, any chunks give landmark attention", "[stream][law][slow]") {
+TEST_CASE("landmark_cache: with every block retrieved, any chunks give landmark attention",
+          "[stream][law][slow]") {
   Random random(2);
   Call<float> whole(Shape{2, 6, 2, 300, 300, 20, 13}, Values::normal, random), call = whole.unrun();
   const rotary turned(Pairing::half_split);

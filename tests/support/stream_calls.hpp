@@ -15,16 +15,24 @@ inline longspan::StreamShape stream_shape(const Shape& s) {
   return {s.batch, s.heads, s.kv_heads, s.head_dim, s.value_dim};
 }
 
-/// Rows [first, first + count) of the call.
+/// Rows [first, first + count) of the call, lse where the stream gives it.
 template <class Stream, class C>
 void extend(Stream& stream, C& call, Index first, Index count, Index threads = 2) {
+  const auto q = std::as_const(call.q).view().slice_rows(first, count),
+             k = std::as_const(call.k).view().slice_rows(first, count),
+             v = std::as_const(call.v).view().slice_rows(first, count);
+  const auto out = call.out.view().slice_rows(first, count);
   auto lse = call.lse.view();
   lse.data += first;
   lse.rows = count;
-  stream.extend(std::as_const(call.q).view().slice_rows(first, count),
-                std::as_const(call.k).view().slice_rows(first, count),
-                std::as_const(call.v).view().slice_rows(first, count),
-                call.out.view().slice_rows(first, count), lse, longspan::openmp{threads});
+  const longspan::openmp executor{threads};
+  if constexpr (requires { stream.extend(q, k, v, out, lse, executor); }) {
+    stream.extend(q, k, v, out, lse, executor);
+  } else if constexpr (requires { stream.extend(q, k, v, out, lse); }) {  // an oracle
+    stream.extend(q, k, v, out, lse);
+  } else {
+    stream.extend(q, k, v, out, executor);
+  }
 }
 
 /// Rows up to `end`, in pieces of `shortest` to `longest`.

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <utility>
 #include <vector>
 
@@ -13,7 +11,7 @@
 #include "longspan/eigen.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
-#include "longspan/reference/position.hpp"
+#include "longspan/reference/softmax_rows.hpp"
 #include "longspan/score.hpp"
 #include "longspan/version.hpp"
 
@@ -47,52 +45,13 @@ struct dilated_attention {
     operator()(q, k, v, out, detail::no_rows<double>());
   }
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
-  void operator()(const Q& queries, const K& keys, const V& values, Out&& output, Lse&& log_sum_exp) const {
-    const auto q = view(queries);
-    const auto k = view(keys);
-    const auto v = view(values);
-    const auto out = view(output);
-    const auto lse = rows_view(log_sum_exp);
-    const Index group = k.heads == 0 ? 1 : q.heads / k.heads;
-    const Index first = first_query == queries_end_at_keys ? k.rows - q.rows : first_query;
-    const double factor =
-        scale != default_scale ? scale : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, q.cols)));
-    using ScoreValue = detail::ScoreValue<S, double>;
-    using To = typename std::remove_cvref_t<decltype(out)>::Element;
-    using Tl = typename std::remove_cvref_t<decltype(lse)>::Element;
-
-    for (Index b = 0; b < q.batch; ++b) {
-      for (Index h = 0; h < q.heads; ++h) {
-        const auto encoded_q = encoded(q.matrix(b, h), position, first, Role::query);
-        const auto encoded_k = encoded(k.matrix(b, h / group), position, 0, Role::key);
-        for (Index row = 0; row < q.rows; ++row) {
-          const Index i = first + row;
-          std::vector<Index> met;  // keys; those from k.rows on are zeros
-          for (std::size_t n = 0; n < branches.size(); ++n) append_keys(n, b, h, q.heads, i, k.rows, met);
-          std::vector<double> scores;
-          double top = -std::numeric_limits<double>::infinity(), sum = 0;
-          for (const Index j : met) {
-            double s = 0;
-            for (Index c = 0; c < q.cols && j < k.rows; ++c)
-              s += encoded_q[static_cast<std::size_t>(row * q.cols + c)] *
-                   encoded_k[static_cast<std::size_t>(j * q.cols + c)];
-            scores.push_back(static_cast<double>(score(static_cast<ScoreValue>(factor * s), b, h, i, j)));
-            if (scores.back() > top || std::isnan(scores.back())) top = scores.back();
-          }
-          std::vector<double> o(static_cast<std::size_t>(v.cols), 0.0);
-          for (std::size_t n = 0; n < met.size(); ++n) {
-            if (scores[n] == -std::numeric_limits<double>::infinity()) continue;  // absent
-            const double weight = std::exp(scores[n] - top);
-            sum += weight;
-            for (Index c = 0; c < v.cols && met[n] < k.rows; ++c)
-              o[static_cast<std::size_t>(c)] += weight * static_cast<double>(v.row(b, h / group, met[n])[c]);
-          }
-          for (Index c = 0; c < v.cols; ++c)
-            out.row(b, h, row)[c] = static_cast<To>(sum == 0 ? 0.0 : o[static_cast<std::size_t>(c)] / sum);
-          if (lse.data != nullptr) lse(b, h, row) = static_cast<Tl>(sum == 0 ? top : top + std::log(sum));
-        }
-      }
-    }
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) const {
+    const Index heads = view(q).heads, kv_len = view(k).rows;
+    softmax_rows(*this, q, k, v, out, lse, [&](Index b, Index h, Index i) {
+      std::vector<Index> met;  // keys; those from kv_len on are zeros
+      for (std::size_t n = 0; n < branches.size(); ++n) append_keys(n, b, h, heads, i, kv_len, met);
+      return met;
+    });
   }
 
  private:
