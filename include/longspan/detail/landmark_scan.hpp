@@ -9,6 +9,7 @@
 
 #include "longspan/detail/accumulator.hpp"
 #include "longspan/detail/exp2.hpp"
+#include "longspan/detail/float_products.hpp"
 #include "longspan/detail/key_run.hpp"
 #include "longspan/detail/row_kernel.hpp"
 #include "longspan/detail/scratch.hpp"
@@ -144,24 +145,23 @@ struct RetrievedRow {
     const Index tokens = k.rows - 1;
     if (tokens == 0) return;
     const Real logit = scores[tokens];
-    Real block_top = scores[0], block_sum = 0;
-    for (Index j = 1; j < tokens; ++j) block_top = std::max(block_top, scores[j]);
+    std::fill(scores + tokens, scores + round_up(tokens, w), FloatProducts<Real>::hidden);
+    Packet<Real> highest = broadcast(nothing_seen<Real>), total = broadcast(Real(0));
+    for (Index j = 0; j < tokens; j += w) highest = max(highest, load<Real>(scores + j));
+    const Packet<Real> block_top = broadcast(highest_lane(highest));
     for (Index j = 0; j < tokens; j += w) {
-      const Index used = std::min(w, tokens - j);
-      alignas(64) Real p[std::size_t(w)];
-      store<Real>(p, weight(load_part<Real>(scores + j, used) - broadcast(block_top)));
-      for (Index i = 0; i < used; ++i) block_sum += scores[j + i] = p[i];
+      const Packet<Real> p = weight(load<Real>(scores + j) - block_top);
+      total = total + p;
+      store(scores + j, p);
     }
     const Real now = std::max(top, logit);
     const Real shrink = one_weight(top - now), share = one_weight(logit - now);
-    for (Index j = 0; j < tokens; ++j) scores[j] *= share / block_sum;
+    const Packet<Real> factor = broadcast(share / sum_in_pairs(total));
+    for (Index j = 0; j < tokens; j += w) store(scores + j, load<Real>(scores + j) * factor);
     if constexpr (is_scaled) {
       for (Index j = 0; j < tokens; ++j) scores[j] *= block.v_scale[j];
     }
-    for (Index column = 0; column < v.cols; column += w) {
-      add_values<1, 1>(v.data + column, v.row_stride, std::min(w, v.cols - column), tokens, scores, 1,
-                       o + column, 0, &shrink, false);
-    }
+    add_rows_of_values(v, tokens, shrink);
     top = now;
     sum = sum * shrink + share;
   }
@@ -178,6 +178,33 @@ struct RetrievedRow {
   }
 
  private:
+  /// o = shrink * o + the rows of v under their weights, several packets of columns at a time: one sum of a
+  /// row alone waits for itself.
+  template <class T>
+  void add_rows_of_values(MatrixView<const T> v, Index rows, Real shrink) {
+    constexpr Index w = lanes<Real>;
+    constexpr int together =
+        loads_in_pairs<Real, T> ? 3 : 4;  // an even number would come in pairs, out of order
+    for (Index column = 0, packets = 0; column < v.cols; column += packets * w) {
+      packets = divide_up(v.cols - column, w) >= together ? together : 1;
+      const Index last = std::min(w, v.cols - column - (packets - 1) * w);
+      if (packets == together) {
+        add_values<1, together>(v.data + column, v.row_stride, last, rows, scores, 1, o + column, 0, &shrink,
+                                false);
+      } else {
+        add_values<1, 1>(v.data + column, v.row_stride, last, rows, scores, 1, o + column, 0, &shrink, false);
+      }
+    }
+  }
+
+  static Real highest_lane(Packet<Real> x) {
+    alignas(64) Real lane[std::size_t(lanes<Real>)];
+    store<Real>(lane, x);
+    for (int apart = lanes<Real> / 2; apart > 0; apart /= 2) {
+      for (int i = 0; i < apart; ++i) lane[i] = std::max(lane[i], lane[i + apart]);
+    }
+    return lane[0];
+  }
   static Real one_weight(Real x) {
     alignas(64) Real lane[std::size_t(lanes<Real>)];
     store<Real>(lane, weight(broadcast(x)));
