@@ -22,7 +22,7 @@ struct Budget {
   static Budget of(const Options& options) {
     constexpr double unlimited = std::numeric_limits<double>::infinity();
     if (options.smoke) return {20, 0.1, unlimited};
-    if (options.full) return {unlimited, 60, 300};
+    if (options.full) return {unlimited, 30, 60};
     return {120, 10, unlimited};
   }
 };

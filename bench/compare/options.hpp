@@ -21,7 +21,7 @@ inline constexpr std::string_view usage =
   --head-dim 64
   --threads N              default: as many as OpenMP takes
   --rounds 7               times each contender is timed at a length, in turns; the table shows the median
-  --full                   calls of up to five minutes; without it the whole run takes about two
+  --full                   calls of up to a minute; without it the whole run takes about two
   --smoke                  a run of a second that shows only that everything works
   --json FILE              every figure and the machine, for programs
   --against FILE           the times of this run beside those of an earlier one, whose --json wrote FILE
