@@ -18,9 +18,9 @@ inline longspan::StreamShape stream_shape(const Shape& s) {
 /// Rows [first, first + count) of the call, lse where the stream gives it.
 template <class Stream, class C>
 void extend(Stream& stream, C& call, Index first, Index count, Index threads = 2) {
-  const auto q = std::as_const(call.q).view().slice_rows(first, count),
-             k = std::as_const(call.k).view().slice_rows(first, count),
-             v = std::as_const(call.v).view().slice_rows(first, count);
+  const auto q = std::as_const(call.q).view().slice_rows(first, count);
+  const auto k = std::as_const(call.k).view().slice_rows(first, count);
+  const auto v = std::as_const(call.v).view().slice_rows(first, count);
   const auto out = call.out.view().slice_rows(first, count);
   auto lse = call.lse.view();
   lse.data += first;
