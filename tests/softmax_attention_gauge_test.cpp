@@ -47,7 +47,7 @@ void check_each(const std::vector<Index>& sizes, Index Shape::*size, std::int64_
 
 }  // namespace
 
-TEST_CASE("softmax_attention: within the bound for float, and the data are no easy ones", "[gauge]") {
+TEST_CASE("softmax_attention: within the bound for float, and the data are no easy ones", "[gauge][slow]") {
   Trust typical, all;
   double worst = 0;
   for_each_case(60, [&](Random& random) {
