@@ -210,15 +210,7 @@ TEST_CASE("dilated_cache: a file that is damaged or of another stream is refused
   std::stringstream file;
   stream.save(file);
   const std::string bytes = file.str();
-  const auto refused = [](auto& into, const std::string& content) {
-    std::istringstream from(content);
-    return refusal([&] { into.load(from); });
-  };
-  for (std::size_t n = 0; n < bytes.size(); ++n) {
-    std::string damaged = bytes;
-    damaged[n] = static_cast<char>(damaged[n] ^ 0x10);
-    REQUIRE(refused(stream, damaged).find("dilated_cache::load") != std::string::npos);
-  }
+  check_damage_is_refused(stream, bytes, 1, "dilated_cache::load");
   for (const std::size_t length : {std::size_t{0}, std::size_t{40}, bytes.size() / 2, bytes.size() - 1})
     CHECK_FALSE(refused(stream, bytes.substr(0, length)).empty());
   auto other_branches =

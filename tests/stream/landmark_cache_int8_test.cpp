@@ -180,16 +180,9 @@ TEST_CASE("landmark_cache: blocks of int8 go on from a state, from a file and in
   std::stringstream file;
   cache.save(file);
   const std::string bytes = file.str();
-  const auto refused = [](auto& into, const std::string& content) {
-    std::istringstream from(content);
-    return refusal([&] { into.load(from); });
-  };
-  for (std::size_t n = 0; n < bytes.size(); n += 7) {
-    std::string damaged = bytes;
-    damaged[n] = static_cast<char>(damaged[n] ^ 0x10);
-    REQUIRE(refused(loaded, damaged).find("landmark_cache::load") != std::string::npos);
+  check_damage_is_refused(loaded, bytes, 7, "landmark_cache::load");
+  for (std::size_t n = 0; n < bytes.size(); n += 7)
     REQUIRE_FALSE(refused(loaded, bytes.substr(0, n)).empty());
-  }
   CHECK(loaded.size() == 0);
   landmark_cache<float, rotary> of_float(stream_shape(shape), options, turned);
   CHECK(refused(of_float, bytes).find("in bits, is 7, wanted 24") != std::string::npos);

@@ -1,9 +1,12 @@
 // What a call says when it refuses its arguments.
 #pragma once
 
+#include <cstddef>
+#include <sstream>
 #include <string>
 
 #include "longspan/error.hpp"
+#include "support/catch.hpp"
 
 namespace test {
 
@@ -16,6 +19,23 @@ std::string refusal(const Call& call) {
     return error.what();
   }
   return {};
+}
+
+/// What a stream says of a saved state that it does not take.
+template <class Stream>
+std::string refused(Stream& into, const std::string& state) {
+  std::istringstream from(state);
+  return refusal([&] { into.load(from); });
+}
+
+/// Every `step`-th byte of a saved state changed: `loader` refuses each.
+template <class Stream>
+void check_damage_is_refused(Stream& into, const std::string& state, std::size_t step, const char* loader) {
+  for (std::size_t n = 0; n < state.size(); n += step) {
+    std::string damaged = state;
+    damaged[n] = static_cast<char>(damaged[n] ^ 0x10);
+    REQUIRE(refused(into, damaged).find(loader) != std::string::npos);
+  }
 }
 
 }  // namespace test

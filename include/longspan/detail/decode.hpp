@@ -239,14 +239,14 @@ class Decode {
     const Index keys = run.k.rows;
     score_keys<count>(run.k.data, run.k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
                       call_.head_dim(), worker.scores);
-    if constexpr (is_scaled) scale_rows<count>(worker.scores, run.k_scale, keys);
+    if constexpr (is_scaled) scale_scores<count>(worker.scores, run.k_scale, keys);
     const Index scores = round_up(keys * count, w);
     std::fill(worker.scores + keys * count, worker.scores + scores, FloatProducts<Real>::hidden);
     if (seen == Seen::some) hide<count>(queries, first, range, worker);
 
     alignas(64) Real shrink[std::size_t(w)];
     weigh<count>(worker.scores, scores, state.top + first, state.sum + first, shrink);
-    if constexpr (is_scaled) scale_rows<count>(worker.scores, run.v_scale, keys);
+    if constexpr (is_scaled) scale_scores<count>(worker.scores, run.v_scale, keys);
     const bool plain = seen == Seen::all || all_finite(run);
     if (!plain) return add_seen_values<count>(run.v, worker, first, state, shrink);
     const Index in_pairs = columns_in_pairs<Tv>(call_.value_dim());
@@ -324,14 +324,6 @@ class Decode {
 
   /// NaN, where either is, stays. (Without a branch: lanes are compared together.)
   static Real larger(Real a, Real b) { return bool(int(a < b) | int(b != b)) ? b : a; }
-
-  /// scores[j * count + g] *= scale[j]: the scale of a row is taken out of its sums.
-  template <int count>
-  static void scale_rows(Real* scores, const float* scale, Index keys) {
-    for (Index j = 0; j < keys; ++j) {
-      for (int g = 0; g < count; ++g) scores[j * count + g] *= static_cast<Real>(scale[j]);
-    }
-  }
 
   bool all_finite(const Run& run) const {
     if constexpr (is_scaled) {

@@ -139,16 +139,14 @@ struct RetrievedRow {
     constexpr bool is_scaled = std::is_same_v<T, std::int8_t>;
     const MatrixView<const T> k = block.k, v = block.v;
     score_keys<1>(k.data, k.row_stride, k.rows, q, q_stride, k.cols, scores);
-    if constexpr (is_scaled) {
-      for (Index j = 0; j < k.rows; ++j) scores[j] *= block.k_scale[j];
-    }
+    if constexpr (is_scaled) scale_scores<1>(scores, block.k_scale, k.rows);
     const Index tokens = k.rows - 1;
     if (tokens == 0) return;
     const Real logit = scores[tokens];
     std::fill(scores + tokens, scores + round_up(tokens, w), FloatProducts<Real>::hidden);
     Packet<Real> highest = broadcast(nothing_seen<Real>), total = broadcast(Real(0));
     for (Index j = 0; j < tokens; j += w) highest = max(highest, load<Real>(scores + j));
-    const Packet<Real> block_top = broadcast(highest_lane(highest));
+    const Packet<Real> block_top = broadcast(max_of_lanes(highest));
     for (Index j = 0; j < tokens; j += w) {
       const Packet<Real> p = weight(load<Real>(scores + j) - block_top);
       total = total + p;
@@ -158,9 +156,7 @@ struct RetrievedRow {
     const Real shrink = one_weight(top - now), share = one_weight(logit - now);
     const Packet<Real> factor = broadcast(share / sum_in_pairs(total));
     for (Index j = 0; j < tokens; j += w) store(scores + j, load<Real>(scores + j) * factor);
-    if constexpr (is_scaled) {
-      for (Index j = 0; j < tokens; ++j) scores[j] *= block.v_scale[j];
-    }
+    if constexpr (is_scaled) scale_scores<1>(scores, block.v_scale, tokens);
     add_rows_of_values(v, tokens, shrink);
     top = now;
     sum = sum * shrink + share;
@@ -197,14 +193,6 @@ struct RetrievedRow {
     }
   }
 
-  static Real highest_lane(Packet<Real> x) {
-    alignas(64) Real lane[std::size_t(lanes<Real>)];
-    store<Real>(lane, x);
-    for (int apart = lanes<Real> / 2; apart > 0; apart /= 2) {
-      for (int i = 0; i < apart; ++i) lane[i] = std::max(lane[i], lane[i + apart]);
-    }
-    return lane[0];
-  }
   static Real one_weight(Real x) {
     alignas(64) Real lane[std::size_t(lanes<Real>)];
     store<Real>(lane, weight(broadcast(x)));

@@ -137,6 +137,14 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
   }
 }
 
+/// scores[j * queries + g] *= scale[j]: the scale of a row of int8 is taken out of its sums.
+template <int queries, class Real>
+void scale_scores(Real* scores, const float* scale, Index keys) {
+  for (Index j = 0; j < keys; ++j) {
+    for (int g = 0; g < queries; ++g) scores[j * queries + g] *= static_cast<Real>(scale[j]);
+  }
+}
+
 template <int packets, class Real, class T>
 LONGSPAN_INLINE void load_whole(const T* from, Packet<Real> (&to)[std::size_t(packets)]) {
   constexpr int w = lanes<Real>;

@@ -178,6 +178,11 @@ LONGSPAN_INLINE Real sum_of_lanes(Packet<Real> x) {
   return Eigen::internal::predux(x.raw);
 }
 
+template <class Real>
+LONGSPAN_INLINE Real max_of_lanes(Packet<Real> x) {
+  return Eigen::internal::predux_max(x.raw);
+}
+
 /// Asks for the cache lines of `bytes` bytes that will be read soon, `ahead` bytes behind `from`. Never faults,
 /// whatever lies there: addresses are numbers here, since a pointer may not leave its array.
 LONGSPAN_INLINE void prefetch(const void* from, Index bytes, Index ahead = 0) {
