@@ -213,6 +213,28 @@ TEST_CASE("exponent_field_of_low_bits: shifts the bits of each lane by 23", "[si
   CHECK(right);
 }
 
+TEST_CASE("scale_by_floor: 2^floor(x) and the rest make up x, 0 below the least", "[simd]") {
+  if constexpr (detail::parts_at_floor) {
+    test::Random random(6);
+    bool right = true;
+    for (int round = 0; round < 2000; ++round) {
+      Lanes<float> x(width<float>), p(width<float>);
+      for (float& value : x) value = -130.0f * static_cast<float>(random.uniform());
+      for (float& value : p) value = 1.0f + static_cast<float>(random.uniform());
+      const auto rest = lanes_of(detail::above_floor(packet(x))),
+                 scaled = lanes_of(detail::scale_by_floor(packet(p), packet(x), -120.0f));
+      for (std::size_t i = 0; i < x.size(); ++i) {
+        right &= rest[i] == x[i] - std::floor(x[i]);
+        right &= scaled[i] == (x[i] < -120.0f ? 0.0f : std::ldexp(p[i], static_cast<int>(std::floor(x[i]))));
+      }
+    }
+    CHECK(right);
+    const auto of_nan = detail::broadcast(std::numeric_limits<float>::quiet_NaN());
+    for (const float y : lanes_of(detail::scale_by_floor(detail::above_floor(of_nan), of_nan, -120.0f)))
+      CHECK(std::isnan(y));
+  }
+}
+
 TEMPLATE_TEST_CASE("transpose: swaps lane and row", "[simd]", float, double) {
   constexpr std::size_t w = width<TestType>;
   Packet<TestType> rows[w];

@@ -214,15 +214,14 @@ struct Bf16Products {
   }
 
   /// As `weight`, to 7.5e-5 relative by degree 3: far inside the rounding to bfloat16 that follows, and 2-4 %
-  /// of a call faster than degree 5. The processor parts x into floor and rest, and scales by the floor.
+  /// of a call faster than degree 5.
   static LONGSPAN_INLINE Packet<float> coarse_weight(Packet<float> x) {
-    constexpr int to_floor = 1 | 8;  // and no exception flag for what is rounded
-    const Packet<float> rest{_mm512_reduce_ps(x.raw, to_floor)};
+    const Packet<float> rest = above_floor(x);
     Packet<float> p = broadcast(0.0780244f);
     p = fma(p, rest, broadcast(0.22606731f));
     p = fma(p, rest, broadcast(0.69583347f));
     p = fma(p, rest, broadcast(0.99992523f));
-    return {_mm512_scalef_ps(p.raw, x.raw)};
+    return scale_by_floor(p, x);
   }
 };
 

@@ -35,9 +35,8 @@ class LandmarkChoice {
   }
 
   Index tokens_at_once() const noexcept { return slice_; }
-  /// Scores of query i of those tokens, to be written; those of the next head are `head_stride` behind.
+  /// Scores of query i of those tokens, to be written.
   T* scores(Index b, Index h, Index i) { return scores_.data() + ((b * heads_ + h) * slice_ + i) * blocks_; }
-  Index head_stride() const noexcept { return slice_ * blocks_; }
 
   /// The scores of the tokens [first, first + count) are there.
   template <class E>

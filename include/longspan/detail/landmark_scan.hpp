@@ -42,11 +42,15 @@ void place_columns([[maybe_unused]] Real* row, [[maybe_unused]] Index cols) {
   }
 }
 
-/// scores[g][j] = q[g].k[j] for `rows` queries and the landmarks of one KV head: k is read once for each
-/// eight of the queries.
-template <class Real, class Tk>
-void score_landmarks(MatrixView<const Tk> k, MatrixView<const Real> q, Real* scores, Index scores_stride) {
-  constexpr Index w = lanes<Real>, keys_at_once = 256, most_queries = std::min<Index>(8, w);
+/// Queries whose scores against landmarks are made together.
+template <class Real>
+inline constexpr Index queries_to_a_landmark = std::min<Index>(8, lanes<Real>);
+
+/// scores_of(g)[j] = q[g].k[j] for `rows` queries and the landmarks of one KV head: k is read once for each
+/// eight of the queries. The bits do not depend on which queries are scored together.
+template <class Real, class Tk, class ScoresOf>
+void score_landmarks(MatrixView<const Tk> k, MatrixView<const Real> q, const ScoresOf& scores_of) {
+  constexpr Index w = lanes<Real>, keys_at_once = 256, most_queries = queries_to_a_landmark<Real>;
   alignas(64) Real piece[std::size_t(keys_at_once * most_queries + w)];
   for (Index first = 0; first < k.rows; first += keys_at_once) {
     const Index keys = std::min(keys_at_once, k.rows - first);
@@ -57,7 +61,7 @@ void score_landmarks(MatrixView<const Tk> k, MatrixView<const Real> q, Real* sco
         if constexpr (count <= most_queries) {
           score_keys<count>(k.row(first), k.row_stride, keys, q.row(g), q.row_stride, k.cols, piece);
           for (int n = 0; n < count; ++n) {
-            Real* to = scores + (g + n) * scores_stride + first;
+            Real* to = scores_of(g + n) + first;
             for (Index j = 0; j < keys; ++j) to[j] = piece[j * count + n];
           }
         }
@@ -82,20 +86,38 @@ void softmax_row(Real* s, Index count) {
   for (Index j = 0; j < count; ++j) s[j] /= sum;
 }
 
+/// Is one of `count` scores above `least`? NaN is not.
+template <class Real>
+bool any_above(const Real* scores, Index count, Real least) {
+  constexpr Index w = lanes<Real>;
+  Packet<Real> highest = broadcast(least);
+  Index j = 0;
+  for (; j + w <= count; j += w) highest = max(highest, load(scores + j));
+  for (; j < count; ++j) {
+    if (scores[j] > least) return true;
+  }
+  return max_of_lanes(highest) > least;
+}
+
 /// The `k` indices with the highest of `count` scores, rising; of equal ones the lowest. `best` holds k
 /// numbers.
 template <class Real>
 void choose_highest(const Real* scores, Index count, Index k, Index* chosen, Real* best) {
+  constexpr Index together = 4 * lanes<Real>;
   Index have = 0;
-  for (Index j = 0; j < count; ++j) {
-    if (have == k && !(scores[j] > best[k - 1])) continue;
-    Index at = have < k ? have++ : k - 1;
-    for (; at > 0 && scores[j] > best[at - 1]; --at) {
-      best[at] = best[at - 1];
-      chosen[at] = chosen[at - 1];
+  for (Index first = 0; first < count; first += together) {
+    const Index end = std::min(first + together, count);
+    if (have == k && !any_above(scores + first, end - first, best[k - 1])) continue;
+    for (Index j = first; j < end; ++j) {
+      if (have == k && !(scores[j] > best[k - 1])) continue;
+      Index at = have < k ? have++ : k - 1;
+      for (; at > 0 && scores[j] > best[at - 1]; --at) {
+        best[at] = best[at - 1];
+        chosen[at] = chosen[at - 1];
+      }
+      best[at] = scores[j];
+      chosen[at] = j;
     }
-    best[at] = scores[j];
-    chosen[at] = j;
   }
   std::sort(chosen, chosen + k);
 }

@@ -56,49 +56,59 @@ void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& e
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::choose(const Call& call, const E& executor) {
-  const Index q_room = group() * padded_head_dim();
+  // An index is asked query by query.
+  const Index tokens = finds ? 1 : std::max<Index>(1, detail::queries_to_a_landmark<Real> / group()),
+              q_room = tokens * group() * padded_head_dim();
   choice_.start(chunk_, held_.blocks, held_.top_k, executor.workers());
   worker_rows_.resize(at(executor.workers() * q_room));
   const Index at_once = choice_.tokens_at_once();
   for (Index first = 0; first < chunk_; first += at_once) {
-    const Index count = std::min(at_once, chunk_ - first);
-    executor.for_each(shape_.batch * shape_.kv_heads * count, [&](Index task, Index worker) {
-      const Index i = task % count, b = task / count / shape_.kv_heads, h = task / count % shape_.kv_heads;
-      score_blocks(call, b, h, first + i, worker_rows_.data() + worker * q_room,
-                   choice_.scores(b, h * group(), i));
+    const Index count = std::min(at_once, chunk_ - first), tasks = detail::divide_up(count, tokens);
+    executor.for_each(shape_.batch * shape_.kv_heads * tasks, [&](Index task, Index worker) {
+      const Index i = task % tasks * tokens, h = task / tasks % shape_.kv_heads,
+                  b = task / tasks / shape_.kv_heads;
+      score_blocks(call, b, h, first + i, std::min(tokens, count - i), worker_rows_.data() + worker * q_room,
+                   [&](Index g, Index token) { return choice_.scores(b, h * group() + g, i + token); });
     });
     choice_.take(first, count, executor);
   }
   choice_.finish();
 }
 
-/// Scores of all landmarks of a KV head for the queries at i of its group. Blocks that stand in one place
-/// share an encoding of the query, and are scored together.
+/// Scores of all landmarks of a KV head for the queries of its group at `tokens` tokens from i on. Blocks that
+/// stand in one place share an encoding of the query, and are scored together.
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
-template <class Call>
+template <class Call, class ScoresOf>
 void landmark_cache<T, P, Map, Finder>::score_blocks(const Call& call, Index b, Index kv_head, Index i,
-                                                     Real* q, Real* scores) const {
+                                                     Index tokens, Real* q, const ScoresOf& scores_of) const {
+  const Index of_token = group() * padded_head_dim();
   for (Index begin = 0, end = 0; begin < held_.blocks; begin = end) {
     const Index shift = map_.scored(held_, begin) - stored_place(begin);
     end = begin + 1;
     while (end < held_.blocks && map_.scored(held_, end) - stored_place(end) == shift) ++end;
-    if (begin == 0 || encodes) encode_queries(call.q, b, kv_head, i, position_of(i) - shift, q);
-    const MatrixView<const Real> queries{q, group(), shape_.head_dim, padded_head_dim()};
+    if (begin == 0 || encodes) {
+      for (Index t = 0; t < tokens; ++t)
+        encode_queries(call.q, b, kv_head, i + t, position_of(i + t) - shift, q + t * of_token);
+    }
+    const MatrixView<const Real> queries{q, tokens * group(), shape_.head_dim, padded_head_dim()};
+    const auto scores_of_row = [&](Index row) { return scores_of(row % group(), row / group()); };
     if (finds && end - begin > held_.top_k) {
-      score_candidates(b, kv_head, {begin, end}, queries, scores);
+      score_candidates(b, kv_head, {begin, end}, queries, scores_of_row);
     } else {
-      detail::score_landmarks<Real>(store_.landmarks(b, kv_head, begin, end - begin), queries, scores + begin,
-                                    choice_.head_stride());
+      detail::score_landmarks<Real>(store_.landmarks(b, kv_head, begin, end - begin), queries,
+                                    [&](Index row) { return scores_of_row(row) + begin; });
     }
   }
 }
 
 /// The same for the blocks of a range that the index names; the others cannot be chosen before them.
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
+template <class ScoresOf>
 void landmark_cache<T, P, Map, Finder>::score_candidates(Index b, Index kv_head, KeyRange blocks,
-                                                         MatrixView<const Real> queries, Real* scores) const {
-  for (Index g = 0; g < group(); ++g) {
-    Real* of_query = scores + g * choice_.head_stride();
+                                                         MatrixView<const Real> queries,
+                                                         const ScoresOf& scores_of) const {
+  for (Index g = 0; g < queries.rows; ++g) {
+    Real* of_query = scores_of(g);
     std::fill(of_query + blocks.begin, of_query + blocks.end, detail::FloatProducts<Real>::hidden);
     const MatrixView<const Real> query{queries.row(g), 1, queries.cols, queries.row_stride};
     std::vector<Real> plain(at(query.cols));
@@ -107,8 +117,8 @@ void landmark_cache<T, P, Map, Finder>::score_candidates(Index b, Index kv_head,
     for (const Index number : finder_.candidates(b, kv_head, std::span<const Real>(plain))) {
       const Index n = number - held_.dropped;
       if (!blocks.contains(n)) continue;
-      detail::score_landmarks<Real>(store_.landmarks(b, kv_head, n, 1), query, of_query + n,
-                                    choice_.head_stride());
+      detail::score_landmarks<Real>(store_.landmarks(b, kv_head, n, 1), query,
+                                    [&](Index) { return of_query + n; });
     }
   }
 }

@@ -17,7 +17,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(EIGEN_VECTORIZE_AVX512)
 #include <immintrin.h>
 #endif
 
@@ -279,6 +279,30 @@ LONGSPAN_INLINE Packet<float> load_int8(const std::int8_t* from) {
 #else
 inline constexpr bool converts_int8 = false;
 Packet<float> load_int8(const std::int8_t* from);
+#endif
+
+// x = floor(x) + rest: AVX512-DQ has one instruction for the rest, and one that scales by 2^floor(x).
+#if defined(EIGEN_VECTORIZE_AVX512DQ)
+inline constexpr bool parts_at_floor = true;
+
+/// x - floor(x).
+LONGSPAN_INLINE Packet<float> above_floor(Packet<float> x) {
+  constexpr int to_floor = 1 | 8;  // and no exception flag for what is rounded
+  return {_mm512_reduce_ps(x.raw, to_floor)};
+}
+/// p * 2^floor(x).
+LONGSPAN_INLINE Packet<float> scale_by_floor(Packet<float> p, Packet<float> x) {
+  return {_mm512_scalef_ps(p.raw, x.raw)};
+}
+/// The same, exactly 0 where x < least.
+LONGSPAN_INLINE Packet<float> scale_by_floor(Packet<float> p, Packet<float> x, float least) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(least), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(kept, p.raw, x.raw)};
+}
+#else
+inline constexpr bool parts_at_floor = false;
+Packet<float> above_floor(Packet<float> x);
+Packet<float> scale_by_floor(Packet<float> p, Packet<float> x, float least);
 #endif
 
 /// Does Eigen have packets of both types, as long as each other, and a cast between them?

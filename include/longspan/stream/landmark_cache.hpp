@@ -286,10 +286,12 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   void attend_open(const Call& call, const E& executor, Workspace& workspace);
   template <class Call, class E>
   void choose(const Call& call, const E& executor);
-  template <class Call>
-  void score_blocks(const Call& call, Index b, Index kv_head, Index i, Real* q, Real* scores) const;
+  template <class Call, class ScoresOf>
+  void score_blocks(const Call& call, Index b, Index kv_head, Index i, Index tokens, Real* q,
+                    const ScoresOf& scores_of) const;
+  template <class ScoresOf>
   void score_candidates(Index b, Index kv_head, KeyRange blocks, MatrixView<const Real> queries,
-                        Real* scores) const;
+                        const ScoresOf& scores_of) const;
   template <class Call, class E>
   void attend_blocks(const Call& call, const E& executor);
   template <class Call>
