@@ -2,6 +2,7 @@
 // reach.
 #include <cmath>
 #include <limits>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -18,7 +19,6 @@ using longspan::detail::load;
 using longspan::detail::Packet;
 using longspan::detail::store;
 using longspan::detail::tile_packets;
-using longspan::detail::tile_rows;
 
 constexpr Index width = lanes<float>;
 
@@ -65,13 +65,12 @@ void run_exponential(benchmark::State& state, double base, double most_ulp, cons
 template <int packets>
 void run_scores(benchmark::State& state, Index keys, Index head_dim) {
   constexpr Index stride = packets * width;
+  const auto of_tile = longspan::detail::tile_stride<float, packets>(stride);
   const OwnedTensor<float> k = hashed_matrix(keys, head_dim, 1), q = hashed_matrix(head_dim, stride, 2);
   OwnedTensor<float> s(1, 1, keys, stride), highest(1, 1, 1, stride);
   const auto call = [&] {
-    for (Index j = 0; j < keys; j += tile_rows) {
-      longspan::detail::score_rows<packets>(k.view().row(0, 0, j), head_dim, tile_rows, q.view().data, stride,
-                                            head_dim, s.view().row(0, 0, j), stride, highest.view().data);
-    }
+    longspan::detail::score_rows<packets>(k.view().data, head_dim, keys, q.view().data, head_dim,
+                                          s.view().data, highest.view().data, of_tile);
   };
   call();
   double worst = 0;
@@ -96,15 +95,15 @@ void run_scores(benchmark::State& state, Index keys, Index head_dim) {
 template <int packets>
 void run_values(benchmark::State& state, Index keys, Index value_dim) {
   constexpr Index stride = packets * width;
+  const auto of_tile = longspan::detail::tile_stride<float, packets>(stride);
+  const longspan::detail::RowRun all{keys, 0, packets};
   const OwnedTensor<float> v = hashed_matrix(keys, value_dim, 1), p = hashed_matrix(keys, stride, 2);
   const OwnedTensor<float> scale(1, 1, 1, stride);
   OwnedTensor<float> o(1, 1, value_dim, stride);
   const auto call = [&] {
-    for (Index c = 0; c < value_dim; c += tile_rows) {
-      longspan::detail::value_rows<packets>(v.view().data + c, value_dim, p.view().data, stride, keys,
-                                            o.view().row(0, 0, c), stride, longspan::detail::Into::rescaled,
-                                            scale.view().data);
-    }
+    longspan::detail::value_rows<packets>(v.view().data, value_dim, value_dim, p.view().data, of_tile,
+                                          std::span(&all, 1), o.view().data, of_tile,
+                                          longspan::detail::Into::rescaled, scale.view().data);
   };
   call();
   double worst = 0;

@@ -68,7 +68,8 @@ TEST_CASE("bf16_products: scores are those of the packed queries", "[bf16]") {
   for_each_packets([&]<int packets>() {
     constexpr Index used = packets * 16, stride = used;
     for (const Index head_dim : {2, 30, 32, 34, 64, 66}) {
-      for (Index rows = 1; rows <= tile_rows; ++rows) {
+      for (Index rows = 1; rows <= tile_rows + 1; ++rows) {
+        const Index written = round_up(rows, tile_rows);
         const auto q = normals(used * head_dim, random), k = normals(rows * (head_dim + 1), random);
         std::vector<Products::Query> packed(
             static_cast<std::size_t>(Products::query_rows(head_dim) * stride));
@@ -76,14 +77,14 @@ TEST_CASE("bf16_products: scores are those of the packed queries", "[bf16]") {
           Products::pack([&](Index i) { return q.data() + (c * 16 + i) * head_dim; }, head_dim, 1,
                          packed.data() + c * 16, stride);
         }
-        std::vector<float> s(static_cast<std::size_t>(tile_rows * stride)),
+        std::vector<float> s(static_cast<std::size_t>(written * stride)),
             highest(static_cast<std::size_t>(used), -1.0f);
         Products::score_rows<packets>(k.data(), head_dim + 1, rows, packed.data(), head_dim, s.data(),
                                       highest.data(), stride);
         Index wrong = 0;
         for (Index lane = 0; lane < used; ++lane) {
           float top = -1;
-          for (Index r = 0; r < tile_rows; ++r) {
+          for (Index r = 0; r < written; ++r) {
             double wanted = 0, size = 0;
             for (Index c = 0; c < head_dim; ++c) {
               const double x = double(static_cast<float>(q[static_cast<std::size_t>(lane * head_dim + c)])) *
@@ -161,8 +162,8 @@ TEST_CASE("bf16_products: weighted values of pairs of keys", "[bf16]") {
         for (float& x : scale) x = static_cast<float>(random.normal());
         std::vector<float> o = before;
         const longspan::detail::RowRun all{rows, 0, packets};
-        Products::value_rows<packets>(v_pairs.data(), tile_rows, p_pairs.data(), {&all, 1}, o.data(), into,
-                                      scale.data(), stride);
+        Products::value_rows<packets>(v_pairs.data(), tile_rows, tile_rows, p_pairs.data(), {&all, 1},
+                                      o.data(), into, scale.data(), stride);
         Index wrong = 0;
         for (Index r = 0; r < tile_rows; ++r) {
           for (Index lane = 0; lane < used; ++lane) {

@@ -3,8 +3,11 @@
 
 #include <cmath>
 #include <limits>
+#include <span>
+#include <type_traits>
 #include <vector>
 
+#include "longspan/detail/scratch.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
@@ -30,26 +33,26 @@ void check_score_rows() {
   constexpr Index used = packets * lanes<Real>, width = used + 5, k_stride = 70;
   Random random(1);
   for (const Index head_dim : {0, 1, 2, 7, 64}) {
-    for (Index rows = 1; rows <= tile_rows; ++rows) {
+    for (Index rows = 1; rows <= 2 * tile_rows + 1; ++rows) {
       // Rows behind the last one hold NaN, and must not be read.
-      std::vector<Real> k(static_cast<std::size_t>(tile_rows * k_stride),
+      const Index written = round_up(rows, tile_rows);
+      std::vector<Real> k(static_cast<std::size_t>(written * k_stride),
                           std::numeric_limits<Real>::quiet_NaN());
       for (Index r = 0; r < rows; ++r) {
         for (Index c = 0; c < head_dim; ++c)
           k[std::size_t(r * k_stride + c)] = static_cast<Real>(random.normal());
       }
       const auto q = normals<Real>(std::max<Index>(1, head_dim) * width, random);
-      std::vector<Real> s(std::size_t(tile_rows * width), Real(canary)),
+      std::vector<Real> s(std::size_t((written + 1) * width), Real(canary)),
           highest = normals<Real>(width, random);
       const std::vector<Real> before = highest;
-      score_rows<packets>(k.data(), k_stride, rows, q.data(), width, head_dim, s.data(), width,
-                          highest.data());
+      score_rows<packets>(k.data(), k_stride, rows, q.data(), head_dim, s.data(), highest.data(), width);
       bool right = true;
       for (Index lane = 0; lane < width; ++lane) {
         Real top = before[std::size_t(lane)];
-        for (Index r = 0; r < tile_rows; ++r) {
+        for (Index r = 0; r <= written; ++r) {
           const Real got = s[std::size_t(r * width + lane)];
-          if (lane >= used) {
+          if (lane >= used || r == written) {
             right = right && got == Real(canary);
             continue;
           }
@@ -107,17 +110,19 @@ void check_weigh_rows() {
 
 template <class Real, int packets>
 void check_value_rows() {
-  constexpr Index used = packets * lanes<Real>, width = used + 2, v_stride = tile_rows + 3;
+  constexpr Index used = packets * lanes<Real>, width = used + 2, columns = 2 * tile_rows,
+                  v_stride = columns + 3;
   Random random(3);
   for (const Index keys : {0, 1, 2, 9, 128}) {
     for (const Into into : {Into::fresh, Into::continued, Into::rescaled}) {
       const auto v = normals<Real>((keys + 1) * v_stride, random),
                  p = normals<Real>((keys + 1) * width, random);
-      const auto scale = normals<Real>(width, random), before = normals<Real>(tile_rows * width, random);
+      const auto scale = normals<Real>(width, random), before = normals<Real>(columns * width, random);
       std::vector<Real> o = before;
-      value_rows<packets>(v.data(), v_stride, p.data(), width, keys, o.data(), width, into, scale.data());
+      value_rows<packets>(v.data(), v_stride, columns, p.data(), width, keys, o.data(), width, into,
+                          scale.data());
       bool right = true;
-      for (Index r = 0; r < tile_rows; ++r) {
+      for (Index r = 0; r < columns; ++r) {
         for (Index lane = 0; lane < width; ++lane) {
           const auto at = std::size_t(r * width + lane);
           const double old = double(before[at]);
@@ -142,6 +147,30 @@ void check_value_rows() {
   }
 }
 
+/// A stride that the compiler knows changes no bit.
+template <class Real, int packets>
+void check_tile_stride() {
+  constexpr Index stride = packets * lanes<Real>, keys = 2 * tile_rows, head_dim = 20,
+                  columns = 2 * tile_rows;
+  constexpr std::integral_constant<Index, stride> known;
+  Random random(5);
+  const auto k = normals<Real>(keys * head_dim, random), q = normals<Real>(head_dim * stride, random),
+             v = normals<Real>(keys * columns, random), scale = normals<Real>(stride, random);
+  std::vector<Real> s(std::size_t(keys * stride)), s_known = s, top(std::size_t(stride), Real(-1)),
+                                                   top_known = top;
+  score_rows<packets>(k.data(), head_dim, keys, q.data(), head_dim, s.data(), top.data(), stride);
+  score_rows<packets>(k.data(), head_dim, keys, q.data(), head_dim, s_known.data(), top_known.data(), known);
+  CHECK(s == s_known);
+  CHECK(top == top_known);
+  std::vector<Real> o = normals<Real>(columns * stride, random), o_known = o;
+  const RowRun all{keys, 0, packets};
+  value_rows<packets>(v.data(), columns, columns, s.data(), stride, std::span(&all, 1), o.data(), stride,
+                      Into::rescaled, scale.data());
+  value_rows<packets>(v.data(), columns, columns, s.data(), known, std::span(&all, 1), o_known.data(), known,
+                      Into::rescaled, scale.data());
+  CHECK(o == o_known);
+}
+
 /// Runs of rows, each with some packets: lane by lane what the same rows give one by one.
 template <class Real, int packets>
 void check_value_runs() {
@@ -160,7 +189,8 @@ void check_value_runs() {
     const auto scale = normals<Real>(width, random), before = normals<Real>(tile_rows * width, random);
     for (const Into into : {Into::fresh, Into::continued, Into::rescaled}) {
       std::vector<Real> o = before, wanted = before;
-      value_rows<packets>(v.data(), v_stride, p.data(), width, runs, o.data(), width, into, scale.data());
+      value_rows<packets>(v.data(), v_stride, tile_rows, p.data(), width, runs, o.data(), width, into,
+                          scale.data());
       for (int c = 0; c < packets; ++c) {
         const Index lane = c * lanes<Real>;
         std::vector<Real> of_packet;  // the rows in which it takes part
@@ -175,7 +205,7 @@ void check_value_runs() {
           }
           row += run.rows;
         }
-        value_rows<1>(static_cast<const Real*>(values.data()), v_stride,
+        value_rows<1>(static_cast<const Real*>(values.data()), v_stride, tile_rows,
                       static_cast<const Real*>(of_packet.data()), lanes<Real>,
                       static_cast<Index>(of_packet.size()) / lanes<Real>, wanted.data() + lane, width, into,
                       scale.data() + lane);
@@ -205,6 +235,7 @@ struct Products {
   static void run() {
     check_value_rows<Real, packets>();
     check_value_runs<Real, packets>();
+    check_tile_stride<Real, packets>();
   }
 };
 
@@ -227,7 +258,7 @@ TEMPLATE_TEST_CASE("microkernel: NaN in a score stays in its lane", "[microkerne
   std::vector<TestType> q = normals<TestType>(2 * width, random), s(std::size_t(tile_rows * width));
   std::vector<TestType> highest(std::size_t(width), TestType(-1)), total(std::size_t(width), TestType(0));
   q[std::size_t(width - 1)] = std::numeric_limits<TestType>::quiet_NaN();
-  score_rows<1>(k.data(), 2, tile_rows, q.data(), width, 2, s.data(), width, highest.data());
+  score_rows<1>(k.data(), 2, tile_rows, q.data(), 2, s.data(), highest.data(), width);
   weigh_rows<1>(s.data(), width, tile_rows, std::vector<TestType>(std::size_t(width), TestType(50)).data(),
                 total.data());
   for (Index lane = 0; lane < width; ++lane)

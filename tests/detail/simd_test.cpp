@@ -213,24 +213,27 @@ TEST_CASE("exponent_field_of_low_bits: shifts the bits of each lane by 23", "[si
   CHECK(right);
 }
 
-TEST_CASE("scale_by_floor: 2^floor(x) and the rest make up x, 0 below the least", "[simd]") {
-  if constexpr (detail::parts_at_floor) {
+TEST_CASE("rest_of_rounding: with 2^round(x) it makes up 2^x, 0 below 2^-126", "[simd]") {
+  if constexpr (detail::takes_rests) {
     test::Random random(6);
     bool right = true;
     for (int round = 0; round < 2000; ++round) {
       Lanes<float> x(width<float>), p(width<float>);
-      for (float& value : x) value = -130.0f * static_cast<float>(random.uniform());
-      for (float& value : p) value = 1.0f + static_cast<float>(random.uniform());
-      const auto rest = lanes_of(detail::above_floor(packet(x))),
-                 scaled = lanes_of(detail::scale_by_floor(packet(p), packet(x), -120.0f));
+      for (float& value : x)
+        value = random.chance(0.2) ? 0.5f * static_cast<float>(random.between(-260, 0))
+                                   : -130 * static_cast<float>(random.uniform());
+      for (float& value : p) value = 1 + static_cast<float>(random.uniform());
+      const auto rest = lanes_of(detail::rest_of_rounding(packet(x))),
+                 scaled = lanes_of(detail::times_exp2_of_round(packet(p), packet(x)));
       for (std::size_t i = 0; i < x.size(); ++i) {
-        right &= rest[i] == x[i] - std::floor(x[i]);
-        right &= scaled[i] == (x[i] < -120.0f ? 0.0f : std::ldexp(p[i], static_cast<int>(std::floor(x[i]))));
+        const float nearest = std::nearbyint(x[i]);
+        right &= rest[i] == x[i] - nearest;
+        right &= scaled[i] == (x[i] < -126 ? 0 : std::ldexp(p[i], static_cast<int>(nearest)));
       }
     }
     CHECK(right);
-    const auto of_nan = detail::broadcast(std::numeric_limits<float>::quiet_NaN());
-    for (const float y : lanes_of(detail::scale_by_floor(detail::above_floor(of_nan), of_nan, -120.0f)))
+    const auto odd_nan = detail::broadcast(std::bit_cast<float>(0x7fc12345u));  // its payload in the low bits
+    for (const float y : lanes_of(detail::times_exp2_of_round(detail::rest_of_rounding(odd_nan), odd_nan)))
       CHECK(std::isnan(y));
   }
 }

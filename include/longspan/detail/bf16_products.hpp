@@ -72,9 +72,10 @@ struct Bf16Products {
   }
 
   template <int packets>
-  static void score_rows(const Key* k, Index k_stride, Index k_rows, const Query* q, Index head_dim, float* s,
+  static void score_rows(const Key* k, Index k_stride, Index keys, const Query* q, Index head_dim, float* s,
                          float* highest, Index stride) {
-    detail::score_rows<packets, float, Pairs>(k, k_stride, k_rows, q, stride, head_dim, s, stride, highest);
+    detail::score_rows<packets, float, Pairs>(k, k_stride, keys, q, head_dim, s, highest,
+                                              tile_stride<float, packets>(stride));
   }
 
   /// pairs[j / 2] = weight(factor * s[j] - shift) of two keys, rounded; `total` grows by the unrounded
@@ -98,9 +99,12 @@ struct Bf16Products {
   }
 
   template <int packets>
-  static void value_rows(const Value* v, Index v_stride, const Weight* p, std::span<const RowRun> runs,
-                         float* o, Into into, const float* scale, Index stride) {
-    detail::value_rows<packets, float, Pairs>(v, v_stride, p, stride, runs, o, stride, into, scale);
+  static void value_rows(const Value* v, Index v_stride, Index columns, const Weight* p,
+                         std::span<const RowRun> runs, float* o, Into into, const float* scale,
+                         Index stride) {
+    const auto of_tile = tile_stride<float, packets>(stride);
+    detail::value_rows<packets, float, Pairs>(v, v_stride, columns, p, of_tile, runs, o, of_tile, into,
+                                              scale);
   }
 
   /// As that of FloatProducts.
@@ -216,12 +220,12 @@ struct Bf16Products {
   /// As `weight`, to 7.5e-5 relative by degree 3: far inside the rounding to bfloat16 that follows, and 2-4 %
   /// of a call faster than degree 5.
   static LONGSPAN_INLINE Packet<float> coarse_weight(Packet<float> x) {
-    const Packet<float> rest = above_floor(x);
+    const Packet<float> rest = rest_of_floor(x);
     Packet<float> p = broadcast(0.0780244f);
     p = fma(p, rest, broadcast(0.22606731f));
     p = fma(p, rest, broadcast(0.69583347f));
     p = fma(p, rest, broadcast(0.99992523f));
-    return scale_by_floor(p, x);
+    return times_exp2_of_floor(p, x);
   }
 };
 

@@ -56,18 +56,20 @@ struct FloatProducts {
   }
 
   template <int packets>
-  static void score_rows(const Key* k, Index k_stride, Index k_rows, const Query* q, Index head_dim, Real* s,
+  static void score_rows(const Key* k, Index k_stride, Index keys, const Query* q, Index head_dim, Real* s,
                          Real* highest, Index stride) {
-    detail::score_rows<packets>(k, k_stride, k_rows, q, stride, head_dim, s, stride, highest);
+    detail::score_rows<packets>(k, k_stride, keys, q, head_dim, s, highest,
+                                tile_stride<Real, packets>(stride));
   }
   template <int packets>
   static void weigh_rows(Real* s, Index keys, Real, const Real* shift, Real* total, Weight*, Index stride) {
     detail::weigh_rows<packets>(s, stride, keys, shift, total);
   }
   template <int packets>
-  static void value_rows(const Value* v, Index v_stride, const Weight* p, std::span<const RowRun> runs,
-                         Real* o, Into into, const Real* scale, Index stride) {
-    detail::value_rows<packets>(v, v_stride, p, stride, runs, o, stride, into, scale);
+  static void value_rows(const Value* v, Index v_stride, Index columns, const Weight* p,
+                         std::span<const RowRun> runs, Real* o, Into into, const Real* scale, Index stride) {
+    const auto of_tile = tile_stride<Real, packets>(stride);
+    detail::value_rows<packets>(v, v_stride, columns, p, of_tile, runs, o, of_tile, into, scale);
   }
 
   /// x * 0 is 0 for finite x and NaN for the others, and NaN stays in a sum.

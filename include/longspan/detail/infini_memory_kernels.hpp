@@ -127,11 +127,9 @@ class MemoryRead {
     alignas(64) Real by[std::size_t(width)];
     with_packets(packets, [&]<int wide>() {
       quotients<wide>(memory_.norm(kv_head), scratch.phi, by);
-      for (Index column = 0; column < memory_.value_dim; column += tile_rows) {
-        value_rows<wide>(static_cast<const Real*>(memory_.matrix(kv_head)) + column, memory_.stride(),
-                         static_cast<const Real*>(scratch.phi), stride, q_.cols,
-                         scratch.read + column * stride, stride, Into::fresh, unscaled<Real>);
-      }
+      value_rows<wide>(static_cast<const Real*>(memory_.matrix(kv_head)), memory_.stride(),
+                       round_up(memory_.value_dim, tile_rows), static_cast<const Real*>(scratch.phi), stride,
+                       q_.cols, scratch.read, stride, Into::fresh, unscaled<Real>);
     });
     const Real* shares_of_memory = shares_.memory + h * shares_.head_stride;
     const Real* shares_of_other = shares_.other + h * shares_.head_stride;
@@ -355,11 +353,9 @@ class MemoryWrite {
     const Index stride = memory_.stride();
     for (Index column = 0; column < stride; column += tile_packets * w) {
       with_packets(static_cast<int>(std::min<Index>(tile_packets, (stride - column) / w)), [&]<int wide>() {
-        for (Index r = 0; r < rows; r += tile_rows) {
-          value_rows<wide>(static_cast<const Real*>(scratch.phi) + r, chunk_rows, values + column,
-                           values_stride, keys, scratch.sum + r * stride + column, stride, into,
-                           unscaled<Real>);
-        }
+        value_rows<wide>(static_cast<const Real*>(scratch.phi), chunk_rows, round_up(rows, tile_rows),
+                         values + column, values_stride, keys, scratch.sum + column, stride, into,
+                         unscaled<Real>);
       });
     }
   }

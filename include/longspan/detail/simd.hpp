@@ -281,28 +281,36 @@ inline constexpr bool converts_int8 = false;
 Packet<float> load_int8(const std::int8_t* from);
 #endif
 
-// x = floor(x) + rest: AVX512-DQ has one instruction for the rest, and one that scales by 2^floor(x).
+// AVX512-DQ has an instruction for what is left of a number when it is rounded.
 #if defined(EIGEN_VECTORIZE_AVX512DQ)
-inline constexpr bool parts_at_floor = true;
+inline constexpr bool takes_rests = true;
 
-/// x - floor(x).
-LONGSPAN_INLINE Packet<float> above_floor(Packet<float> x) {
-  constexpr int to_floor = 1 | 8;  // and no exception flag for what is rounded
+/// x - round(x), exact; halves to even.
+LONGSPAN_INLINE Packet<float> rest_of_rounding(Packet<float> x) {
+  constexpr int to_nearest = 0 | 8;  // and no exception flag for what is rounded
+  return {_mm512_reduce_ps(x.raw, to_nearest)};
+}
+/// p * 2^round(x) for a result from 2^-126 on: p where x is NaN, exactly 0 where x < -126.
+LONGSPAN_INLINE Packet<float> times_exp2_of_round(Packet<float> p, Packet<float> x) {
+  constexpr int to_nearest = 0 | 8;
+  const __mmask16 kept = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const __m512i exponent = _mm512_slli_epi32(_mm512_cvt_roundps_epi32(x.raw, to_nearest), 23);  // 0 for NaN
+  return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(kept, _mm512_castps_si512(p.raw), exponent))};
+}
+
+/// x - floor(x), rounded.
+LONGSPAN_INLINE Packet<float> rest_of_floor(Packet<float> x) {
+  constexpr int to_floor = 1 | 8;
   return {_mm512_reduce_ps(x.raw, to_floor)};
 }
 /// p * 2^floor(x).
-LONGSPAN_INLINE Packet<float> scale_by_floor(Packet<float> p, Packet<float> x) {
+LONGSPAN_INLINE Packet<float> times_exp2_of_floor(Packet<float> p, Packet<float> x) {
   return {_mm512_scalef_ps(p.raw, x.raw)};
 }
-/// The same, exactly 0 where x < least.
-LONGSPAN_INLINE Packet<float> scale_by_floor(Packet<float> p, Packet<float> x, float least) {
-  const __mmask16 kept = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(least), _CMP_NLT_UQ);
-  return {_mm512_maskz_scalef_ps(kept, p.raw, x.raw)};
-}
 #else
-inline constexpr bool parts_at_floor = false;
-Packet<float> above_floor(Packet<float> x);
-Packet<float> scale_by_floor(Packet<float> p, Packet<float> x, float least);
+inline constexpr bool takes_rests = false;
+Packet<float> rest_of_rounding(Packet<float> x);
+Packet<float> times_exp2_of_round(Packet<float> p, Packet<float> x);
 #endif
 
 /// Does Eigen have packets of both types, as long as each other, and a cast between them?

@@ -204,11 +204,9 @@ void QueryTile<Products, M, S>::score_run(const Block& block, const Run& run, Re
   alignas(64) Real highest[std::size_t(most_lanes)];
   std::copy_n(top, stride_, highest);
   with_packets(run.packets, [&]<int packets>() {
-    for (Index j = run.begin; j < run.end; j += tile_rows) {
-      Products::template score_rows<packets>(block.k + j * block.k_stride, block.k_stride, run.end - j,
-                                             q_ + first_lane, head_dim_, scores + j * stride_ + first_lane,
-                                             highest + first_lane, stride_);
-    }
+    Products::template score_rows<packets>(
+        block.k + run.begin * block.k_stride, block.k_stride, run.end - run.begin, q_ + first_lane, head_dim_,
+        scores + run.begin * stride_ + first_lane, highest + first_lane, stride_);
   });
   for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
     const bool hides = TileMask<Real, M>::may_hide && (run.partial >> c & 1u) != 0;
@@ -284,14 +282,12 @@ void QueryTile<Products, M, S>::value_runs(const Block& block, std::span<const R
   std::transform(runs.begin(), runs.end(), rows.begin(), [](const Run& run) {
     return RowRun{divide_up(run.end - run.begin, Products::keys_in_row), run.first_packet, run.packets};
   });
-  const Index columns = state_.columns(), first_row = runs.front().begin / Products::keys_in_row;
+  const Index first_row = runs.front().begin / Products::keys_in_row;
   const auto* v = block.v + first_row * block.v_stride;
   const Weight* weights = scratch.weights + first_row * stride_;
   with_packets(packets_, [&]<int packets>() {
-    for (Index column = 0; column < columns; column += tile_rows) {
-      Products::template value_rows<packets>(v + column, block.v_stride, weights, {rows.data(), runs.size()},
-                                             o + column * stride_, into, scale, stride_);
-    }
+    Products::template value_rows<packets>(v, block.v_stride, state_.columns(), weights,
+                                           {rows.data(), runs.size()}, o, into, scale, stride_);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <type_traits>
 
 #include "longspan/detail/microkernel.hpp"
@@ -72,8 +73,9 @@ class TileMask<Real, M> {
   Seen classify(int c, KeyRange keys) const {
     if constexpr (!may_hide) return Seen::all;
     const KeyRange first = keys_[at(c * lanes<Real>)], last = keys_[at((c + 1) * lanes<Real> - 1)];
-    if (!KeyRange{first.begin, last.end}.overlaps(keys)) return Seen::none;
-    return KeyRange{last.begin, first.end}.contains(keys) ? Seen::all : Seen::some;
+    const bool some = KeyRange{first.begin, last.end}.overlaps(keys),
+               all = KeyRange{last.begin, first.end}.contains(keys);
+    return some ? all ? Seen::all : Seen::some : Seen::none;
   }
 
   /// Ends are held relative to the block, where they are small numbers and exact in Real.
@@ -148,17 +150,16 @@ struct Runs {
 /// What the packets see of the keys [begin, end) of a block that starts at `first_key`, as one run.
 template <class Real, Mask M>
 Run run_of(const TileMask<Real, M>& mask, int packets, Index first_key, Index begin, Index end) {
-  Run run{begin, end, 0, 0, 0};
+  unsigned seen = 0, whole = 0;  // bits of packets; no branch, since edges of masks are not foreseen
   for (int c = 0; c < packets; ++c) {
-    const Seen seen = mask.classify(c, {first_key + begin, first_key + end});
-    if (seen == Seen::none) continue;
-    if (run.packets == 0) run.first_packet = c;
-    // A packet between two that see something takes part, hidden.
-    for (int gap = run.first_packet + run.packets; gap < c; ++gap) run.partial |= 1u << gap;
-    run.packets = c - run.first_packet + 1;
-    if (seen == Seen::some) run.partial |= 1u << c;
+    const Seen of_packet = mask.classify(c, {first_key + begin, first_key + end});
+    seen |= unsigned(of_packet != Seen::none) << c;
+    whole |= unsigned(of_packet == Seen::all) << c;
   }
-  return run;
+  const int first = seen == 0 ? 0 : std::countr_zero(seen), behind = static_cast<int>(std::bit_width(seen));
+  // A packet between two that see something takes part, hidden.
+  const unsigned taking_part = (1u << behind) - (1u << first);
+  return {begin, end, first, behind - first, taking_part & ~whole};
 }
 
 /// Cuts a block into runs. A block that is seen whole is one run; where a mask's edge crosses it, it is
