@@ -279,7 +279,23 @@ TEMPLATE_TEST_CASE("sums_of_rows: lane i holds the sum of row i", "[simd]", floa
     }
     rows[i] = packet(row);
   }
-  CHECK(lanes_of(detail::sums_of_rows<TestType>(rows)) == sums);
+  CHECK(lanes_of(detail::sums_of_rows(rows)) == sums);
+}
+
+TEMPLATE_TEST_CASE("sums_of_rows: the bits of sum_in_pairs, row by row", "[simd][bits]", float, double) {
+  constexpr std::size_t w = width<TestType>;
+  test::Random random(9);
+  bool right = true;
+  for (int round = 0; round < 200; ++round) {
+    Packet<TestType> rows[w];
+    Lanes<TestType> sums(w);
+    for (std::size_t i = 0; i < w; ++i) {
+      rows[i] = packet(random_lanes<TestType>(random, false));
+      sums[i] = detail::sum_in_pairs(rows[i]);
+    }
+    right &= same(lanes_of(detail::sums_of_rows(rows)), sums);
+  }
+  CHECK(right);
 }
 
 TEMPLATE_TEST_CASE("load_as, store_as: every element type, as static_cast", "[simd]", float, double,

@@ -210,28 +210,65 @@ LONGSPAN_INLINE void transpose(Packet<Real> (&rows)[std::size_t(lanes<Real>)]) {
   }
 }
 
+/// The lanes of a row are summed in this order, wherever they are: first those `apart` from each other by 2, then
+/// by 1, then by 4, 8, ... What a row sums to does not depend on the rows beside it.
+template <class Real, class Add>
+LONGSPAN_INLINE void for_each_pair_of_lanes(const Add& add) {
+  constexpr int w = lanes<Real>;
+  const auto add_all = [&](int apart, int step) {
+    LONGSPAN_UNROLL
+    for (int i = 0; i < w; i += step) add(i, i + apart);
+  };
+  if constexpr (w == 2) return add_all(1, 2);
+  if constexpr (w > 2) {
+    LONGSPAN_UNROLL
+    for (int i = 0; i < w; i += 4) add(i, i + 2), add(i + 1, i + 3);
+    add_all(1, 4);
+    LONGSPAN_UNROLL
+    for (int apart = 4; apart < w; apart *= 2) add_all(apart, 2 * apart);
+  }
+}
+
 /// Lane i of the result is the sum of the lanes of rows[i]. `rows` is used up.
 template <class Real>
 LONGSPAN_INLINE Packet<Real> sums_of_rows(Packet<Real> (&rows)[std::size_t(lanes<Real>)]) {
   transpose<Real>(rows);
+  for_each_pair_of_lanes<Real>([&](int i, int j) { rows[i] = rows[i] + rows[j]; });
+  return rows[0];
+}
+
+#if defined(EIGEN_VECTORIZE_AVX512)
+/// Two rows are folded into one before they are shuffled on: 45 instructions for the 79 of a transposition.
+LONGSPAN_INLINE Packet<float> sums_of_rows(Packet<float> (&rows)[16]) {
   LONGSPAN_UNROLL
-  for (int apart = 1; apart < lanes<Real>; apart *= 2) {
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = rows[2 * i].raw, b = rows[2 * i + 1].raw;
+    rows[i].raw = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  LONGSPAN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(rows[2 * i].raw), b = _mm512_castps_pd(rows[2 * i + 1].raw);
+    rows[i].raw =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  LONGSPAN_UNROLL
+  for (int left = 2; left > 0; left /= 2) {
     LONGSPAN_UNROLL
-    for (int i = 0; i < lanes<Real>; i += 2 * apart) rows[i] = rows[i] + rows[i + apart];
+    for (int i = 0; i < left; ++i) {
+      const __m512 a = rows[2 * i].raw, b = rows[2 * i + 1].raw;
+      rows[i].raw = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
   }
   return rows[0];
 }
+#endif
 
 /// The sum of the lanes of one packet, in the order of sums_of_rows.
 template <class Real>
 LONGSPAN_INLINE Real sum_in_pairs(Packet<Real> x) {
   alignas(64) Real lane[std::size_t(lanes<Real>)];
   store<Real>(lane, x);
-  LONGSPAN_UNROLL
-  for (int apart = 1; apart < lanes<Real>; apart *= 2) {
-    LONGSPAN_UNROLL
-    for (int i = 0; i < lanes<Real>; i += 2 * apart) lane[i] += lane[i + apart];
-  }
+  for_each_pair_of_lanes<Real>([&](int i, int j) { lane[i] += lane[j]; });
   return lane[0];
 }
 
