@@ -126,7 +126,9 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
     Packet<Real> sum[std::size_t(w)];
     LONGSPAN_UNROLL
     for (int i = 0; i < w; ++i) sum[i] = broadcast(Real(0));
-    if (keys > keys_at_once) {  // 64 prefetches take as long as the products with one key
+    // 64 prefetches take as long as the products with one key. Eight and more rows of floats at a time are
+    // read 4-10 % faster without, rows of 16 bits and fewer rows 1-6 % slower.
+    if (keys > keys_at_once && (sizeof(Tk) < sizeof(float) || keys_at_once < 8)) {
       LONGSPAN_UNROLL
       for (int j = 0; j < keys_at_once; ++j) {
         prefetch(row[j], head_dim * static_cast<Index>(sizeof(Tk)), prefetch_bytes);
