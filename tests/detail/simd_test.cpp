@@ -238,6 +238,19 @@ TEST_CASE("rest_of_rounding: with 2^round(x) it makes up 2^x, 0 below 2^-126", "
   }
 }
 
+TEMPLATE_TEST_CASE("bits_of: a bit to each lane of a condition", "[simd]", float, double) {
+  constexpr std::size_t w = width<TestType>;
+  test::Random random(8);
+  bool right = true;
+  for (int round = 0; round < 300; ++round) {
+    const unsigned wanted = static_cast<unsigned>(random.bits()) & ((1u << w) - 1);
+    Lanes<TestType> x(w);
+    for (std::size_t i = 0; i < w; ++i) x[i] = (wanted >> i & 1u) != 0 ? TestType(1) : TestType(-1);
+    right &= detail::bits_of(detail::less(detail::broadcast(TestType(0)), packet(x))) == wanted;
+  }
+  CHECK(right);
+}
+
 TEMPLATE_TEST_CASE("transpose: swaps lane and row", "[simd]", float, double) {
   constexpr std::size_t w = width<TestType>;
   Packet<TestType> rows[w];

@@ -86,38 +86,31 @@ void softmax_row(Real* s, Index count) {
   for (Index j = 0; j < count; ++j) s[j] /= sum;
 }
 
-/// Is one of `count` scores above `least`? NaN is not.
-template <class Real>
-bool any_above(const Real* scores, Index count, Real least) {
-  constexpr Index w = lanes<Real>;
-  Packet<Real> highest = broadcast(least);
-  Index j = 0;
-  for (; j + w <= count; j += w) highest = max(highest, load(scores + j));
-  for (; j < count; ++j) {
-    if (scores[j] > least) return true;
-  }
-  return max_of_lanes(highest) > least;
-}
-
 /// The `k` indices with the highest of `count` scores, rising; of equal ones the lowest. `best` holds k
 /// numbers.
 template <class Real>
 void choose_highest(const Real* scores, Index count, Index k, Index* chosen, Real* best) {
-  constexpr Index together = 4 * lanes<Real>;
-  Index have = 0;
-  for (Index first = 0; first < count; first += together) {
-    const Index end = std::min(first + together, count);
-    if (have == k && !any_above(scores + first, end - first, best[k - 1])) continue;
-    for (Index j = first; j < end; ++j) {
-      if (have == k && !(scores[j] > best[k - 1])) continue;
-      Index at = have < k ? have++ : k - 1;
-      for (; at > 0 && scores[j] > best[at - 1]; --at) {
-        best[at] = best[at - 1];
-        chosen[at] = chosen[at - 1];
-      }
-      best[at] = scores[j];
-      chosen[at] = j;
+  constexpr Index w = lanes<Real>;
+  const auto insert = [&](Index j, Index at) {
+    for (; at > 0 && scores[j] > best[at - 1]; --at) {
+      best[at] = best[at - 1];
+      chosen[at] = chosen[at - 1];
     }
+    best[at] = scores[j];
+    chosen[at] = j;
+  };
+  for (Index j = 0; j < k; ++j) insert(j, j);
+  Index first = k;
+  for (; first + w <= count; first += w) {
+    // Few of many scores are among the highest so far.
+    for (unsigned left = bits_of(less(broadcast(best[k - 1]), load(scores + first))); left != 0;
+         left &= left - 1) {
+      const Index j = first + std::countr_zero(left);
+      if (scores[j] > best[k - 1]) insert(j, k - 1);
+    }
+  }
+  for (; first < count; ++first) {
+    if (scores[first] > best[k - 1]) insert(first, k - 1);
   }
   std::sort(chosen, chosen + k);
 }

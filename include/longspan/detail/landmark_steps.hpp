@@ -23,6 +23,10 @@ struct all_but_landmarks {
   Index block = 1;
 
   constexpr bool sees(Index, Index j) const noexcept { return (j + 1) % block != 0; }
+  constexpr Seen classify(const Tile& tile) const noexcept {
+    if (tile.first_key / block == (tile.first_key + tile.keys) / block) return Seen::all;
+    return tile.keys == 1 ? Seen::none : Seen::some;
+  }
 };
 
 }  // namespace detail

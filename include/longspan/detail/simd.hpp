@@ -173,6 +173,25 @@ LONGSPAN_INLINE Packet<Real> select(Packet<Real> condition, Packet<Real> yes, Pa
   return {Eigen::internal::pselect(condition.raw, yes.raw, no.raw)};
 }
 
+/// Bit i is that of lane i of a condition.
+template <class Real>
+LONGSPAN_INLINE unsigned bits_of(Packet<Real> condition) {
+  alignas(64) Real lane[std::size_t(lanes<Real>)];
+  store<Real>(lane, condition);
+  unsigned bits = 0;
+  LONGSPAN_UNROLL
+  for (int i = 0; i < lanes<Real>; ++i) {
+    using Bits = std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint64_t>;
+    bits |= static_cast<unsigned>(std::bit_cast<Bits>(lane[i]) >> (8 * sizeof(Real) - 1)) << i;
+  }
+  return bits;
+}
+#if defined(EIGEN_VECTORIZE_AVX512DQ)
+LONGSPAN_INLINE unsigned bits_of(Packet<float> condition) {
+  return _mm512_movepi32_mask(_mm512_castps_si512(condition.raw));
+}
+#endif
+
 template <class Real>
 LONGSPAN_INLINE Real sum_of_lanes(Packet<Real> x) {
   return Eigen::internal::predux(x.raw);
