@@ -14,6 +14,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "longspan/detail/element_packets.hpp"
 #include "longspan/detail/problem.hpp"
 #include "longspan/detail/simd.hpp"
 #include "longspan/eigen.hpp"

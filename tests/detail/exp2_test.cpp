@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/lanes.hpp"
 #include "support/random.hpp"
 #include "support/ulp.hpp"
 
@@ -201,4 +202,32 @@ TEST_CASE("weight: of double is e^x within 2 ulp, exactly 0 below -708", "[exp2]
 TEST_CASE("score_unit: the units of weight", "[exp2]") {
   CHECK(longspan::detail::score_unit<float> == static_cast<float>(1 / std::log(2.0)));
   CHECK(longspan::detail::score_unit<double> == 1.0);
+}
+
+TEST_CASE("rest_of_rounding: with 2^round(x) it makes up 2^x, 0 below 2^-126", "[exp2]") {
+  if constexpr (longspan::detail::takes_rests) {
+    test::Random random(6);
+    bool right = true;
+    for (int round = 0; round < 2000; ++round) {
+      test::Lanes<float> x(test::width<float>), p(test::width<float>);
+      for (float& value : x)
+        value = random.chance(0.2) ? 0.5f * static_cast<float>(random.between(-260, 0))
+                                   : -130 * static_cast<float>(random.uniform());
+      for (float& value : p) value = 1 + static_cast<float>(random.uniform());
+      const auto rest = test::lanes_of(longspan::detail::rest_of_rounding(test::packet(x))),
+                 scaled =
+                     test::lanes_of(longspan::detail::times_exp2_of_round(test::packet(p), test::packet(x)));
+      for (std::size_t i = 0; i < x.size(); ++i) {
+        const float nearest = std::nearbyint(x[i]);
+        right &= rest[i] == x[i] - nearest;
+        right &= scaled[i] == (x[i] < -126 ? 0 : std::ldexp(p[i], static_cast<int>(nearest)));
+      }
+    }
+    CHECK(right);
+    const auto odd_nan =
+        longspan::detail::broadcast(std::bit_cast<float>(0x7fc12345u));  // its payload in the low bits
+    for (const float y : test::lanes_of(
+             longspan::detail::times_exp2_of_round(longspan::detail::rest_of_rounding(odd_nan), odd_nan)))
+      CHECK(std::isnan(y));
+  }
 }

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <vector>
 
+#include "longspan/detail/element_packets.hpp"
 #include "longspan/detail/stored_rows.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"

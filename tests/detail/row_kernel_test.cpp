@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "longspan/detail/element_packets.hpp"
 #include "longspan/detail/scratch.hpp"
 #include "support/catch.hpp"
 #include "support/guarded_memory.hpp"

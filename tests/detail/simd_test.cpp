@@ -6,11 +6,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
-#include "longspan/element.hpp"
 #include "support/catch.hpp"
+#include "support/lanes.hpp"
 #include "support/random.hpp"
 #include "support/ulp.hpp"
 
@@ -18,55 +17,14 @@ using longspan::Index;
 namespace detail = longspan::detail;
 using detail::lanes;
 using detail::Packet;
+using test::Lanes;
+using test::lanes_of;
+using test::packet;
+using test::random_lanes;
+using test::same;
+using test::width;
 
 namespace {
-
-template <class Real>
-inline constexpr std::size_t width = static_cast<std::size_t>(lanes<Real>);
-
-template <class Real>
-using Lanes = std::vector<Real>;
-
-template <class Real>
-Packet<Real> packet(const Lanes<Real>& x) {
-  return detail::load(x.data());
-}
-template <class Real>
-Lanes<Real> lanes_of(Packet<Real> x) {
-  Lanes<Real> y(width<Real>);
-  detail::store(y.data(), x);
-  return y;
-}
-
-template <class T>
-bool same_bits(T a, T b) {
-  return std::memcmp(&a, &b, sizeof a) == 0;
-}
-/// The same bits, or NaN both: a NaN's payload is the processor's business.
-template <class T>
-bool same(T a, T b) {
-  const auto x = static_cast<double>(a), y = static_cast<double>(b);
-  return (std::isnan(x) && std::isnan(y)) || same_bits(a, b);
-}
-template <class T>
-bool same(const std::vector<T>& a, const std::vector<T>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](T x, T y) { return same(x, y); });
-}
-
-/// Ordinary numbers of every size, and now and then one of the numbers that are none.
-template <class Real>
-Lanes<Real> random_lanes(test::Random& random, bool with_special = true) {
-  using Limits = std::numeric_limits<Real>;
-  Lanes<Real> x(width<Real>);
-  for (Real& value : x) {
-    value = static_cast<Real>(random.normal() * std::exp2(random.between(-20, 20)));
-    if (with_special && random.chance(0.2)) {
-      value = random.pick({Real(0), -Real(0), Limits::infinity(), -Limits::infinity(), Limits::quiet_NaN(),
-                           (Limits::max)(), Limits::lowest(), (Limits::min)()});
-    }
-  }
-  return x;
-}
 
 /// on_packets(a, b) against on_lanes(a[i], b[i]) on random lanes.
 template <class Real, class OnPackets, class OnLanes>
@@ -213,31 +171,6 @@ TEST_CASE("exponent_field_of_low_bits: shifts the bits of each lane by 23", "[si
   CHECK(right);
 }
 
-TEST_CASE("rest_of_rounding: with 2^round(x) it makes up 2^x, 0 below 2^-126", "[simd]") {
-  if constexpr (detail::takes_rests) {
-    test::Random random(6);
-    bool right = true;
-    for (int round = 0; round < 2000; ++round) {
-      Lanes<float> x(width<float>), p(width<float>);
-      for (float& value : x)
-        value = random.chance(0.2) ? 0.5f * static_cast<float>(random.between(-260, 0))
-                                   : -130 * static_cast<float>(random.uniform());
-      for (float& value : p) value = 1 + static_cast<float>(random.uniform());
-      const auto rest = lanes_of(detail::rest_of_rounding(packet(x))),
-                 scaled = lanes_of(detail::times_exp2_of_round(packet(p), packet(x)));
-      for (std::size_t i = 0; i < x.size(); ++i) {
-        const float nearest = std::nearbyint(x[i]);
-        right &= rest[i] == x[i] - nearest;
-        right &= scaled[i] == (x[i] < -126 ? 0 : std::ldexp(p[i], static_cast<int>(nearest)));
-      }
-    }
-    CHECK(right);
-    const auto odd_nan = detail::broadcast(std::bit_cast<float>(0x7fc12345u));  // its payload in the low bits
-    for (const float y : lanes_of(detail::times_exp2_of_round(detail::rest_of_rounding(odd_nan), odd_nan)))
-      CHECK(std::isnan(y));
-  }
-}
-
 TEMPLATE_TEST_CASE("bits_of: a bit to each lane of a condition", "[simd]", float, double) {
   constexpr std::size_t w = width<TestType>;
   test::Random random(8);
@@ -311,97 +244,10 @@ TEMPLATE_TEST_CASE("sums_of_rows: the bits of sum_in_pairs, row by row", "[simd]
   CHECK(right);
 }
 
-TEMPLATE_TEST_CASE("load_as, store_as: every element type, as static_cast", "[simd]", float, double,
-                   Eigen::bfloat16, Eigen::half) {
-  const auto check = [](auto real) {
-    using Real = decltype(real);
-    constexpr std::size_t w = width<Real>;
-    test::Random random(6);
-    bool loads = true, stores = true;
-    for (int round = 0; round < 3000; ++round) {
-      const std::size_t shift = static_cast<std::size_t>(random.between(0, 3));
-      std::vector<TestType> stored(w + 5);
-      Lanes<Real> x(w);
-      for (Real& value : x) {
-        value = static_cast<Real>(random.normal() * std::exp2(random.between(-45, 20)));
-        if (random.chance(0.1))
-          value = random.pick({Real(0), -Real(0), std::numeric_limits<Real>::infinity(),
-                               std::numeric_limits<Real>::quiet_NaN(), Real(65520), Real(3e38)});
-      }
-      detail::store_as(stored.data() + shift, packet(x));
-      for (std::size_t i = 0; i < w; ++i) stores &= same(stored[shift + i], static_cast<TestType>(x[i]));
-      for (std::size_t i = 0; i < stored.size(); ++i) {
-        stores &= (i >= shift && i < shift + w) || same_bits(stored[i], TestType(0));
-      }
-      const auto back = lanes_of(detail::load_as<Real>(static_cast<const TestType*>(stored.data() + shift)));
-      for (std::size_t i = 0; i < w; ++i) loads &= same(back[i], static_cast<Real>(stored[shift + i]));
-    }
-    CHECK(loads);
-    CHECK(stores);
-  };
-  check(float{});
-  if constexpr (!std::is_same_v<TestType, float>) check(double{});
-}
-
-TEMPLATE_TEST_CASE("load_as: every 16-bit number", "[simd]", Eigen::bfloat16, Eigen::half) {
-  std::vector<TestType> all(65536);
-  for (std::size_t b = 0; b < all.size(); ++b) {
-    all[b] = Eigen::numext::bit_cast<TestType>(static_cast<std::uint16_t>(b));
-  }
-  bool right = true;
-  for (std::size_t first = 0; first < all.size(); first += width<float>) {
-    const auto x = lanes_of(detail::load_as<float>(static_cast<const TestType*>(all.data() + first)));
-    for (std::size_t i = 0; i < x.size(); ++i) right &= same(x[i], static_cast<float>(all[first + i]));
-  }
-  CHECK(right);
-}
-
-TEMPLATE_TEST_CASE("load_part: zeros behind, nothing read there", "[simd]", float, double, Eigen::bfloat16,
-                   Eigen::half) {
-  using Real = longspan::Arithmetic<TestType>;
-  for (Index count = 0; count <= lanes<Real>; ++count) {
-    // No element more than `count`: a sanitizer sees any read behind.
-    std::vector<TestType> from(static_cast<std::size_t>(count));
-    for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<TestType>(static_cast<float>(i) + 1);
-    const auto x = lanes_of(detail::load_part<Real>(static_cast<const TestType*>(from.data()), count));
-    bool right = true;
-    for (std::size_t i = 0; i < x.size(); ++i) {
-      right &= x[i] == (i < from.size() ? static_cast<Real>(i) + 1 : Real(0));
-    }
-    CHECK(right);
-  }
-}
-
 TEST_CASE("prefetch: of memory that is not there does nothing", "[simd]") {
   detail::prefetch(nullptr, 1000);
   const float x = 1;
   detail::prefetch(&x, 0);
   detail::prefetch(&x, -5);
   CHECK(x == 1);
-}
-
-TEMPLATE_TEST_CASE("place_of, column_at: inverse of one another, and the order of load_pairs", "[simd]",
-                   float, Eigen::bfloat16) {
-  constexpr Index w = lanes<float>;
-  for (Index columns = 0; columns <= 5 * w; ++columns) {
-    bool right = true;
-    for (Index c = 0; c < columns; ++c) {
-      const Index place = detail::place_of<float, TestType>(c, columns);
-      right &= place >= 0 && place < columns && detail::column_at<float, TestType>(place, columns) == c;
-    }
-    INFO("columns=" << columns);
-    CHECK(right);
-  }
-  if constexpr (detail::loads_in_pairs<float, TestType>) {
-    std::vector<TestType> row;
-    for (Index c = 0; c < 2 * w; ++c) row.push_back(static_cast<TestType>(static_cast<float>(c)));
-    Packet<float> packets[2];
-    detail::load_pairs(row.data(), packets[0], packets[1]);
-    bool right = true;
-    for (Index c = 0; c < 2 * w; ++c) {
-      const Index place = detail::place_of<float, TestType>(c, 2 * w);
-      right &= lanes_of(packets[place / w])[static_cast<std::size_t>(place % w)] == static_cast<float>(c);
-    }
-    CHECK(right);
-  }
 }

@@ -4,6 +4,10 @@
 #include "longspan/detail/simd.hpp"
 #include "longspan/version.hpp"
 
+#if defined(EIGEN_VECTORIZE_AVX512DQ)
+#include <immintrin.h>
+#endif
+
 LONGSPAN_BEGIN
 namespace detail {
 
@@ -13,6 +17,38 @@ template <class Real>
 inline constexpr Real score_unit = Real(1);
 template <>
 inline constexpr float score_unit<float> = 1.44269504088896340736f;
+
+// AVX512-DQ has an instruction for what is left of a number when it is rounded.
+#if defined(EIGEN_VECTORIZE_AVX512DQ)
+inline constexpr bool takes_rests = true;
+
+/// x - round(x), exact; halves to even.
+LONGSPAN_INLINE Packet<float> rest_of_rounding(Packet<float> x) {
+  constexpr int to_nearest = 0 | 8;  // and no exception flag for what is rounded
+  return {_mm512_reduce_ps(x.raw, to_nearest)};
+}
+/// p * 2^round(x) for a result from 2^-126 on: p where x is NaN, exactly 0 where x < -126.
+LONGSPAN_INLINE Packet<float> times_exp2_of_round(Packet<float> p, Packet<float> x) {
+  constexpr int to_nearest = 0 | 8;
+  const __mmask16 kept = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const __m512i exponent = _mm512_slli_epi32(_mm512_cvt_roundps_epi32(x.raw, to_nearest), 23);  // 0 for NaN
+  return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(kept, _mm512_castps_si512(p.raw), exponent))};
+}
+
+/// x - floor(x), rounded.
+LONGSPAN_INLINE Packet<float> rest_of_floor(Packet<float> x) {
+  constexpr int to_floor = 1 | 8;
+  return {_mm512_reduce_ps(x.raw, to_floor)};
+}
+/// p * 2^floor(x).
+LONGSPAN_INLINE Packet<float> times_exp2_of_floor(Packet<float> p, Packet<float> x) {
+  return {_mm512_scalef_ps(p.raw, x.raw)};
+}
+#else
+inline constexpr bool takes_rests = false;
+Packet<float> rest_of_rounding(Packet<float> x);
+Packet<float> times_exp2_of_round(Packet<float> p, Packet<float> x);
+#endif
 
 /// 2^x for x from -1/2 to 1/2: a minimax polynomial, exactly 1 at 0. Of degree 5 it would make a whole call 1 %
 /// faster, and be off by 1.8 ulp and at 0; Eigen's pexp(x * ln 2) costs 8 % more and is off by 33 ulp for the

@@ -4,6 +4,7 @@
 #include <limits>
 #include <span>
 
+#include "longspan/detail/element_packets.hpp"
 #include "longspan/detail/microkernel.hpp"
 #include "longspan/detail/query_lanes.hpp"
 #include "longspan/detail/simd.hpp"

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "longspan/detail/element_packets.hpp"
 #include "longspan/detail/float_products.hpp"
 #include "longspan/detail/key_block.hpp"
 #include "longspan/detail/microkernel.hpp"

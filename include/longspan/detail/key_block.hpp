@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "longspan/detail/bf16_products.hpp"
+#include "longspan/detail/element_packets.hpp"
 #include "longspan/detail/float_products.hpp"
 #include "longspan/detail/key_run.hpp"
 #include "longspan/detail/microkernel.hpp"

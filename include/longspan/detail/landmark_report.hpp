@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "longspan/detail/accumulator.hpp"
+#include "longspan/detail/element_packets.hpp"
 #include "longspan/detail/exp2.hpp"
 #include "longspan/detail/key_run.hpp"
 #include "longspan/detail/row_kernel.hpp"

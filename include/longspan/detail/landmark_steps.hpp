@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "longspan/detail/element_packets.hpp"
 #include "longspan/detail/forward.hpp"
 #include "longspan/detail/landmark_forward.hpp"
 #include "longspan/detail/landmark_report.hpp"

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "longspan/detail/element_packets.hpp"
 #include "longspan/detail/simd.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"

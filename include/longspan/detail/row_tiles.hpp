@@ -6,6 +6,7 @@
 
 #include "longspan/detail/accumulator.hpp"
 #include "longspan/detail/decode.hpp"
+#include "longspan/detail/element_packets.hpp"
 #include "longspan/detail/forward.hpp"
 #include "longspan/detail/key_block.hpp"
 #include "longspan/detail/key_run.hpp"

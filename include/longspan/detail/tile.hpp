@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "longspan/detail/accumulator.hpp"
+#include "longspan/detail/element_packets.hpp"
 #include "longspan/detail/key_block.hpp"
 #include "longspan/detail/microkernel.hpp"
 #include "longspan/detail/query_lanes.hpp"
