@@ -205,10 +205,12 @@ void check_value_runs() {
           }
           row += run.rows;
         }
+        const Index taken = static_cast<Index>(of_packet.size()) / lanes<Real>;
+        of_packet.resize(of_packet.size() + std::size_t(lanes<Real>));  // memory, even where there are none
+        values.resize(values.size() + std::size_t(v_stride));
         value_rows<1>(static_cast<const Real*>(values.data()), v_stride, tile_rows,
-                      static_cast<const Real*>(of_packet.data()), lanes<Real>,
-                      static_cast<Index>(of_packet.size()) / lanes<Real>, wanted.data() + lane, width, into,
-                      scale.data() + lane);
+                      static_cast<const Real*>(of_packet.data()), lanes<Real>, taken, wanted.data() + lane,
+                      width, into, scale.data() + lane);
       }
       REQUIRE(o == wanted);
     }
