@@ -31,7 +31,9 @@ LONGSPAN_INLINE Packet<float> rest_of_rounding(Packet<float> x) {
 LONGSPAN_INLINE Packet<float> times_exp2_of_round(Packet<float> p, Packet<float> x) {
   constexpr int to_nearest = 0 | 8;
   const __mmask16 kept = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  const __m512i exponent = _mm512_slli_epi32(_mm512_cvt_roundps_epi32(x.raw, to_nearest), 23);  // 0 for NaN
+  // Masked throughout, since g++ 12 takes the unmasked forms for uses of an uninitialised value.
+  const __m512i n = _mm512_maskz_cvt_roundps_epi32(kept, x.raw, to_nearest);
+  const __m512i exponent = _mm512_maskz_slli_epi32(kept, n, 23);  // 0 for NaN
   return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(kept, _mm512_castps_si512(p.raw), exponent))};
 }
 
@@ -70,8 +72,8 @@ LONGSPAN_INLINE Packet<float> exp2_of_rest(Packet<float> x) {
 /// double  Eigen's exp, exactly 0 below -708
 LONGSPAN_INLINE Packet<float> weight(Packet<float> x) {
   if constexpr (takes_rests) {
-    // 10 % faster than below. To split x at its floor and scale by that takes 18 %, but the rest of an x just
-    // below 0 is then rounded, and the result off by 1.6 ulp.
+    // 10 % faster than below. To split x at its floor would gain 18 %, but the rest of an x just below 0 is
+    // rounded then, and the result off by 1.6 ulp.
     return times_exp2_of_round(exp2_of_rest(rest_of_rounding(x)), x);
   } else {
     // Adding 1.5 * 2^23 + 127 rounds x to n, and the low bits then are the exponent field of 2^n.
