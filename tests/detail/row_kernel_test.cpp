@@ -2,6 +2,8 @@
 #include "longspan/detail/row_kernel.hpp"
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -39,11 +41,11 @@ void for_each_count(const Check& check) {
 }
 
 template <int queries, class Real, class Tk>
-bool scores_are_right(Index keys, Index head_dim, Random& random) {
-  const Index k_stride = head_dim + 3, q_stride = round_up(head_dim, lanes<Real>);
-  const GuardedArray<Tk> k(keys * k_stride - 3,
+bool scores_are_right(Index keys, Index head_dim, Index gap, Random& random) {
+  const Index k_stride = head_dim + gap, q_stride = round_up(head_dim, lanes<Real>);
+  const GuardedArray<Tk> k(keys * k_stride - gap,
                            Guard::behind);  // nothing behind the last column of the last row
-  fill(k.data(), keys * k_stride - 3, random);
+  fill(k.data(), keys * k_stride - gap, random);
   std::vector<Real> q(static_cast<std::size_t>(queries * q_stride), Real(0));
   for (Index g = 0; g < queries; ++g) fill(q.data() + g * q_stride, head_dim, random);
   std::vector<Real> s(static_cast<std::size_t>(round_up(keys * queries, lanes<Real>)), Real(777));
@@ -67,9 +69,10 @@ void check_scores() {
   Random random(1);
   for_each_count<1, Real>([&]<int queries>() {
     for (const Index keys : {1, 2, 3, 15, 16, 17, 128}) {
-      for (const Index head_dim : {0, 1, 7, 8, 15, 16, 17, 64, 65}) {
+      for (const Index head_dim : {0, 1, 7, 8, 15, 16, 17, 31, 33, 64, 65}) {
         INFO("queries=" << queries << " keys=" << keys << " head_dim=" << head_dim);
-        CHECK(scores_are_right<queries, Real, Tk>(keys, head_dim, random));
+        CHECK(scores_are_right<queries, Real, Tk>(keys, head_dim, 3, random));
+        CHECK(scores_are_right<queries, Real, Tk>(keys, head_dim, 0, random));
       }
     }
   });
@@ -123,6 +126,48 @@ void check_values() {
   });
 }
 
+/// add_long_values gives the bits of add_values, which is checked above, and writes nothing behind the last packet.
+template <int queries, class Real, class Tv>
+bool long_values_are_right(Index keys, Index columns, Index gap, Random& random) {
+  constexpr Index w = lanes<Real>;
+  const Index v_stride = columns + gap, o_stride = round_up(columns, w) + w;
+  const GuardedArray<Tv> v(std::max<Index>(0, keys * v_stride - gap), Guard::behind);
+  fill(v.data(), std::max<Index>(0, keys * v_stride - gap), random);
+  std::vector<Real> p(static_cast<std::size_t>(keys * queries)), scale(queries);
+  std::vector<Real> o(static_cast<std::size_t>(queries * o_stride));
+  fill(p.data(), keys * queries, random);
+  fill(scale.data(), queries, random);
+  fill(o.data(), queries * o_stride, random);
+  std::vector<Real> wanted = o, sum(static_cast<std::size_t>(queries * round_up(columns, w)));
+  add_long_values<queries>(v.data(), v_stride, columns, keys, p.data(), sum.data(), o.data(), o_stride,
+                           scale.data());
+  constexpr Index pair = loads_in_pairs<Real, Tv> ? 2 : 1;
+  Index c = 0;
+  for (; c + pair * w <= columns; c += pair * w) {
+    add_values<queries, pair>(v.data() + c, v_stride, w, keys, p.data(), queries, wanted.data() + c, o_stride,
+                              scale.data(), false);
+  }
+  for (; c < columns; c += w) {
+    add_values<queries, 1>(v.data() + c, v_stride, std::min(w, columns - c), keys, p.data(), queries,
+                           wanted.data() + c, o_stride, scale.data(), false);
+  }
+  return std::memcmp(o.data(), wanted.data(), o.size() * sizeof(Real)) == 0;
+}
+
+template <class Real, class Tv>
+void check_long_values() {
+  Random random(3);
+  for_each_count<1, Real>([&]<int queries>() {
+    for (const Index keys : {0, 1, 3, 4, 5, 128}) {
+      for (const Index columns : {1, 7, 16, 17, 31, 32, 48, 63, 64, 65, 128, 200}) {
+        INFO("queries=" << queries << " keys=" << keys << " columns=" << columns);
+        CHECK(long_values_are_right<queries, Real, Tv>(keys, columns, 0, random));
+        CHECK(long_values_are_right<queries, Real, Tv>(keys, columns, 3, random));
+      }
+    }
+  });
+}
+
 }  // namespace
 
 TEST_CASE("row_kernel: scores of every number of queries, keys and dimensions", "[row_kernel]") {
@@ -138,4 +183,12 @@ TEST_CASE("row_kernel: weighted values of every number of queries, keys and colu
   SECTION("double") { check_values<double, double>(); }
   SECTION("bfloat16 values") { check_values<float, bfloat16>(); }
   SECTION("half values") { check_values<float, half>(); }
+}
+
+TEST_CASE("row_kernel: weighted values of long rows have the bits of short ones", "[row_kernel]") {
+  SECTION("float") { check_long_values<float, float>(); }
+  SECTION("double") { check_long_values<double, double>(); }
+  SECTION("bfloat16 values") { check_long_values<float, bfloat16>(); }
+  SECTION("half values") { check_long_values<float, half>(); }
+  SECTION("int8 values") { check_long_values<float, std::int8_t>(); }
 }

@@ -244,10 +244,17 @@ TEMPLATE_TEST_CASE("sums_of_rows: the bits of sum_in_pairs, row by row", "[simd]
   CHECK(right);
 }
 
+TEMPLATE_TEST_CASE("held: the packet as it is, NaN and -0 too", "[simd]", float, double) {
+  test::Random random(11);
+  const Lanes<TestType> x = random_lanes<TestType>(random, true);
+  CHECK(same(lanes_of(detail::held(packet(x))), x));
+}
+
 TEST_CASE("prefetch: of memory that is not there does nothing", "[simd]") {
   detail::prefetch(nullptr, 1000);
   const float x = 1;
   detail::prefetch(&x, 0);
   detail::prefetch(&x, -5);
+  detail::prefetch_line(0);
   CHECK(x == 1);
 }

@@ -79,9 +79,10 @@ class Decode {
   static constexpr Index most_block_keys = 256;
 
   struct Worker {
-    Real* q = nullptr;       ///< [queries][q_stride], scaled, zero behind head_dim
-    Real* scores = nullptr;  ///< [block keys * queries of a pass], and one packet
-    bool* seen = nullptr;    ///< the same shape
+    Real* q = nullptr;           ///< [queries][q_stride], scaled, zero behind head_dim
+    Real* scores = nullptr;      ///< [block keys * queries of a pass], and one packet
+    bool* seen = nullptr;        ///< the same shape
+    Real* value_sums = nullptr;  ///< as large as the rows of o of all queries
   };
 
   /// Only stretches that somebody sees are work: the last token of 2^20 under a window of 2^12 would else
@@ -108,7 +109,8 @@ class Decode {
 
   Worker cut_worker(Arena& arena) const {
     constexpr Index scores = most_block_keys * most_decode_queries + lanes<Real>;
-    return {arena.take<Real>(queries_ * q_stride()), arena.take<Real>(scores), arena.take<bool>(scores)};
+    return {arena.take<Real>(queries_ * q_stride()), arena.take<Real>(scores), arena.take<bool>(scores),
+            arena.take<Real>(queries_ * round_up(call_.value_dim(), w))};
   }
 
   RowAccumulator<Real>* cut_parts(Arena& arena, Index count) const {
@@ -207,31 +209,45 @@ class Decode {
     if constexpr (is_scaled) scale_scores<count>(worker.scores, run.v_scale, keys);
     const bool plain = seen == Seen::all || all_finite(run);
     if (!plain) return add_seen_values<count>(run.v, worker, first, state, shrink);
-    const Index in_pairs = columns_in_pairs<Tv>(call_.value_dim());
+    add_values_of_pass<count>(run.v, worker, first, state, shrink);
+  }
+
+  /// Accumulators of add_values: as many as leave registers for the rows.
+  static constexpr int value_accumulators = vector_registers == 32 ? 16 : 8;
+  static constexpr int most_value_packets = vector_registers == 32 ? 8 : 4;
+
+  template <int count>
+  void add_values_of_pass(MatrixView<const Tv> v, const Worker& worker, Index first,
+                          const RowAccumulator<Real>& state, const Real* shrink) const {
+    Real* o = state.o + first * state.stride;
+    if constexpr (count > 1) {
+      if (!fits_registers<count>(state.stride / w)) {
+        return add_long_values<count>(v.data, v.row_stride, v.cols, v.rows, worker.scores, worker.value_sums,
+                                      o, state.stride, shrink);
+      }
+    }
+    const Index in_pairs = columns_in_pairs<Tv>(v.cols);
     for (Index column = 0; column < state.stride;) {
       const Index left = (column < in_pairs ? in_pairs : state.stride) - column;
       const Index packets =
           std::min<Index>(most_value_packets, static_cast<Index>(std::bit_floor(std::size_t(left / w))));
       with_queries(packets, [&]<int wide>() {
-        if constexpr (wide <= most_value_packets) {
-          constexpr int together = std::min(count, std::max(1, value_accumulators / wide));
-          for (int g = 0; g < count; g += together) {
-            add_values<together, wide>(run.v.data + column, run.v.row_stride,
-                                       std::min(w, call_.value_dim() - column - (wide - 1) * w), keys,
-                                       worker.scores + g, count,
-                                       state.o + (first + g) * state.stride + column, state.stride,
-                                       shrink + g, g == 0 && first == 0);
-          }
+        if constexpr (wide <= most_value_packets && wide * count <= value_accumulators) {
+          add_values<count, wide>(v.data + column, v.row_stride,
+                                  std::min(w, v.cols - column - (wide - 1) * w), v.rows, worker.scores, count,
+                                  o + column, state.stride, shrink, first == 0);
         }
       });
       column += packets * w;
     }
   }
 
-  /// Accumulators of add_values: as many as leave registers for the rows. Whole rows for some of the heads
-  /// are faster than half rows for all of them (GQA of 4: 9.4 against 9.9 ms).
-  static constexpr int value_accumulators = vector_registers == 32 ? 16 : 8;
-  static constexpr int most_value_packets = vector_registers == 32 ? 8 : 4;
+  /// Do the sums of whole rows of `packets` packets fit in registers?
+  template <int count>
+  static bool fits_registers(Index packets) {
+    return std::has_single_bit(std::size_t(packets)) && packets <= most_value_packets &&
+           packets * count <= value_accumulators;
+  }
 
   template <int count>
   void hide(const QueryLanes& queries, Index first, KeyRange keys, const Worker& worker) const {

@@ -1,7 +1,6 @@
 // Elements of any type in memory as packets of float or double.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -111,8 +110,9 @@ requires loads_in_pairs<Real, T> LONGSPAN_INLINE void load_pairs(const T* from, 
                                                                  Packet<Real>& odd) {
   using Raw = typename Packet<Real>::Raw;
   using Bits = typename Eigen::internal::unpacket_traits<Raw>::integer_packet;
-  const Bits bits =
-      Eigen::internal::preinterpret<Bits>(Eigen::internal::ploadu<Raw>(reinterpret_cast<const float*>(from)));
+  const Packet<Real> both =
+      held(Packet<Real>{Eigen::internal::ploadu<Raw>(reinterpret_cast<const float*>(from))});
+  const Bits bits = Eigen::internal::preinterpret<Bits>(both.raw);
   even.raw = Eigen::internal::preinterpret<Raw>(Eigen::internal::plogical_shift_left<16>(bits));
   odd.raw = Eigen::internal::preinterpret<Raw>(
       Eigen::internal::pand(bits, Eigen::internal::pset1<Bits>(static_cast<int>(0xffff0000u))));

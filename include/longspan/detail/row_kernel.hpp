@@ -7,16 +7,14 @@
 #include <algorithm>
 
 #include "longspan/detail/element_packets.hpp"
+#include "longspan/detail/row_columns.hpp"
+#include "longspan/detail/scratch.hpp"
 #include "longspan/detail/simd.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 LONGSPAN_BEGIN
 namespace detail {
-
-/// Rows are asked for this far ahead. Measured with 2 threads over DRAM: 8 KB brings float rows from 26 to
-/// 29-33 GB/s, four heads sharing rows from 17 to 24; 16 KB is equal or worse, 32 KB costs 10-15 %.
-inline constexpr Index prefetch_bytes = 8192;
 
 /// sum[j * queries + g] += over 2 packets of columns, k[j] * q[g]. Few keys are held while the queries pass,
 /// few queries while the keys do: all of it stays in 32 registers.
@@ -32,7 +30,7 @@ LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index co
     for (int half = 0; half < 2; ++half) {
       LONGSPAN_UNROLL
       for (int g = 0; g < queries; ++g) {
-        const Packet<Real> of_query = load(q + g * q_stride + half * w);
+        const Packet<Real> of_query = held(load(q + g * q_stride + half * w));
         LONGSPAN_UNROLL
         for (int j = 0; j < keys; ++j)
           sum[j * queries + g] = fma(of_key[half][j], of_query, sum[j * queries + g]);
@@ -42,8 +40,8 @@ LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index co
     Packet<Real> of_query[2][std::size_t(queries)];
     LONGSPAN_UNROLL
     for (int g = 0; g < queries; ++g) {
-      of_query[0][g] = load(q + g * q_stride);
-      of_query[1][g] = load(q + g * q_stride + w);
+      of_query[0][g] = held(load(q + g * q_stride));
+      of_query[1][g] = held(load(q + g * q_stride + w));
     }
     LONGSPAN_UNROLL
     for (int j = 0; j < keys; ++j) {
@@ -59,14 +57,14 @@ LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index co
 }
 
 /// sum[j * queries + g] += k[j] * q[g], to be summed over the lanes.
-template <int queries, int keys, class Real, class Tk>
+template <int queries, int keys, bool asks, class Real, class Tk>
 LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Real* q, Index q_stride,
-                              Index head_dim, Packet<Real> (&sum)[std::size_t(queries * keys)]) {
-  constexpr int w = lanes<Real>;
-  const auto add = [&](const auto& load_key, Index column) {
+                              Index head_dim, LinesAhead ahead,
+                              Packet<Real> (&sum)[std::size_t(queries * keys)]) {
+  const auto add_packet = [&](const auto& load_key, Index column) {
     Packet<Real> of_query[std::size_t(queries)];
     LONGSPAN_UNROLL
-    for (int g = 0; g < queries; ++g) of_query[g] = load(q + g * q_stride + column);
+    for (int g = 0; g < queries; ++g) of_query[g] = held(load(q + g * q_stride + column));
     LONGSPAN_UNROLL
     for (int j = 0; j < keys; ++j) {
       const Packet<Real> of_key = load_key(k[j] + column);
@@ -74,19 +72,14 @@ LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Rea
       for (int g = 0; g < queries; ++g) sum[j * queries + g] = fma(of_key, of_query[g], sum[j * queries + g]);
     }
   };
-  const Index whole = head_dim / w * w;
-  Index column = 0;
-  if constexpr (loads_in_pairs<Real, Tk>) {
-    LONGSPAN_NO_UNROLL
-    for (; column + 2 * w <= head_dim; column += 2 * w) {
+  const auto add_whole = [&](Index column) {
+    if constexpr (loads_in_pairs<Real, Tk>) {
       add_pairs<queries, keys>(k, column, q + column, q_stride, sum);
+    } else {
+      add_packet([](const Tk* from) { return load_as<Real>(from); }, column);
     }
-  }
-  LONGSPAN_NO_UNROLL
-  for (; column < whole; column += w) {
-    add([](const Tk* from) { return load_as<Real>(from); }, column);
-  }
-  if (whole < head_dim) add([&](const Tk* from) { return load_part<Real>(from, head_dim - whole); }, whole);
+  };
+  for_each_column<Real, Tk, keys, asks>(head_dim, ahead, add_whole, add_packet);
 }
 
 /// As score_keys for fewer keys than a packet holds, one by one: the same bits. (By itself, since inlined there
@@ -101,7 +94,7 @@ LONGSPAN_NOINLINE void score_few_keys(const Tk* k, Index k_stride, Index keys, c
       const Tk* const row[1] = {k + j * k_stride};
       Packet<Real> sum[std::size_t(queries)];
       for (int g = 0; g < queries; ++g) sum[g] = broadcast(Real(0));
-      add_rows<queries, 1>(row, q, q_stride, head_dim, sum);
+      add_rows<queries, 1, false>(row, q, q_stride, head_dim, {row[0], 0, 0, 1}, sum);
       for (int g = 0; g < queries; ++g) of_key[g] = sum_in_pairs(sum[g]);
     }
     std::copy_n(of_key, queries, s + j * queries);
@@ -116,26 +109,29 @@ template <int queries, class Real, class Tk>
 void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride, Index head_dim,
                 Real* s) {
   constexpr int w = lanes<Real>, keys_at_once = w / queries;
+  // Pointers to 16 rows leave no register for anything else: 8 at a time take a fifth less time with clang++.
+  constexpr int together = std::min(keys_at_once, 8);
+  // For one query the loads of 8 float rows let the processor run ahead by themselves, 5-10 % faster.
+  constexpr bool asks = queries > 1 || together < 8 || sizeof(Tk) < sizeof(float);
   for (Index first = 0; first < keys; first += keys_at_once, s += w) {
     // Of one key in 16, half the time would go to repeating it.
     if ((keys - first) * queries <= w / 4) {
       return score_few_keys<queries>(k + first * k_stride, k_stride, keys - first, q, q_stride, head_dim, s);
     }
-    const Tk* row[std::size_t(keys_at_once)];
-    LONGSPAN_UNROLL
-    for (int j = 0; j < keys_at_once; ++j) row[j] = k + std::min(first + j, keys - 1) * k_stride;
     Packet<Real> sum[std::size_t(w)];
     LONGSPAN_UNROLL
-    for (int i = 0; i < w; ++i) sum[i] = broadcast(Real(0));
-    // 64 prefetches take as long as the products with one key. Eight and more rows of floats at a time are
-    // read 4-10 % faster without, rows of 16 bits and fewer rows 1-6 % slower.
-    if (keys > keys_at_once && (sizeof(Tk) < sizeof(float) || keys_at_once < 8)) {
+    for (int part = 0; part < keys_at_once; part += together) {
+      const Tk* row[std::size_t(together)];
       LONGSPAN_UNROLL
-      for (int j = 0; j < keys_at_once; ++j) {
-        prefetch(row[j], head_dim * static_cast<Index>(sizeof(Tk)), prefetch_bytes);
-      }
+      for (int j = 0; j < together; ++j) row[j] = k + std::min(first + part + j, keys - 1) * k_stride;
+      Packet<Real> of_rows[std::size_t(together * queries)];
+      LONGSPAN_UNROLL
+      for (int i = 0; i < together * queries; ++i) of_rows[i] = broadcast(Real(0));
+      const LinesAhead ahead(row[0], head_dim, k_stride, together);
+      add_rows<queries, together, asks>(row, q, q_stride, head_dim, ahead, of_rows);
+      LONGSPAN_UNROLL
+      for (int i = 0; i < together * queries; ++i) sum[part * queries + i] = of_rows[i];
     }
-    add_rows<queries, keys_at_once>(row, q, q_stride, head_dim, sum);
     store(s, sums_of_rows(sum));
   }
 }
@@ -191,7 +187,7 @@ LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_column
     for (Index j = 0; j < keys; ++j) {
       const Tv* row = v + j * v_stride;
       if (reads_first) {
-        prefetch(row, packets * w * static_cast<Index>(sizeof(Tv)), prefetch_bytes);
+        prefetch(row, packets * w * static_cast<Index>(sizeof(Tv)), prefetch_ahead);
       }
       add(row, p + j * p_stride, [](const Tv* from, Packet<Real>(&to)[std::size_t(packets)]) {
         load_whole<packets, Real>(from, to);
@@ -212,6 +208,85 @@ LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_column
     for (int c = 0; c < packets; ++c) {
       Real* to = o + g * o_stride + c * w;
       store(to, fma(broadcast(scale[g]), load(static_cast<const Real*>(to)), sum[g][c]));
+    }
+  }
+}
+
+/// sum[c][g] += p[j][g] * v[j][c] for `keys` rows v[j] together and `queries` of `all` queries, where sum[c][g] is a
+/// packet of columns: the sums are in the first cache, the weights in registers.
+template <int all, int queries, int keys, bool asks, class Real, class Tv>
+LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, const Real* p, Real* sum) {
+  constexpr int w = lanes<Real>;
+  Packet<Real> weight_of[std::size_t(keys * queries)];
+  LONGSPAN_UNROLL
+  for (int j = 0; j < keys; ++j) {
+    LONGSPAN_UNROLL
+    for (int g = 0; g < queries; ++g) weight_of[j * queries + g] = broadcast(p + j * all + g);
+  }
+  const auto add = [&](const Packet<Real>(&of_value)[std::size_t(keys)], Index column) {
+    Real* to = sum + column * all;
+    LONGSPAN_UNROLL
+    for (int g = 0; g < queries; ++g, to += w) {
+      Packet<Real> x = load(static_cast<const Real*>(to));
+      LONGSPAN_UNROLL
+      for (int j = 0; j < keys; ++j) x = fma(weight_of[j * queries + g], of_value[j], x);
+      store(to, x);
+    }
+  };
+  const auto add_packet = [&](const auto& load_value, Index column) {
+    Packet<Real> of_value[std::size_t(keys)];
+    LONGSPAN_UNROLL
+    for (int j = 0; j < keys; ++j) of_value[j] = load_value(v + j * v_stride + column);
+    add(of_value, column);
+  };
+  const auto add_whole = [&](Index column) {
+    if constexpr (loads_in_pairs<Real, Tv>) {
+      Packet<Real> even[std::size_t(keys)], odd[std::size_t(keys)];
+      LONGSPAN_UNROLL
+      for (int j = 0; j < keys; ++j) load_pairs(v + j * v_stride + column, even[j], odd[j]);
+      add(even, column);
+      add(odd, column + w);
+    } else {
+      add_packet([](const Tv* from) { return held(load_as<Real>(from)); }, column);
+    }
+  };
+  for_each_column<Real, Tv, keys, asks>(columns, {v, columns, v_stride, keys}, add_whole, add_packet);
+}
+
+/// add_value_rows for all queries, four at a time: the weights of four rows for eight leave the registers, and
+/// clang++ then takes 60 % longer.
+template <int all, int keys, class Real, class Tv>
+LONGSPAN_INLINE void add_value_rows_of_all(const Tv* v, Index v_stride, Index columns, const Real* p,
+                                           Real* sum) {
+  constexpr int some = std::min(all, 4);
+  add_value_rows<all, some, keys, true>(v, v_stride, columns, p, sum);
+  if constexpr (some < all) {
+    add_value_rows<all, all - some, keys, false>(v, v_stride, columns, p + some, sum + some * lanes<Real>);
+  }
+}
+
+/// o[g][c] = scale[g] * o[g][c] + sum_j p[j * queries + g] * v[j][c], as add_values, for rows of any length: each is
+/// read once for all queries. `sum` is room for `queries` rows of o_stride. The sums are those of add_values, bit
+/// for bit; columns of o stand at their `place_of`.
+///
+/// Where the sums of whole rows leave the registers (8 packets, 4 queries) this takes 110 GB/s from the first caches
+/// and 87 % of the stream rate from DRAM; rows read twice, for two queries each, took 84 and 79 %.
+template <int queries, class Real, class Tv>
+LONGSPAN_NOINLINE void add_long_values(const Tv* v, Index v_stride, Index columns, Index keys, const Real* p,
+                                       Real* sum, Real* o, Index o_stride, const Real* scale) {
+  constexpr int w = lanes<Real>, keys_together = vector_registers == 32 ? 4 : 2;
+  std::fill_n(sum, queries * round_up(columns, w), Real(0));
+  Index j = 0;
+  for (; j + keys_together <= keys; j += keys_together) {
+    add_value_rows_of_all<queries, keys_together>(v + j * v_stride, v_stride, columns, p + j * queries, sum);
+  }
+  for (; j < keys; ++j)
+    add_value_rows_of_all<queries, 1>(v + j * v_stride, v_stride, columns, p + j * queries, sum);
+  for (Index c = 0; c < columns; c += w) {
+    for (int g = 0; g < queries; ++g, sum += w) {
+      Real* to = o + g * o_stride + c;
+      store(to, fma(broadcast(scale[g]), load(static_cast<const Real*>(to)),
+                    load(static_cast<const Real*>(sum))));
     }
   }
 }

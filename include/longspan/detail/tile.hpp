@@ -284,10 +284,9 @@ void QueryTile<Products, M, S>::value_runs(const Block& block, std::span<const R
     return RowRun{divide_up(run.end - run.begin, Products::keys_in_row), run.first_packet, run.packets};
   });
   const Index first_row = runs.front().begin / Products::keys_in_row;
-  const auto* v = block.v + first_row * block.v_stride;
-  const Weight* weights = scratch.weights + first_row * stride_;
   with_packets(packets_, [&]<int packets>() {
-    Products::template value_rows<packets>(v, block.v_stride, state_.columns(), weights,
+    Products::template value_rows<packets>(block.v + first_row * block.v_stride, block.v_stride,
+                                           state_.columns(), scratch.weights + first_row * stride_,
                                            {rows.data(), runs.size()}, o, into, scale, stride_);
   });
 }
