@@ -45,9 +45,9 @@ struct kv_cache_options;
 ///           Where all roundings go one way (equal scores, one value everywhere) the 16 becomes up to 80.
 /// Masked    what a query does not see has no effect on its row, even if it holds NaN. A row that sees no key
 ///           gives 0 and lse = -infinity. A score of -infinity hides the key.
-/// Bits      do not depend on the executor, on how many threads it has, nor on other batch rows and KV heads.
-///           More than 8 queries to a KV head (q_len * heads / kv_heads): nor on the queries beside either;
-///           fewer have a kernel of their own.
+/// Bits      do not depend on the executor, on how many threads it has, on other batch rows and KV heads, nor on
+///           the queries beside: up to 8 to a KV head (q_len * heads / kv_heads), where each might have come
+///           alone, or more than 8, which have another kernel.
 /// Throws    Error when shapes disagree, before anything is written. What an executor throws passes through.
 /// Source    Vaswani et al. 2017 (arXiv 1706.03762), eq. 1; blocked as Dao et al. 2022 (arXiv 2205.14135),
 ///           algorithm 1, with queries in the lanes.

@@ -143,11 +143,16 @@ TEST_CASE("kv_cache: the bits of the one call", "[bits][slow]") {
 TEST_CASE("kv_cache: single tokens, the bits of decoding against all tokens so far", "[bits][slow]") {
   Random random(3);
   const Shape shape{1, 8, 2, 2100, 2100, 32, 32};
-  Call<float> once(shape, Values::normal, random), tokens = once.unrun(), paged = once.unrun();
+  Call<float> once(shape, Values::normal, random), tokens = once.unrun(), paged = once.unrun(),
+                                                   pairs = once.unrun();
   const softmax_attention attend{causal{}};
   auto array = attend.stream(stream_shape(shape)), pages = attend.stream(stream_shape(shape), {.page = 256});
   extend(array, tokens, 0, 2000);
   extend(pages, paged, 0, 2000);
+  auto by_two = array;
+  pairs.out = tokens.out;
+  pairs.lse = tokens.lse;
+  for (Index n = 2000; n < 2100; n += 2) extend(by_two, pairs, n, 2);
   for (Index n = 2000; n < 2100; ++n) {
     extend(array, tokens, n, 1, 1);
     extend(pages, paged, n, 1, 2);
@@ -156,6 +161,7 @@ TEST_CASE("kv_cache: single tokens, the bits of decoding against all tokens so f
            longspan::serial{});
   }
   CHECK(paged.same_outputs(tokens));
+  CHECK(pairs.same_outputs(tokens));
   for (Index h = 0; h < 8; ++h)
     CHECK(std::equal(once.out.row(0, h, 2000), once.out.row(0, h, 2099) + 32, tokens.out.row(0, h, 2000)));
 }

@@ -42,13 +42,7 @@ class Decode {
 
   /// Of the call's own k and v only the shapes are read: the rows are in `keys`.
   Decode(const Call& call, const Keys& keys, const M& mask)
-      : call_(call),
-        keys_(keys),
-        mask_(mask),
-        queries_(call.q_len() * call.group()),
-        // One query reads K and V fastest in long stretches of each (256 keys: 88 % of the stream rate, 64:
-        // 83 %); several want the keys of their passes in the first caches.
-        block_keys_(queries_ == 1 ? 256 : 128) {
+      : call_(call), keys_(keys), mask_(mask), queries_(call.q_len() * call.group()) {
     find_stretches();
   }
 
@@ -76,11 +70,13 @@ class Decode {
 
  private:
   static constexpr bool is_scaled = std::is_same_v<Tk, std::int8_t>;
-  static constexpr Index most_block_keys = 256;
+  /// One query reads K and V fastest in long stretches of each (256 keys: 88 % of the stream rate, 64: 83 %), and
+  /// more queries are as fast. Being the same for all, a query's bits do not tell how many others there are.
+  static constexpr Index block_keys = 256;
 
   struct Worker {
     Real* q = nullptr;           ///< [queries][q_stride], scaled, zero behind head_dim
-    Real* scores = nullptr;      ///< [block keys * queries of a pass], and one packet
+    Real* scores = nullptr;      ///< [block_keys * queries of a pass], and one packet
     bool* seen = nullptr;        ///< the same shape
     Real* value_sums = nullptr;  ///< as large as the rows of o of all queries
   };
@@ -108,7 +104,7 @@ class Decode {
   Index q_stride() const { return round_up(call_.head_dim(), w); }
 
   Worker cut_worker(Arena& arena) const {
-    constexpr Index scores = most_block_keys * most_decode_queries + lanes<Real>;
+    constexpr Index scores = block_keys * most_decode_queries + lanes<Real>;
     return {arena.take<Real>(queries_ * q_stride()), arena.take<Real>(scores), arena.take<bool>(scores),
             arena.take<Real>(queries_ * round_up(call_.value_dim(), w))};
   }
@@ -156,9 +152,9 @@ class Decode {
     Index done = from;
     for (const KeyRange& range : key_ranges(mask_, queries.tile(0, queries_, {0, 0}))) {
       const Index end = std::min(range.end, to);
-      Index first = std::max(done, std::max(range.begin, from) / block_keys_ * block_keys_);
-      for (; first < end; first += block_keys_) {
-        KeyRange left{first, std::min(first + block_keys_, to)};
+      Index first = std::max(done, std::max(range.begin, from) / block_keys * block_keys);
+      for (; first < end; first += block_keys) {
+        KeyRange left{first, std::min(first + block_keys, to)};
         while (!left.empty()) {
           const Run run = keys_.run(queries.batch, kv_head % call_.k.heads, left);
           const Index begin = std::exchange(left.begin, left.begin + run.k.rows);
@@ -200,7 +196,7 @@ class Decode {
     score_keys<count>(run.k.data, run.k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
                       call_.head_dim(), worker.scores);
     if constexpr (is_scaled) scale_scores<count>(worker.scores, run.k_scale, keys);
-    const Index scores = round_up(keys * count, w);
+    const Index scores = round_up(keys, w) * count;
     std::fill(worker.scores + keys * count, worker.scores + scores, FloatProducts<Real>::hidden);
     if (seen == Seen::some) hide<count>(queries, first, range, worker);
 
@@ -260,7 +256,8 @@ class Decode {
     }
   }
 
-  /// Raises the tops to the scores, turns these into weights and adds them to the sums.
+  /// Raises the tops to the scores, turns these into weights and adds them to the sums. `size` is a multiple of
+  /// w * count.
   template <int count>
   static void weigh(Real* scores, Index size, Real* top, Real* sum, Real* shrink) {
     alignas(64) Real of_lane[std::size_t(w)];
@@ -275,13 +272,25 @@ class Decode {
     store(shrink, weight(before - raised));
     std::copy_n(of_lane, count, top);
 
-    Packet<Real> total = broadcast(Real(0));
-    for (Index i = 0; i < size; i += w) {
-      const Packet<Real> p = weight(load<Real>(scores + i) - raised);
-      total = total + p;
-      store(scores + i, p);
+    // A lane of total[n] has every w-th key, whatever `count` is: added up from the farthest apart to the next, the
+    // sum of a query is the same beside any others.
+    Packet<Real> total[std::size_t(count)];
+    LONGSPAN_UNROLL
+    for (int n = 0; n < count; ++n) total[n] = broadcast(Real(0));
+    for (Index i = 0; i < size; i += w * count) {
+      LONGSPAN_UNROLL
+      for (int n = 0; n < count; ++n) {
+        const Packet<Real> p = weight(load<Real>(scores + i + n * w) - raised);
+        total[n] = total[n] + p;
+        store(scores + i + n * w, p);
+      }
     }
-    store<Real>(of_lane, total);
+    LONGSPAN_UNROLL
+    for (int apart = count / 2; apart > 0; apart /= 2) {
+      LONGSPAN_UNROLL
+      for (int n = 0; n < apart; ++n) total[n] = total[n] + total[n + apart];
+    }
+    store<Real>(of_lane, total[0]);
     fold<count>(of_lane, std::plus<>());
     for (int g = 0; g < count; ++g) sum[g] = sum[g] * shrink[g] + of_lane[g];
   }
@@ -366,7 +375,6 @@ class Decode {
   const Keys& keys_;
   const M& mask_;
   Index queries_;
-  Index block_keys_;
   KeyRanges seen_;  ///< numbers of stretches
   Index stretches_ = 1;
 };

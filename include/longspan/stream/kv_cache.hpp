@@ -73,8 +73,8 @@ struct kv_cache_options {
 ///           rounds each element of k and v: bfloat16 by 2^-9 of it, half by 2^-12, int8 by 1 / 254 of the
 ///           largest of its row
 /// Bits      with one array, or pages of a multiple of 256, those of the call over all rows wherever that
-///           runs the same kernel (see softmax_attention: more than 8 queries to a KV head). Copies, other
-///           batch rows and the executor change none
+///           runs the same kernel (see softmax_attention: up to 8 queries to a KV head, or more): one token at
+///           a time or a few make no difference. Copies, other batch rows and the executor change none
 /// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws leaves a
 ///           stream that has taken in some of the call's rows
 /// Source    pages: Kwon et al. 2023 (arXiv 2309.06180), section 4; sinks: Xiao et al. 2023
