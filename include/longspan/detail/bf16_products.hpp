@@ -25,11 +25,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+LONGSPAN_INTRINSICS_BEGIN
 
 LONGSPAN_BEGIN
 namespace detail {
@@ -232,8 +228,6 @@ struct Bf16Products {
 }  // namespace detail
 LONGSPAN_END
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+LONGSPAN_INTRINSICS_END
 
 #endif

@@ -14,13 +14,7 @@
 #include <immintrin.h>
 #endif
 
-// As in simd.hpp.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+LONGSPAN_INTRINSICS_BEGIN
 
 LONGSPAN_BEGIN
 namespace detail {
@@ -166,6 +160,4 @@ LONGSPAN_INLINE void store_as(T* to, Packet<Real> x) {
 }  // namespace detail
 LONGSPAN_END
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+LONGSPAN_INTRINSICS_END

@@ -22,14 +22,14 @@ inline constexpr float score_unit<float> = 1.44269504088896340736f;
 #if defined(EIGEN_VECTORIZE_AVX512DQ)
 inline constexpr bool takes_rests = true;
 
+inline constexpr int to_nearest = 0 | 8;  // and no exception flag for what is rounded
+
 /// x - round(x), exact; halves to even.
 LONGSPAN_INLINE Packet<float> rest_of_rounding(Packet<float> x) {
-  constexpr int to_nearest = 0 | 8;  // and no exception flag for what is rounded
   return {_mm512_reduce_ps(x.raw, to_nearest)};
 }
 /// p * 2^round(x) for a result from 2^-126 on: p where x is NaN, exactly 0 where x < -126.
 LONGSPAN_INLINE Packet<float> times_exp2_of_round(Packet<float> p, Packet<float> x) {
-  constexpr int to_nearest = 0 | 8;
   const __mmask16 kept = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   // Masked throughout, since g++ 12 takes the unmasked forms for uses of an uninitialised value.
   const __m512i n = _mm512_maskz_cvt_roundps_epi32(kept, x.raw, to_nearest);

@@ -5,13 +5,10 @@
 // set that Eigen knows.
 #pragma once
 
-#include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "longspan/detail/eigen_core.hpp"
@@ -46,15 +43,7 @@
 #define LONGSPAN_NO_UNROLL
 #endif
 
-// g++ 12 says of its own intrinsics that they use an uninitialised value (its bug 105593, seen through
-// inlining), and of vector types that template arguments lose their attributes. Neither is ours, and both
-// would reach users.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+LONGSPAN_INTRINSICS_BEGIN
 
 LONGSPAN_BEGIN
 namespace detail {
@@ -311,6 +300,4 @@ LONGSPAN_INLINE Real sum_in_pairs(Packet<Real> x) {
 }  // namespace detail
 LONGSPAN_END
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+LONGSPAN_INTRINSICS_END
