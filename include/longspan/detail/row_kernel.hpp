@@ -67,7 +67,8 @@ LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Rea
     for (int g = 0; g < queries; ++g) of_query[g] = held(load(q + g * q_stride + column));
     LONGSPAN_UNROLL
     for (int j = 0; j < keys; ++j) {
-      const Packet<Real> of_key = load_key(k[j] + column);
+      const Packet<Real> loaded = load_key(k[j] + column);
+      const Packet<Real> of_key = queries > 1 ? held(loaded) : loaded;
       LONGSPAN_UNROLL
       for (int g = 0; g < queries; ++g) sum[j * queries + g] = fma(of_key, of_query[g], sum[j * queries + g]);
     }
