@@ -91,8 +91,8 @@ bool values_are_right(Index keys, Index last_columns, Random& random) {
   fill(scale.data(), queries, random);
   fill(o.data(), queries * o_stride, random);
   const std::vector<Real> before = o;
-  add_values<queries, packets>(v.data(), v_stride, last_columns, keys, p.data(), p_stride, o.data(), o_stride,
-                               scale.data(), true);
+  add_values<queries, packets, RowsAhead::read_again>(v.data(), v_stride, last_columns, keys, p.data(),
+                                                      p_stride, o.data(), o_stride, scale.data());
   for (Index g = 0; g < queries; ++g) {
     for (Index c = 0; c < columns; ++c) {
       const Index place = last_columns == w && packets % 2 == 0 ? place_of<Real, Tv>(c, columns) : c;
@@ -139,17 +139,18 @@ bool long_values_are_right(Index keys, Index columns, Index gap, Random& random)
   fill(scale.data(), queries, random);
   fill(o.data(), queries * o_stride, random);
   std::vector<Real> wanted = o, sum(static_cast<std::size_t>(queries * round_up(columns, w)));
-  add_long_values<queries>(v.data(), v_stride, columns, keys, p.data(), sum.data(), o.data(), o_stride,
-                           scale.data());
+  add_long_values<queries, RowsAhead::read_once>(v.data(), v_stride, columns, keys, p.data(), sum.data(),
+                                                 o.data(), o_stride, scale.data());
   constexpr Index pair = loads_in_pairs<Real, Tv> ? 2 : 1;
   Index c = 0;
   for (; c + pair * w <= columns; c += pair * w) {
-    add_values<queries, pair>(v.data() + c, v_stride, w, keys, p.data(), queries, wanted.data() + c, o_stride,
-                              scale.data(), false);
+    add_values<queries, pair, RowsAhead::not_asked_for>(v.data() + c, v_stride, w, keys, p.data(), queries,
+                                                        wanted.data() + c, o_stride, scale.data());
   }
   for (; c < columns; c += w) {
-    add_values<queries, 1>(v.data() + c, v_stride, std::min(w, columns - c), keys, p.data(), queries,
-                           wanted.data() + c, o_stride, scale.data(), false);
+    add_values<queries, 1, RowsAhead::read_once>(v.data() + c, v_stride, std::min(w, columns - c), keys,
+                                                 p.data(), queries, wanted.data() + c, o_stride,
+                                                 scale.data());
   }
   return std::memcmp(o.data(), wanted.data(), o.size() * sizeof(Real)) == 0;
 }

@@ -255,6 +255,7 @@ TEST_CASE("prefetch: of memory that is not there does nothing", "[simd]") {
   const float x = 1;
   detail::prefetch(&x, 0);
   detail::prefetch(&x, -5);
+  detail::prefetch<true>(nullptr, 1000);
   detail::prefetch_line(0);
   CHECK(x == 1);
 }

@@ -201,10 +201,11 @@ struct RetrievedRow {
       packets = divide_up(v.cols - column, w) >= together ? together : 1;
       const Index last = std::min(w, v.cols - column - (packets - 1) * w);
       if (packets == together) {
-        add_values<1, together>(v.data + column, v.row_stride, last, rows, scores, 1, o + column, 0, &shrink,
-                                false);
+        add_values<1, together, RowsAhead::not_asked_for>(v.data + column, v.row_stride, last, rows, scores,
+                                                          1, o + column, 0, &shrink);
       } else {
-        add_values<1, 1>(v.data + column, v.row_stride, last, rows, scores, 1, o + column, 0, &shrink, false);
+        add_values<1, 1, RowsAhead::not_asked_for>(v.data + column, v.row_stride, last, rows, scores, 1,
+                                                   o + column, 0, &shrink);
       }
     }
   }

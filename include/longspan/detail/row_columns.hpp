@@ -15,6 +15,10 @@ namespace detail {
 /// Rows are asked for this far ahead, in bytes: 16 KB are equal, 2 and 4 KB 5-10 % slower.
 inline constexpr Index prefetch_ahead = 8192;
 
+/// What a kernel asks for of the rows ahead. Rows that are read once do not drive others out of the caches: a step
+/// of decoding over DRAM then takes 3-10 % less.
+enum class RowsAhead { not_asked_for, read_once, read_again };
+
 /// Asks for the rows ahead while some rows are read together, a line of each at a time.
 ///
 /// Only lines that are asked for in the order of their addresses, and spread over the work, let the processor run
@@ -33,10 +37,12 @@ class LinesAhead {
     step_ = touch ? cache_line * static_cast<std::uintptr_t>(rows_together) : cache_line;
   }
 
-  template <int rows>
+  template <int rows, RowsAhead ahead>
   LONGSPAN_INLINE void ask_for_lines() {
+    if constexpr (ahead == RowsAhead::not_asked_for) return;
     LONGSPAN_UNROLL
-    for (int j = 0; j < rows; ++j) prefetch_line(next_ + static_cast<std::uintptr_t>(j) * apart_);
+    for (int j = 0; j < rows; ++j)
+      prefetch_line<ahead == RowsAhead::read_once>(next_ + static_cast<std::uintptr_t>(j) * apart_);
     next_ += step_;
   }
 
@@ -46,20 +52,20 @@ class LinesAhead {
 
 /// Goes through the columns of `rows` rows of T that are read together: add_whole(column) for one packet, or two
 /// that are loaded in pairs, add_packet(load, column) for what is left, where load gives a packet from an address.
-template <class Real, class T, int rows, bool asks, class AddWhole, class AddPacket>
-LONGSPAN_INLINE void for_each_column(Index columns, LinesAhead ahead, const AddWhole& add_whole,
+template <class Real, class T, int rows, RowsAhead ahead, class AddWhole, class AddPacket>
+LONGSPAN_INLINE void for_each_column(Index columns, LinesAhead lines, const AddWhole& add_whole,
                                      const AddPacket& add_packet) {
   constexpr Index w = lanes<Real>, step = loads_in_pairs<Real, T> ? 2 * w : w;
   constexpr Index line = std::max(step, cache_line / static_cast<Index>(sizeof(T)));
   Index column = 0;
   LONGSPAN_NO_UNROLL
   for (; column + line <= columns; column += line) {
-    if constexpr (asks) ahead.template ask_for_lines<rows>();
+    lines.template ask_for_lines<rows, ahead>();
     LONGSPAN_UNROLL
     for (Index c = 0; c < line; c += step) add_whole(column + c);
   }
   if (column == columns) return;
-  if constexpr (asks) ahead.template ask_for_lines<rows>();
+  lines.template ask_for_lines<rows, ahead>();
   LONGSPAN_NO_UNROLL
   for (; column + step <= columns; column += step) add_whole(column);
   if (column + w <= columns) {

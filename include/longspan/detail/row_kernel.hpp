@@ -57,9 +57,9 @@ LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index co
 }
 
 /// sum[j * queries + g] += k[j] * q[g], to be summed over the lanes.
-template <int queries, int keys, bool asks, class Real, class Tk>
+template <int queries, int keys, RowsAhead ahead, class Real, class Tk>
 LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Real* q, Index q_stride,
-                              Index head_dim, LinesAhead ahead,
+                              Index head_dim, LinesAhead lines,
                               Packet<Real> (&sum)[std::size_t(queries * keys)]) {
   const auto add_packet = [&](const auto& load_key, Index column) {
     Packet<Real> of_query[std::size_t(queries)];
@@ -80,7 +80,7 @@ LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Rea
       add_packet([](const Tk* from) { return load_as<Real>(from); }, column);
     }
   };
-  for_each_column<Real, Tk, keys, asks>(head_dim, ahead, add_whole, add_packet);
+  for_each_column<Real, Tk, keys, ahead>(head_dim, lines, add_whole, add_packet);
 }
 
 /// As score_keys for fewer keys than a packet holds, one by one: the same bits. (By itself, since inlined there
@@ -95,7 +95,7 @@ LONGSPAN_NOINLINE void score_few_keys(const Tk* k, Index k_stride, Index keys, c
       const Tk* const row[1] = {k + j * k_stride};
       Packet<Real> sum[std::size_t(queries)];
       for (int g = 0; g < queries; ++g) sum[g] = broadcast(Real(0));
-      add_rows<queries, 1, false>(row, q, q_stride, head_dim, {row[0], 0, 0, 1}, sum);
+      add_rows<queries, 1, RowsAhead::not_asked_for>(row, q, q_stride, head_dim, {row[0], 0, 0, 1}, sum);
       for (int g = 0; g < queries; ++g) of_key[g] = sum_in_pairs(sum[g]);
     }
     std::copy_n(of_key, queries, s + j * queries);
@@ -106,7 +106,7 @@ LONGSPAN_NOINLINE void score_few_keys(const Tk* k, Index k_stride, Index keys, c
 ///
 /// q [queries][q_stride], columns at their `place_of`, zero behind head_dim up to whole packets. Whole
 /// packets of s are written: sums behind the last key are those of the last key again.
-template <int queries, class Real, class Tk>
+template <int queries, RowsAhead rows_ahead = RowsAhead::read_again, class Real, class Tk>
 void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride, Index head_dim,
                 Real* s) {
   constexpr int w = lanes<Real>, keys_at_once = w / queries;
@@ -114,6 +114,7 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
   constexpr int together = std::min(keys_at_once, 8);
   // For one query the loads of 8 float rows let the processor run ahead by themselves, 5-10 % faster.
   constexpr bool asks = queries > 1 || together < 8 || sizeof(Tk) < sizeof(float);
+  constexpr RowsAhead ahead = asks ? rows_ahead : RowsAhead::not_asked_for;
   for (Index first = 0; first < keys; first += keys_at_once, s += w) {
     // Of one key in 16, half the time would go to repeating it.
     if ((keys - first) * queries <= w / 4) {
@@ -128,8 +129,8 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
       Packet<Real> of_rows[std::size_t(together * queries)];
       LONGSPAN_UNROLL
       for (int i = 0; i < together * queries; ++i) of_rows[i] = broadcast(Real(0));
-      const LinesAhead ahead(row[0], head_dim, k_stride, together);
-      add_rows<queries, together, asks>(row, q, q_stride, head_dim, ahead, of_rows);
+      const LinesAhead lines(row[0], head_dim, k_stride, together);
+      add_rows<queries, together, ahead>(row, q, q_stride, head_dim, lines, of_rows);
       LONGSPAN_UNROLL
       for (int i = 0; i < together * queries; ++i) sum[part * queries + i] = of_rows[i];
     }
@@ -159,13 +160,12 @@ LONGSPAN_INLINE void load_whole(const T* from, Packet<Real> (&to)[std::size_t(pa
 
 /// o[g][c] = scale[g] * o[g][c] + sum_j p[j * p_stride + g] * v[j][c], for `queries` rows of o and `packets`
 /// packets of columns; of the last packet, `last_columns` columns exist. Where none is missing and packets
-/// are even, columns of o stand at their `place_of`. The first to read a row asks for those ahead.
+/// are even, columns of o stand at their `place_of`.
 ///
 /// Where g++ inlines it, its sums go through memory: a step of four heads to a KV head takes 14 % longer.
-template <int queries, int packets, class Real, class Tv>
+template <int queries, int packets, RowsAhead ahead, class Real, class Tv>
 LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, const Real* p,
-                                  Index p_stride, Real* o, Index o_stride, const Real* scale,
-                                  bool reads_first) {
+                                  Index p_stride, Real* o, Index o_stride, const Real* scale) {
   constexpr int w = lanes<Real>;
   Packet<Real> sum[std::size_t(queries)][std::size_t(packets)];
   LONGSPAN_UNROLL
@@ -187,8 +187,9 @@ LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_column
     LONGSPAN_UNROLL_BY_2
     for (Index j = 0; j < keys; ++j) {
       const Tv* row = v + j * v_stride;
-      if (reads_first) {
-        prefetch(row, packets * w * static_cast<Index>(sizeof(Tv)), prefetch_ahead);
+      if constexpr (ahead != RowsAhead::not_asked_for) {
+        prefetch<ahead == RowsAhead::read_once>(row, packets * w * static_cast<Index>(sizeof(Tv)),
+                                                prefetch_ahead);
       }
       add(row, p + j * p_stride, [](const Tv* from, Packet<Real>(&to)[std::size_t(packets)]) {
         load_whole<packets, Real>(from, to);
@@ -215,7 +216,7 @@ LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_column
 
 /// sum[c][g] += p[j][g] * v[j][c] for `keys` rows v[j] together and `queries` of `all` queries, where sum[c][g] is a
 /// packet of columns: the sums are in the first cache, the weights in registers.
-template <int all, int queries, int keys, bool asks, class Real, class Tv>
+template <int all, int queries, int keys, RowsAhead ahead, class Real, class Tv>
 LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, const Real* p, Real* sum) {
   constexpr int w = lanes<Real>;
   Packet<Real> weight_of[std::size_t(keys * queries)];
@@ -251,18 +252,19 @@ LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, 
       add_packet([](const Tv* from) { return held(load_as<Real>(from)); }, column);
     }
   };
-  for_each_column<Real, Tv, keys, asks>(columns, {v, columns, v_stride, keys}, add_whole, add_packet);
+  for_each_column<Real, Tv, keys, ahead>(columns, {v, columns, v_stride, keys}, add_whole, add_packet);
 }
 
 /// add_value_rows for all queries, four at a time: the weights of four rows for eight leave the registers, and
 /// clang++ then takes 60 % longer.
-template <int all, int keys, class Real, class Tv>
+template <int all, int keys, RowsAhead ahead, class Real, class Tv>
 LONGSPAN_INLINE void add_value_rows_of_all(const Tv* v, Index v_stride, Index columns, const Real* p,
                                            Real* sum) {
   constexpr int some = std::min(all, 4);
-  add_value_rows<all, some, keys, true>(v, v_stride, columns, p, sum);
+  add_value_rows<all, some, keys, ahead>(v, v_stride, columns, p, sum);
   if constexpr (some < all) {
-    add_value_rows<all, all - some, keys, false>(v, v_stride, columns, p + some, sum + some * lanes<Real>);
+    add_value_rows<all, all - some, keys, RowsAhead::not_asked_for>(v, v_stride, columns, p + some,
+                                                                    sum + some * lanes<Real>);
   }
 }
 
@@ -272,17 +274,18 @@ LONGSPAN_INLINE void add_value_rows_of_all(const Tv* v, Index v_stride, Index co
 ///
 /// Where the sums of whole rows leave the registers (8 packets, 4 queries) this takes 110 GB/s from the first caches
 /// and 87 % of the stream rate from DRAM; rows read twice, for two queries each, took 84 and 79 %.
-template <int queries, class Real, class Tv>
+template <int queries, RowsAhead ahead, class Real, class Tv>
 LONGSPAN_NOINLINE void add_long_values(const Tv* v, Index v_stride, Index columns, Index keys, const Real* p,
                                        Real* sum, Real* o, Index o_stride, const Real* scale) {
   constexpr int w = lanes<Real>, keys_together = vector_registers == 32 ? 4 : 2;
   std::fill_n(sum, queries * round_up(columns, w), Real(0));
   Index j = 0;
   for (; j + keys_together <= keys; j += keys_together) {
-    add_value_rows_of_all<queries, keys_together>(v + j * v_stride, v_stride, columns, p + j * queries, sum);
+    add_value_rows_of_all<queries, keys_together, ahead>(v + j * v_stride, v_stride, columns, p + j * queries,
+                                                         sum);
   }
   for (; j < keys; ++j)
-    add_value_rows_of_all<queries, 1>(v + j * v_stride, v_stride, columns, p + j * queries, sum);
+    add_value_rows_of_all<queries, 1, ahead>(v + j * v_stride, v_stride, columns, p + j * queries, sum);
   for (Index c = 0; c < columns; c += w) {
     for (int g = 0; g < queries; ++g, sum += w) {
       Real* to = o + g * o_stride + c;

@@ -194,20 +194,23 @@ LONGSPAN_INLINE Real max_of_lanes(Packet<Real> x) {
 
 inline constexpr Index cache_line = 64;
 
-/// Asks for the cache line at an address. Never faults, whatever lies there: it is a number here, since a pointer
-/// may not leave its array.
+/// Asks for the cache line at an address, which is read `once` or may be again. Never faults, whatever lies there:
+/// it is a number here, since a pointer may not leave its array.
+template <bool once = false>
 LONGSPAN_INLINE void prefetch_line(std::uintptr_t address) {
 #if defined(__GNUC__) || defined(__clang__)
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 3);
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, once ? 0 : 3);
 #else
   static_cast<void>(address);
 #endif
 }
 
 /// Asks for the cache lines of `bytes` bytes that will be read soon, `ahead` bytes behind `from`.
+template <bool once = false>
 LONGSPAN_INLINE void prefetch(const void* from, Index bytes, Index ahead = 0) {
   const auto first = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(ahead);
-  for (Index at = 0; at < bytes; at += cache_line) prefetch_line(first + static_cast<std::uintptr_t>(at));
+  for (Index at = 0; at < bytes; at += cache_line)
+    prefetch_line<once>(first + static_cast<std::uintptr_t>(at));
 }
 
 /// x, in a register from here on. The compilers else read memory anew in each instruction that uses a load, and
