@@ -37,8 +37,8 @@ LONGSPAN_BEGIN
 /// How a kv_cache keeps its rows.
 struct kv_cache_options {
   /// Tokens in a page. 0: all tokens in one array, which grows by doubling. The kernels take every page by
-  /// itself: a token against 32768 (float, 32 heads on 8 of 128) costs 4 % more with pages of 256 than with
-  /// an array, 26 % with 64 and twice as much with 16; a chunk of 512 against 4096 1, 5 and 13 %.
+  /// itself: a token against 32768 (float, 32 heads on 8 of 128) costs 5 % more with pages of 256 than with
+  /// an array, 1.6 times as much with 64 and 2.8 times with 16; a chunk of 512 against 4096 1, 5 and 13 %.
   Index page = 0;
   /// Give a page back when the mask will show none of its keys again: with `causal{} & window{W}`, or
   /// `causal{} & (window{W} | sinks{4})`, a ring of about W / page + 2 pages: 38 MB and 1.1 ms for a
@@ -68,7 +68,7 @@ struct kv_cache_options {
 /// State     batch * kv_heads * (head_dim + value_dim) elements of T for each token that is kept, in int8 and
 ///           4 bytes for each row of either; 8 bytes for each page that ever was
 /// Cost      as softmax_attention; each row is converted once. A token against 32768 takes 0.49 of the time
-///           of float with rows of int8, 0.55 with half, 0.60 with bfloat16
+///           of float with rows of int8, 0.6 to 0.7 with half or bfloat16
 /// Error     that of softmax_attention over the rows as they are kept, with pages of at least 16. Keeping
 ///           rounds each element of k and v: bfloat16 by 2^-9 of it, half by 2^-12, int8 by 1 / 254 of the
 ///           largest of its row
