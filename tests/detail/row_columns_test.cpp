@@ -30,7 +30,8 @@ std::vector<Index> columns_seen(const std::vector<T>& row, Index row_stride) {
       if (lane[c - column] != wanted) seen.push_back(-1);
     }
   };
-  for_each_column<Real, T, 3, ahead>(columns, {row.data(), columns, row_stride, 3}, whole, packet);
+  for_each_column<Real, T, 3, ahead>(columns, {row.data(), columns, row_stride, 3, 4, row.data()}, whole,
+                                     packet);
   return seen;
 }
 

@@ -26,15 +26,26 @@ enum class RowsAhead { not_asked_for, read_once, read_again };
 /// 4 rows at once 67-72, so 83-87, none 50.
 class LinesAhead {
  public:
+  /// For `count` rows, read `together` at a time. What is read behind the last of them is at `then`, if known.
   template <class T>
-  LinesAhead(const T* rows, Index columns, Index row_stride, int rows_together) {
+  LinesAhead(const T* rows, Index columns, Index row_stride, int together, Index count, const void* then)
+      : stride_(static_cast<std::uintptr_t>(row_stride) * sizeof(T)) {
     const std::uintptr_t row_bytes = static_cast<std::uintptr_t>(columns) * sizeof(T);
-    const std::uintptr_t stride = static_cast<std::uintptr_t>(row_stride) * sizeof(T);
-    const bool touch = row_bytes == stride;
-    next_ = reinterpret_cast<std::uintptr_t>(rows) +
-            (touch ? prefetch_ahead : prefetch_ahead / std::max<std::uintptr_t>(1, row_bytes) * stride);
-    apart_ = touch ? cache_line : stride;
-    step_ = touch ? cache_line * static_cast<std::uintptr_t>(rows_together) : cache_line;
+    const Index rows_ahead = prefetch_ahead / static_cast<Index>(std::max<std::uintptr_t>(1, row_bytes));
+    const bool touch = row_bytes == stride_;
+    const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(rows);
+    ahead_ = first + (touch ? prefetch_ahead : static_cast<std::uintptr_t>(rows_ahead) * stride_);
+    apart_ = touch ? cache_line : stride_;
+    step_ = touch ? cache_line * static_cast<std::uintptr_t>(together) : cache_line;
+    if (then != nullptr) {
+      last_ = count - rows_ahead;
+      jump_ = reinterpret_cast<std::uintptr_t>(then) - first - static_cast<std::uintptr_t>(count) * stride_;
+    }
+  }
+
+  /// Goes on to what is asked for while row `row` and those behind it are read.
+  LONGSPAN_INLINE void go_to(Index row) {
+    next_ = ahead_ + static_cast<std::uintptr_t>(row) * stride_ + (row < last_ ? 0 : jump_);
   }
 
   template <int rows, RowsAhead ahead>
@@ -47,7 +58,8 @@ class LinesAhead {
   }
 
  private:
-  std::uintptr_t next_, apart_, step_;
+  std::uintptr_t stride_, ahead_, apart_, step_, jump_ = 0, next_ = 0;
+  Index last_ = 0;
 };
 
 /// Goes through the columns of `rows` rows of T that are read together: add_whole(column) for one packet, or two

@@ -95,7 +95,8 @@ LONGSPAN_NOINLINE void score_few_keys(const Tk* k, Index k_stride, Index keys, c
       const Tk* const row[1] = {k + j * k_stride};
       Packet<Real> sum[std::size_t(queries)];
       for (int g = 0; g < queries; ++g) sum[g] = broadcast(Real(0));
-      add_rows<queries, 1, RowsAhead::not_asked_for>(row, q, q_stride, head_dim, {row[0], 0, 0, 1}, sum);
+      add_rows<queries, 1, RowsAhead::not_asked_for>(row, q, q_stride, head_dim,
+                                                     {row[0], 0, 0, 1, 0, nullptr}, sum);
       for (int g = 0; g < queries; ++g) of_key[g] = sum_in_pairs(sum[g]);
     }
     std::copy_n(of_key, queries, s + j * queries);
@@ -105,16 +106,18 @@ LONGSPAN_NOINLINE void score_few_keys(const Tk* k, Index k_stride, Index keys, c
 /// s[j * queries + g] = k[j].q[g] for `keys` keys and a power of two of queries, at most `lanes`.
 ///
 /// q [queries][q_stride], columns at their `place_of`, zero behind head_dim up to whole packets. Whole
-/// packets of s are written: sums behind the last key are those of the last key again.
+/// packets of s are written: sums behind the last key are those of the last key again. `then` is what is read next,
+/// where that is not behind the keys.
 template <int queries, RowsAhead rows_ahead = RowsAhead::read_again, class Real, class Tk>
 void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride, Index head_dim,
-                Real* s) {
+                Real* s, const void* then = nullptr) {
   constexpr int w = lanes<Real>, keys_at_once = w / queries;
   // Pointers to 16 rows leave no register for anything else: 8 at a time take a fifth less time with clang++.
   constexpr int together = std::min(keys_at_once, 8);
   // For one query the loads of 8 float rows let the processor run ahead by themselves, 5-10 % faster.
   constexpr bool asks = queries > 1 || together < 8 || sizeof(Tk) < sizeof(float);
   constexpr RowsAhead ahead = asks ? rows_ahead : RowsAhead::not_asked_for;
+  LinesAhead lines(k, head_dim, k_stride, together, keys, then);
   for (Index first = 0; first < keys; first += keys_at_once, s += w) {
     // Of one key in 16, half the time would go to repeating it.
     if ((keys - first) * queries <= w / 4) {
@@ -129,7 +132,7 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
       Packet<Real> of_rows[std::size_t(together * queries)];
       LONGSPAN_UNROLL
       for (int i = 0; i < together * queries; ++i) of_rows[i] = broadcast(Real(0));
-      const LinesAhead lines(row[0], head_dim, k_stride, together);
+      lines.go_to(first + part);
       add_rows<queries, together, ahead>(row, q, q_stride, head_dim, lines, of_rows);
       LONGSPAN_UNROLL
       for (int i = 0; i < together * queries; ++i) sum[part * queries + i] = of_rows[i];
@@ -217,7 +220,8 @@ LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_column
 /// sum[c][g] += p[j][g] * v[j][c] for `keys` rows v[j] together and `queries` of `all` queries, where sum[c][g] is a
 /// packet of columns: the sums are in the first cache, the weights in registers.
 template <int all, int queries, int keys, RowsAhead ahead, class Real, class Tv>
-LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, const Real* p, Real* sum) {
+LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, const Real* p, Real* sum,
+                                    const LinesAhead& lines) {
   constexpr int w = lanes<Real>;
   Packet<Real> weight_of[std::size_t(keys * queries)];
   LONGSPAN_UNROLL
@@ -252,19 +256,19 @@ LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, 
       add_packet([](const Tv* from) { return held(load_as<Real>(from)); }, column);
     }
   };
-  for_each_column<Real, Tv, keys, ahead>(columns, {v, columns, v_stride, keys}, add_whole, add_packet);
+  for_each_column<Real, Tv, keys, ahead>(columns, lines, add_whole, add_packet);
 }
 
 /// add_value_rows for all queries, four at a time: the weights of four rows for eight leave the registers, and
 /// clang++ then takes 60 % longer.
 template <int all, int keys, RowsAhead ahead, class Real, class Tv>
 LONGSPAN_INLINE void add_value_rows_of_all(const Tv* v, Index v_stride, Index columns, const Real* p,
-                                           Real* sum) {
+                                           Real* sum, const LinesAhead& lines) {
   constexpr int some = std::min(all, 4);
-  add_value_rows<all, some, keys, ahead>(v, v_stride, columns, p, sum);
+  add_value_rows<all, some, keys, ahead>(v, v_stride, columns, p, sum, lines);
   if constexpr (some < all) {
     add_value_rows<all, all - some, keys, RowsAhead::not_asked_for>(v, v_stride, columns, p + some,
-                                                                    sum + some * lanes<Real>);
+                                                                    sum + some * lanes<Real>, lines);
   }
 }
 
@@ -276,16 +280,21 @@ LONGSPAN_INLINE void add_value_rows_of_all(const Tv* v, Index v_stride, Index co
 /// and 87 % of the stream rate from DRAM; rows read twice, for two queries each, took 84 and 79 %.
 template <int queries, RowsAhead ahead, class Real, class Tv>
 LONGSPAN_NOINLINE void add_long_values(const Tv* v, Index v_stride, Index columns, Index keys, const Real* p,
-                                       Real* sum, Real* o, Index o_stride, const Real* scale) {
+                                       Real* sum, Real* o, Index o_stride, const Real* scale,
+                                       const void* then = nullptr) {
   constexpr int w = lanes<Real>, keys_together = vector_registers == 32 ? 4 : 2;
   std::fill_n(sum, queries * round_up(columns, w), Real(0));
+  LinesAhead lines(v, columns, v_stride, keys_together, keys, then);
   Index j = 0;
   for (; j + keys_together <= keys; j += keys_together) {
+    lines.go_to(j);
     add_value_rows_of_all<queries, keys_together, ahead>(v + j * v_stride, v_stride, columns, p + j * queries,
-                                                         sum);
+                                                         sum, lines);
   }
-  for (; j < keys; ++j)
-    add_value_rows_of_all<queries, 1, ahead>(v + j * v_stride, v_stride, columns, p + j * queries, sum);
+  for (; j < keys; ++j) {
+    add_value_rows_of_all<queries, 1, RowsAhead::not_asked_for>(v + j * v_stride, v_stride, columns,
+                                                                p + j * queries, sum, lines);
+  }
   for (Index c = 0; c < columns; c += w) {
     for (int g = 0; g < queries; ++g, sum += w) {
       Real* to = o + g * o_stride + c;

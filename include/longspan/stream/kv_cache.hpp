@@ -37,8 +37,8 @@ LONGSPAN_BEGIN
 /// How a kv_cache keeps its rows.
 struct kv_cache_options {
   /// Tokens in a page. 0: all tokens in one array, which grows by doubling. The kernels take every page by
-  /// itself: a token against 32768 (float, 32 heads on 8 of 128) costs 5 % more with pages of 256 than with
-  /// an array, 1.6 times as much with 64 and 2.8 times with 16; a chunk of 512 against 4096 1, 5 and 13 %.
+  /// itself: a token against 32768 (float, 32 heads on 8 of 128) costs 5 to 20 % more with pages of 256 than
+  /// with an array, 5 to 30 % with 64 and 15 to 50 % with 16; a chunk of 512 against 4096 1, 5 and 13 %.
   Index page = 0;
   /// Give a page back when the mask will show none of its keys again: with `causal{} & window{W}`, or
   /// `causal{} & (window{W} | sinks{4})`, a ring of about W / page + 2 pages: 38 MB and 1.1 ms for a
