@@ -5,7 +5,6 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <functional>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -220,7 +219,7 @@ class Decode {
     if (seen == Seen::some) hide<count>(queries, first, range, worker);
 
     alignas(64) Real shrink[std::size_t(w)];
-    weigh<count>(worker.scores, scores, state.top + first, state.sum + first, shrink);
+    state.template weigh<count>(worker.scores, scores, first, shrink);
     if constexpr (is_scaled) scale_scores<count>(worker.scores, run.v_scale, keys);
     const bool plain = seen == Seen::all || all_finite(run);
     if (!plain) return add_seen_values<count>(run.v, worker, first, state, shrink);
@@ -274,58 +273,6 @@ class Decode {
       }
     }
   }
-
-  /// Raises the tops to the scores, turns these into weights and adds them to the sums. `size` is a multiple of
-  /// w * count.
-  template <int count>
-  static void weigh(Real* scores, Index size, Real* top, Real* sum, Real* shrink) {
-    alignas(64) Real of_lane[std::size_t(w)];
-    for (int i = 0; i < w; ++i) of_lane[i] = top[i % count];
-    const Packet<Real> before = load<Real>(of_lane);
-    Packet<Real> raised = before;
-    for (Index i = 0; i < size; i += w) raised = max(raised, load<Real>(scores + i));
-    store<Real>(of_lane, raised);
-    fold<count>(of_lane, larger);
-    for (int i = count; i < w; ++i) of_lane[i] = of_lane[i % count];
-    raised = load<Real>(of_lane);
-    store(shrink, weight(before - raised));
-    std::copy_n(of_lane, count, top);
-
-    // A lane of total[n] has every w-th key, whatever `count` is: added up from the farthest apart to the next, the
-    // sum of a query is the same beside any others.
-    Packet<Real> total[std::size_t(count)];
-    LONGSPAN_UNROLL
-    for (int n = 0; n < count; ++n) total[n] = broadcast(Real(0));
-    for (Index i = 0; i < size; i += w * count) {
-      LONGSPAN_UNROLL
-      for (int n = 0; n < count; ++n) {
-        const Packet<Real> p = weight(load<Real>(scores + i + n * w) - raised);
-        total[n] = total[n] + p;
-        store(scores + i + n * w, p);
-      }
-    }
-    LONGSPAN_UNROLL
-    for (int apart = count / 2; apart > 0; apart /= 2) {
-      LONGSPAN_UNROLL
-      for (int n = 0; n < apart; ++n) total[n] = total[n] + total[n + apart];
-    }
-    store<Real>(of_lane, total[0]);
-    fold<count>(of_lane, std::plus<>());
-    for (int g = 0; g < count; ++g) sum[g] = sum[g] * shrink[g] + of_lane[g];
-  }
-
-  /// of_lane[g] = all of of_lane[g], of_lane[g + count], ... combined.
-  template <int count, class Combine>
-  static void fold(Real (&of_lane)[std::size_t(w)], const Combine& combine) {
-    LONGSPAN_UNROLL
-    for (Index apart = w / 2; apart >= count; apart /= 2) {
-      LONGSPAN_UNROLL
-      for (Index i = 0; i < apart; ++i) of_lane[i] = combine(of_lane[i], of_lane[i + apart]);
-    }
-  }
-
-  /// NaN, where either is, stays. (Without a branch: lanes are compared together.)
-  static Real larger(Real a, Real b) { return bool(int(a < b) | int(b != b)) ? b : a; }
 
   bool all_finite(const Run& run) const {
     if constexpr (is_scaled) {
@@ -395,7 +342,7 @@ class Decode {
   const M& mask_;
   Index queries_;
   /// The queries up to a power of two: those behind repeat the last one, so that rows are read once. Seven heads to
-  /// a KV head take 0.76 of the time in passes of 4, 2 and 1.
+  /// a KV head take 0.76 of the time of passes of 4, 2 and 1.
   Index slots_;
   KeyRanges seen_;  ///< numbers of stretches
   Index stretches_ = 1;
