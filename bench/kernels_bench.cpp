@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "longspan/detail/exp2.hpp"
-#include "longspan/detail/microkernel.hpp"
+#include "longspan/detail/simd/exp2.hpp"
+#include "longspan/detail/tile/microkernel.hpp"
 #include "support/benchmark_program.hpp"
 #include "support/hashed_values.hpp"
 

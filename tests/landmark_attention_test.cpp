@@ -265,7 +265,8 @@ TEST_CASE("landmark_attention: regular blocks are those of the list, to the bit"
   }
 }
 
-TEST_CASE("landmark_attention: any number of threads, any queries beside, the same bits", "[law][bits][slow]") {
+TEST_CASE("landmark_attention: any number of threads, any queries beside, the same bits",
+          "[law][bits][slow]") {
   for (const Index length : {3, 50, 64, 300}) {
     Random random(static_cast<std::uint64_t>(length));
     Call<float> call(Shape{2, 6, 2, 330, 700, 24, 16}, Values::normal, random);

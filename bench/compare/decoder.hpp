@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "longspan/execution.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "support/owned_tensor.hpp"
 
 namespace bench {

@@ -21,7 +21,7 @@ class EigenNaive {
   void operator()(const Inputs<float>& in, longspan::TensorView<float> out, Visible visible) {
     const Index heads = in.heads(), group = heads / in.kv_heads();
 #if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast <int>(scores_.size()))
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(scores_.size()))
 #endif
     for (Index task = 0; task < in.batch() * heads; ++task) {
 #if defined(_OPENMP)

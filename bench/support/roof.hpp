@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "longspan/detail/simd.hpp"
+#include "longspan/detail/simd/packet.hpp"
 #include "support/owned_tensor.hpp"
 #include "support/timing.hpp"
 
@@ -32,7 +32,7 @@ template <class Work>
 double team_seconds([[maybe_unused]] Index threads, const Work& work) {
 #if defined(_OPENMP)
   double start = 0, end = 0;
-#pragma omp parallel num_threads(static_cast <int>(threads))
+#pragma omp parallel num_threads(static_cast<int>(threads))
   {
 #pragma omp barrier
     if (omp_get_thread_num() == 0) start = seconds_now();

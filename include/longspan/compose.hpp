@@ -9,9 +9,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "longspan/detail/composition.hpp"
-#include "longspan/detail/functor_calls.hpp"
-#include "longspan/detail/scratch.hpp"
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/call/composition.hpp"
+#include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/functor.hpp"
 #include "longspan/partial.hpp"
 #include "longspan/version.hpp"
@@ -74,8 +74,7 @@ struct merged : detail::FunctorCalls<merged<Parts...>, true> {
         parts);
     const std::array<Partial<const Real>, count> from = [&]<std::size_t... i>(std::index_sequence<i...>) {
       return std::array<Partial<const Real>, count>{found[i]...};
-    }
-    (std::make_index_sequence<count>{});
+    }(std::make_index_sequence<count>{});
     merge(std::span<const Partial<const Real>>(from), found.back(), executor);
     detail::move_output(found.back().out, call.out, executor);
   }

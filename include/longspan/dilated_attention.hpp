@@ -4,10 +4,10 @@
 #include <utility>
 #include <vector>
 
-#include "longspan/detail/dilated.hpp"
-#include "longspan/detail/functor_calls.hpp"
-#include "longspan/detail/parts.hpp"
-#include "longspan/detail/stored_rows.hpp"
+#include "longspan/detail/call/functor_calls.hpp"
+#include "longspan/detail/call/parts.hpp"
+#include "longspan/detail/dilated/forward.hpp"
+#include "longspan/detail/storage/rows.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
@@ -15,7 +15,7 @@
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 
 LONGSPAN_BEGIN
@@ -95,11 +95,12 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
   }
 };
 
-dilated_attention(std::vector<Branch>)->dilated_attention<>;
+dilated_attention(std::vector<Branch>) -> dilated_attention<>;
 template <class... Parts>
-requires(sizeof...(Parts) > 0) dilated_attention(std::vector<Branch>, Parts...)
-->dilated_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
-                    detail::PartOf<detail::ScorePart, unchanged, Parts...>,
-                    detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+requires(sizeof...(Parts) > 0)
+dilated_attention(std::vector<Branch>, Parts...)
+    -> dilated_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
+                         detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                         detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 LONGSPAN_END

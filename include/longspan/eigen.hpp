@@ -7,7 +7,7 @@
 #include <concepts>
 #include <type_traits>
 
-#include "longspan/detail/eigen_core.hpp"
+#include "longspan/detail/simd/eigen_core.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/view.hpp"
@@ -105,9 +105,9 @@ auto view(X&& x) {
 /// 3
 /// ([rows], [heads, rows], [batch, heads, rows]), or an Eigen vector.
 template <class X>
-concept RowsLike = (detail::is_view<std::remove_cvref_t<X>> &&
-                    !detail::is_tensor_view<std::remove_cvref_t<X>>) ||
-                   detail::EigenTensor<X> || detail::EigenMatrix<X>;
+concept RowsLike =
+    (detail::is_view<std::remove_cvref_t<X>> && !detail::is_tensor_view<std::remove_cvref_t<X>>) ||
+    detail::EigenTensor<X> || detail::EigenMatrix<X>;
 
 template <class T>
 constexpr RowsView<T> rows_view(const RowsView<T>& x) noexcept {

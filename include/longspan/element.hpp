@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "longspan/detail/eigen_core.hpp"
+#include "longspan/detail/simd/eigen_core.hpp"
 #include "longspan/version.hpp"
 
 LONGSPAN_BEGIN
@@ -15,8 +15,7 @@ inline constexpr bool is_one_of = (std::is_same_v<T, Types> || ...);
 
 /// float, double, Eigen::bfloat16 or Eigen::half. The 16-bit types are for storage only.
 template <class T>
-concept Element = detail::is_one_of < std::remove_const_t<T>,
-float, double, Eigen::bfloat16, Eigen::half > ;
+concept Element = detail::is_one_of<std::remove_const_t<T>, float, double, Eigen::bfloat16, Eigen::half>;
 
 /// An element type that can be written.
 template <class T>

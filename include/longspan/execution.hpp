@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "longspan/detail/parallel.hpp"
+#include "longspan/detail/call/parallel.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -63,7 +63,7 @@ class Workspace {
     if (bytes > size_) {
       memory_.reset();
       size_ = 0;
-      memory_.reset(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{alignment})));
+      memory_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{alignment})));
       size_ = bytes;
     }
     return memory_.get();
@@ -80,7 +80,7 @@ class Workspace {
  private:
   struct Release {
     void operator()(std::byte* memory) const noexcept {
-      ::operator delete (memory, std::align_val_t{alignment});
+      ::operator delete(memory, std::align_val_t{alignment});
     }
   };
   std::unique_ptr<std::byte, Release> memory_;

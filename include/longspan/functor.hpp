@@ -9,18 +9,19 @@ LONGSPAN_BEGIN
 
 /// Called with q, k, v and out, of T, and an execution if wanted.
 template <class F, class T = float>
-concept AttentionFunctor = requires(const F& attend, TensorView<const T> in, TensorView<T> out,
-                                    openmp& execution) {
-  attend(in, in, in, out);
-  attend(in, in, in, out, execution);
-};
+concept AttentionFunctor =
+    requires(const F& attend, TensorView<const T> in, TensorView<T> out, openmp& execution) {
+      attend(in, in, in, out);
+      attend(in, in, in, out, execution);
+    };
 
 /// Takes an lse behind out as well: its results are partials, which can be merged.
 template <class F, class T = float>
-concept PartialFunctor = AttentionFunctor<F, T> &&
+concept PartialFunctor =
+    AttentionFunctor<F, T> &&
     requires(const F& attend, TensorView<const T> in, TensorView<T> out, RowsView<T> lse, openmp& execution) {
-  attend(in, in, in, out, lse);
-  attend(in, in, in, out, lse, execution);
-};
+      attend(in, in, in, out, lse);
+      attend(in, in, in, out, lse, execution);
+    };
 
 LONGSPAN_END

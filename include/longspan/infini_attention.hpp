@@ -7,7 +7,7 @@
 #include <string_view>
 #include <utility>
 
-#include "longspan/detail/infini.hpp"
+#include "longspan/detail/infini/pass.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
@@ -16,7 +16,7 @@
 #include "longspan/infini_options.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/softmax_attention.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -179,6 +179,6 @@ struct infini_attention {
 
 template <class Local, FeatureMap F = elu_plus_one>
 infini_attention(Local, F = {}) -> infini_attention<Local, F>;
-infini_attention()->infini_attention<>;
+infini_attention() -> infini_attention<>;
 
 LONGSPAN_END

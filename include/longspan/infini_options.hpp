@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "longspan/detail/simd.hpp"
+#include "longspan/detail/simd/packet.hpp"
 #include "longspan/version.hpp"
 
 LONGSPAN_BEGIN

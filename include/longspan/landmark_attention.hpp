@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <string>
 
-#include "longspan/detail/forward.hpp"
-#include "longspan/detail/functor_calls.hpp"
-#include "longspan/detail/landmark_forward.hpp"
-#include "longspan/detail/parts.hpp"
+#include "longspan/detail/call/functor_calls.hpp"
+#include "longspan/detail/call/parts.hpp"
+#include "longspan/detail/landmark/forward.hpp"
+#include "longspan/detail/tile/forward.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
@@ -72,12 +72,10 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
   landmark_control control{};
 
   template <class... Parts>
-  requires(
-      std::is_same_v<M, detail::PartOf<detail::MaskPart, causal, Parts...>>&&
-          std::is_same_v<S, detail::PartOf<detail::ScorePart, unchanged, Parts...>>&&
-              std::is_same_v<P, detail::PartOf<detail::PositionPart, no_position,
-                                               Parts...>>) explicit landmark_attention(landmarks stand_at,
-                                                                                       Parts... parts)
+  requires(std::is_same_v<M, detail::PartOf<detail::MaskPart, causal, Parts...>> &&
+           std::is_same_v<S, detail::PartOf<detail::ScorePart, unchanged, Parts...>> &&
+           std::is_same_v<P, detail::PartOf<detail::PositionPart, no_position, Parts...>>)
+  explicit landmark_attention(landmarks stand_at, Parts... parts)
       : at(stand_at),
         mask(detail::take_part<detail::MaskPart, M>(parts...)),
         score(detail::take_part<detail::ScorePart, S>(parts...)),
@@ -128,9 +126,10 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
 };
 
 template <class... Parts>
-requires(sizeof...(Parts) > 0) landmark_attention(landmarks, Parts...)
-->landmark_attention<detail::PartOf<detail::MaskPart, causal, Parts...>,
-                     detail::PartOf<detail::ScorePart, unchanged, Parts...>,
-                     detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+requires(sizeof...(Parts) > 0)
+landmark_attention(landmarks, Parts...)
+    -> landmark_attention<detail::PartOf<detail::MaskPart, causal, Parts...>,
+                          detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                          detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 LONGSPAN_END

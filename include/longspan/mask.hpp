@@ -67,7 +67,7 @@ concept SeesByHead = requires(const M& mask, Index x) {
 }  // namespace detail
 
 template <class M>
-concept Mask = std::is_object_v<M> &&(RangeMask<M> || detail::SeesByPosition<M> || detail::SeesByHead<M>);
+concept Mask = std::is_object_v<M> && (RangeMask<M> || detail::SeesByPosition<M> || detail::SeesByHead<M>);
 
 /// Does the query at position i of head h, batch row b, see key j?
 template <Mask M>
@@ -196,7 +196,9 @@ struct both {
   constexpr KeyRanges key_ranges(const Tile& tile) const {
     return intersection(longspan::key_ranges(a, tile), longspan::key_ranges(b, tile));
   }
-  constexpr KeyRange keys(Index batch, Index i) const requires(RangeMask<A>&& RangeMask<B>) {
+  constexpr KeyRange keys(Index batch, Index i) const
+  requires(RangeMask<A> && RangeMask<B>)
+  {
     const KeyRange of_a = a.keys(batch, i), of_b = b.keys(batch, i);
     return {std::max(of_a.begin, of_b.begin), std::min(of_a.end, of_b.end)};
   }

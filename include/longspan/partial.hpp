@@ -14,9 +14,9 @@
 #include <string_view>
 #include <type_traits>
 
-#include "longspan/detail/element_packets.hpp"
-#include "longspan/detail/problem.hpp"
-#include "longspan/detail/simd.hpp"
+#include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/simd/element_packets.hpp"
+#include "longspan/detail/simd/packet.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
@@ -35,7 +35,11 @@ struct Partial {
   TensorView<T> out;
   RowsView<Real> lse;
 
-  operator Partial<const T>() const noexcept requires(!std::is_const_v<T>) { return {out, lse}; }
+  operator Partial<const T>() const noexcept
+  requires(!std::is_const_v<T>)
+  {
+    return {out, lse};
+  }
 };
 
 /// A partial of two tensors.

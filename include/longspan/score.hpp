@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "longspan/detail/simd.hpp"
+#include "longspan/detail/simd/packet.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -155,7 +155,8 @@ struct piped {
   }
   template <class Real>
   detail::Packet<Real> on_packet(detail::Packet<Real> s, Index h, detail::Packet<Real> distance) const
-      requires(detail::PacketScore<A, detail::Packet<Real>>&& detail::PacketScore<B, detail::Packet<Real>>) {
+  requires(detail::PacketScore<A, detail::Packet<Real>> && detail::PacketScore<B, detail::Packet<Real>>)
+  {
     return second.on_packet(first.on_packet(s, h, distance), h, distance);
   }
 };

@@ -3,16 +3,16 @@
 
 #include <utility>
 
-#include "longspan/detail/forward.hpp"
-#include "longspan/detail/functor_calls.hpp"
-#include "longspan/detail/parts.hpp"
-#include "longspan/detail/stored_rows.hpp"
+#include "longspan/detail/call/functor_calls.hpp"
+#include "longspan/detail/call/parts.hpp"
+#include "longspan/detail/storage/rows.hpp"
+#include "longspan/detail/tile/forward.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 
 LONGSPAN_BEGIN
@@ -66,8 +66,8 @@ struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true
   softmax_attention() = default;
 
   template <class... Parts>
-  requires(sizeof...(Parts) > 0 &&
-           detail::parts_are<M, S, P, Parts...>) explicit softmax_attention(Parts... parts)
+  requires(sizeof...(Parts) > 0 && detail::parts_are<M, S, P, Parts...>)
+  explicit softmax_attention(Parts... parts)
       : mask(detail::take_part<detail::MaskPart, M>(parts...)),
         score(detail::take_part<detail::ScorePart, S>(parts...)),
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
@@ -91,9 +91,9 @@ struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true
 };
 
 template <class... Parts>
-requires(sizeof...(Parts) > 0) softmax_attention(Parts...)
-->softmax_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
-                    detail::PartOf<detail::ScorePart, unchanged, Parts...>,
-                    detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+requires(sizeof...(Parts) > 0)
+softmax_attention(Parts...) -> softmax_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
+                                                 detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                                                 detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 LONGSPAN_END

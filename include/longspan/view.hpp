@@ -20,7 +20,9 @@ struct MatrixView {
   Index row_stride = 0;
 
   constexpr T* row(Index i) const noexcept { return data + i * row_stride; }
-  constexpr operator MatrixView<const T>() const noexcept requires(!std::is_const_v<T>) {
+  constexpr operator MatrixView<const T>() const noexcept
+  requires(!std::is_const_v<T>)
+  {
     return {data, rows, cols, row_stride};
   }
 };
@@ -55,7 +57,9 @@ struct TensorView {
     part.rows = count;
     return part;
   }
-  constexpr operator TensorView<const T>() const noexcept requires(!std::is_const_v<T>) {
+  constexpr operator TensorView<const T>() const noexcept
+  requires(!std::is_const_v<T>)
+  {
     return {data, batch, heads, rows, cols, batch_stride, head_stride, row_stride};
   }
 };
@@ -76,7 +80,9 @@ struct RowsView {
   constexpr T& operator()(Index b, Index h, Index i) const noexcept {
     return data[b * batch_stride + h * head_stride + i * row_stride];
   }
-  constexpr operator RowsView<const T>() const noexcept requires(!std::is_const_v<T>) {
+  constexpr operator RowsView<const T>() const noexcept
+  requires(!std::is_const_v<T>)
+  {
     return {data, batch, heads, rows, batch_stride, head_stride, row_stride};
   }
 };

@@ -188,7 +188,9 @@ TEST_CASE("landmark_cache: a disk that is full is an error that changes nothing"
   struct ::rlimit before {};
   REQUIRE(::getrlimit(RLIMIT_FSIZE, &before) == 0);
   const auto size = static_cast<rlim_t>(std::filesystem::file_size(options.file));
-  const struct ::rlimit full { size + 100, before.rlim_max };
+  const struct ::rlimit full {
+    size + 100, before.rlim_max
+  };
   REQUIRE(::setrlimit(RLIMIT_FSIZE, &full) == 0);
   const auto outputs = call.out.values;
   const std::string of_extend = refusal([&] { extend(cache, call, 33, 7); });

@@ -82,7 +82,8 @@ struct Tokens {
 
 /// A prompt, then a token at a time: the loop of an inference engine.
 template <class S>
-requires Stream<S> Tensor<float> decode(S& stream, const Tokens& tokens, Index length) {
+requires Stream<S>
+Tensor<float> decode(S& stream, const Tokens& tokens, Index length) {
   Tensor<float> out(2, 6, 100, 12, NAN);
   const Index prompt = 40;
   longspan::Execution execution(openmp{2});

@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "longspan/detail/simd.hpp"
+#include "longspan/detail/simd/packet.hpp"
 #include "support/random.hpp"
 
 namespace test {

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "longspan/execution.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "support/random.hpp"
 #include "support/tensor.hpp"
 

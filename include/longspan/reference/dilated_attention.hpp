@@ -5,8 +5,8 @@
 #include <utility>
 #include <vector>
 
-#include "longspan/detail/parts.hpp"
-#include "longspan/detail/problem.hpp"
+#include "longspan/detail/call/parts.hpp"
+#include "longspan/detail/call/problem.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/mask.hpp"
@@ -77,12 +77,13 @@ struct dilated_attention {
   }
 };
 
-dilated_attention(std::vector<Branch>)->dilated_attention<>;
+dilated_attention(std::vector<Branch>) -> dilated_attention<>;
 template <class... Parts>
-requires(sizeof...(Parts) > 0) dilated_attention(std::vector<Branch>, Parts...)
-->dilated_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
-                    detail::PartOf<detail::ScorePart, unchanged, Parts...>,
-                    detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+requires(sizeof...(Parts) > 0)
+dilated_attention(std::vector<Branch>, Parts...)
+    -> dilated_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
+                         detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                         detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 }  // namespace reference
 LONGSPAN_END

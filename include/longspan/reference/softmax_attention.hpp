@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "longspan/detail/parts.hpp"
-#include "longspan/detail/problem.hpp"
+#include "longspan/detail/call/parts.hpp"
+#include "longspan/detail/call/problem.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
@@ -28,8 +28,8 @@ struct softmax_attention {
   softmax_attention() = default;
 
   template <class... Parts>
-  requires(sizeof...(Parts) > 0 &&
-           detail::parts_are<M, S, P, Parts...>) explicit softmax_attention(Parts... parts)
+  requires(sizeof...(Parts) > 0 && detail::parts_are<M, S, P, Parts...>)
+  explicit softmax_attention(Parts... parts)
       : mask(detail::take_part<detail::MaskPart, M>(parts...)),
         score(detail::take_part<detail::ScorePart, S>(parts...)),
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
@@ -51,10 +51,10 @@ struct softmax_attention {
 };
 
 template <class... Parts>
-requires(sizeof...(Parts) > 0) softmax_attention(Parts...)
-->softmax_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
-                    detail::PartOf<detail::ScorePart, unchanged, Parts...>,
-                    detail::PartOf<detail::PositionPart, no_position, Parts...>>;
+requires(sizeof...(Parts) > 0)
+softmax_attention(Parts...) -> softmax_attention<detail::PartOf<detail::MaskPart, everything, Parts...>,
+                                                 detail::PartOf<detail::ScorePart, unchanged, Parts...>,
+                                                 detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 }  // namespace reference
 LONGSPAN_END

@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "longspan/detail/problem.hpp"
+#include "longspan/detail/call/problem.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/position.hpp"
 #include "longspan/reference/position.hpp"

@@ -12,13 +12,13 @@
 #include <utility>
 #include <vector>
 
-#include "longspan/detail/dilated.hpp"
-#include "longspan/detail/dilated_decode.hpp"
-#include "longspan/detail/dilated_strands.hpp"
-#include "longspan/detail/functor_calls.hpp"
-#include "longspan/detail/problem.hpp"
-#include "longspan/detail/state_file.hpp"
-#include "longspan/detail/stored_rows.hpp"
+#include "longspan/detail/call/functor_calls.hpp"
+#include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/dilated/decode.hpp"
+#include "longspan/detail/dilated/forward.hpp"
+#include "longspan/detail/dilated/strands.hpp"
+#include "longspan/detail/storage/rows.hpp"
+#include "longspan/detail/storage/state_file.hpp"
 #include "longspan/dilated_attention.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"
@@ -26,7 +26,7 @@
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 

@@ -10,7 +10,7 @@
 
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 

@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "longspan/detail/functor_calls.hpp"
-#include "longspan/detail/stored_rows.hpp"
+#include "longspan/detail/call/functor_calls.hpp"
+#include "longspan/detail/storage/rows.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
@@ -21,7 +21,7 @@
 #include "longspan/infini_options.hpp"
 #include "longspan/stream/infini_memory.hpp"
 #include "longspan/stream/landmark_cache.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 

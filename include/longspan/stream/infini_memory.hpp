@@ -12,18 +12,18 @@
 #include <utility>
 #include <vector>
 
-#include "longspan/detail/functor_calls.hpp"
-#include "longspan/detail/infini.hpp"
-#include "longspan/detail/key_block.hpp"
-#include "longspan/detail/open_rows.hpp"
-#include "longspan/detail/problem.hpp"
-#include "longspan/detail/state_file.hpp"
+#include "longspan/detail/call/functor_calls.hpp"
+#include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/infini/open_rows.hpp"
+#include "longspan/detail/infini/pass.hpp"
+#include "longspan/detail/storage/state_file.hpp"
+#include "longspan/detail/tile/key_block.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/infini_attention.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -388,4 +388,4 @@ auto infini_attention<Local, F>::stream(const StreamShape& shape) const {
 
 LONGSPAN_END
 
-#include "longspan/detail/infini_file.hpp"
+#include "longspan/stream/infini_memory-inl.hpp"

@@ -15,20 +15,20 @@
 #include <utility>
 #include <vector>
 
-#include "longspan/detail/forward.hpp"
-#include "longspan/detail/functor_calls.hpp"
-#include "longspan/detail/key_pages.hpp"
-#include "longspan/detail/later_keys.hpp"
-#include "longspan/detail/problem.hpp"
-#include "longspan/detail/state_file.hpp"
-#include "longspan/detail/stored_rows.hpp"
+#include "longspan/detail/call/causal_mask.hpp"
+#include "longspan/detail/call/functor_calls.hpp"
+#include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/storage/key_pages.hpp"
+#include "longspan/detail/storage/rows.hpp"
+#include "longspan/detail/storage/state_file.hpp"
+#include "longspan/detail/tile/forward.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
 #include "longspan/softmax_attention.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 

@@ -12,24 +12,24 @@
 #include <utility>
 #include <vector>
 
-#include "longspan/detail/functor_calls.hpp"
-#include "longspan/detail/landmark_choice.hpp"
-#include "longspan/detail/landmark_file.hpp"
-#include "longspan/detail/landmark_scan.hpp"
-#include "longspan/detail/landmark_store.hpp"
-#include "longspan/detail/problem.hpp"
-#include "longspan/detail/sealed_rows.hpp"
-#include "longspan/detail/simd.hpp"
-#include "longspan/detail/stored_rows.hpp"
+#include "longspan/detail/call/functor_calls.hpp"
+#include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/landmark/choice.hpp"
+#include "longspan/detail/landmark/file.hpp"
+#include "longspan/detail/landmark/retrieve.hpp"
+#include "longspan/detail/landmark/sealed_rows.hpp"
+#include "longspan/detail/landmark/store.hpp"
+#include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/storage/rows.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/key_ranges.hpp"
+#include "longspan/landmark_retrieval.hpp"
 #include "longspan/landmarks.hpp"
 #include "longspan/position.hpp"
-#include "longspan/stream/landmark_retrieval.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -132,10 +132,14 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
 
   /// Keys and values of sealed block n of batch row b, without its landmark, as they are kept: [1, kv_heads,
   /// block - 1, ..]. Of a cache of int8, whose rows are numbers only with their scales, `decode_block` has them.
-  TensorView<const T> block_keys(Index b, Index n) const requires Element<T> {
+  TensorView<const T> block_keys(Index b, Index n) const
+  requires Element<T>
+  {
     return block_rows(b, n, true);
   }
-  TensorView<const T> block_values(Index b, Index n) const requires Element<T> {
+  TensorView<const T> block_values(Index b, Index n) const
+  requires Element<T>
+  {
     return block_rows(b, n, false);
   }
   /// The same in the arithmetic type, into k and v [1, kv_heads, block - 1, ..].
@@ -367,4 +371,4 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
 
 LONGSPAN_END
 
-#include "longspan/detail/landmark_steps.hpp"
+#include "longspan/stream/landmark_cache-inl.hpp"

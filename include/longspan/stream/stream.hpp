@@ -6,7 +6,7 @@
 #include <ostream>
 
 #include "longspan/execution.hpp"
-#include "longspan/stream/stream_shape.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -23,24 +23,24 @@ LONGSPAN_BEGIN
 ///                               what the first n left behind is not there any more
 ///   save(to), load(from)        a checked file. A load that throws changes nothing
 template <class S, class T = float>
-concept Stream = std::copyable<S> &&
-    requires(S stream, const S& seen, TensorView<const T> in, TensorView<T> out, openmp& executor,
-             std::ostream& to, std::istream& from) {
-  { seen.shape() } -> std::same_as<const StreamShape&>;
-  { seen.size() } -> std::same_as<Index>;
-  { seen.bytes() } -> std::same_as<Index>;
-  stream.extend(in, in, in, out);
-  stream.extend(in, in, in, out, executor);
-  stream.clear();
-  stream.truncate(Index{});
-  seen.save(to);
-  stream.load(from);
-};
+concept Stream =
+    std::copyable<S> && requires(S stream, const S& seen, TensorView<const T> in, TensorView<T> out,
+                                 openmp& executor, std::ostream& to, std::istream& from) {
+      { seen.shape() } -> std::same_as<const StreamShape&>;
+      { seen.size() } -> std::same_as<Index>;
+      { seen.bytes() } -> std::same_as<Index>;
+      stream.extend(in, in, in, out);
+      stream.extend(in, in, in, out, executor);
+      stream.clear();
+      stream.truncate(Index{});
+      seen.save(to);
+      stream.load(from);
+    };
 
 /// A stream whose outputs are partials: they can be merged with others.
 template <class S, class T = float>
-concept PartialStream = Stream<S, T> &&
-    requires(S stream, TensorView<const T> in, TensorView<T> out, RowsView<T> lse, openmp& executor) {
+concept PartialStream = Stream<S, T> && requires(S stream, TensorView<const T> in, TensorView<T> out,
+                                                 RowsView<T> lse, openmp& executor) {
   stream.extend(in, in, in, out, lse);
   stream.extend(in, in, in, out, lse, executor);
 };

@@ -1,0 +1,81 @@
+// The ways to call a functor, and those to extend a stream: written once.
+#pragma once
+
+#include "longspan/detail/call/problem.hpp"
+#include "longspan/eigen.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/stream_shape.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// The ways to call a functor, each as Derived::attend(problem, executor, workspace).
+template <class Derived, bool gives_lse>
+struct FunctorCalls {
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out) const {
+    run(q, k, v, out, no_rows<LseOf<Q>>(), openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, E&& execution) const {
+    run(q, k, v, out, no_rows<LseOf<Q>>(), execution);
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
+  requires gives_lse
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) const {
+    run(q, k, v, out, rows_view(lse), openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
+  requires gives_lse
+  void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) const {
+    run(q, k, v, out, rows_view(lse), execution);
+  }
+
+ private:
+  template <class Q, class K, class V, class Out, class Lse, class E>
+  void run(const Q& q, const K& k, const V& v, Out& out, Lse lse, E&& execution) const {
+    const auto call = checked_problem(Derived::name, view(q), view(k), view(v), view(out), lse);
+    with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      static_cast<const Derived&>(*this).attend(call, executor, workspace);
+    });
+  }
+};
+
+/// The same for Derived::extend of a stream, each as Derived::take(problem, executor, workspace).
+template <class Derived, bool gives_lse>
+struct StreamCalls {
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
+  void extend(const Q& q, const K& k, const V& v, Out&& out) {
+    run(q, k, v, out, no_rows<LseOf<Q>>(), openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
+  void extend(const Q& q, const K& k, const V& v, Out&& out, E&& execution) {
+    run(q, k, v, out, no_rows<LseOf<Q>>(), execution);
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
+  requires gives_lse
+  void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) {
+    run(q, k, v, out, rows_view(lse), openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, ExecutionLike E>
+  requires gives_lse
+  void extend(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse, E&& execution) {
+    run(q, k, v, out, rows_view(lse), execution);
+  }
+
+ private:
+  template <class Q, class K, class V, class Out, class Lse, class E>
+  void run(const Q& q, const K& k, const V& v, Out& out, Lse lse, E&& execution) {
+    auto& stream = static_cast<Derived&>(*this);
+    const auto call = checked_problem(Derived::function, view(q), view(k), view(v), view(out), lse);
+    check_stream_call(Derived::function, call, stream.shape());
+    with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      stream.take(call, executor, workspace);
+    });
+  }
+};
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,308 @@
+// The inner loops of attention for a few queries: head dimensions in the lanes.
+//
+// With one to eight queries to a KV head the time of a call is that of reading K and V once. These loops read
+// whole rows, in the order and the type in which they lie in memory.
+#pragma once
+
+#include <algorithm>
+
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/decode/prefetch.hpp"
+#include "longspan/detail/simd/element_packets.hpp"
+#include "longspan/detail/simd/packet.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// sum[j * queries + g] += over 2 packets of columns, k[j] * q[g]. Few keys are held while the queries pass,
+/// few queries while the keys do: all of it stays in 32 registers.
+template <int queries, int keys, class Real, class Tk>
+LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index column, const Real* q,
+                               Index q_stride, Packet<Real> (&sum)[std::size_t(queries * keys)]) {
+  constexpr int w = lanes<Real>;
+  if constexpr (keys <= queries) {
+    Packet<Real> of_key[2][std::size_t(keys)];
+    LONGSPAN_UNROLL
+    for (int j = 0; j < keys; ++j) load_pairs(k[j] + column, of_key[0][j], of_key[1][j]);
+    LONGSPAN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      LONGSPAN_UNROLL
+      for (int g = 0; g < queries; ++g) {
+        const Packet<Real> of_query = held(load(q + g * q_stride + half * w));
+        LONGSPAN_UNROLL
+        for (int j = 0; j < keys; ++j)
+          sum[j * queries + g] = fma(of_key[half][j], of_query, sum[j * queries + g]);
+      }
+    }
+  } else {
+    Packet<Real> of_query[2][std::size_t(queries)];
+    LONGSPAN_UNROLL
+    for (int g = 0; g < queries; ++g) {
+      of_query[0][g] = held(load(q + g * q_stride));
+      of_query[1][g] = held(load(q + g * q_stride + w));
+    }
+    LONGSPAN_UNROLL
+    for (int j = 0; j < keys; ++j) {
+      Packet<Real> even, odd;
+      load_pairs(k[j] + column, even, odd);
+      LONGSPAN_UNROLL
+      for (int g = 0; g < queries; ++g) {
+        Packet<Real>& to = sum[j * queries + g];
+        to = fma(odd, of_query[1][g], fma(even, of_query[0][g], to));
+      }
+    }
+  }
+}
+
+/// sum[j * queries + g] += k[j] * q[g], to be summed over the lanes.
+template <int queries, int keys, RowsAhead ahead, class Real, class Tk>
+LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Real* q, Index q_stride,
+                              Index head_dim, LinesAhead lines,
+                              Packet<Real> (&sum)[std::size_t(queries * keys)]) {
+  const auto add_packet = [&](const auto& load_key, Index column) {
+    Packet<Real> of_query[std::size_t(queries)];
+    LONGSPAN_UNROLL
+    for (int g = 0; g < queries; ++g) of_query[g] = held(load(q + g * q_stride + column));
+    LONGSPAN_UNROLL
+    for (int j = 0; j < keys; ++j) {
+      const Packet<Real> loaded = load_key(k[j] + column);
+      const Packet<Real> of_key = queries > 1 ? held(loaded) : loaded;
+      LONGSPAN_UNROLL
+      for (int g = 0; g < queries; ++g) sum[j * queries + g] = fma(of_key, of_query[g], sum[j * queries + g]);
+    }
+  };
+  const auto add_whole = [&](Index column) {
+    if constexpr (loads_in_pairs<Real, Tk>) {
+      add_pairs<queries, keys>(k, column, q + column, q_stride, sum);
+    } else {
+      add_packet([](const Tk* from) { return load_as<Real>(from); }, column);
+    }
+  };
+  for_each_column<Real, Tk, keys, ahead>(head_dim, lines, add_whole, add_packet);
+}
+
+/// As score_keys for fewer keys than a packet holds, one by one: the same bits. (By itself, since inlined there
+/// it takes registers from the loop over many keys, which is then 8-15 % slower.)
+template <int queries, class Real, class Tk>
+LONGSPAN_NOINLINE void score_few_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride,
+                                      Index head_dim, Real* s) {
+  constexpr int keys_at_once = lanes<Real> / queries;
+  Real of_key[std::size_t(queries)] = {};
+  for (Index j = 0; j < keys_at_once; ++j) {
+    if (j < keys) {
+      const Tk* const row[1] = {k + j * k_stride};
+      Packet<Real> sum[std::size_t(queries)];
+      for (int g = 0; g < queries; ++g) sum[g] = broadcast(Real(0));
+      add_rows<queries, 1, RowsAhead::not_asked_for>(row, q, q_stride, head_dim,
+                                                     {row[0], 0, 0, 1, 0, nullptr}, sum);
+      for (int g = 0; g < queries; ++g) of_key[g] = sum_in_pairs(sum[g]);
+    }
+    std::copy_n(of_key, queries, s + j * queries);
+  }
+}
+
+/// s[j * queries + g] = k[j].q[g] for `keys` keys and a power of two of queries, at most `lanes`.
+///
+/// q [queries][q_stride], columns at their `place_of`, zero behind head_dim up to whole packets. Whole
+/// packets of s are written: sums behind the last key are those of the last key again. `then` is what is read next,
+/// where that is not behind the keys.
+template <int queries, RowsAhead rows_ahead = RowsAhead::read_again, class Real, class Tk>
+void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride, Index head_dim,
+                Real* s, const void* then = nullptr) {
+  constexpr int w = lanes<Real>, keys_at_once = w / queries;
+  // Pointers to 16 rows leave no register for anything else: 8 at a time take a fifth less time with clang++.
+  constexpr int together = std::min(keys_at_once, 8);
+  // For one query the loads of 8 float rows let the processor run ahead by themselves, 5-10 % faster.
+  constexpr bool asks = queries > 1 || together < 8 || sizeof(Tk) < sizeof(float);
+  constexpr RowsAhead ahead = asks ? rows_ahead : RowsAhead::not_asked_for;
+  LinesAhead lines(k, head_dim, k_stride, together, keys, then);
+  for (Index first = 0; first < keys; first += keys_at_once, s += w) {
+    // Of one key in 16, half the time would go to repeating it.
+    if ((keys - first) * queries <= w / 4) {
+      return score_few_keys<queries>(k + first * k_stride, k_stride, keys - first, q, q_stride, head_dim, s);
+    }
+    Packet<Real> sum[std::size_t(w)];
+    LONGSPAN_UNROLL
+    for (int part = 0; part < keys_at_once; part += together) {
+      const Tk* row[std::size_t(together)];
+      LONGSPAN_UNROLL
+      for (int j = 0; j < together; ++j) row[j] = k + std::min(first + part + j, keys - 1) * k_stride;
+      Packet<Real> of_rows[std::size_t(together * queries)];
+      LONGSPAN_UNROLL
+      for (int i = 0; i < together * queries; ++i) of_rows[i] = broadcast(Real(0));
+      lines.go_to(first + part);
+      add_rows<queries, together, ahead>(row, q, q_stride, head_dim, lines, of_rows);
+      LONGSPAN_UNROLL
+      for (int i = 0; i < together * queries; ++i) sum[part * queries + i] = of_rows[i];
+    }
+    store(s, sums_of_rows(sum));
+  }
+}
+
+/// scores[j * queries + g] *= scale[j]: the scale of a row of int8 is taken out of its sums.
+template <int queries, class Real>
+void scale_scores(Real* scores, const float* scale, Index keys) {
+  for (Index j = 0; j < keys; ++j) {
+    for (int g = 0; g < queries; ++g) scores[j * queries + g] *= static_cast<Real>(scale[j]);
+  }
+}
+
+template <int packets, class Real, class T>
+LONGSPAN_INLINE void load_whole(const T* from, Packet<Real> (&to)[std::size_t(packets)]) {
+  constexpr int w = lanes<Real>;
+  if constexpr (loads_in_pairs<Real, T> && packets % 2 == 0) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; c += 2) load_pairs(from + c * w, to[c], to[c + 1]);
+  } else {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) to[c] = load_as<Real>(from + c * w);
+  }
+}
+
+/// o[g][c] = scale[g] * o[g][c] + sum_j p[j * p_stride + g] * v[j][c], for `queries` rows of o and `packets`
+/// packets of columns; of the last packet, `last_columns` columns exist. Where none is missing and packets
+/// are even, columns of o stand at their `place_of`.
+///
+/// Where g++ inlines it, its sums go through memory: a step of four heads to a KV head takes 14 % longer.
+template <int queries, int packets, RowsAhead ahead, class Real, class Tv>
+LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, const Real* p,
+                                  Index p_stride, Real* o, Index o_stride, const Real* scale) {
+  constexpr int w = lanes<Real>;
+  Packet<Real> sum[std::size_t(queries)][std::size_t(packets)];
+  LONGSPAN_UNROLL
+  for (int g = 0; g < queries; ++g) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) sum[g][c] = broadcast(Real(0));
+  }
+  const auto add = [&](const Tv* row, const Real* weights, const auto& load_row) {
+    Packet<Real> of_value[std::size_t(packets)];
+    load_row(row, of_value);
+    LONGSPAN_UNROLL
+    for (int g = 0; g < queries; ++g) {
+      const Packet<Real> weight_of_query = broadcast(weights + g);
+      LONGSPAN_UNROLL
+      for (int c = 0; c < packets; ++c) sum[g][c] = fma(weight_of_query, of_value[c], sum[g][c]);
+    }
+  };
+  if (last_columns == w) {
+    LONGSPAN_UNROLL_BY_2
+    for (Index j = 0; j < keys; ++j) {
+      const Tv* row = v + j * v_stride;
+      if constexpr (ahead != RowsAhead::not_asked_for) {
+        prefetch<ahead == RowsAhead::read_once>(row, packets * w * static_cast<Index>(sizeof(Tv)),
+                                                prefetch_ahead);
+      }
+      add(row, p + j * p_stride, [](const Tv* from, Packet<Real>(&to)[std::size_t(packets)]) {
+        load_whole<packets, Real>(from, to);
+      });
+    }
+  } else {
+    for (Index j = 0; j < keys; ++j) {
+      add(v + j * v_stride, p + j * p_stride, [&](const Tv* from, Packet<Real>(&to)[std::size_t(packets)]) {
+        LONGSPAN_UNROLL
+        for (int c = 0; c + 1 < packets; ++c) to[c] = load_as<Real>(from + c * w);
+        to[packets - 1] = load_part<Real>(from + (packets - 1) * w, last_columns);
+      });
+    }
+  }
+  LONGSPAN_UNROLL
+  for (int g = 0; g < queries; ++g) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) {
+      Real* to = o + g * o_stride + c * w;
+      store(to, fma(broadcast(scale[g]), load(static_cast<const Real*>(to)), sum[g][c]));
+    }
+  }
+}
+
+/// sum[c][g] += p[j][g] * v[j][c] for `keys` rows v[j] together and `queries` of `all` queries, where sum[c][g] is a
+/// packet of columns: the sums are in the first cache, the weights in registers.
+template <int all, int queries, int keys, RowsAhead ahead, class Real, class Tv>
+LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, const Real* p, Real* sum,
+                                    const LinesAhead& lines) {
+  constexpr int w = lanes<Real>;
+  Packet<Real> weight_of[std::size_t(keys * queries)];
+  LONGSPAN_UNROLL
+  for (int j = 0; j < keys; ++j) {
+    LONGSPAN_UNROLL
+    for (int g = 0; g < queries; ++g) weight_of[j * queries + g] = broadcast(p + j * all + g);
+  }
+  const auto add = [&](const Packet<Real>(&of_value)[std::size_t(keys)], Index column) {
+    Real* to = sum + column * all;
+    LONGSPAN_UNROLL
+    for (int g = 0; g < queries; ++g, to += w) {
+      Packet<Real> x = load(static_cast<const Real*>(to));
+      LONGSPAN_UNROLL
+      for (int j = 0; j < keys; ++j) x = fma(weight_of[j * queries + g], of_value[j], x);
+      store(to, x);
+    }
+  };
+  const auto add_packet = [&](const auto& load_value, Index column) {
+    Packet<Real> of_value[std::size_t(keys)];
+    LONGSPAN_UNROLL
+    for (int j = 0; j < keys; ++j) of_value[j] = load_value(v + j * v_stride + column);
+    add(of_value, column);
+  };
+  const auto add_whole = [&](Index column) {
+    if constexpr (loads_in_pairs<Real, Tv>) {
+      Packet<Real> even[std::size_t(keys)], odd[std::size_t(keys)];
+      LONGSPAN_UNROLL
+      for (int j = 0; j < keys; ++j) load_pairs(v + j * v_stride + column, even[j], odd[j]);
+      add(even, column);
+      add(odd, column + w);
+    } else {
+      add_packet([](const Tv* from) { return held(load_as<Real>(from)); }, column);
+    }
+  };
+  for_each_column<Real, Tv, keys, ahead>(columns, lines, add_whole, add_packet);
+}
+
+/// add_value_rows for all queries, four at a time: the weights of four rows for eight leave the registers, and
+/// clang++ then takes 60 % longer.
+template <int all, int keys, RowsAhead ahead, class Real, class Tv>
+LONGSPAN_INLINE void add_value_rows_of_all(const Tv* v, Index v_stride, Index columns, const Real* p,
+                                           Real* sum, const LinesAhead& lines) {
+  constexpr int some = std::min(all, 4);
+  add_value_rows<all, some, keys, ahead>(v, v_stride, columns, p, sum, lines);
+  if constexpr (some < all) {
+    add_value_rows<all, all - some, keys, RowsAhead::not_asked_for>(v, v_stride, columns, p + some,
+                                                                    sum + some * lanes<Real>, lines);
+  }
+}
+
+/// o[g][c] = scale[g] * o[g][c] + sum_j p[j * queries + g] * v[j][c], as add_values, for rows of any length: each is
+/// read once for all queries. `sum` is room for `queries` rows of o_stride. The sums are those of add_values, bit
+/// for bit; columns of o stand at their `place_of`.
+///
+/// Where the sums of whole rows leave the registers (8 packets, 4 queries) this takes 110 GB/s from the first caches
+/// and 87 % of the stream rate from DRAM; rows read twice, for two queries each, took 84 and 79 %.
+template <int queries, RowsAhead ahead, class Real, class Tv>
+LONGSPAN_NOINLINE void add_long_values(const Tv* v, Index v_stride, Index columns, Index keys, const Real* p,
+                                       Real* sum, Real* o, Index o_stride, const Real* scale,
+                                       const void* then = nullptr) {
+  constexpr int w = lanes<Real>, keys_together = vector_registers == 32 ? 4 : 2;
+  std::fill_n(sum, queries * round_up(columns, w), Real(0));
+  LinesAhead lines(v, columns, v_stride, keys_together, keys, then);
+  Index j = 0;
+  for (; j + keys_together <= keys; j += keys_together) {
+    lines.go_to(j);
+    add_value_rows_of_all<queries, keys_together, ahead>(v + j * v_stride, v_stride, columns, p + j * queries,
+                                                         sum, lines);
+  }
+  for (; j < keys; ++j) {
+    add_value_rows_of_all<queries, 1, RowsAhead::not_asked_for>(v + j * v_stride, v_stride, columns,
+                                                                p + j * queries, sum, lines);
+  }
+  for (Index c = 0; c < columns; c += w) {
+    for (int g = 0; g < queries; ++g, sum += w) {
+      Real* to = o + g * o_stride + c;
+      store(to, fma(broadcast(scale[g]), load(static_cast<const Real*>(to)),
+                    load(static_cast<const Real*>(sum))));
+    }
+  }
+}
+
+}  // namespace detail
+LONGSPAN_END

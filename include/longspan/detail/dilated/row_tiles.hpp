@@ -1,0 +1,155 @@
+// Rows of one head taken through keys in tiles, what they saw added to rows that have seen others before.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/decode/decode.hpp"
+#include "longspan/detail/simd/element_packets.hpp"
+#include "longspan/detail/tile/accumulator.hpp"
+#include "longspan/detail/tile/forward.hpp"
+#include "longspan/detail/tile/key_block.hpp"
+#include "longspan/detail/tile/key_run.hpp"
+#include "longspan/detail/tile/query_lanes.hpp"
+#include "longspan/detail/tile/query_tile.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// Adds lane i of a tile to row first + i * step, for `count` lanes: Accumulator::merge, lanes to rows.
+template <class Real>
+void merge_lanes(const Accumulator<Real>& tile, Index count, Index value_dim,
+                 const RowAccumulator<Real>& rows, Index first, Index step) {
+  constexpr Index w = lanes<Real>;
+  for (Index lane = 0; lane < count; lane += w) {
+    const Index used = std::min(w, count - lane);
+    const auto row_of = [&](Index i) { return first + (lane + i) * step; };
+    alignas(64) Real before[std::size_t(w)]{}, share[std::size_t(w)];
+    for (Index i = 0; i < used; ++i) before[i] = rows.top[row_of(i)];
+    const Packet<Real> mine = load<Real>(before), others = load<Real>(tile.top + lane),
+                       both = max(mine, others);
+    const Packet<Real> other_share = weight(others - both);
+    store<Real>(share, weight(mine - both));
+    store<Real>(before, both);
+    for (Index i = 0; i < used; ++i) rows.top[row_of(i)] = before[i];
+    store<Real>(before, load<Real>(tile.sum + lane) * other_share);
+    for (Index i = 0; i < used; ++i) rows.sum[row_of(i)] = rows.sum[row_of(i)] * share[i] + before[i];
+
+    Index column = 0;
+    for (; column + w <= value_dim; column += w) {
+      Packet<Real> square[std::size_t(w)];
+      LONGSPAN_UNROLL
+      for (int i = 0; i < w; ++i)
+        square[i] = load<Real>(tile.o + (column + i) * tile.stride + lane) * other_share;
+      transpose<Real>(square);
+      for (Index i = 0; i < used; ++i) {
+        Real* to = rows.o + row_of(i) * rows.stride + column;
+        store(to, fma(load<Real>(to), broadcast(share[i]), square[i]));
+      }
+    }
+    for (; column < value_dim; ++column) {
+      store<Real>(before, load<Real>(tile.o + column * tile.stride + lane) * other_share);
+      for (Index i = 0; i < used; ++i) {
+        Real& to = rows.o[row_of(i) * rows.stride + column];
+        to = to * share[i] + before[i];
+      }
+    }
+  }
+}
+
+/// Writes rows [first, first + count) as the outputs of a head, and their log-sum-exps.
+template <class Real, class To>
+void write_rows(const RowAccumulator<Real>& rows, Index count, Index batch, Index head, Index first,
+                TensorView<To> out, RowsView<Real> lse) {
+  constexpr Index w = lanes<Real>;
+  for (Index i = 0; i < count; ++i) {
+    // A row that has seen no key has sum 0, and gives 0.
+    const Real by = rows.sum[i] == Real(0) ? Real(0) : Real(1) / rows.sum[i];
+    const Real* from = rows.o + i * rows.stride;
+    To* to = out.row(batch, head, first + i);
+    Index column = 0;
+    for (; column + w <= out.cols; column += w)
+      store_as(to + column, load<Real>(from + column) * broadcast(by));
+    for (; column < out.cols; ++column) to[column] = static_cast<To>(from[column] * by);
+    if (lse.data != nullptr) lse(batch, head, first + i) = lse_of(rows.top[i], rows.sum[i]);
+  }
+}
+
+/// Consecutive queries of one head against the keys of a run, both counted as the mask counts them.
+template <class Tq, class Tk, class Tv>
+struct RowsToAttend {
+  TensorView<const Tq> q;  ///< row 0 is the first of the queries
+  Index batch = 0;
+  Index head = 0;
+  Index first_query = 0;
+  Index count = 0;
+  KeyRun<Tk, Tv> keys;
+};
+
+/// The tiles of one worker.
+template <class Products, class Tk, class Tv, Mask M, Score S, Position P>
+class RowTiles {
+ public:
+  using Real = typename Products::Real;
+  using Queries = QueryTile<Products, M, S>;
+
+  static RowTiles take(Arena& arena, Index head_dim, Index value_dim, Index most_keys) {
+    const Index padded_value_dim = round_up(value_dim, tile_rows);
+    RowTiles tiles;
+    tiles.scratch_ =
+        TileScratch<Products>::take(arena, head_dim, padded_value_dim, !std::is_same_v<P, no_position>);
+    tiles.blocks_ = Blocks::take(arena, head_dim, value_dim);
+    for (Queries& tile : tiles.tiles_) tile = Queries::take(arena, head_dim, padded_value_dim, most_keys);
+    return tiles;
+  }
+
+  /// Calls done(first, count, state) for the queries [first, first + count) of each tile, counted from 0.
+  template <class Tq, class Done>
+  void attend(const RowsToAttend<Tq, Tk, Tv>& rows, const M& mask, const S& score, const P& position,
+              double scale, const Done& done) {
+    constexpr Index width = tile_lanes<Real>;
+    for (Index first = 0; first < rows.count; first += tiles_in_task * width) {
+      const Index tiles = std::min(tiles_in_task, divide_up(rows.count - first, width));
+      const auto lanes_of = [&](Index t) {
+        const Index row = first + t * width;
+        return QueryLanes{rows.batch, rows.head, 1, row, std::min(width, rows.count - row), rows.first_query};
+      };
+      KeyRanges ranges;
+      for (Index t = 0; t < tiles; ++t) {
+        tiles_[t].start(lanes_of(t), mask, score, rows.q, scale, position, scratch_);
+        ranges = united(ranges, tiles_[t].ranges());
+      }
+      absorb(tiles, intersection(ranges, KeyRanges(KeyRange{0, rows.keys.k.rows})), rows.keys, position);
+      for (Index t = 0; t < tiles; ++t)
+        done(lanes_of(t).first_row, lanes_of(t).count, tiles_[t].state().whole());
+    }
+  }
+
+ private:
+  using Blocks = KeyBlocks<Products, Tk, Tv, P>;
+
+  void absorb(Index tiles, const KeyRanges& ranges, const KeyRun<Tk, Tv>& run, const P& position) {
+    constexpr Index keys_in_block = Products::keys_in_block;
+    Index done = 0;  // a block that two ranges touch is visited once
+    for (const KeyRange& range : ranges) {
+      Index first = std::max(done, range.begin / keys_in_block * keys_in_block);
+      for (; first < range.end; first += keys_in_block) {
+        const Index keys = std::min(keys_in_block, run.k.rows - first);
+        const KeyBlock<Products> block = blocks_.block(slice_rows(run, first, keys), position, first);
+        for (Index t = 0; t < tiles; ++t) tiles_[t].absorb(block, scratch_);
+      }
+      done = first;
+    }
+  }
+
+  TileScratch<Products> scratch_;
+  Blocks blocks_;
+  Queries tiles_[tiles_in_task];
+};
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,75 @@
+// The rows that a stream of dilated attention keeps, and how the kernel finds them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "longspan/detail/tile/key_run.hpp"
+#include "longspan/dilation.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// What the heads of one KV head with one offset keep of one branch: rows of its open segment.
+struct Strand {
+  std::size_t branch = 0;
+  Index kv_head = 0;
+  Index offset = 0;
+
+  friend bool operator==(const Strand&, const Strand&) = default;
+};
+
+/// Rows of one strand in one batch row.
+template <class Tk, class Tv>
+struct StrandRows {
+  std::vector<Tk> k;
+  std::vector<Tv> v;
+  std::vector<float> k_scale, v_scale;  ///< of rows of int8
+};
+
+/// Where Dilated finds keys and values: in the strands.
+template <class Tk, class Tv>
+struct StoredRows {
+  using Key = Tk;
+  using Value = Tv;
+  static constexpr bool joins_segments = false;
+
+  const std::vector<Branch>* branches;
+  const std::vector<std::size_t>* strand_of;       ///< [branches][heads]
+  const std::vector<StrandRows<Tk, Tv>>* strands;  ///< [batch][strands]
+  Index heads, strands_in_batch, head_dim, value_dim;
+  Index first_token;  ///< strands begin with the segments that hold it
+
+  KeyRun<Tk, Tv> rows(std::size_t n, Index b, Index h, Index first, Index, Index count) const {
+    const StrandRows<Tk, Tv>& strand = at(n, b, h);
+    const Index row = row_of(n, first);
+    KeyRun<Tk, Tv> run{{strand.k.data() + row * head_dim, count, head_dim, head_dim},
+                       {strand.v.data() + row * value_dim, count, value_dim, value_dim},
+                       true};
+    if constexpr (std::is_same_v<Tk, std::int8_t>) {
+      run.k_scale = strand.k_scale.data() + row;
+      run.v_scale = strand.v_scale.data() + row;
+    }
+    return run;
+  }
+
+ private:
+  const StrandRows<Tk, Tv>& at(std::size_t n, Index b, Index h) const {
+    const std::size_t strand =
+        (*strand_of)[n * static_cast<std::size_t>(heads) + static_cast<std::size_t>(h)];
+    return (*strands)[static_cast<std::size_t>(b * strands_in_batch) + strand];
+  }
+  /// In the strand, of the row at position `first`, the first of its segment.
+  Index row_of(std::size_t n, Index first) const {
+    const Branch& branch = (*branches)[n];
+    const Index segments = first / branch.segment - first_token / branch.segment;
+    return segments * kept_rows(branch.segment, first % branch.segment, branch.dilation);
+  }
+};
+
+}  // namespace detail
+LONGSPAN_END

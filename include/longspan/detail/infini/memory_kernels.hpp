@@ -1,0 +1,374 @@
+// The two products of a compressive memory: what queries read from it, and what a segment writes to it.
+//
+// Both are the value product of attention (microkernel.hpp): a read takes the rows of M for values and phi(q)
+// for weights, with queries in the lanes; a write takes phi(k) for values and v for weights, with the columns
+// of v in the lanes. Neither phi(Q) nor phi(K) is ever whole in memory.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/simd/element_packets.hpp"
+#include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/key_block.hpp"
+#include "longspan/detail/tile/microkernel.hpp"
+#include "longspan/detail/tile/query_lanes.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/infini_options.hpp"
+#include "longspan/position.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+template <class Real, FeatureMap F>
+Packet<Real> feature_of(const F& feature, Packet<Real> x) {
+  if constexpr (requires { feature.on_packet(x); }) {
+    return feature.on_packet(x);
+  } else {
+    alignas(64) Real of_lane[std::size_t(lanes<Real>)];
+    store<Real>(of_lane, x);
+    for (Real& y : of_lane) y = static_cast<Real>(feature(static_cast<double>(y)));
+    return load<Real>(of_lane);
+  }
+}
+
+/// The scale of a value product that is not rescaled; g++ warns where it sees a null pointer.
+template <class Real>
+inline constexpr Real unscaled[std::size_t(tile_lanes<Real>)] = {};
+
+/// M [head_dim][stride] and z [head_dim] of every KV head, rows and columns padded with 0 to whole tiles.
+template <class Real>
+struct MemoryView {
+  Real* m = nullptr;
+  Real* z = nullptr;
+  Index batch = 0;
+  Index kv_heads = 0;
+  Index head_dim = 0;
+  Index value_dim = 0;
+
+  Index rows() const noexcept { return round_up(head_dim, tile_rows); }
+  Index stride() const noexcept { return round_up(value_dim, std::max<Index>(lanes<Real>, tile_rows)); }
+  Index heads() const noexcept { return batch * kv_heads; }
+  Index m_size() const noexcept { return heads() * rows() * stride(); }
+  Index z_size() const noexcept { return heads() * rows(); }
+  Real* matrix(Index head) const noexcept { return m + head * rows() * stride(); }
+  Real* norm(Index head) const noexcept { return z + head * rows(); }
+
+  void clear() const {
+    std::fill_n(m, m_size(), Real(0));
+    std::fill_n(z, z_size(), Real(0));
+  }
+};
+
+/// How much of what is read and of what was there goes into a result, for each column: [heads][columns], or
+/// one row for all heads where head_stride is 0.
+template <class Real>
+struct Shares {
+  const Real* memory = nullptr;
+  const Real* other = nullptr;
+  Index head_stride = 0;
+};
+
+/// to[i] = memory_share * phi(q[i]) M / (phi(q[i]) z) + other_share * other[i]. `to` may be `other`.
+template <class Real, class Tq, class Ts, class To, FeatureMap F, Position P>
+class MemoryRead {
+ public:
+  static constexpr Index w = lanes<Real>, width = tile_lanes<Real>;
+
+  MemoryRead(TensorView<const Tq> q, Index first_position, TensorView<const Ts> other, TensorView<To> to,
+             const MemoryView<Real>& memory, const Shares<Real>& shares, const F& feature, const P& position)
+      : q_(q),
+        other_(other),
+        to_(to),
+        memory_(memory),
+        shares_(shares),
+        feature_(feature),
+        position_(position),
+        first_position_(first_position),
+        tiles_(divide_up(q.rows, width)) {}
+
+  template <class E>
+  void run(const E& executor, Workspace& workspace) const {
+    Arena counting;
+    take(counting);
+    const auto worker_bytes = static_cast<Index>(counting.used());
+    std::byte* scratch = workspace.reserve(counting.used() * static_cast<std::size_t>(executor.workers()));
+    executor.for_each(q_.batch * q_.heads * tiles_, [&](Index task, Index worker) {
+      Arena arena(scratch + worker * worker_bytes);
+      const Index head = task / tiles_, first = task % tiles_ * width;
+      read_tile(head / q_.heads, head % q_.heads, first, std::min(width, q_.rows - first), take(arena));
+    });
+  }
+
+ private:
+  struct Scratch {
+    Real* phi;   ///< [head_dim][lanes]
+    Real* read;  ///< [value_dim][lanes]
+    Real* rows;  ///< [lanes][head_dim], for position encoding
+  };
+
+  Scratch take(Arena& arena) const {
+    Scratch scratch{};
+    scratch.phi = arena.take<Real>(q_.cols * width);
+    scratch.read = arena.take<Real>(memory_.stride() * width);
+    if constexpr (!std::is_same_v<P, no_position>) scratch.rows = arena.take<Real>(q_.cols * width);
+    return scratch;
+  }
+
+  void read_tile(Index b, Index h, Index first, Index count, const Scratch& scratch) const {
+    const int packets = static_cast<int>(divide_up(count, w));
+    const Index stride = packets * w, kv_head = b * memory_.kv_heads + h / (q_.heads / memory_.kv_heads);
+    prefetch_rows(q_, b, h, first, count);
+    pack_features(b, h, first, count, stride, scratch);
+    prefetch_rows(other_, b, h, first, count);
+    alignas(64) Real by[std::size_t(width)];
+    with_packets(packets, [&]<int wide>() {
+      quotients<wide>(memory_.norm(kv_head), scratch.phi, by);
+      value_rows<wide>(static_cast<const Real*>(memory_.matrix(kv_head)), memory_.stride(),
+                       round_up(memory_.value_dim, tile_rows), static_cast<const Real*>(scratch.phi), stride,
+                       q_.cols, scratch.read, stride, Into::fresh, unscaled<Real>);
+    });
+    const Real* shares_of_memory = shares_.memory + h * shares_.head_stride;
+    const Real* shares_of_other = shares_.other + h * shares_.head_stride;
+    for (Index lane = 0; lane < count; lane += w) {
+      write_packet(b, h, first + lane, std::min(w, count - lane), load<Real>(by + lane), scratch.read + lane,
+                   stride, shares_of_memory, shares_of_other);
+    }
+  }
+
+  /// Packing turns squares of 16 rows, which the processor does not foresee.
+  template <class T>
+  static void prefetch_rows(TensorView<const T> x, Index b, Index h, Index first, Index count) {
+    for (Index i = 0; i < count; ++i)
+      prefetch(x.row(b, h, first + i), x.cols * static_cast<Index>(sizeof(T)));
+  }
+
+  void pack_features(Index b, Index h, Index first, Index count, Index stride, const Scratch& scratch) const {
+    if constexpr (!std::is_same_v<P, no_position>) {
+      convert_rows(q_.row(b, h, first), q_.row_stride, count, q_.cols, scratch.rows, q_.cols);
+      position_.encode(MatrixView<Real>{scratch.rows, count, q_.cols, q_.cols}, first_position_ + first,
+                       Role::query);
+    }
+    for (Index lane = 0; lane < stride; lane += w) {
+      const auto row_of = [&](Index i) {
+        const Index row = std::min(lane + i, count - 1);
+        if constexpr (std::is_same_v<P, no_position>) {
+          return q_.row(b, h, first + row);
+        } else {
+          return static_cast<const Real*>(scratch.rows + row * q_.cols);
+        }
+      };
+      FloatProducts<Real>::pack(row_of, q_.cols, Real(1), scratch.phi + lane, stride);
+    }
+    for (Index at = 0; at < q_.cols * stride; at += w) {
+      store(scratch.phi + at, feature_of(feature_, load<Real>(scratch.phi + at)));
+    }
+  }
+
+  /// 1 / (phi z) of each query; 0 where nothing was written.
+  template <int packets>
+  void quotients(const Real* z, const Real* phi, Real* by) const {
+    const Packet<Real> zero = broadcast(Real(0));
+    Packet<Real> sum[std::size_t(packets)];
+    LONGSPAN_UNROLL
+    for (int n = 0; n < packets; ++n) sum[n] = zero;
+    for (Index c = 0; c < q_.cols; ++c, phi += packets * w) {
+      const Packet<Real> of_column = broadcast(z[c]);
+      LONGSPAN_UNROLL
+      for (int n = 0; n < packets; ++n) sum[n] = fma(of_column, load<Real>(phi + n * w), sum[n]);
+    }
+    LONGSPAN_UNROLL
+    for (int n = 0; n < packets; ++n) {
+      const Packet<Real> bounded = max(sum[n], broadcast(static_cast<Real>(infini_least_norm)));
+      store(by + n * w, select(equal(sum[n], zero), zero, broadcast(Real(1)) / bounded));
+    }
+  }
+
+  void write_packet(Index b, Index h, Index first, Index count, Packet<Real> by, const Real* read,
+                    Index stride, const Real* of_memory, const Real* of_other) const {
+    alignas(64) Real factor[std::size_t(w)];
+    store<Real>(factor, by);
+    // A side whose share is 0 has no effect, even if it holds NaN.
+    const auto blend = [&](Index column, Real known, Real other) {
+      const Real a = of_memory[column], o = of_other[column];
+      return (a == Real(0) ? Real(0) : a * known) + (o == Real(0) ? Real(0) : o * other);
+    };
+    Index column = 0;
+    for (; column + w <= memory_.value_dim; column += w) {
+      Packet<Real> square[std::size_t(w)];
+      LONGSPAN_UNROLL
+      for (int i = 0; i < w; ++i) square[i] = load<Real>(read + (column + i) * stride) * by;
+      transpose<Real>(square);
+      const Packet<Real> a = load<Real>(of_memory + column), o = load<Real>(of_other + column),
+                         zero = broadcast(Real(0));
+      for (Index i = 0; i < count; ++i) {
+        const Packet<Real> other = load_as<Real>(other_.row(b, h, first + i) + column);
+        const Packet<Real> from_memory = select(equal(a, zero), zero, a * square[i]);
+        const Packet<Real> from_other = select(equal(o, zero), zero, fma(o, other, zero));
+        store_as(to_.row(b, h, first + i) + column, from_memory + from_other);
+      }
+    }
+    for (; column < memory_.value_dim; ++column) {
+      for (Index i = 0; i < count; ++i) {
+        const Real other = static_cast<Real>(other_.row(b, h, first + i)[column]);
+        to_.row(b, h, first + i)[column] =
+            static_cast<To>(blend(column, read[column * stride + i] * factor[i], other));
+      }
+    }
+  }
+
+  TensorView<const Tq> q_;
+  TensorView<const Ts> other_;
+  TensorView<To> to_;
+  const MemoryView<Real>& memory_;
+  Shares<Real> shares_;
+  const F& feature_;
+  const P& position_;
+  Index first_position_;
+  Index tiles_;
+};
+
+/// M += phi(K)^T V and z += sum of phi(K) over the rows of a segment: summed by themselves first and then
+/// added once, without which z would lose 1e-5 of itself in 10^6 tokens.
+template <class Real, class Tk, class Tv, FeatureMap F, Position P>
+class MemoryWrite {
+ public:
+  static constexpr Index w = lanes<Real>, block_keys = 128, chunk_rows = 32;
+
+  MemoryWrite(TensorView<const Tk> k, TensorView<const Tv> v, Index first_position,
+              const MemoryView<Real>& memory, const F& feature, const P& position)
+      : k_(k),
+        v_(v),
+        memory_(memory),
+        feature_(feature),
+        position_(position),
+        first_position_(first_position),
+        chunks_(divide_up(memory.rows(), chunk_rows)) {}
+
+  /// Writes the first rows_of(b) rows of batch row b.
+  template <class E, class RowsOf>
+  void run(const E& executor, Workspace& workspace, const RowsOf& rows_of) const {
+    Arena counting;
+    take(counting);
+    const auto worker_bytes = static_cast<Index>(counting.used());
+    std::byte* scratch = workspace.reserve(counting.used() * static_cast<std::size_t>(executor.workers()));
+    executor.for_each(memory_.heads() * chunks_, [&](Index task, Index worker) {
+      Arena arena(scratch + worker * worker_bytes);
+      const Index head = task / chunks_, rows = rows_of(head / memory_.kv_heads);
+      if (rows > 0) write_chunk(head, task % chunks_ * chunk_rows, rows, take(arena));
+    });
+  }
+
+ private:
+  struct Scratch {
+    Real* phi;     ///< [block keys][chunk rows]
+    Real* values;  ///< [block keys][stride], where v must be converted
+    Real* sum;     ///< [chunk rows][stride]
+    Real* norm;    ///< [chunk rows]
+    Real* row;     ///< [head_dim], for position encoding
+  };
+
+  bool copies_values() const { return !std::is_same_v<Tv, Real> || memory_.value_dim % w != 0; }
+
+  Scratch take(Arena& arena) const {
+    Scratch scratch{};
+    scratch.phi = arena.take<Real>(block_keys * chunk_rows);
+    scratch.sum = arena.take<Real>(chunk_rows * memory_.stride());
+    scratch.norm = arena.take<Real>(chunk_rows);
+    if (copies_values()) scratch.values = arena.take<Real>(block_keys * memory_.stride());
+    if constexpr (!std::is_same_v<P, no_position>) scratch.row = arena.take<Real>(round_up(k_.cols, w));
+    return scratch;
+  }
+
+  /// Rows [first_row, first_row + chunk_rows) of one head's M and z.
+  void write_chunk(Index head, Index first_row, Index keys, const Scratch& scratch) const {
+    const Index b = head / memory_.kv_heads, h = head % memory_.kv_heads, stride = memory_.stride();
+    const Index rows = std::min(chunk_rows, memory_.rows() - first_row);
+    std::fill_n(scratch.norm, chunk_rows, Real(0));
+    for (Index first = 0; first < keys; first += block_keys) {
+      const Index in_block = std::min(block_keys, keys - first);
+      feature_block(b, h, first, in_block, first_row, scratch);
+      add_norms(in_block, scratch);
+      const Real* values;
+      Index values_stride = stride;
+      if (copies_values()) {
+        convert_rows(v_.row(b, h, first), v_.row_stride, in_block, v_.cols, scratch.values, stride);
+        values = scratch.values;
+      } else if constexpr (std::is_same_v<Tv, Real>) {
+        values = v_.row(b, h, first);
+        values_stride = v_.row_stride;
+      }
+      multiply(values, values_stride, rows, in_block, first == 0 ? Into::fresh : Into::continued, scratch);
+    }
+    Real* m = memory_.matrix(head) + first_row * stride;
+    for (Index at = 0; at < rows * stride; at += w)
+      store(m + at, load<Real>(m + at) + load<Real>(scratch.sum + at));
+    for (Index r = 0; r < rows; ++r) memory_.norm(head)[first_row + r] += scratch.norm[r];
+  }
+
+  /// phi of columns [first_row, first_row + chunk_rows) of the keys of a block; 0 behind head_dim.
+  void feature_block(Index b, Index h, Index first, Index keys, Index first_row,
+                     const Scratch& scratch) const {
+    const Index columns = std::min(chunk_rows, k_.cols - first_row);
+    for (Index j = 0; j < keys; ++j) {
+      Real* to = scratch.phi + j * chunk_rows;
+      const Tk* from = k_.row(b, h, first + j);
+      if constexpr (std::is_same_v<P, no_position>) {
+        to_features(from + first_row, columns, to);
+      } else {
+        convert_rows(from, k_.cols, 1, k_.cols, scratch.row, k_.cols);
+        position_.encode(MatrixView<Real>{scratch.row, 1, k_.cols, k_.cols}, first_position_ + first + j,
+                         Role::key);
+        to_features(static_cast<const Real*>(scratch.row) + first_row, columns, to);
+      }
+    }
+  }
+
+  template <class T>
+  void to_features(const T* from, Index columns, Real* to) const {
+    Index c = 0;
+    for (; c + w <= columns; c += w) store(to + c, feature_of(feature_, load_as<Real>(from + c)));
+    if (c < columns) {
+      alignas(64) Real last[std::size_t(w)];
+      store<Real>(last, feature_of(feature_, load_part<Real>(from + c, columns - c)));
+      std::copy_n(last, columns - c, to + c);
+    }
+    std::fill_n(to + columns, chunk_rows - columns, Real(0));
+  }
+
+  /// A block is summed by itself, then added.
+  void add_norms(Index keys, const Scratch& scratch) const {
+    for (Index c = 0; c < chunk_rows; c += w) {
+      Packet<Real> sum = broadcast(Real(0));
+      for (Index j = 0; j < keys; ++j) sum = sum + load<Real>(scratch.phi + j * chunk_rows + c);
+      store(scratch.norm + c, load<Real>(scratch.norm + c) + sum);
+    }
+  }
+
+  void multiply(const Real* values, Index values_stride, Index rows, Index keys, Into into,
+                const Scratch& scratch) const {
+    const Index stride = memory_.stride();
+    for (Index column = 0; column < stride; column += tile_packets * w) {
+      with_packets(static_cast<int>(std::min<Index>(tile_packets, (stride - column) / w)), [&]<int wide>() {
+        value_rows<wide>(static_cast<const Real*>(scratch.phi), chunk_rows, round_up(rows, tile_rows),
+                         values + column, values_stride, keys, scratch.sum + column, stride, into,
+                         unscaled<Real>);
+      });
+    }
+  }
+
+  TensorView<const Tk> k_;
+  TensorView<const Tv> v_;
+  const MemoryView<Real>& memory_;
+  const F& feature_;
+  const P& position_;
+  Index first_position_;
+  Index chunks_;
+};
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,189 @@
+// Infini-attention, segment by segment: local attention, what the memory gives, the gate, the write.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/infini/local.hpp"
+#include "longspan/detail/infini/memory_kernels.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/functor.hpp"
+#include "longspan/infini_options.hpp"
+#include "longspan/position.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// One batch row of a tensor.
+template <class T>
+TensorView<T> batch_row(TensorView<T> x, Index b) {
+  x.data += b * x.batch_stride;
+  x.batch = 1;
+  return x;
+}
+
+/// A functor with its options resolved, over the memories that it reads and writes.
+template <class Real, class Local, FeatureMap F>
+struct InfiniPass {
+  const Local& local;
+  const F& feature;
+  InfiniRule rule = InfiniRule::linear;
+  bool memory_uses_positions = false;
+  bool absolute_positions = false;
+  MemoryView<Real> memory{};
+  Shares<Real> gate{};
+  Shares<Real> difference{};  ///< what is read taken from what was there, for the delta rule
+
+  /// out = gate(memory, local) for queries of one segment; k and v are its keys so far, the last q.rows of
+  /// them beside the queries, the first at `position`. Where nothing is `known`, local attention stands
+  /// alone. Of batch row b there are rows_of(b) rows; outputs behind them are those of a local part of 0.
+  template <class Tq, class Tk, class Tv, class To, class E, class RowsOf>
+  void attend(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v, TensorView<To> out,
+              Index position, bool known, const E& executor, Workspace& workspace,
+              const RowsOf& rows_of) const {
+    ExecutionRef<E> inner{executor, workspace.inner()};
+    bool whole = true;
+    for (Index b = 0; b < k.batch; ++b) whole = whole && rows_of(b) >= k.rows;
+    if (whole) {
+      attend_locally(q, k, v, out, position, inner);
+    } else {
+      const Index before = k.rows - q.rows;
+      for (Index b = 0; b < k.batch; ++b) {
+        const Index rows = std::clamp<Index>(rows_of(b), 0, k.rows);
+        const Index queries = std::max<Index>(0, rows - before);
+        const auto to = batch_row(out, b);
+        attend_locally(batch_row(q, b).slice_rows(0, queries), batch_row(k, b).slice_rows(0, rows),
+                       batch_row(v, b).slice_rows(0, rows), to.slice_rows(0, queries), position, inner);
+        for (Index h = 0; h < to.heads; ++h) {
+          for (Index i = queries; i < to.rows; ++i) std::fill_n(to.row(0, h, i), to.cols, To(0));
+        }
+      }
+    }
+    if (known) recall(q, k.rows - q.rows, out, position, executor, workspace);
+  }
+
+  /// Calls the local functor as `attend` will, but for the queries: it says what it refuses, and writes
+  /// nothing. Only functors that give an lse can be called so; the others want a query for each key.
+  template <class Tq, class Tk, class Tv, class To, class E, class RowsOf>
+  void check(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v, TensorView<To> out,
+             const E& executor, Workspace& workspace, const RowsOf& rows_of) const {
+    if constexpr (PartialFunctor<Local, Real> && !fits_any_segment<Local>) {
+      attend(q.slice_rows(0, 0), k, v, out.slice_rows(0, 0), 0, false, executor, workspace, rows_of);
+    }
+  }
+
+  /// out = gate(memory, out) for queries that stand behind `first_query` others of their segment.
+  template <class Tq, class To, class E>
+  void recall(TensorView<const Tq> q, Index first_query, TensorView<To> out, Index position,
+              const E& executor, Workspace& workspace) const {
+    with_encoding(position, [&](const auto& encoding) {
+      MemoryRead<Real, Tq, To, To, F, std::remove_cvref_t<decltype(encoding)>>(
+          q, first_query, TensorView<const To>(out), out, memory, gate, feature, encoding)
+          .run(executor, workspace.inner());
+    });
+  }
+
+  /// Writes the first rows_of(b) rows of a segment of each batch row. `change` [batch, kv_heads, rows,
+  /// value_dim] is scratch of the delta rule.
+  template <class Tk, class Tv, class E, class RowsOf>
+  void write(TensorView<const Tk> k, TensorView<const Tv> v, TensorView<Real> change, Index position,
+             const E& executor, Workspace& workspace, const RowsOf& rows_of) const {
+    with_encoding(position, [&](const auto& encoding) {
+      using P = std::remove_cvref_t<decltype(encoding)>;
+      if (rule == InfiniRule::delta) {
+        // v less what the memory gives for k: a read with keys in the place of queries.
+        MemoryRead<Real, Tk, Tv, Real, F, P>(k, 0, v, change, memory, difference, feature, encoding)
+            .run(executor, workspace.inner());
+        MemoryWrite<Real, Tk, Real, F, P>(k, TensorView<const Real>(change), 0, memory, feature, encoding)
+            .run(executor, workspace.inner(), rows_of);
+      } else {
+        MemoryWrite<Real, Tk, Tv, F, P>(k, v, 0, memory, feature, encoding)
+            .run(executor, workspace.inner(), rows_of);
+      }
+    });
+  }
+
+ private:
+  /// The last q.rows keys stand beside the queries, as functors have it unless they are told otherwise. A
+  /// functor is not copied for that: dilated_attention would allocate its branches.
+  template <class Tq, class Tk, class Tv, class To, class E>
+  void attend_locally(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v,
+                      TensorView<To> out, Index position, E& execution) const {
+    const auto call = [&](const auto& functor) {
+      if constexpr (requires { functor.first_query; }) {
+        if (functor.first_query != queries_end_at_keys) {
+          auto copy = functor;
+          copy.first_query = queries_end_at_keys;
+          return copy(q, k, v, out, execution);
+        }
+      }
+      functor(q, k, v, out, execution);
+    };
+    if (absolute_positions) {
+      call(local_at(local, position));
+    } else {
+      call(local);
+    }
+  }
+
+  /// work(encoding) with the position encoding of what the memory sees.
+  template <class Work>
+  void with_encoding(Index position, const Work& work) const {
+    using P = decltype(position_of(local));
+    if constexpr (!std::is_same_v<P, no_position>) {
+      if (memory_uses_positions)
+        return work(ShiftedPosition<P>{position_of(local), absolute_positions ? position : 0});
+    }
+    work(no_position{});
+  }
+};
+
+/// Fills the gate's shares, [heads][columns] each: sigmoid(beta) and 1 - sigmoid(beta), both from their own
+/// exponential, so that a small one keeps its digits. beta is 0 where none is given.
+template <class Real>
+Shares<Real> gate_shares(MatrixView<const float> beta, Index heads, Index columns, Index stride, Real* memory,
+                         Real* other) {
+  for (Index h = 0; h < heads; ++h) {
+    for (Index c = 0; c < stride; ++c) {
+      const bool given = beta.data != nullptr && c < columns;
+      const Real logit = given ? beta.row(beta.rows == 1 ? 0 : h)[beta.cols == 1 ? 0 : c] : Real(0);
+      memory[h * stride + c] = 1 / (1 + std::exp(-logit));
+      other[h * stride + c] = 1 / (1 + std::exp(logit));
+    }
+  }
+  return {memory, other, stride};
+}
+
+/// The shares that leave of a value what the memory does not know.
+template <class Real>
+Shares<Real> difference_shares(Index stride, Real* memory, Real* other) {
+  std::fill_n(memory, stride, Real(-1));
+  std::fill_n(other, stride, Real(1));
+  return {memory, other, 0};
+}
+
+/// What a call holds beside the memories.
+template <class Real>
+struct InfiniScratch {
+  Real* gate[2] = {};        ///< [heads][stride]
+  Real* difference[2] = {};  ///< [stride]
+  Real* change = nullptr;    ///< [batch, kv_heads, rows, value_dim], for the delta rule
+
+  static InfiniScratch take(Arena& arena, const MemoryView<Real>& memory, Index heads, Index rows,
+                            InfiniRule rule) {
+    InfiniScratch scratch;
+    for (Real*& shares : scratch.gate) shares = arena.take<Real>(heads * memory.stride());
+    if (rule != InfiniRule::delta) return scratch;
+    for (Real*& shares : scratch.difference) shares = arena.take<Real>(memory.stride());
+    scratch.change = arena.take<Real>(memory.heads() * rows * memory.value_dim);
+    return scratch;
+  }
+};
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,174 @@
+// The forward pass of landmark attention: tasks of a few tiles of queries, each led through the chunks.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/landmark/plan.hpp"
+#include "longspan/detail/landmark/tile.hpp"
+#include "longspan/detail/tile/forward.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/position.hpp"
+#include "longspan/score.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P>
+class LandmarkForward {
+ public:
+  using Call = Problem<Tq, Tk, Tv, To>;
+  using Real = typename Call::Real;
+  using Products = FloatProducts<Real>;
+  using Queries = LandmarkTile<Real, M, S>;
+  using Blocks = KeyBlocks<Products, Tk, Tv, P>;
+
+  LandmarkForward(const Call& call, const LandmarkOptions& options, const M& mask, const S& score,
+                  const P& position, Index workers)
+      : call_(call), options_(options), mask_(mask), score_(score), position_(position) {
+    shared_heads_ = Queries::changes_score ? 1 : call.group();
+    rows_ = call.q_len() * shared_heads_;
+    tiles_ = divide_up(rows_, tile_lanes<Real>);
+    head_groups_ = call.q.heads / shared_heads_;
+    const Index enough_tasks = 4 * workers;
+    const Index tiles = call.q.batch * head_groups_ * tiles_;
+    per_task_ = tiles >= enough_tasks * tiles_in_task ? tiles_in_task : 1;
+    tasks_in_head_ = divide_up(tiles_, per_task_);
+    for (Index b = 0; b < (options.at.same_in_all_rows() ? 1 : call.k.batch); ++b) {
+      for (Index m = 0; m <= options.at.count(b, call.kv_len()); ++m) {
+        const LandmarkBlock block = landmark_block(options.at, b, m, call.kv_len());
+        widest_ = std::max(widest_, block.end() - block.tokens.begin);
+      }
+    }
+  }
+
+  template <class E>
+  void run(const E& executor, Workspace& workspace) {
+    const Index workers = executor.workers(), tasks = call_.q.batch * head_groups_ * tasks_in_head_;
+    Arena counting;
+    cut_worker(counting);
+    const Index worker_bytes = static_cast<Index>(counting.used()), plan_at = worker_bytes * workers;
+    take_plan(counting);
+    std::byte* memory = workspace.reserve(static_cast<std::size_t>(plan_at) + counting.used());
+    Arena plan_arena(memory + plan_at);
+    plan_ = take_plan(plan_arena);
+    executor.for_each(tasks, [&](Index task, Index worker) {
+      Arena arena(memory + worker * worker_bytes);
+      Worker own = cut_worker(arena);
+      run_task(task, own);
+    });
+  }
+
+ private:
+  struct Worker {
+    TileScratch<Products> scratch;
+    Blocks blocks;
+    Queries tiles[tiles_in_task];
+  };
+
+  LandmarkPlan take_plan(Arena& arena) const {
+    const bool same_in_all_rows = options_.at.same_in_all_rows() && !options_.has_controlled();
+    return LandmarkPlan::take(arena, options_.at, call_.k.batch, call_.kv_len(), Products::keys_in_block,
+                              same_in_all_rows,
+                              [&](Index b, Index m) { return options_.is_controlled(b, m); });
+  }
+
+  Worker cut_worker(Arena& arena) const {
+    const Index padded_value_dim = round_up(call_.value_dim(), tile_rows);
+    Worker worker;
+    worker.scratch = TileScratch<Products>::take(arena, call_.head_dim(), padded_value_dim,
+                                                 !std::is_same_v<P, no_position>);
+    worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
+    for (Index t = 0; t < per_task_; ++t) {
+      worker.tiles[t] = Queries::take(arena, call_.head_dim(), padded_value_dim, call_.kv_len(), widest_,
+                                      options_.has_controlled());
+    }
+    return worker;
+  }
+
+  /// As Forward has them: heads rise from task to task, the tiles of a head fall.
+  QueryLanes lanes_of(Index task, Index t) const {
+    const Index head_task = task / tasks_in_head_, chunk = tasks_in_head_ - 1 - task % tasks_in_head_;
+    const Index first_row = (chunk * per_task_ + t) * tile_lanes<Real>;
+    return {head_task / head_groups_,
+            head_task % head_groups_ * shared_heads_,
+            shared_heads_,
+            first_row,
+            std::min<Index>(tile_lanes<Real>, rows_ - first_row),
+            call_.first_query};
+  }
+
+  void run_task(Index task, Worker& worker) const {
+    Index tiles = 0;
+    for (; tiles < per_task_ && lanes_of(task, tiles).count > 0; ++tiles) {
+      worker.tiles[tiles].start(lanes_of(task, tiles), mask_, score_, options_, call_.kv_len(), call_.q,
+                                call_.scale, position_, worker.scratch);
+    }
+    KeyRanges ranges;
+    for (Index t = 0; t < tiles; ++t) ranges = united(ranges, worker.tiles[t].ranges());
+    ranges = intersection(ranges, KeyRanges({0, call_.kv_len()}));
+    const QueryLanes lanes = lanes_of(task, 0);
+    Index done = 0;  // a chunk that two ranges touch is visited once
+    for (const KeyRange& range : ranges) {
+      for (const LandmarkChunk& chunk : plan_.chunks(lanes.batch, range)) {
+        if (chunk.keys.begin < done) continue;
+        absorb(chunk, lanes, tiles, worker);
+        done = chunk.keys.end;
+      }
+    }
+    for (Index t = 0; t < tiles; ++t) worker.tiles[t].finish(call_.out, call_.lse);
+  }
+
+  void absorb(const LandmarkChunk& chunk, const QueryLanes& lanes, Index tiles, Worker& worker) const {
+    const Index kv_head = lanes.first_head / call_.group();
+    const auto k = call_.k.matrix(lanes.batch, kv_head);
+    const auto v = call_.v.matrix(lanes.batch, kv_head);
+    if (chunk.length() <= Products::keys_in_block) {
+      const auto keys = worker.blocks.block(k, v, position_, chunk.keys.begin, chunk.length());
+      for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb_chunk(chunk, keys, worker.scratch);
+      return;
+    }
+    const LandmarkBlock block = landmark_block(options_.at, lanes.batch, chunk.first_block, chunk.keys.end);
+    for (Index t = 0; t < tiles; ++t) worker.tiles[t].start_wide();
+    for (Index first = block.tokens.begin; first < block.tokens.end; first += Products::keys_in_block) {
+      const Index count = std::min(Products::keys_in_block, block.tokens.end - first);
+      const auto keys = worker.blocks.block(k, v, position_, first, count);
+      for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb_piece(keys, worker.scratch);
+    }
+    KeyBlock<Products> landmark;
+    if (block.closed) landmark = worker.blocks.block(k, v, position_, block.landmark(), 1);
+    for (Index t = 0; t < tiles; ++t) worker.tiles[t].finish_wide(chunk, landmark, worker.scratch);
+  }
+
+  const Call& call_;
+  const LandmarkOptions& options_;
+  const M& mask_;
+  const S& score_;
+  const P& position_;
+  LandmarkPlan plan_;
+  Index shared_heads_ = 1;  ///< query heads in the lanes of one tile
+  Index head_groups_ = 0;
+  Index rows_ = 0;  ///< (row, head) pairs of a group
+  Index tiles_ = 0;
+  Index per_task_ = 1;
+  Index tasks_in_head_ = 0;
+  Index widest_ = 0;  ///< keys in the widest block
+};
+
+template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
+void landmark_forward(const Problem<Tq, Tk, Tv, To>& call, const LandmarkOptions& options, const M& mask,
+                      const S& score, const P& position, const E& executor, Workspace& workspace) {
+  if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
+  run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
+    LandmarkForward<Tq, Tk, Tv, To, M, S, P>(call, options, mask, score, position, where.workers())
+        .run(where, workspace);
+  });
+}
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,59 @@
+// How much of the softmax over all tokens a query of a landmark cache attended.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "longspan/detail/decode/row_kernel.hpp"
+#include "longspan/detail/simd/element_packets.hpp"
+#include "longspan/detail/simd/exp2.hpp"
+#include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/tile/accumulator.hpp"
+#include "longspan/detail/tile/key_run.hpp"
+#include "longspan/landmark_retrieval.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// The sum of exp(score) over scores as they come.
+template <class Real>
+struct ScoreMass {
+  Real top = nothing_seen<Real>;
+  Real sum = 0;
+
+  /// Each of the scores stands for `times` equal ones.
+  void add(const Real* scores, Index count, Real times) {
+    constexpr Index w = lanes<Real>;
+    const Real now = std::max(top, *std::max_element(scores, scores + count));
+    alignas(64) Real p[std::size_t(w)];
+    store<Real>(p, weight(broadcast(top - now)));
+    sum *= p[0];
+    for (Index j = 0; j < count; j += w) {
+      const Index used = std::min(w, count - j);
+      store<Real>(p, weight(load_part<Real>(scores + j, used) - broadcast(now)));
+      for (Index i = 0; i < used; ++i) sum += times * p[i];
+    }
+    top = now;
+  }
+  double lse() const { return static_cast<double>(lse_of(top, sum)); }
+};
+
+/// Adds the products of a query with sampled keys, which stand for `tokens` keys. `scores` has room for a
+/// packet more than the sample.
+template <class T, class Real>
+void add_sample(const Real* q, Index q_stride, const KeyRun<T, T>& keys, const TokenSample& sample,
+                Index tokens, Real* scores, ScoreMass<Real>& to) {
+  if (sample.count == 0) return;
+  score_keys<1>(keys.k.row(sample.first), sample.stride * keys.k.row_stride, sample.count, q, q_stride,
+                keys.k.cols, scores);
+  if constexpr (std::is_same_v<T, std::int8_t>) {
+    for (Index s = 0; s < sample.count; ++s) scores[s] *= keys.k_scale[sample.first + s * sample.stride];
+  }
+  to.add(scores, sample.count, static_cast<Real>(tokens) / static_cast<Real>(sample.count));
+}
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,221 @@
+// Retrieval from a landmark cache: scores of landmarks, the choice of blocks, and attention to them in place.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/decode/row_kernel.hpp"
+#include "longspan/detail/simd/element_packets.hpp"
+#include "longspan/detail/simd/exp2.hpp"
+#include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/tile/accumulator.hpp"
+#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/key_run.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// Calls work.template operator()<count>() with a power of two of at most 8.
+template <class Work>
+void with_count(Index count, const Work& work) {
+  if (count == 8) return work.template operator()<8>();
+  if (count == 4) return work.template operator()<4>();
+  if (count == 2) return work.template operator()<2>();
+  work.template operator()<1>();
+}
+
+/// The columns of a row go where score_keys wants them for keys of T.
+template <class T, class Real>
+void place_columns([[maybe_unused]] Real* row, [[maybe_unused]] Index cols) {
+  if constexpr (loads_in_pairs<Real, T>) {
+    constexpr Index together = 2 * lanes<Real>;
+    for (Index first = 0; first + together <= cols; first += together) {
+      Real plain[std::size_t(together)];
+      std::copy_n(row + first, together, plain);
+      for (Index c = 0; c < together; ++c) row[first + place_of<Real, T>(c, together)] = plain[c];
+    }
+  }
+}
+
+/// Queries whose scores against landmarks are made together.
+template <class Real>
+inline constexpr Index queries_to_a_landmark = std::min<Index>(8, lanes<Real>);
+
+/// scores_of(g)[j] = q[g].k[j] for `rows` queries and the landmarks of one KV head: k is read once for each
+/// eight of the queries. The bits do not depend on which queries are scored together.
+template <class Real, class Tk, class ScoresOf>
+void score_landmarks(MatrixView<const Tk> k, MatrixView<const Real> q, const ScoresOf& scores_of) {
+  constexpr Index w = lanes<Real>, keys_at_once = 256, most_queries = queries_to_a_landmark<Real>;
+  alignas(64) Real piece[std::size_t(keys_at_once * most_queries + w)];
+  for (Index first = 0; first < k.rows; first += keys_at_once) {
+    const Index keys = std::min(keys_at_once, k.rows - first);
+    for (Index g = 0; g < q.rows;) {
+      const auto left = static_cast<std::size_t>(std::min(most_queries, q.rows - g));
+      const Index together = static_cast<Index>(std::bit_floor(left));
+      with_count(together, [&]<int count>() {
+        if constexpr (count <= most_queries) {
+          score_keys<count>(k.row(first), k.row_stride, keys, q.row(g), q.row_stride, k.cols, piece);
+          for (int n = 0; n < count; ++n) {
+            Real* to = scores_of(g + n) + first;
+            for (Index j = 0; j < keys; ++j) to[j] = piece[j * count + n];
+          }
+        }
+      });
+      g += together;
+    }
+  }
+}
+
+/// Scores, in score units, become their softmax, in place.
+template <class Real>
+void softmax_row(Real* s, Index count) {
+  constexpr Index w = lanes<Real>;
+  Real top = nothing_seen<Real>, sum = 0;
+  for (Index j = 0; j < count; ++j) top = std::max(top, s[j]);
+  for (Index j = 0; j < count; j += w) {
+    const Index used = std::min(w, count - j);
+    alignas(64) Real p[std::size_t(w)];
+    store<Real>(p, weight(load_part<Real>(s + j, used) - broadcast(top)));
+    for (Index i = 0; i < used; ++i) sum += s[j + i] = p[i];
+  }
+  for (Index j = 0; j < count; ++j) s[j] /= sum;
+}
+
+/// The `k` indices with the highest of `count` scores, rising; of equal ones the lowest. `best` holds k
+/// numbers.
+template <class Real>
+void choose_highest(const Real* scores, Index count, Index k, Index* chosen, Real* best) {
+  constexpr Index w = lanes<Real>;
+  const auto insert = [&](Index j, Index at) {
+    for (; at > 0 && scores[j] > best[at - 1]; --at) {
+      best[at] = best[at - 1];
+      chosen[at] = chosen[at - 1];
+    }
+    best[at] = scores[j];
+    chosen[at] = j;
+  };
+  for (Index j = 0; j < k; ++j) insert(j, j);
+  Index first = k;
+  for (; first + w <= count; first += w) {
+    // Few of many scores are among the highest so far.
+    for (unsigned left = bits_of(less(broadcast(best[k - 1]), load(scores + first))); left != 0;
+         left &= left - 1) {
+      const Index j = first + std::countr_zero(left);
+      if (scores[j] > best[k - 1]) insert(j, k - 1);
+    }
+  }
+  for (; first < count; ++first) {
+    if (scores[first] > best[k - 1]) insert(first, k - 1);
+  }
+  std::sort(chosen, chosen + k);
+}
+
+/// Queries as they look from a few places. Many blocks stand in the same: with stingy positions there are no
+/// more than top_k + 1 of them.
+template <class Real>
+struct PlacedRows {
+  Real* rows;  ///< [most][size]
+  Index size;
+  Index* places;  ///< of the rows that are filled
+  Index most;
+  Index filled = 0;
+  Index replaced = 0;
+
+  /// The rows of a place; fill(rows) makes them where they are not there.
+  template <class Fill>
+  const Real* at(Index place, const Fill& fill) {
+    Index slot = std::find(places, places + filled, place) - places;
+    if (slot == filled) {
+      slot = filled < most ? filled++ : replaced++ % most;
+      places[slot] = place;
+      fill(rows + slot * size);
+    }
+    return rows + slot * size;
+  }
+};
+
+/// The running softmax of one query over the blocks that it chose.
+template <class Real>
+struct RetrievedRow {
+  Real* o;       ///< [padded columns]
+  Real* scores;  ///< [keys of a block + packet]
+  Real top = nothing_seen<Real>;
+  Real sum = 0;
+
+  /// Adds a block under the score of its landmark, its last key, which has no value. q holds whole packets.
+  template <class T>
+  void absorb(const Real* q, Index q_stride, const KeyRun<T, T>& block) {
+    constexpr Index w = lanes<Real>;
+    constexpr bool is_scaled = std::is_same_v<T, std::int8_t>;
+    const MatrixView<const T> k = block.k, v = block.v;
+    score_keys<1>(k.data, k.row_stride, k.rows, q, q_stride, k.cols, scores);
+    if constexpr (is_scaled) scale_scores<1>(scores, block.k_scale, k.rows);
+    const Index tokens = k.rows - 1;
+    if (tokens == 0) return;
+    const Real logit = scores[tokens];
+    std::fill(scores + tokens, scores + round_up(tokens, w), FloatProducts<Real>::hidden);
+    Packet<Real> highest = broadcast(nothing_seen<Real>), total = broadcast(Real(0));
+    for (Index j = 0; j < tokens; j += w) highest = max(highest, load<Real>(scores + j));
+    const Packet<Real> block_top = broadcast(max_of_lanes(highest));
+    for (Index j = 0; j < tokens; j += w) {
+      const Packet<Real> p = weight(load<Real>(scores + j) - block_top);
+      total = total + p;
+      store(scores + j, p);
+    }
+    const Real now = std::max(top, logit);
+    const Real shrink = one_weight(top - now), share = one_weight(logit - now);
+    const Packet<Real> factor = broadcast(share / sum_in_pairs(total));
+    for (Index j = 0; j < tokens; j += w) store(scores + j, load<Real>(scores + j) * factor);
+    if constexpr (is_scaled) scale_scores<1>(scores, block.v_scale, tokens);
+    add_rows_of_values(v, tokens, shrink);
+    top = now;
+    sum = sum * shrink + share;
+  }
+
+  /// Merges with the other part of the row, a normalised output and its natural log-sum-exp.
+  void merge_into(Real* out, Real& lse, Index cols) const {
+    if (sum == Real(0)) return;
+    const Real own = lse_of(top, sum), highest = std::max(lse, own);
+    const Real of_local = std::exp(lse - highest), of_blocks = std::exp(own - highest);
+    const Real total = of_local + of_blocks;
+    for (Index c = 0; c < cols; ++c)
+      out[c] = (of_local == Real(0) ? Real(0) : of_local * out[c] / total) + of_blocks / total * (o[c] / sum);
+    lse = highest + std::log(total);
+  }
+
+ private:
+  /// o = shrink * o + the rows of v under their weights, several packets of columns at a time: one sum of a
+  /// row alone waits for itself.
+  template <class T>
+  void add_rows_of_values(MatrixView<const T> v, Index rows, Real shrink) {
+    constexpr Index w = lanes<Real>;
+    constexpr int together =
+        loads_in_pairs<Real, T> ? 3 : 4;  // an even number would come in pairs, out of order
+    for (Index column = 0, packets = 0; column < v.cols; column += packets * w) {
+      packets = divide_up(v.cols - column, w) >= together ? together : 1;
+      const Index last = std::min(w, v.cols - column - (packets - 1) * w);
+      if (packets == together) {
+        add_values<1, together, RowsAhead::not_asked_for>(v.data + column, v.row_stride, last, rows, scores,
+                                                          1, o + column, 0, &shrink);
+      } else {
+        add_values<1, 1, RowsAhead::not_asked_for>(v.data + column, v.row_stride, last, rows, scores, 1,
+                                                   o + column, 0, &shrink);
+      }
+    }
+  }
+
+  static Real one_weight(Real x) {
+    alignas(64) Real lane[std::size_t(lanes<Real>)];
+    store<Real>(lane, weight(broadcast(x)));
+    return lane[0];
+  }
+};
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,368 @@
+// A tile of queries under grouped softmax: block by block, each under the log-weight of its landmark.
+#pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "longspan/detail/landmark/plan.hpp"
+#include "longspan/detail/tile/accumulator.hpp"
+#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/key_block.hpp"
+#include "longspan/detail/tile/microkernel.hpp"
+#include "longspan/detail/tile/query_tile.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/score.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// highest[lane] = max(highest[lane], S[j][lane] for the keys j).
+template <int packets, class Real>
+void highest_rows(const Real* s, Index stride, Index keys, Real* highest) {
+  constexpr int w = lanes<Real>;
+  Packet<Real> even[std::size_t(packets)], odd[std::size_t(packets)];
+  LONGSPAN_UNROLL
+  for (int c = 0; c < packets; ++c) even[c] = odd[c] = load(static_cast<const Real*>(highest) + c * w);
+  Index j = 0;
+  for (; j + 2 <= keys; j += 2, s += 2 * stride) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) {
+      even[c] = max(even[c], load(s + c * w));
+      odd[c] = max(odd[c], load(s + stride + c * w));
+    }
+  }
+  LONGSPAN_UNROLL
+  for (int c = 0; c < packets; ++c) {
+    if (j < keys) even[c] = max(even[c], load(s + c * w));
+    store(highest + c * w, max(even[c], odd[c]));
+  }
+}
+
+/// P[j][lane] *= factor[lane] for `keys` rows.
+template <int packets, class Real>
+void scale_rows(Real* p, Index stride, Index keys, const Real* factor) {
+  constexpr int w = lanes<Real>;
+  Packet<Real> by[std::size_t(packets)];
+  LONGSPAN_UNROLL
+  for (int c = 0; c < packets; ++c) by[c] = load(factor + c * w);
+  LONGSPAN_UNROLL_BY_2
+  for (Index j = 0; j < keys; ++j, p += stride) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) store(p + c * w, load(static_cast<const Real*>(p) + c * w) * by[c]);
+  }
+}
+
+/// Which lanes a pass takes: those whose own block it is, the others, or all of them.
+struct LandmarkLanes {
+  bool own = true;
+  bool remote = true;
+};
+
+template <class Real, Mask M, Score S>
+class LandmarkTile : public QueryTile<FloatProducts<Real>, M, S> {
+ public:
+  using Base = QueryTile<FloatProducts<Real>, M, S>;
+  using Products = FloatProducts<Real>;
+  using Block = KeyBlock<Products>;
+  using Scratch = TileScratch<Products>;
+  using Base::most_lanes;
+  using Base::w;
+
+  static LandmarkTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len, Index widest,
+                           bool has_controlled) {
+    LandmarkTile tile;
+    static_cast<Base&>(tile) = Base::take(arena, head_dim, padded_value_dim, kv_len);
+    const auto state_for = [&](Index keys) {
+      return LeveledAccumulator<Real>::take(arena, padded_value_dim, most_lanes, keys);
+    };
+    if (widest > Products::keys_in_block) tile.wide_ = state_for(widest);
+    if (has_controlled) tile.controlled_ = state_for(kv_len);
+    return tile;
+  }
+
+  template <class Tq, Position P>
+  void start(const QueryLanes& queries, const M& mask, const S& score, const LandmarkOptions& options,
+             Index kv_len, TensorView<const Tq> q, double scale, const P& position, const Scratch& scratch) {
+    Base::start(queries, mask, score, q, scale, position, scratch);
+    of_mask_ = &mask;
+    options_ = &options;
+    if (options.has_controlled()) controlled_.clear(stride_);
+    for (Index lane = 0; lane < stride_; ++lane)
+      own_block_[lane] = options.at.block_of(queries.batch, queries.position(lane), kv_len);
+  }
+
+  /// Does block m belong to one of the queries?
+  bool owns(Index m) const noexcept { return own_block_[0] <= m && m <= own_block_[stride_ - 1]; }
+
+  /// Absorbs blocks that lie within one block of the kernel: keys.first_key is the first key of the chunk.
+  void absorb_chunk(const LandmarkChunk& chunk, const Block& keys, const Scratch& scratch) {
+    const Runs runs = cut_into_runs(mask_, packets_, keys.first_key, keys.keys);
+    if (runs.empty()) return;
+    if constexpr (TileMask<Real, M>::may_hide) {
+      if (runs.any_partial()) mask_.enter_block(keys.first_key);
+    }
+    score_runs(keys, runs, scratch);
+    for (Index m = chunk.first_block; m < chunk.first_block + chunk.blocks; ++m) {
+      const LandmarkBlock block = landmark_block(options_->at, lanes_.batch, m, chunk.keys.end);
+      if (!chunk.controlled) {
+        absorb_block(block, keys, runs, LandmarkLanes{}, scratch, state_);
+        continue;
+      }
+      if (owns(m)) {
+        absorb_block(block, keys, runs, {.own = true, .remote = false}, scratch, state_);
+        score_runs(keys, runs, scratch);  // weights have taken their place
+      }
+      absorb_block(block, keys, runs, {.own = false, .remote = true}, scratch, controlled_);
+    }
+  }
+
+  // A block wider than one of the kernel: its tokens piece by piece, then its landmark.
+
+  void start_wide() { wide_.clear(stride_); }
+  void absorb_piece(const Block& tokens, const Scratch& scratch) {
+    std::swap(state_, wide_);
+    this->absorb(tokens, scratch);
+    std::swap(state_, wide_);
+  }
+  /// `landmark` holds the one key, where the block is closed.
+  void finish_wide(const LandmarkChunk& chunk, const Block& landmark, const Scratch& scratch) {
+    const LandmarkBlock block = landmark_block(options_->at, lanes_.batch, chunk.first_block, chunk.keys.end);
+    const Accumulator<Real>& tokens = wide_.whole();
+    if (block.closed) {
+      Runs runs;
+      runs.add({0, 1, 0, packets_, 0});
+      score_runs(landmark, runs, scratch);
+    }
+    if (!chunk.controlled) return add_wide(block, tokens, {}, scratch, state_);
+    if (owns(block.index)) add_wide(block, tokens, {.own = true, .remote = false}, scratch, state_);
+    add_wide(block, tokens, {.own = false, .remote = true}, scratch, controlled_);
+  }
+
+  /// With controlled blocks: adds them under the weight of the CMT.
+  template <class To>
+  void finish(TensorView<To> out, RowsView<Real> lse) {
+    if (options_->has_controlled()) add_controlled(state_.whole(), controlled_.whole());
+    Base::finish(out, lse);
+  }
+
+ private:
+  using Base::add_values;
+  using Base::lanes_;
+  using Base::mask_;
+  using Base::packets_;
+  using Base::score_run;
+  using Base::state_;
+  using Base::stride_;
+
+  bool all_of_it(const Runs& runs, Index keys) const {
+    const Run& run = runs.run[0];
+    return runs.count == 1 && run.partial == 0 && run.packets == packets_ && run.begin == 0 &&
+           run.end == keys;
+  }
+
+  void score_runs(const Block& keys, const Runs& runs, const Scratch& scratch) const {
+    // Pairs outside every run are hidden ones.
+    if (!all_of_it(runs, keys.keys)) std::fill_n(scratch.scores, keys.keys * stride_, Products::hidden);
+    alignas(64) Real unused[std::size_t(most_lanes)];
+    std::fill_n(unused, stride_, Products::hidden);
+    for (const Run& run : runs) score_run(keys, run, scratch.scores, unused);
+  }
+
+  /// For each lane, as 0 or 1: is the block its own, and may it reach the block through its landmark?
+  struct Reach {
+    alignas(64) Real own[std::size_t(most_lanes)];
+    alignas(64) Real open[std::size_t(most_lanes)];
+    bool none_shut = true;  ///< every lane one of the two
+  };
+
+  Reach reach_of(const LandmarkBlock& block, bool sees_all, LandmarkLanes taken) const {
+    Reach reach;
+    for (Index lane = 0; lane < stride_; ++lane) {
+      const bool own = !options_->grouped || own_block_[lane] == block.index;
+      bool open = !own && taken.remote && block.closed;
+      if (open && !sees_all) {
+        open = longspan::sees(*of_mask_, lanes_.batch, lanes_.head(lane), lanes_.position(lane),
+                              block.landmark());
+      }
+      reach.own[lane] = own && taken.own ? Real(1) : Real(0);
+      reach.open[lane] = open ? Real(1) : Real(0);
+      reach.none_shut = reach.none_shut && ((own && taken.own) || open);
+    }
+    return reach;
+  }
+
+  void absorb_block(const LandmarkBlock& block, const Block& keys, const Runs& runs, LandmarkLanes taken,
+                    const Scratch& scratch, LeveledAccumulator<Real>& into) const;
+  void add_part(const LandmarkBlock& block, const Reach& reach, const Real* landmark, const Real* top,
+                const Real* sum, const Accumulator<Real>& state, Real* shrink, Real* factor) const;
+  void add_values_past_hidden(const Block& keys, const Run& run, const Reach& reach, const Real* weights,
+                              Real* o) const;
+  void add_wide(const LandmarkBlock& block, const Accumulator<Real>& tokens, LandmarkLanes taken,
+                const Scratch& scratch, LeveledAccumulator<Real>& into) const;
+  void add_controlled(const Accumulator<Real>& state, const Accumulator<Real>& controlled) const;
+  Real gate_keep(Index lane, Index m) const {
+    return static_cast<Real>(options_->gate_keep.row(lanes_.batch, lanes_.head(lane), lanes_.row(lane))[m]);
+  }
+
+  const M* of_mask_ = nullptr;
+  const LandmarkOptions* options_ = nullptr;
+  LeveledAccumulator<Real> wide_;
+  LeveledAccumulator<Real> controlled_;
+  Index own_block_[std::size_t(most_lanes)] = {};
+};
+
+/// Softmax within the block, then the block as one part of the whole.
+template <class Real, Mask M, Score S>
+void LandmarkTile<Real, M, S>::absorb_block(const LandmarkBlock& block, const Block& keys, const Runs& runs,
+                                            LandmarkLanes taken, const Scratch& scratch,
+                                            LeveledAccumulator<Real>& into) const {
+  const KeyRange rows{block.tokens.begin - keys.first_key, block.tokens.end - keys.first_key};
+  const Index count = rows.end - rows.begin;
+  const bool all = all_of_it(runs, keys.keys);
+  const Reach reach = reach_of(block, all, taken);
+  const Accumulator<Real>& state = into.at_key(keys.first_key);
+
+  Real* weights = scratch.scores + rows.begin * stride_;
+  alignas(64) Real top[std::size_t(most_lanes)], sum[std::size_t(most_lanes)],
+      shrink[std::size_t(most_lanes)], factor[std::size_t(most_lanes)];
+  std::fill_n(top, stride_, nothing_seen<Real>);
+  std::fill_n(sum, stride_, Real(0));
+  with_packets(packets_, [&]<int packets>() {
+    highest_rows<packets>(weights, stride_, count, top);
+    Products::template weigh_rows<packets>(weights, count, Real(1), top, sum, weights, stride_);
+  });
+  add_part(block, reach, scratch.scores + rows.end * stride_, top, sum, state, shrink, factor);
+  with_packets(packets_, [&]<int packets>() { scale_rows<packets>(weights, stride_, count, factor); });
+
+  std::array<Run, Runs::capacity> of_block;
+  std::size_t count_of_runs = 0;
+  for (Run run : runs) {
+    run.begin = std::max(run.begin, rows.begin);
+    run.end = std::min(run.end, rows.end);
+    if (run.begin < run.end) of_block[count_of_runs++] = run;
+  }
+  const bool hides = runs.any_partial() || !reach.none_shut || Base::changes_score;
+  const bool finite = !hides || Products::values_finite(keys.v + rows.begin * keys.v_stride, keys.v_stride,
+                                                        count, state.columns);
+  add_values(
+      keys, {of_block.data(), count_of_runs}, scratch, state, shrink, [&](const Run&) { return !finite; },
+      [&](const Run& run, const Real* from, Real* o) { add_values_past_hidden(keys, run, reach, from, o); });
+}
+
+/// Adds a block to the state, its output apart: the block's own queries take it under its log-sum-exp
+/// (`top`, `sum`), the others under the logit of its landmark. The block's weights are to be multiplied by
+/// `factor`, the output so far by `shrink`.
+template <class Real, Mask M, Score S>
+void LandmarkTile<Real, M, S>::add_part(const LandmarkBlock& block, const Reach& reach, const Real* landmark,
+                                        const Real* top, const Real* sum, const Accumulator<Real>& state,
+                                        Real* shrink, Real* factor) const {
+  const Packet<Real> zero = broadcast(Real(0)), one = broadcast(Real(1)),
+                     nothing = broadcast(nothing_seen<Real>);
+  for (Index lane = 0; lane < stride_; lane += w) {
+    const Packet<Real> before = load<Real>(state.top + lane), of_tokens = load<Real>(sum + lane);
+    const Packet<Real> own = equal(load<Real>(reach.own + lane), one);
+    const Packet<Real> is_empty = equal(of_tokens, zero);
+    Packet<Real> open = equal(load<Real>(reach.open + lane), one);
+    Packet<Real> logit = nothing;
+    if (block.closed) {
+      logit = select(open, load<Real>(landmark + lane), nothing);
+      open = select(less(logit, nothing), zero, open);  // a score of -infinity
+      if (!options_->leak) open = select(is_empty, zero, open);
+      logit = select(open, logit, nothing);
+    }
+    const Packet<Real> log_weight = select(own, load<Real>(top + lane), logit);
+    const Packet<Real> now = max(before, log_weight);
+    const Packet<Real> shrink_by = weight(before - now), share = weight(log_weight - now);
+    const Packet<Real> of_remote = select(is_empty, zero, share / of_tokens);
+    store(factor + lane, select(own, share, select(open, of_remote, zero)));
+    const Packet<Real> added = select(own, share * of_tokens, select(open, share, zero));
+    store(shrink + lane, shrink_by);
+    store(state.top + lane, now);
+    store(state.sum + lane, fma(load<Real>(state.sum + lane), shrink_by, added));
+  }
+  if (options_->gate_keep.data == nullptr) return;
+  for (Index lane = 0; lane < stride_; ++lane) {
+    if (reach.open[lane] != Real(0)) factor[lane] *= gate_keep(lane, block.index);
+  }
+}
+
+template <class Real, Mask M, Score S>
+void LandmarkTile<Real, M, S>::add_values_past_hidden(const Block& keys, const Run& run, const Reach& reach,
+                                                      const Real* weights, Real* o) const {
+  const Packet<Real> zero = broadcast(Real(0)), always = equal(zero, zero);
+  for (Index j = run.begin; j < run.end; ++j) {
+    for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
+      const Packet<Real> p = load(weights + (j - run.begin) * stride_ + (c - run.first_packet) * w);
+      const Packet<Real> reached = load<Real>(reach.own + c * w) + load<Real>(reach.open + c * w);
+      Packet<Real> hidden = equal(reached, zero);
+      if constexpr (Base::changes_score) hidden = select(equal(p, zero), always, hidden);
+      if constexpr (TileMask<Real, M>::may_hide) {
+        if ((run.partial >> c & 1u) != 0)
+          hidden = select(mask_.visible(c, keys.first_key + j), hidden, always);
+      }
+      for (Index column = 0; column < this->state_.columns(); ++column) {
+        Real* to = o + column * stride_ + c * w;
+        const Packet<Real> before = load<Real>(to);
+        const Packet<Real> v = broadcast(Products::value_of(keys.v, keys.v_stride, j, column));
+        store(to, select(hidden, before, fma(v, p, before)));
+      }
+    }
+  }
+}
+
+template <class Real, Mask M, Score S>
+void LandmarkTile<Real, M, S>::add_wide(const LandmarkBlock& block, const Accumulator<Real>& tokens,
+                                        LandmarkLanes taken, const Scratch& scratch,
+                                        LeveledAccumulator<Real>& into) const {
+  const Accumulator<Real>& state = into.at_key(block.tokens.begin);
+  const Reach reach = reach_of(block, !TileMask<Real, M>::may_hide, taken);
+  alignas(64) Real shrink[std::size_t(most_lanes)], factor[std::size_t(most_lanes)];
+  add_part(block, reach, scratch.scores, tokens.top, tokens.sum, state, shrink, factor);
+  const Packet<Real> zero = broadcast(Real(0));
+  for (Index at = 0; at < state.columns * stride_; at += stride_) {
+    for (Index lane = 0; lane < stride_; lane += w) {
+      const Packet<Real> by = load<Real>(factor + lane);
+      // A factor of 0 does not hide an output that is NaN.
+      const Packet<Real> o = select(equal(by, zero), zero, by * load<Real>(tokens.o + at + lane));
+      Real* to = state.o + at + lane;
+      store(to, fma(load<Real>(shrink + lane), load<Real>(to), o));
+    }
+  }
+}
+
+/// The CMT joins the group of each query as a token without a value; its weight goes to the controlled
+/// blocks, shared among them by their landmarks.
+template <class Real, Mask M, Score S>
+void LandmarkTile<Real, M, S>::add_controlled(const Accumulator<Real>& state,
+                                              const Accumulator<Real>& controlled) const {
+  const Packet<Real> zero = broadcast(Real(0));
+  alignas(64) Real logits[std::size_t(w)];
+  for (Index lane = 0; lane < stride_; lane += w) {
+    for (Index i = 0; i < w; ++i) {
+      const Real logit =
+          static_cast<Real>(options_->control.cmt(lanes_.batch, lanes_.head(lane + i), lanes_.row(lane + i)));
+      logits[i] = std::max(logit * score_unit<Real>, nothing_seen<Real>);
+    }
+    const Packet<Real> before = load<Real>(state.top + lane), logit = load<Real>(logits);
+    const Packet<Real> now = max(before, logit), shrink = weight(before - now);
+    const Packet<Real> of_cmt =
+        select(equal(logit, broadcast(nothing_seen<Real>)), zero, weight(logit - now));
+    const Packet<Real> sum = fma(load<Real>(state.sum + lane), shrink, of_cmt);
+    const Packet<Real> is_low = less(of_cmt, broadcast(static_cast<Real>(options_->control.cutoff)) * sum);
+    const Packet<Real> of_controlled = load<Real>(controlled.sum + lane);
+    const Packet<Real> share = select(equal(of_controlled, zero), zero, of_cmt / of_controlled);
+    const Packet<Real> by = select(is_low, zero, share);
+    store(state.top + lane, now);
+    store(state.sum + lane, sum);
+    for (Index column = 0; column < state.columns; ++column) {
+      Real* to = state.o + column * stride_ + lane;
+      const Packet<Real> added = load<Real>(controlled.o + column * stride_ + lane) * by;
+      store(to, fma(shrink, load<Real>(to), select(equal(by, zero), zero, added)));
+    }
+  }
+}
+
+}  // namespace detail
+LONGSPAN_END

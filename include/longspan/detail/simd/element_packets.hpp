@@ -1,0 +1,163 @@
+// Elements of any type in memory as packets of float or double.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "longspan/detail/simd/eigen_core.hpp"
+#include "longspan/detail/simd/packet.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+LONGSPAN_INTRINSICS_BEGIN
+
+LONGSPAN_BEGIN
+namespace detail {
+
+// Eigen 3.4 converts half in software when compiled by g++: its test for F16C fails there.
+#if defined(__F16C__) && !defined(EIGEN_DONT_VECTORIZE)
+inline constexpr bool converts_half = true;
+
+LONGSPAN_INLINE Packet<float> load_half(const Eigen::half* from) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+#elif defined(EIGEN_VECTORIZE_AVX)
+  return {Packet<float>::Raw(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};
+#else
+  return {Packet<float>::Raw(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))))};
+#endif
+}
+LONGSPAN_INLINE void store_half(Eigen::half* to, Packet<float> x) {
+  constexpr int nearest = 0;
+#if defined(EIGEN_VECTORIZE_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, x.raw, nearest));
+#elif defined(EIGEN_VECTORIZE_AVX)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x.raw, nearest));
+#else
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_cvtps_ph(x.raw, nearest));
+#endif
+}
+#else
+inline constexpr bool converts_half = false;
+Packet<float> load_half(const Eigen::half* from);
+void store_half(Eigen::half* to, Packet<float> x);
+#endif
+
+// Eigen has no packet of as few 8-bit integers as a packet of float has lanes.
+#if defined(EIGEN_VECTORIZE_AVX2)
+inline constexpr bool converts_int8 = true;
+
+LONGSPAN_INLINE Packet<float> load_int8(const std::int8_t* from) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};
+#else
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return {Packet<float>::Raw(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)))};
+#endif
+}
+#else
+inline constexpr bool converts_int8 = false;
+Packet<float> load_int8(const std::int8_t* from);
+#endif
+
+/// Does Eigen have packets of both types, as long as each other, and a cast between them?
+template <class From, class To>
+inline constexpr bool casts_packets = !std::is_same_v<From, double> && !std::is_same_v<To, double> &&
+                                      Eigen::internal::packet_traits<From>::size > 1 &&
+                                      int(Eigen::internal::packet_traits<From>::size) ==
+                                          int(Eigen::internal::packet_traits<To>::size) &&
+                                      Eigen::internal::type_casting_traits<From, To>::VectorizedCast;
+
+/// `lanes` elements of any element type, converted.
+template <class Real, class T>
+LONGSPAN_INLINE Packet<Real> load_as(const T* from) {
+  if constexpr (std::is_same_v<T, Real>) {
+    return load(from);
+  } else if constexpr (converts_half && std::is_same_v<T, Eigen::half> && std::is_same_v<Real, float>) {
+    return load_half(from);
+  } else if constexpr (converts_int8 && std::is_same_v<T, std::int8_t> && std::is_same_v<Real, float>) {
+    return load_int8(from);
+  } else if constexpr (casts_packets<T, Real>) {
+    using Stored = typename Eigen::internal::packet_traits<T>::type;
+    return {
+        Eigen::internal::pcast<Stored, typename Packet<Real>::Raw>(Eigen::internal::ploadu<Stored>(from))};
+  } else {
+    alignas(64) Real buffer[std::size_t(lanes<Real>)];
+    for (int i = 0; i < lanes<Real>; ++i) buffer[i] = static_cast<Real>(from[i]);
+    return load(static_cast<const Real*>(buffer));
+  }
+}
+/// Are rows of T loaded two packets at a time, as elements of even and of odd index? Two bfloat16 in 32 bits
+/// are parted by a shift and a mask; one packet of them in order takes a shuffle besides.
+template <class Real, class T>
+inline constexpr bool loads_in_pairs =
+    std::is_same_v<T, Eigen::bfloat16> && std::is_same_v<Real, float> && (lanes<Real> > 1);
+
+/// The elements of even and of odd index of two packets from memory.
+template <class Real, class T>
+requires loads_in_pairs<Real, T>
+LONGSPAN_INLINE void load_pairs(const T* from, Packet<Real>& even, Packet<Real>& odd) {
+  using Raw = typename Packet<Real>::Raw;
+  using Bits = typename Eigen::internal::unpacket_traits<Raw>::integer_packet;
+  const Packet<Real> both =
+      held(Packet<Real>{Eigen::internal::ploadu<Raw>(reinterpret_cast<const float*>(from))});
+  const Bits bits = Eigen::internal::preinterpret<Bits>(both.raw);
+  even.raw = Eigen::internal::preinterpret<Raw>(Eigen::internal::plogical_shift_left<16>(bits));
+  odd.raw = Eigen::internal::preinterpret<Raw>(
+      Eigen::internal::pand(bits, Eigen::internal::pset1<Bits>(static_cast<int>(0xffff0000u))));
+}
+
+/// Where the kernels for rows of T keep column `column` of `columns`.
+template <class Real, class T>
+constexpr Index place_of(Index column, Index columns) {
+  if constexpr (loads_in_pairs<Real, T>) {
+    constexpr Index w = lanes<Real>;
+    const Index first = column / (2 * w) * (2 * w), inside = column - first;
+    if (first + 2 * w <= columns) return first + inside % 2 * w + inside / 2;
+  }
+  return column;
+}
+
+/// The column that stands at `place`: the inverse of place_of.
+template <class Real, class T>
+constexpr Index column_at(Index place, Index columns) {
+  if constexpr (loads_in_pairs<Real, T>) {
+    constexpr Index w = lanes<Real>;
+    const Index first = place / (2 * w) * (2 * w), inside = place - first;
+    if (first + 2 * w <= columns) return first + inside % w * 2 + inside / w;
+  }
+  return place;
+}
+
+/// The first `count` lanes from memory, the others 0; reads nothing behind them.
+template <class Real, class T>
+LONGSPAN_INLINE Packet<Real> load_part(const T* from, Index count) {
+  alignas(64) Real buffer[std::size_t(lanes<Real>)] = {};
+  for (Index i = 0; i < count; ++i) buffer[i] = static_cast<Real>(from[i]);
+  return load(static_cast<const Real*>(buffer));
+}
+template <class Real, class T>
+LONGSPAN_INLINE void store_as(T* to, Packet<Real> x) {
+  if constexpr (std::is_same_v<T, Real>) {
+    store(to, x);
+  } else if constexpr (converts_half && std::is_same_v<T, Eigen::half> && std::is_same_v<Real, float>) {
+    store_half(to, x);
+  } else if constexpr (casts_packets<Real, T>) {
+    using Stored = typename Eigen::internal::packet_traits<T>::type;
+    Eigen::internal::pstoreu(to, Eigen::internal::pcast<typename Packet<Real>::Raw, Stored>(x.raw));
+  } else {
+    alignas(64) Real buffer[std::size_t(lanes<Real>)];
+    store(static_cast<Real*>(buffer), x);
+    for (int i = 0; i < lanes<Real>; ++i) to[i] = static_cast<T>(buffer[i]);
+  }
+}
+
+}  // namespace detail
+LONGSPAN_END
+
+LONGSPAN_INTRINSICS_END

@@ -1,0 +1,313 @@
+// Keys and values of a stream in pages: where the rows of a token lie, and who owns them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/storage/page.hpp"
+#include "longspan/detail/storage/rows.hpp"
+#include "longspan/detail/storage/state_file.hpp"
+#include "longspan/detail/tile/key_run.hpp"
+#include "longspan/key_ranges.hpp"
+#include "longspan/position.hpp"
+#include "longspan/stream_shape.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// The rows of all tokens, `page` of them in a page; a page of 0 stands for one that grows.
+///
+/// A copy holds the same pages. Whoever writes to a page that is shared gets a copy of it first, so only the
+/// last, open page of a stream is ever copied.
+template <StoredElement T>
+class KeyPages {
+ public:
+  using Real = ArithmeticOf<T>;
+  static constexpr bool is_scaled = PageLayout<T>::is_scaled;
+
+  KeyPages(const StreamShape& shape, Index page)
+      : layout_{shape.kv_heads, page, shape.head_dim, shape.value_dim},
+        grows_(page == 0),
+        free_(std::make_shared<FreePages>()),
+        pages_(at(shape.batch)) {}
+  KeyPages(const KeyPages&) = default;
+  KeyPages(KeyPages&&) noexcept = default;
+  KeyPages& operator=(KeyPages other) noexcept {
+    std::swap(layout_, other.layout_);
+    std::swap(grows_, other.grows_);
+    std::swap(free_, other.free_);
+    std::swap(pages_, other.pages_);
+    std::swap(scratch_, other.scratch_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  ~KeyPages() { release_pages(0); }
+
+  Index size() const noexcept { return size_; }
+  Index bytes() const noexcept {
+    Index pages = 0;
+    for (const auto& of_row : pages_)
+      pages += std::count_if(of_row.begin(), of_row.end(), [](const Page& page) { return page.exists(); });
+    return pages * layout_.bytes();
+  }
+
+  /// For the kernels: the keys from the first of `keys` on, as far as its page goes.
+  KeyRun<T, T> run(Index b, Index h, KeyRange keys) const {
+    const Index n = keys.begin / layout_.rows, row = keys.begin - n * layout_.rows;
+    const Index count = std::min(keys.end - keys.begin, layout_.rows - row);
+    const Page& page = pages_[at(b)][at(n)];
+    KeyRun<T, T> run;
+    run.k = {nullptr, count, layout_.head_dim, layout_.head_dim};
+    run.v = {nullptr, count, layout_.value_dim, layout_.value_dim};
+    run.is_kept = page.exists();
+    if (!run.is_kept) return run;
+    run.k.data = layout_.keys(page, h, row);
+    run.v.data = layout_.values(page, h, row);
+    if constexpr (is_scaled) {
+      run.k_scale = layout_.k_scales(page, h, row);
+      run.v_scale = layout_.v_scales(page, h, row);
+    }
+    return run;
+  }
+
+  /// Memory for `tokens` tokens, so that appending them will not ask for any.
+  void reserve(Index tokens) {
+    if (grows_) {
+      if (tokens > layout_.rows) grow(tokens);
+      return;
+    }
+    const Index pages = divide_up(tokens, layout_.rows);
+    Index missing = 0;
+    for (auto& of_row : pages_) {
+      of_row.reserve(at(pages));
+      missing += std::max<Index>(0, pages - std::ssize(of_row));
+    }
+    free_->reserve(layout_, missing);
+  }
+
+  /// Takes in rows of k and v behind those that are there; keys are encoded as at their positions.
+  template <class Tk, class Tv, Position P, class E>
+  void append(TensorView<Tk> k, TensorView<Tv> v, const P& position, const E& executor) {
+    make_room(k.rows);
+    if constexpr (!std::is_same_v<P, no_position>) {
+      scratch_.resize(std::max(scratch_.size(), at(executor.workers() * rows_at_once * layout_.head_dim)));
+    }
+    executor.for_each(k.batch * k.heads, [&](Index head, [[maybe_unused]] Index worker) {
+      const Index b = head / k.heads, h = head % k.heads;
+      for (Index i = 0, count = 0; i < k.rows; i += count) {
+        const Index row = (size_ + i) % layout_.rows;
+        count = std::min({rows_at_once, k.rows - i, layout_.rows - row});
+        const Page& page = pages_[at(b)][at((size_ + i) / layout_.rows)];
+        if constexpr (std::is_same_v<P, no_position>) {
+          store_keys(k.row(b, h, i), k.row_stride, count, page, h, row);
+        } else {
+          Real* scratch = scratch_.data() + worker * rows_at_once * layout_.head_dim;
+          for (Index n = 0; n < count; ++n)
+            store_row(k.row(b, h, i + n), layout_.head_dim, scratch + n * layout_.head_dim);
+          position.encode(MatrixView<Real>{scratch, count, layout_.head_dim, layout_.head_dim}, size_ + i,
+                          Role::key);
+          store_keys(scratch, layout_.head_dim, count, page, h, row);
+        }
+        for (Index n = 0; n < count; ++n) {
+          T* to = layout_.values(page, h, row + n);
+          if constexpr (is_scaled) {
+            store_row(v.row(b, h, i + n), layout_.value_dim, to, *layout_.v_scales(page, h, row + n));
+          } else {
+            store_row(v.row(b, h, i + n), layout_.value_dim, to);
+          }
+        }
+      }
+    });
+    size_ += k.rows;
+  }
+
+  /// Gives full pages of batch row b back that hold none of these keys.
+  void keep_only(Index b, const KeyRanges& kept) {
+    if (grows_) return;
+    auto& pages = pages_[at(b)];
+    for (Index n = 0; n < size_ / layout_.rows; ++n) {
+      Page& page = pages[at(n)];
+      if (!overlap(kept, {n * layout_.rows, (n + 1) * layout_.rows})) give(std::move(page));
+    }
+  }
+  /// Are these keys of batch row b kept, those of them that came before `size`, and the page that token
+  /// `size` would be written to?
+  bool keeps(Index b, const KeyRanges& keys, Index size) const {
+    if (grows_) return true;
+    for (Index n = 0; n < divide_up(size, layout_.rows); ++n) {
+      const KeyRange rows{n * layout_.rows, std::min(size, (n + 1) * layout_.rows)};
+      const bool open = rows.end < (n + 1) * layout_.rows;
+      if (!pages_[at(b)][at(n)].exists() && (open || overlap(keys, rows))) return false;
+    }
+    return true;
+  }
+
+  /// Forgets the tokens from number `size` on.
+  void truncate(Index size) {
+    if (!grows_) release_pages(divide_up(size, layout_.rows));
+    size_ = size;
+  }
+
+  /// Batch row b becomes what row rows[b] was.
+  void reorder(std::span<const Index> rows) {
+    std::vector<std::vector<Page>> pages;
+    for (const Index row : rows) pages.push_back(pages_[at(row)]);
+    std::swap(pages_, pages);
+    for (auto& of_row : pages) {
+      for (Page& page : of_row) give(std::move(page));
+    }
+  }
+
+  void save(StateWriter& writer) const;
+  void load(StateReader& reader, Index size);
+  /// Bytes that `save` writes.
+  Index payload_bytes() const { return payload_bytes(kept_parts(), size_); }
+
+ private:
+  std::vector<std::int64_t> kept_parts() const;
+  Index payload_bytes(const std::vector<std::int64_t>& kept, Index size) const;
+  /// Rows that are encoded together on their way to the page.
+  static constexpr Index rows_at_once = 16;
+
+  static std::size_t at(Index i) noexcept { return static_cast<std::size_t>(i); }
+  static bool overlap(const KeyRanges& ranges, KeyRange rows) {
+    return std::any_of(ranges.begin(), ranges.end(), [&](const KeyRange& x) { return x.overlaps(rows); });
+  }
+  /// Tokens that stand together in a file: those of a page, or so many of one that grows.
+  Index part() const { return grows_ ? 4096 : layout_.rows; }
+  Index part(Index n, Index size) const { return std::min(part(), size - n * part()); }
+  /// work(array, count) for all that page holds of one head's tokens [first, first + count).
+  template <class Work>
+  void for_arrays(const Page& page, Index h, Index first, Index count, const Work& work) const {
+    work(layout_.keys(page, h, first), count * layout_.head_dim);
+    work(layout_.values(page, h, first), count * layout_.value_dim);
+    if constexpr (is_scaled) {
+      work(layout_.k_scales(page, h, first), count);
+      work(layout_.v_scales(page, h, first), count);
+    }
+  }
+
+  template <class From>
+  void store_keys(const From* from, Index stride, Index count, const Page& page, Index h, Index row) const {
+    for (Index n = 0; n < count; ++n, from += stride) {
+      T* to = layout_.keys(page, h, row + n);
+      if constexpr (is_scaled) {
+        store_row(from, layout_.head_dim, to, *layout_.k_scales(page, h, row + n));
+      } else {
+        store_row(from, layout_.head_dim, to);
+      }
+    }
+  }
+
+  void give(Page page) {
+    if (!grows_) free_->give(std::move(page));
+  }
+  void release_pages(Index first) {
+    for (auto& of_row : pages_) {
+      for (; std::ssize(of_row) > first; of_row.pop_back()) give(std::move(of_row.back()));
+    }
+  }
+
+  /// Pages for `more` tokens, none of them shared.
+  void make_room(Index more) {
+    if (more == 0) return;
+    if (grows_ && size_ + more > layout_.rows) return grow(std::max(size_ + more, 2 * layout_.rows));
+    const Index first = size_ / layout_.rows, last = (size_ + more - 1) / layout_.rows;
+    for (auto& of_row : pages_) {
+      if (first < std::ssize(of_row) && !of_row[at(first)].is_own()) {
+        Page copy = grows_ ? layout_.allocate() : free_->take(layout_);
+        layout_.copy_rows(of_row[at(first)], copy, layout_, size_ - first * layout_.rows);
+        of_row[at(first)] = std::move(copy);
+      }
+      while (std::ssize(of_row) <= last) of_row.push_back(free_->take(layout_));
+    }
+  }
+  void grow(Index rows) {
+    PageLayout<T> larger = layout_;
+    larger.rows = rows;
+    std::vector<Page> pages;
+    for (auto& of_row : pages_) {
+      pages.push_back(larger.allocate());
+      if (size_ > 0) layout_.copy_rows(of_row[0], pages.back(), larger, size_);
+    }
+    for (std::size_t b = 0; b < pages_.size(); ++b) pages_[b].assign(1, std::move(pages[b]));
+    layout_ = larger;
+  }
+
+  PageLayout<T> layout_;
+  bool grows_;
+  std::shared_ptr<FreePages> free_;
+  std::vector<std::vector<Page>> pages_;  ///< of each batch row; null where it is forgotten
+  std::vector<Real> scratch_;             ///< [workers][rows_at_once][head_dim]
+  Index size_ = 0;
+};
+
+template <StoredElement T>
+std::vector<std::int64_t> KeyPages<T>::kept_parts() const {
+  std::vector<std::int64_t> kept;
+  for (Index n = 0; n < divide_up(size_, part()); ++n) {
+    for (const auto& of_row : pages_) kept.push_back(grows_ || of_row[at(n)].exists());
+  }
+  return kept;
+}
+
+template <StoredElement T>
+Index KeyPages<T>::payload_bytes(const std::vector<std::int64_t>& kept, Index size) const {
+  Index bytes = std::ssize(kept) * static_cast<Index>(sizeof(std::int64_t));
+  for (Index n = 0; n < std::ssize(kept); ++n) {
+    if (kept[at(n)] != 0) bytes += layout_.row_bytes() * part(n / std::ssize(pages_), size);
+  }
+  return bytes;
+}
+
+template <StoredElement T>
+void KeyPages<T>::save(StateWriter& writer) const {
+  const auto kept = kept_parts();
+  writer.array(kept.data(), std::ssize(kept));
+  for (Index n = 0; n < divide_up(size_, part()); ++n) {
+    for (const auto& of_row : pages_) {
+      const Page& page = of_row[at(grows_ ? 0 : n)];
+      for (Index h = 0; page.exists() && h < layout_.kv_heads; ++h) {
+        for_arrays(page, h, grows_ ? n * part() : 0, part(n, size_),
+                   [&](const auto* array, Index count) { writer.array(array, count); });
+      }
+    }
+  }
+}
+
+/// Into an empty object, which is thrown away where the file ends early. Memory is taken part by part, as the
+/// parts before arrive.
+template <StoredElement T>
+void KeyPages<T>::load(StateReader& reader, Index size) {
+  const Index parts = divide_up(size, part());
+  const auto kept = reader.template array<std::int64_t>(std::ssize(pages_) * parts);
+  reader.expect_payload(payload_bytes(kept, size));
+  for (Index n = 0; n < parts; ++n) {
+    const Index count = part(n, size);
+    if (grows_) make_room(count);
+    for (Index b = 0; b < std::ssize(pages_); ++b) {
+      auto& pages = pages_[at(b)];
+      if (!grows_) pages.emplace_back();
+      if (kept[at(n * std::ssize(pages_) + b)] == 0) continue;
+      if (!grows_) pages.back() = layout_.allocate();
+      for (Index h = 0; h < layout_.kv_heads; ++h) {
+        for_arrays(pages.back(), h, grows_ ? n * part() : 0, count, [&](auto* array, Index length) {
+          const auto values = reader.template array<std::remove_pointer_t<decltype(array)>>(length);
+          std::copy(values.begin(), values.end(), array);
+        });
+      }
+    }
+    size_ += count;
+  }
+}
+
+}  // namespace detail
+LONGSPAN_END

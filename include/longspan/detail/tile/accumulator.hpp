@@ -1,0 +1,130 @@
+// The running softmax of a tile of queries: maximum, sum and output of each lane.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/simd/exp2.hpp"
+#include "longspan/detail/simd/packet.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// The maximum of a lane that has seen nothing.
+template <class Real>
+inline constexpr Real nothing_seen = std::numeric_limits<Real>::lowest() / 4;
+
+/// The natural log-sum-exp of a lane: -infinity where it has seen nothing.
+template <class Real>
+Real lse_of(Real top, Real sum) {
+  if (sum == Real(0)) return -std::numeric_limits<Real>::infinity();
+  return static_cast<Real>(static_cast<double>(top) / double(score_unit<Real>) +
+                           std::log(static_cast<double>(sum)));
+}
+
+/// Invariant, with S the scores absorbed so far in score units: top = max(S), sum = sum of weight(S - top)
+/// and o[column][lane] = sum of weight(S - top) * v[column]. Nothing absorbed: sum == 0, o == 0.
+template <class Real>
+struct Accumulator {
+  Real* o = nullptr;  ///< [columns][stride]
+  Real* top = nullptr;
+  Real* sum = nullptr;
+  Index columns = 0;
+  Index stride = 0;  ///< lanes
+
+  static Accumulator take(Arena& arena, Index columns, Index stride) {
+    Accumulator a;
+    a.o = arena.take<Real>(columns * stride);
+    a.top = arena.take<Real>(stride);
+    a.sum = arena.take<Real>(stride);
+    a.columns = columns;
+    a.stride = stride;
+    return a;
+  }
+
+  void clear() const {
+    std::fill_n(o, columns * stride, Real(0));
+    std::fill_n(top, stride, nothing_seen<Real>);
+    std::fill_n(sum, stride, Real(0));
+  }
+
+  /// Adds what `other` has absorbed, keys that this one has not: exact where either has absorbed nothing.
+  void merge(const Accumulator& other) const {
+    for (Index lane = 0; lane < stride; lane += lanes<Real>) {
+      const Packet<Real> mine = load<Real>(top + lane), others = load<Real>(other.top + lane),
+                         both = max(mine, others);
+      const Packet<Real> my_share = weight(mine - both), other_share = weight(others - both);
+      store(top + lane, both);
+      store(sum + lane, fma(load<Real>(sum + lane), my_share, load<Real>(other.sum + lane) * other_share));
+      for (Index column = 0; column < columns; ++column) {
+        Real* to = o + column * stride + lane;
+        const Real* from = other.o + column * stride + lane;
+        store(to, fma(load<Real>(to), my_share, load<Real>(from) * other_share));
+      }
+    }
+  }
+};
+
+/// Keys are absorbed in runs of at most 2^11, runs merged into spans of at most 2^17, spans into the whole,
+/// each cut at multiples of its length in key index. The error of a sum then grows with the square roots of
+/// 2^11 / 128, 2^6 and keys / 2^17, not with that of the number of keys; and since the cuts do not depend on
+/// who computes them, keys can be split among threads without changing a bit.
+inline constexpr Index keys_in_stretch = Index{1} << 11;
+inline constexpr Index keys_in_span = Index{1} << 17;
+
+/// The accumulators of one tile at the three levels, as many of them as `kv_len` keys need.
+template <class Real>
+class LeveledAccumulator {
+ public:
+  static LeveledAccumulator take(Arena& arena, Index columns, Index stride, Index kv_len) {
+    LeveledAccumulator a;
+    a.levels_ = 1 + (kv_len > keys_in_stretch) + (kv_len > keys_in_span);
+    for (int level = 0; level < a.levels_; ++level)
+      a.level_[level] = Accumulator<Real>::take(arena, columns, stride);
+    return a;
+  }
+
+  /// Starts a tile of `stride` lanes, at most as many as were taken.
+  void clear(Index stride) {
+    for (int level = 0; level < levels_; ++level) {
+      level_[level].stride = stride;
+      level_[level].clear();
+    }
+    first_key_ = 0;
+  }
+
+  Index columns() const noexcept { return level_[0].columns; }
+
+  /// The accumulator for keys from `first_key` on, in a call that gives keys in rising order.
+  const Accumulator<Real>& at_key(Index first_key) {
+    if (levels_ > 1 && first_key / keys_in_stretch != first_key_ / keys_in_stretch) {
+      carry(0);
+      if (levels_ > 2 && first_key / keys_in_span != first_key_ / keys_in_span) carry(1);
+      first_key_ = first_key;
+    }
+    return level_[0];
+  }
+
+  /// All of it, when no more keys come.
+  const Accumulator<Real>& whole() {
+    for (int level = 0; level + 1 < levels_; ++level) carry(level);
+    return level_[levels_ - 1];
+  }
+
+ private:
+  void carry(int level) {
+    level_[level + 1].merge(level_[level]);
+    level_[level].clear();
+  }
+
+  Accumulator<Real> level_[3];
+  int levels_ = 1;
+  Index first_key_ = 0;
+};
+
+}  // namespace detail
+LONGSPAN_END

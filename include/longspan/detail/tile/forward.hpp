@@ -1,0 +1,245 @@
+// The forward pass: an attention problem cut into tasks, each a few tiles of queries against their keys.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/decode/decode.hpp"
+#include "longspan/detail/tile/key_block.hpp"
+#include "longspan/detail/tile/key_run.hpp"
+#include "longspan/detail/tile/query_tile.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/position.hpp"
+#include "longspan/score.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+template <class T, class... Types>
+inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
+
+/// Tiles of one KV head that a task takes through each block of keys together. It hides the conversion of
+/// 16-bit blocks (6-10 % of a call with one tile, 1-2 % with four) and the misses of widely strided rows.
+inline constexpr Index tiles_in_task = 4;
+
+template <class Products, class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S, Position P>
+class Forward {
+ public:
+  using Call = Problem<Tq, Tk, Tv, To>;
+  using Real = typename Products::Real;
+  using Queries = QueryTile<Products, M, S>;
+  using Blocks = KeyBlocks<Products, Tk, Tv, P>;
+
+  /// Of the call's own k and v only the shapes are read: the rows are in `keys`.
+  Forward(const Call& call, const Keys& keys, const M& mask, const S& score, const P& position, Index workers)
+      : call_(call), keys_(keys), mask_(mask), score_(score), position_(position) {
+    // A score may depend on the head, and its packet form takes one head for all lanes.
+    shared_heads_ = Queries::changes_score ? 1 : call.group();
+    rows_ = call.q_len() * shared_heads_;
+    tiles_ = divide_up(rows_, tile_lanes<Real>);
+    head_groups_ = call.q.heads / shared_heads_;
+    const Index tiles = call.q.batch * head_groups_ * tiles_;
+    // Few tasks: single tiles, then keys split. Neither changes a bit (see keys_in_stretch).
+    const Index enough_tasks = 4 * workers;
+    per_task_ = tiles >= enough_tasks * tiles_in_task ? tiles_in_task : 1;
+    tasks_in_head_ = divide_up(tiles_, per_task_);
+    if (tiles < enough_tasks && workers > 1) {
+      split_keys_ = call.kv_len() <= keys_in_span ? keys_in_stretch : keys_in_span;
+      splits_ = std::max<Index>(1, divide_up(call.kv_len(), split_keys_));
+    }
+  }
+
+  template <class E>
+  void run(const E& executor, Workspace& workspace) {
+    const Index workers = executor.workers(), tasks = call_.q.batch * head_groups_ * tasks_in_head_;
+    Arena counting;
+    cut_worker(counting);
+    const Index worker_bytes = static_cast<Index>(counting.used());
+    const Index parts_at = worker_bytes * workers;
+    cut_parts(counting, tasks);
+    std::byte* memory = workspace.reserve(static_cast<std::size_t>(parts_at) + counting.used());
+
+    if (splits_ == 1) {
+      executor.for_each(tasks, [&](Index task, Index worker) {
+        Arena arena(memory + worker * worker_bytes);
+        Worker own = cut_worker(arena);
+        run_task(task, own);
+      });
+      return;
+    }
+    Arena arena(memory + parts_at);
+    Accumulator<Real>* parts = cut_parts(arena, tasks);
+    executor.for_each(tasks * splits_, [&](Index part, Index worker) {
+      Arena own_arena(memory + worker * worker_bytes);
+      Worker own = cut_worker(own_arena);
+      run_split(part / splits_, part % splits_, own, parts[part]);
+    });
+    executor.for_each(tasks, [&](Index task, Index) { join_splits(task, parts + task * splits_); });
+  }
+
+ private:
+  struct Worker {
+    TileScratch<Products> scratch;
+    Blocks blocks;
+    Queries tiles[tiles_in_task];
+  };
+
+  Index padded_value_dim() const { return round_up(call_.value_dim(), tile_rows); }
+
+  Worker cut_worker(Arena& arena) const {
+    Worker worker;
+    worker.scratch = TileScratch<Products>::take(arena, call_.head_dim(), padded_value_dim(),
+                                                 !std::is_same_v<P, no_position>);
+    worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
+    for (Index t = 0; t < per_task_; ++t) {
+      worker.tiles[t] = Queries::take(arena, call_.head_dim(), padded_value_dim(), call_.kv_len());
+    }
+    return worker;
+  }
+
+  /// The states of all splits of all tasks.
+  Accumulator<Real>* cut_parts(Arena& arena, Index tasks) const {
+    if (splits_ == 1) return nullptr;
+    auto* parts = arena.take<Accumulator<Real>>(tasks * splits_);
+    for (Index i = 0; i < tasks * splits_; ++i) {
+      const auto part = Accumulator<Real>::take(arena, padded_value_dim(), tile_lanes<Real>);
+      if (parts != nullptr) parts[i] = part;
+    }
+    return parts;
+  }
+
+  /// Tile t of task `task`. Heads rise from task to task, so that the threads share the keys of one head in
+  /// the cache; within a head the tiles fall, since under a causal mask the last ones are the longest.
+  QueryLanes lanes_of(Index task, Index t) const {
+    const Index head_task = task / tasks_in_head_, chunk = tasks_in_head_ - 1 - task % tasks_in_head_;
+    const Index first_row = (chunk * per_task_ + t) * tile_lanes<Real>;
+    return {head_task / head_groups_,
+            head_task % head_groups_ * shared_heads_,
+            shared_heads_,
+            first_row,
+            std::min<Index>(tile_lanes<Real>, rows_ - first_row),
+            call_.first_query};
+  }
+
+  void run_task(Index task, Worker& worker) const {
+    Index tiles = 0;
+    for (; tiles < per_task_ && lanes_of(task, tiles).count > 0; ++tiles)
+      start(worker, tiles, lanes_of(task, tiles));
+    absorb_keys(worker, tiles, lanes_of(task, 0), {0, call_.kv_len()});
+    for (Index t = 0; t < tiles; ++t) worker.tiles[t].finish(call_.out, call_.lse);
+  }
+
+  void run_split(Index task, Index split, Worker& worker, Accumulator<Real>& part) const {
+    start(worker, 0, lanes_of(task, 0));
+    const Index first = split * split_keys_;
+    absorb_keys(worker, 1, lanes_of(task, 0), {first, std::min(call_.kv_len(), first + split_keys_)});
+    const Accumulator<Real>& whole = worker.tiles[0].state().whole();
+    part.stride = whole.stride;
+    part.clear();
+    part.merge(whole);
+  }
+
+  void join_splits(Index task, const Accumulator<Real>* parts) const {
+    for (Index split = 1; split < splits_; ++split) parts[0].merge(parts[split]);
+    Queries::write(parts[0], lanes_of(task, 0), call_.out, call_.lse);
+  }
+
+  void start(Worker& worker, Index t, const QueryLanes& lanes_of_tile) const {
+    worker.tiles[t].start(lanes_of_tile, mask_, score_, call_.q, call_.scale, position_, worker.scratch);
+  }
+
+  /// Takes the tiles through every block of the key grid that one of them may see.
+  void absorb_keys(Worker& worker, Index tiles, const QueryLanes& lanes_of_tile, KeyRange keys) const {
+    KeyRanges ranges;
+    for (Index t = 0; t < tiles; ++t) ranges = united(ranges, worker.tiles[t].ranges());
+    ranges = intersection(ranges, KeyRanges(keys));
+    const Index kv_head = lanes_of_tile.first_head / call_.group();
+    constexpr Index keys_in_block = Products::keys_in_block;
+    Index done = 0;  // a block that two ranges touch is visited once
+    for (const KeyRange& range : ranges) {
+      Index first = std::max(done, range.begin / keys_in_block * keys_in_block);
+      for (; first < range.end; first += keys_in_block) {
+        KeyRange left{std::max(first, keys.begin), std::min(first + keys_in_block, keys.end)};
+        while (!left.empty()) {
+          const KeyRun<Tk, Tv> run = keys_.run(lanes_of_tile.batch, kv_head, left);
+          const Index begin = std::exchange(left.begin, left.begin + run.k.rows);
+          if (!run.is_kept) continue;
+          const KeyBlock<Products> block = worker.blocks.block(run, position_, begin);
+          for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb(block, worker.scratch);
+        }
+      }
+      done = first;
+    }
+  }
+
+  const Call& call_;
+  const Keys& keys_;
+  const M& mask_;
+  const S& score_;
+  const P& position_;
+  Index shared_heads_ = 1;  ///< query heads in the lanes of one tile
+  Index head_groups_ = 0;   ///< groups of them
+  Index rows_ = 0;          ///< (row, head) pairs of a group
+  Index tiles_ = 0;         ///< in a group
+  Index per_task_ = 1;
+  Index tasks_in_head_ = 0;  ///< in a group
+  Index splits_ = 1;
+  Index split_keys_ = 0;
+};
+
+/// Work below which waking a team costs more than it saves: about 5 us of one core, in small tiles or reading.
+inline constexpr double least_parallel_tile_flop = 4e5;
+inline constexpr double least_parallel_decode_flop = 1e5;
+
+/// task(executor), or task(serial{}) for little work. Bits are the same.
+template <class E, class Task>
+void run_where_it_pays(double flop, double least_parallel, const E& executor, const Task& task) {
+  if (flop < least_parallel) {
+    task(serial{});
+  } else {
+    task(executor);
+  }
+}
+
+/// The call over keys that lie elsewhere than in its k and v.
+template <class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S, Position P, class E>
+void forward_over(const Problem<Tq, Tk, Tv, To>& call, const Keys& keys, const M& mask, const S& score,
+                  const P& position, const E& executor, Workspace& workspace,
+                  [[maybe_unused]] bool bf16_products) {
+  if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
+  constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
+  if constexpr (plain) {
+    if (call.q_len() * call.group() <= most_decode_queries) {
+      return run_where_it_pays(call.flop(), least_parallel_decode_flop, executor,
+                               [&](const auto& where) { Decode(call, keys, mask).run(where, workspace); });
+    }
+  }
+  run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
+#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+    if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
+      if (bf16_products && static_cast<float>(call.scale) > 1e-30f && call.head_dim() % 2 == 0) {
+        using Pass = Forward<Bf16Products, Tq, Tk, Tv, To, Keys, M, S, P>;
+        return Pass(call, keys, mask, score, position, where.workers()).run(where, workspace);
+      }
+    }
+#endif
+    using Pass = Forward<FloatProducts<Arithmetic<Tq>>, Tq, Tk, Tv, To, Keys, M, S, P>;
+    Pass(call, keys, mask, score, position, where.workers()).run(where, workspace);
+  });
+}
+
+template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
+void forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score, const P& position,
+             const E& executor, Workspace& workspace, bool bf16_products) {
+  forward_over(call, TensorKeys<Tk, Tv>{call.k, call.v}, mask, score, position, executor, workspace,
+               bf16_products);
+}
+
+}  // namespace detail
+LONGSPAN_END

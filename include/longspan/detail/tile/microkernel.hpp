@@ -1,0 +1,259 @@
+// The three inner loops of attention, on tiles that stay in registers.
+//
+// Queries are in the lanes. Scores S[key][lane], weights P[key][lane] and outputs O[column][lane] are rows of
+// packets, so max, exp and sum are all vertical; K and V are read by broadcast, in their own layout, at any
+// row stride: no packing and no horizontal sums. With keys in the lanes and K packed once per head the same
+// tile is 7-8 % slower, packed per tile 22 %.
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <type_traits>
+
+#include "longspan/detail/simd/exp2.hpp"
+#include "longspan/detail/simd/packet.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// Register tiles, rows x packets: 8 x 3 with 32 vector registers (24 accumulators reach 99 % of the FMA
+/// roof, 4 x 4 only 78 %), 4 x 3 with 16, or 4 x 2 where the product of a multiply-add needs a register of
+/// its own.
+inline constexpr int tile_rows = vector_registers == 32 ? 8 : 4;
+inline constexpr int tile_packets = vector_registers == 32 || has_fused_multiply_add ? 3 : 2;
+
+// The loops over columns and keys are unrolled by 4: their ends are then foreseen, which makes a call 2-4 % faster
+// at head_dim 128 and 1-2 % at 64. Unrolled by 8 they gain no more.
+
+/// Calls work.template operator()<packets>() with the run-time number of packets, 1 to tile_packets.
+template <class Work>
+LONGSPAN_INLINE void with_packets(int packets, const Work& work) {
+  if (packets == 1) return work.template operator()<1>();
+  if constexpr (tile_packets == 3) {
+    if (packets == 3) return work.template operator()<3>();
+  }
+  work.template operator()<2>();
+}
+
+/// What score_rows and value_rows multiply: numbers, one by one.
+template <class RealType>
+struct Singles {
+  using Real = RealType;
+  using Key = Real;      ///< element of key rows
+  using Element = Real;  ///< element of packed queries, values and weights
+  using Factor = Packet<Real>;
+  static constexpr Index columns = 1;  ///< of a key row in one element of a packed query
+
+  static LONGSPAN_INLINE Factor load(const Element* from) { return detail::load(from); }
+  static LONGSPAN_INLINE Factor broadcast(const Element* from) { return detail::broadcast(from); }
+  static LONGSPAN_INLINE Factor broadcast_key(const Key* from) { return detail::broadcast(from); }
+  static LONGSPAN_INLINE Packet<Real> add_product(Factor a, Factor b, Packet<Real> sum) {
+    return fma(a, b, sum);
+  }
+};
+
+// Where rows of packets are `stride` lanes apart, that is an Index or, where all packets of a tile take part, an
+// integral_constant: the addresses of 24 stores then take no registers, and a call is 1 % faster at head_dim 64.
+
+/// The stride of a tile's rows, tile_lanes in a tile that is full.
+template <class Real, int packets>
+LONGSPAN_INLINE auto tile_stride(Index stride) {
+  if constexpr (packets == tile_packets) {
+    return std::integral_constant<Index, tile_packets * lanes<Real>>();
+  } else {
+    return stride;
+  }
+}
+
+/// S[j][lane] = sum_c K[j][c] * Q[c][lane] for `keys` keys j, and highest[lane] = max over them. Rows of Q and S
+/// are `stride` lanes apart.
+///
+/// Rows of S are written up to a multiple of tile_rows: those behind the last key are its own again, which
+/// changes no maximum.
+template <int packets, class Real, class Factors = Singles<Real>, class Stride>
+void score_rows(const typename Factors::Key* k, Index k_stride, Index keys,
+                const typename Factors::Element* q, Index head_dim, Real* s, Real* highest, Stride stride) {
+  constexpr int w = lanes<Real>;
+  Packet<Real> top[std::size_t(packets)];
+  LONGSPAN_UNROLL
+  for (int c = 0; c < packets; ++c) top[c] = load(static_cast<const Real*>(highest) + c * w);
+  for (Index first = 0; first < keys; first += tile_rows, s += tile_rows * stride) {
+    const typename Factors::Key* row[std::size_t(tile_rows)];
+    LONGSPAN_UNROLL
+    for (int r = 0; r < tile_rows; ++r)
+      row[r] = r == 0 ? k + first * k_stride : row[r - 1] + (first + r < keys ? k_stride : 0);
+
+    Packet<Real> sum[std::size_t(tile_rows)][std::size_t(packets)];
+    LONGSPAN_UNROLL
+    for (int r = 0; r < tile_rows; ++r) {
+      LONGSPAN_UNROLL
+      for (int c = 0; c < packets; ++c) sum[r][c] = broadcast(Real(0));
+    }
+    const typename Factors::Element* of_column = q;
+    LONGSPAN_UNROLL_BY_4
+    for (Index i = 0; i < head_dim; i += Factors::columns, of_column += stride) {
+      typename Factors::Factor of_query[std::size_t(packets)];
+      LONGSPAN_UNROLL
+      for (int c = 0; c < packets; ++c) of_query[c] = Factors::load(of_column + c * w);
+      LONGSPAN_UNROLL
+      for (int r = 0; r < tile_rows; ++r) {
+        const auto of_key = Factors::broadcast_key(row[r] + i);
+        LONGSPAN_UNROLL
+        for (int c = 0; c < packets; ++c) sum[r][c] = Factors::add_product(of_key, of_query[c], sum[r][c]);
+      }
+    }
+    LONGSPAN_UNROLL
+    for (int r = 0; r < tile_rows; ++r) {
+      LONGSPAN_UNROLL
+      for (int c = 0; c < packets; ++c) {
+        top[c] = max(top[c], sum[r][c]);
+        store(s + r * stride + c * w, sum[r][c]);
+      }
+    }
+  }
+  LONGSPAN_UNROLL
+  for (int c = 0; c < packets; ++c) store(highest + c * w, top[c]);
+}
+
+/// P[j][lane] = weight(S[j][lane] - shift[lane]) in place for `keys` rows; total[lane] grows by their sum.
+template <int packets, class Real>
+void weigh_rows(Real* s, Index s_stride, Index keys, const Real* shift, Real* total) {
+  constexpr int w = lanes<Real>;
+  Packet<Real> by[std::size_t(packets)], sum[std::size_t(packets)];
+  LONGSPAN_UNROLL
+  for (int c = 0; c < packets; ++c) {
+    by[c] = load(shift + c * w);
+    sum[c] = load(static_cast<const Real*>(total) + c * w);
+  }
+  LONGSPAN_UNROLL_BY_2
+  for (Index j = 0; j < keys; ++j) {
+    Real* row = s + j * s_stride;
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) {
+      const Packet<Real> p = weight(load(static_cast<const Real*>(row) + c * w) - by[c]);
+      sum[c] = sum[c] + p;
+      store(row + c * w, p);
+    }
+  }
+  LONGSPAN_UNROLL
+  for (int c = 0; c < packets; ++c) store(total + c * w, sum[c]);
+}
+
+/// What value_rows does with the sum over its rows.
+enum class Into : unsigned char {
+  fresh,      ///< O = sum
+  continued,  ///< O = O + sum, the sum carried on from O row by row
+  rescaled,   ///< O = scale * O + sum
+};
+
+/// Rows of values and weights of which the packets [first_packet, first_packet + packets) take part.
+struct RowRun {
+  Index rows = 0;
+  int first_packet = 0;
+  int packets = 0;
+};
+
+/// sum[r][c] grows by V[j][r] * P[j][packet c] over `rows` rows j, for `count` packets from `first` on.
+template <int packets, int first, int count, class Factors>
+LONGSPAN_INLINE void add_products(
+    const typename Factors::Element* v, Index v_stride, const typename Factors::Element* p, Index p_stride,
+    Index rows, Packet<typename Factors::Real> (&sum)[std::size_t(tile_rows)][std::size_t(packets)]) {
+  constexpr int w = lanes<typename Factors::Real>;
+  LONGSPAN_UNROLL_BY_4
+  for (Index j = 0; j < rows; ++j, v += v_stride, p += p_stride) {
+    typename Factors::Factor of_query[std::size_t(count)];
+    LONGSPAN_UNROLL
+    for (int c = 0; c < count; ++c) of_query[c] = Factors::load(p + (first + c) * w);
+    LONGSPAN_UNROLL
+    for (int r = 0; r < tile_rows; ++r) {
+      const auto of_value = Factors::broadcast(v + r);
+      LONGSPAN_UNROLL
+      for (int c = 0; c < count; ++c)
+        sum[r][first + c] = Factors::add_product(of_value, of_query[c], sum[r][first + c]);
+    }
+  }
+}
+
+/// The same for a run, in as few packets as take part in it.
+template <int packets, class Factors>
+LONGSPAN_INLINE void add_run(
+    const typename Factors::Element* v, Index v_stride, const typename Factors::Element* p, Index p_stride,
+    const RowRun& run, Packet<typename Factors::Real> (&sum)[std::size_t(tile_rows)][std::size_t(packets)]) {
+  const Index rows = run.rows;
+  if (run.packets == packets)
+    return add_products<packets, 0, packets, Factors>(v, v_stride, p, p_stride, rows, sum);
+  if constexpr (packets > 2) {
+    if (run.packets == 2) {
+      if (run.first_packet == 0)
+        return add_products<packets, 0, 2, Factors>(v, v_stride, p, p_stride, rows, sum);
+      return add_products<packets, 1, 2, Factors>(v, v_stride, p, p_stride, rows, sum);
+    }
+    if (run.first_packet == 2)
+      return add_products<packets, 2, 1, Factors>(v, v_stride, p, p_stride, rows, sum);
+  }
+  if constexpr (packets > 1) {
+    if (run.first_packet == 1)
+      return add_products<packets, 1, 1, Factors>(v, v_stride, p, p_stride, rows, sum);
+    add_products<packets, 0, 1, Factors>(v, v_stride, p, p_stride, rows, sum);
+  }
+}
+
+/// O[column][lane] = sum_j V[j][column] * P[j][lane] over the rows of `runs`, one run behind another, for
+/// `columns` columns, a multiple of tile_rows. The sums stay in registers from run to run.
+template <int packets, class Real, class Factors = Singles<Real>, class StrideOfP, class StrideOfO>
+void value_rows(const typename Factors::Element* v, Index v_stride, Index columns,
+                const typename Factors::Element* p, StrideOfP p_stride, std::span<const RowRun> runs, Real* o,
+                StrideOfO o_stride, Into into, const Real* scale) {
+  constexpr int w = lanes<Real>;
+  for (Index column = 0; column < columns; column += tile_rows, v += tile_rows, o += tile_rows * o_stride) {
+    Packet<Real> sum[std::size_t(tile_rows)][std::size_t(packets)];
+    LONGSPAN_UNROLL
+    for (int r = 0; r < tile_rows; ++r) {
+      LONGSPAN_UNROLL
+      for (int c = 0; c < packets; ++c) sum[r][c] = broadcast(Real(0));
+    }
+    if (into == Into::continued) {
+      LONGSPAN_UNROLL
+      for (int r = 0; r < tile_rows; ++r) {
+        LONGSPAN_UNROLL
+        for (int c = 0; c < packets; ++c)
+          sum[r][c] = load(static_cast<const Real*>(o) + r * o_stride + c * w);
+      }
+    }
+    const typename Factors::Element *v_of_run = v, *p_of_run = p;
+    for (const RowRun& run : runs) {
+      add_run<packets, Factors>(v_of_run, v_stride, p_of_run, p_stride, run, sum);
+      v_of_run += run.rows * v_stride;
+      p_of_run += run.rows * p_stride;
+    }
+    if (into == Into::rescaled) {
+      Packet<Real> by[std::size_t(packets)];
+      LONGSPAN_UNROLL
+      for (int c = 0; c < packets; ++c) by[c] = load(scale + c * w);
+      LONGSPAN_UNROLL
+      for (int r = 0; r < tile_rows; ++r) {
+        LONGSPAN_UNROLL
+        for (int c = 0; c < packets; ++c)
+          sum[r][c] = fma(by[c], load(static_cast<const Real*>(o) + r * o_stride + c * w), sum[r][c]);
+      }
+    }
+    LONGSPAN_UNROLL
+    for (int r = 0; r < tile_rows; ++r) {
+      LONGSPAN_UNROLL
+      for (int c = 0; c < packets; ++c) store(o + r * o_stride + c * w, sum[r][c]);
+    }
+  }
+}
+
+/// The same over `rows` rows of which all packets take part.
+template <int packets, class Real>
+void value_rows(const Real* v, Index v_stride, Index columns, const Real* p, Index p_stride, Index rows,
+                Real* o, Index o_stride, Into into, const Real* scale) {
+  const RowRun run{rows, 0, packets};
+  value_rows<packets>(v, v_stride, columns, p, p_stride, std::span(&run, 1), o, o_stride, into, scale);
+}
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,167 @@
+// What a landmark cache is asked for: which blocks a query takes, and where it sees them stand.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "longspan/detail/call/problem.hpp"
+#include "longspan/error.hpp"
+#include "longspan/stream_shape.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+
+/// For whom blocks are chosen. But for the first, the scores of the landmarks go through a softmax over the
+/// blocks, and the largest weight counts.
+enum class LandmarkSelect : std::uint8_t {
+  per_token_and_head,
+  max_over_heads,   ///< for each token
+  max_over_tokens,  ///< for each head
+  max_over_both,    ///< for each batch row
+  per_kv_group      ///< for each token and KV head
+};
+
+struct landmark_cache_options {
+  Index block = 64;  ///< keys of a block: every block-th key of the stream is a landmark
+  Index top_k = 4;   ///< sealed blocks that a query retrieves
+  LandmarkSelect select = LandmarkSelect::per_token_and_head;
+  Index local_blocks = 0;  ///< the last full blocks that are always attended, and sealed later
+  /// What is not sealed is one group: the tokens of its full blocks count by themselves like those of the
+  /// open one, not by their landmarks. With local_blocks: a window kept exact.
+  bool exact_window = false;
+  Index capacity = 0;  ///< sealed blocks that are kept, the oldest leave first; 0: all
+  double scale = default_scale;
+  Index sample = 0;    ///< tokens of each block that `mass` is estimated from; 0: it is not asked for
+  std::string file{};  ///< keeps the sealed blocks; empty: they are in memory
+  Index resident = Index{1} << 26;  ///< bytes of the file that stay in memory between queries
+};
+
+namespace detail {
+
+inline const StreamShape& checked(const StreamShape& shape, const landmark_cache_options& options) {
+  check_stream_shape("landmark_cache", shape);
+  const auto at_least = [](const char* what, Index got, Index least) {
+    if (got < least) refuse("landmark_cache", what, std::to_string(got), "at least " + std::to_string(least));
+  };
+  at_least("block", options.block, 2);
+  at_least("top_k", options.top_k, 0);
+  at_least("local_blocks", options.local_blocks, 0);
+  at_least("capacity", options.capacity, 0);
+  at_least("resident", options.resident, 0);
+  at_least("sample", options.sample, 0);
+  return shape;
+}
+
+}  // namespace detail
+
+/// What a query attended and what it passed over, as logarithms of sums of exp(score) over tokens; landmarks
+/// are none.
+struct LandmarkMass {
+  double attended = -std::numeric_limits<double>::infinity();
+  double dropped = -std::numeric_limits<double>::infinity();
+
+  /// Of the softmax over all these tokens, the part that was passed over.
+  double dropped_share() const { return dropped == attended ? 0.5 : 1 / (1 + std::exp(attended - dropped)); }
+};
+
+/// Tokens of a block, evenly spread about its middle: first, first + stride, ...
+struct TokenSample {
+  Index first = 0;
+  Index stride = 1;
+  Index count = 0;
+
+  /// At most `wanted` of `tokens`.
+  static constexpr TokenSample of(Index tokens, Index wanted) noexcept {
+    const Index count = std::min(tokens, wanted), stride = count == 0 ? 1 : tokens / count;
+    return {count == 0 ? 0 : (tokens - 1 - (count - 1) * stride) / 2, stride, count};
+  }
+};
+
+/// What a cache holds when a chunk of queries comes.
+struct Retrieval {
+  Index blocks = 0;   ///< that can be retrieved
+  Index dropped = 0;  ///< older ones that are gone
+  Index top_k = 0;    ///< how many a query takes, at most `blocks`
+  Index wanted = 0;   ///< how many it would take of enough
+  Index block = 0;    ///< keys of a block, landmark included
+};
+
+/// Where blocks stand, as positions of their first keys. `local` is the position of the first key behind the
+/// blocks, `scored` where block n of them stands while landmarks are compared, `attended` where it stands as
+/// number `rank` of the chosen ones.
+template <class M>
+concept PositionMap = requires(const M& map, const Retrieval& held, Index n) {
+  { map.local(held) } -> std::convertible_to<Index>;
+  { map.scored(held, n) } -> std::convertible_to<Index>;
+  { map.attended(held, n, n) } -> std::convertible_to<Index>;
+};
+
+/// Positions that a model knows from training, however long the text: old blocks share the first place while
+/// they are scored, chosen ones are lined up behind each other, and those among the last top_k keep their
+/// distance.
+///
+/// Source  Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 3.2.1, figure 2.
+struct stingy_positions {
+  Index local(const Retrieval& held) const noexcept {
+    return std::min(held.blocks, held.wanted + 1) * held.block;
+  }
+  Index scored(const Retrieval& held, Index n) const noexcept {
+    return place(held, std::max<Index>(0, n - (held.blocks - held.top_k) + 1));
+  }
+  Index attended(const Retrieval& held, Index n, Index rank) const noexcept {
+    return place(held, rank + (n >= held.blocks - held.top_k));
+  }
+
+ private:
+  Index place(const Retrieval& held, Index slot) const noexcept {
+    return local(held) + (slot - held.top_k - 1) * held.block;
+  }
+};
+
+/// The positions that the keys have in the text.
+struct exact_positions {
+  static constexpr bool are_of_the_text = true;
+
+  Index local(const Retrieval& held) const noexcept { return (held.dropped + held.blocks) * held.block; }
+  Index scored(const Retrieval& held, Index n) const noexcept { return (held.dropped + n) * held.block; }
+  Index attended(const Retrieval& held, Index n, Index) const noexcept { return scored(held, n); }
+};
+
+/// An index that names blocks worth a look, where scoring the landmarks of all of them takes too long.
+///
+///   add(b, kv_head, n, key)           block n has been sealed; key is its landmark, of head_dim numbers
+///   drop(n)                           the blocks before n have left
+///   clear()                           all have
+///   candidates(b, kv_head, query)     numbers of blocks, in any order; called on several threads at one time
+///
+/// Blocks are numbered from the start of the stream. A query has the encoding of the place that old blocks
+/// share, so that its products with the keys rank them. The candidates and the last top_k blocks are scored
+/// exactly; where they are fewer than top_k, the oldest blocks fill up.
+template <class I, class Real>
+concept LandmarkIndex = requires(I& index, const I& constant, Index n, std::span<const Real> row) {
+  index.add(n, n, n, row);
+  index.drop(n);
+  index.clear();
+  { constant.candidates(n, n, row) } -> std::convertible_to<std::vector<Index>>;
+};
+
+/// No index: every landmark is scored.
+struct every_landmark {
+  template <class Real>
+  void add(Index, Index, Index, std::span<const Real>) const noexcept {}
+  void drop(Index) const noexcept {}
+  void clear() const noexcept {}
+  template <class Real>
+  std::vector<Index> candidates(Index, Index, std::span<const Real>) const {
+    return {};
+  }
+};
+
+LONGSPAN_END

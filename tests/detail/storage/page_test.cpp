@@ -1,0 +1,65 @@
+#include "longspan/detail/storage/page.hpp"
+
+#include <cstdint>
+#include <utility>
+
+#include "support/catch.hpp"
+
+using longspan::Index;
+using longspan::detail::FreePages;
+using longspan::detail::Page;
+using longspan::detail::PageLayout;
+
+TEST_CASE("Page: counts its owners") {
+  Page page(100), none;
+  CHECK(page.exists());
+  CHECK_FALSE(none.exists());
+  CHECK(page.is_own());
+  {
+    const Page copy = page;
+    CHECK(copy.data() == page.data());
+    CHECK_FALSE(page.is_own());
+  }
+  CHECK(page.is_own());
+  none = std::move(page);
+  CHECK_FALSE(page.exists());
+  CHECK(none.is_own());
+  CHECK(reinterpret_cast<std::uintptr_t>(none.data()) % 64 == 0);
+}
+
+TEMPLATE_TEST_CASE("PageLayout: the parts lie one behind the other", "", float, std::int8_t) {
+  const PageLayout<TestType> layout{3, 5, 7, 11};
+  const Page page = layout.allocate();
+  const auto bytes = [&](const void* at) {
+    return static_cast<Index>(static_cast<const std::byte*>(at) - page.data());
+  };
+  const Index size = sizeof(TestType);
+  CHECK(bytes(layout.keys(page, 0, 0)) == 0);
+  CHECK(bytes(layout.keys(page, 2, 4)) == (2 * 5 + 4) * 7 * size);
+  CHECK(bytes(layout.keys(page, 3, 0)) <= bytes(layout.values(page, 0, 0)));
+  const Index end_of_values = bytes(layout.values(page, 3, 0));
+  if (layout.is_scaled) {
+    CHECK(end_of_values <= bytes(layout.k_scales(page, 0, 0)));
+    CHECK(bytes(layout.k_scales(page, 3, 0)) <= bytes(layout.v_scales(page, 0, 0)));
+    CHECK(bytes(layout.v_scales(page, 3, 0)) <= layout.bytes());
+  } else {
+    CHECK(end_of_values <= layout.bytes());
+  }
+}
+
+TEST_CASE("FreePages: hands on what nobody else holds") {
+  const PageLayout<float> layout{1, 2, 4, 4};
+  FreePages free;
+  Page first = free.take(layout);
+  const auto* memory = first.data();
+  const Page shared = first;
+  free.give(std::move(first));
+  CHECK(shared.is_own());
+  CHECK(free.take(layout).data() != memory);
+  free.give(shared);
+  Page second = free.take(layout);
+  CHECK(second.data() != memory);
+  memory = second.data();
+  free.give(std::move(second));
+  CHECK(free.take(layout).data() == memory);
+}

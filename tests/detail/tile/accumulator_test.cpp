@@ -1,0 +1,203 @@
+#include "longspan/detail/tile/accumulator.hpp"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/random.hpp"
+
+namespace {
+
+using namespace longspan::detail;
+using longspan::Index;
+using test::Random;
+
+/// An accumulator that owns its memory.
+template <class Real>
+struct Owned {
+  static constexpr Index columns = 3, stride = 2 * lanes<Real>;
+  std::vector<std::byte> memory = std::vector<std::byte>(4096);
+  Accumulator<Real> state;
+
+  Owned() {
+    const auto at = reinterpret_cast<std::uintptr_t>(memory.data());
+    Arena arena(memory.data() + (64 - at % 64) % 64);
+    state = Accumulator<Real>::take(arena, columns, stride);
+    REQUIRE(arena.used() <= memory.size() - 64);
+    state.clear();
+  }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+
+  void randomise(Random& random) {
+    for (Index i = 0; i < columns * stride; ++i) state.o[i] = static_cast<Real>(random.normal());
+    for (Index i = 0; i < stride; ++i) {
+      state.top[i] = static_cast<Real>(10 * random.normal());
+      state.sum[i] = static_cast<Real>(1 + random.uniform());
+    }
+  }
+  void copy(const Owned& other) {
+    std::copy_n(other.state.o, columns * stride, state.o);
+    std::copy_n(other.state.top, stride, state.top);
+    std::copy_n(other.state.sum, stride, state.sum);
+  }
+  bool operator==(const Owned& other) const {
+    return std::equal(state.o, state.o + columns * stride, other.state.o) &&
+           std::equal(state.top, state.top + stride, other.state.top) &&
+           std::equal(state.sum, state.sum + stride, other.state.sum);
+  }
+  /// exp of the scores in units, summed: what sum and o mean, in double.
+  double sum_at(Index lane, double top) const { return double(state.sum[lane]) * scaled(lane, top); }
+  double o_at(Index column, Index lane, double top) const {
+    return double(state.o[column * stride + lane]) * scaled(lane, top);
+  }
+
+ private:
+  double scaled(Index lane, double top) const {
+    return std::exp((double(state.top[lane]) - top) / double(score_unit<Real>));
+  }
+};
+
+template <class Real>
+double worst_difference(const Owned<Real>& got, const Owned<Real>& a, const Owned<Real>& b) {
+  double worst = 0;
+  for (Index lane = 0; lane < Owned<Real>::stride; ++lane) {
+    const double top = double(got.state.top[lane]);
+    if (got.state.top[lane] != std::max(a.state.top[lane], b.state.top[lane])) return INFINITY;
+    const double sum = a.sum_at(lane, top) + b.sum_at(lane, top);
+    worst = std::max(worst, std::abs(double(got.state.sum[lane]) - sum) / sum);
+    for (Index column = 0; column < Owned<Real>::columns; ++column) {
+      const double x = a.o_at(column, lane, top), y = b.o_at(column, lane, top);
+      worst = std::max(worst, std::abs(double(got.state.o[column * Owned<Real>::stride + lane]) - (x + y)) /
+                                  (std::abs(x) + std::abs(y)));
+    }
+  }
+  return worst;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("accumulator: merge adds what both have absorbed", "[accumulator]", float, double) {
+  test::for_each_case(50, [](Random& random) {
+    Owned<TestType> a, b, both, swapped;
+    a.randomise(random);
+    b.randomise(random);
+    both.copy(a);
+    both.state.merge(b.state);
+    swapped.copy(b);
+    swapped.state.merge(a.state);
+    // Tops differ by up to some 50: the exponential of a float difference that large is good to 50 u.
+    const double bound = 100 * double(std::numeric_limits<TestType>::epsilon());
+    CHECK(worst_difference(both, a, b) <= bound);
+    CHECK(worst_difference(swapped, a, b) <= bound);
+  });
+}
+
+TEMPLATE_TEST_CASE("accumulator: what has absorbed nothing is neutral, to the bit", "[accumulator]", float,
+                   double) {
+  Random random(1);
+  Owned<TestType> a, nothing, merged;
+  a.randomise(random);
+  merged.copy(a);
+  merged.state.merge(nothing.state);
+  CHECK(merged == a);
+  merged.copy(nothing);
+  merged.state.merge(a.state);
+  CHECK(merged == a);
+  merged.copy(nothing);
+  merged.state.merge(nothing.state);
+  CHECK(merged == nothing);
+}
+
+TEMPLATE_TEST_CASE("accumulator: NaN in a lane stays in that lane", "[accumulator]", float, double) {
+  Random random(2);
+  for (const bool in_other : {false, true}) {
+    Owned<TestType> a, b, clean;
+    a.randomise(random);
+    b.randomise(random);
+    clean.copy(a);
+    clean.state.merge(b.state);
+    (in_other ? b : a).state.top[1] = std::numeric_limits<TestType>::quiet_NaN();
+    a.state.merge(b.state);
+    for (Index lane = 0; lane < a.stride; ++lane) {
+      CHECK((lane == 1 ? std::isnan(a.state.sum[lane]) : a.state.sum[lane] == clean.state.sum[lane]));
+      CHECK((lane == 1 ? std::isnan(a.state.o[lane]) : a.state.o[lane] == clean.state.o[lane]));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("accumulator: log-sum-exp of a lane", "[accumulator]", float, double) {
+  CHECK(lse_of<TestType>(nothing_seen<TestType>, 0) == -std::numeric_limits<TestType>::infinity());
+  CHECK(lse_of<TestType>(0, 1) == 0);
+  CHECK(lse_of<TestType>(0, 8) == static_cast<TestType>(std::log(8.0)));
+  CHECK(std::abs(lse_of<TestType>(3 * score_unit<TestType>, 1) - 3) <=
+        3 * std::numeric_limits<TestType>::epsilon());
+}
+
+namespace {
+
+/// A number for each key, absorbed key block by key block as a tile does: sums at top 0, so that all is
+/// exact.
+struct Levels {
+  std::vector<std::byte> memory = std::vector<std::byte>(std::size_t{1} << 16);
+  LeveledAccumulator<float> state;
+
+  explicit Levels(Index kv_len) {
+    const auto at = reinterpret_cast<std::uintptr_t>(memory.data());
+    Arena arena(memory.data() + (64 - at % 64) % 64);
+    state = LeveledAccumulator<float>::take(arena, 1, lanes<float>, kv_len);
+    REQUIRE(arena.used() <= memory.size() - 64);
+    state.clear(lanes<float>);
+  }
+  void absorb(Index first_key, float value) {
+    const Accumulator<float>& now = state.at_key(first_key);
+    for (Index lane = 0; lane < now.stride; ++lane) {
+      now.top[lane] = 0;
+      now.sum[lane] += 1;
+      now.o[lane] += value;
+    }
+  }
+};
+
+}  // namespace
+
+TEST_CASE("accumulator: every block of keys arrives in the whole once", "[accumulator]") {
+  for (const Index kv_len : {Index{1}, Index{128}, keys_in_stretch, keys_in_stretch + 1, 3 * keys_in_stretch,
+                             keys_in_span, keys_in_span + 1, 2 * keys_in_span + keys_in_stretch + 5}) {
+    for (const Index step : {Index{128}, Index{640}, Index{5 * 2048}, Index{1 << 17}}) {  // masks skip blocks
+      INFO("kv_len=" << kv_len << " step=" << step);
+      Levels levels(kv_len);
+      float blocks = 0, values = 0;
+      for (Index first = 0; first < kv_len; first += step) {
+        const float value = static_cast<float>(first / 128 % 64);
+        levels.absorb(first, value);
+        blocks += 1;
+        values += value;
+      }
+      const Accumulator<float>& whole = levels.state.whole();
+      CHECK(whole.sum[0] == blocks);
+      CHECK(whole.o[lanes<float> - 1] == values);
+      CHECK(whole.top[0] == 0);
+    }
+  }
+}
+
+TEST_CASE("accumulator: stretches are summed alone, then together", "[accumulator]") {
+  // 2^24 + 1 is 2^24 in float: a 1 is lost beside 2^24 in the same stretch, and not in the next one, where
+  // ones meet first.
+  Levels levels(2 * keys_in_stretch);
+  levels.absorb(0, 0x1p24f);
+  levels.absorb(128, 1);
+  levels.absorb(256, 1);
+  levels.absorb(keys_in_stretch, 1);
+  levels.absorb(keys_in_stretch + 128, 1);
+  CHECK(levels.state.whole().o[0] == 0x1p24f + 2);
+
+  Levels spans(2 * keys_in_span);
+  spans.absorb(0, 0x1p24f);
+  spans.absorb(keys_in_stretch, 1);
+  spans.absorb(keys_in_span, 1);
+  spans.absorb(keys_in_span + keys_in_stretch, 1);
+  CHECK(spans.state.whole().o[0] == 0x1p24f + 2);
+}
