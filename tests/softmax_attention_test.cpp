@@ -104,12 +104,37 @@ TEMPLATE_TEST_CASE("softmax_attention: the value of the only visible key comes b
 // ----------------------------------------------------------------------------------------------------------
 // Options
 
+TEST_CASE("softmax_attention: a scale of 0 weighs all keys alike", "[options]") {
+  for (const Index q_len : {2, 40}) {
+    Random random(6);
+    Call<float> call(Shape{1, 2, 1, q_len, 64, 16, 8}, Values::normal, random);
+    softmax_attention attend;
+    attend.scale = 0;
+    call.run(attend);
+    for (Index c = 0; c < 8; ++c) {
+      double mean = 0;
+      for (Index j = 0; j < 64; ++j) mean += double(call.v.row(0, 0, j)[c]) / 64;
+      CHECK(std::abs(double(call.out.row(0, 1, q_len - 1)[c]) - mean) < 1e-6);
+    }
+  }
+}
+
+TEST_CASE("softmax_attention: a scale that is not a finite number is refused", "[options]") {
+  Random random(7);
+  Call<float> call(Shape{1, 1, 1, 2, 4, 4, 4}, Values::normal, random);
+  for (const double scale : {std::nan(""), HUGE_VAL, -HUGE_VAL}) {
+    softmax_attention attend;
+    attend.scale = scale;
+    CHECK_THROWS_AS(call.run(attend), longspan::Error);
+  }
+}
+
 TEST_CASE("softmax_attention: scale is 1 / sqrt(head_dim) unless it is set", "[options]") {
   for (const Index q_len : {2, 40}) {
     Random random(5);
     Call<float> call(Shape{1, 2, 1, q_len, 100, 16, 8}, Values::normal, random), explicitly = call.unrun();
     softmax_attention attend{longspan::causal{}};
-    CHECK(attend.scale == longspan::default_scale);
+    CHECK_FALSE(attend.scale.has_value());
     call.run(attend);
     attend.scale = 0.25;
     explicitly.run(attend);

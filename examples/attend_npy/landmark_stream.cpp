@@ -72,7 +72,7 @@ longspan::landmark_cache_options options_of(const Keys& keys) {
   options.block = *block;
   options.top_k = keys.positive_integer("top_k").value_or(options.top_k);
   options.capacity = keys.positive_integer("capacity").value_or(0);
-  options.scale = keys.nonzero("scale").value_or(longspan::default_scale);
+  options.scale = keys.nonzero("scale");
   constexpr std::array selections{longspan::LandmarkSelect::per_token_and_head,
                                   longspan::LandmarkSelect::max_over_heads,
                                   longspan::LandmarkSelect::max_over_tokens};

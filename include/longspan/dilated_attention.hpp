@@ -1,6 +1,7 @@
 // LongNet's dilated attention: softmax attention within dilated segments, merged over branches.
 #pragma once
 
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -13,6 +14,7 @@
 #include "longspan/element.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
+#include "longspan/options.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
 #include "longspan/stream_shape.hpp"
@@ -57,7 +59,7 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
   M mask{};
   S score{};
   P position{};
-  double scale = default_scale;             ///< multiplies q.k; 1 / sqrt(head_dim) unless set
+  std::optional<double> scale{};            ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
   Phase phase = Phase::modulo;
   /// `set` counts each key once, in the first branch that keeps it: slower than `multiset` unless segments
@@ -90,8 +92,8 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
     detail::check_branches(name, branches);
     position.check(call.head_dim());
     const detail::Dilation dilation{branches, phase, overlap, zero_pad_compat};
-    detail::dilated_forward(call.at(first_query, scale), dilation, mask, score, position, executor, workspace,
-                            bf16_products);
+    detail::dilated_forward(call.at(name, first_query, scale), dilation, mask, score, position, executor,
+                            workspace, bf16_products);
   }
 };
 

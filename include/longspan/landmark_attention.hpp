@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
 #include "longspan/detail/call/functor_calls.hpp"
@@ -13,6 +14,7 @@
 #include "longspan/execution.hpp"
 #include "longspan/landmarks.hpp"
 #include "longspan/mask.hpp"
+#include "longspan/options.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
 #include "longspan/version.hpp"
@@ -60,7 +62,7 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
   M mask{};
   S score{};
   P position{};
-  double scale = default_scale;             ///< multiplies q.k; 1 / sqrt(head_dim) unless set
+  std::optional<double> scale{};            ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
   LandmarkSoftmax softmax = LandmarkSoftmax::grouped;
   /// A landmark whose block has no token to see keeps its share of the weight, which is then lost, as in the
@@ -92,7 +94,7 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
     const bool plain = softmax == LandmarkSoftmax::plain;
     const detail::LandmarkOptions options{plain ? landmarks::none() : at, softmax == LandmarkSoftmax::grouped,
                                           leak, gate_keep, control};
-    detail::landmark_forward(call.at(first_query, scale), options, mask, score, position, executor,
+    detail::landmark_forward(call.at(name, first_query, scale), options, mask, score, position, executor,
                              workspace);
   }
 

@@ -6,12 +6,14 @@
 #include <concepts>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/error.hpp"
+#include "longspan/options.hpp"
 #include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -36,8 +38,8 @@ struct landmark_cache_options {
   /// What is not sealed is one group: the tokens of its full blocks count by themselves like those of the
   /// open one, not by their landmarks. With local_blocks: a window kept exact.
   bool exact_window = false;
-  Index capacity = 0;  ///< sealed blocks that are kept, the oldest leave first; 0: all
-  double scale = default_scale;
+  Index capacity = 0;             ///< sealed blocks that are kept, the oldest leave first; 0: all
+  std::optional<double> scale{};  ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index sample = 0;    ///< tokens of each block that `mass` is estimated from; 0: it is not asked for
   std::string file{};  ///< keeps the sealed blocks; empty: they are in memory
   Index resident = Index{1} << 26;  ///< bytes of the file that stay in memory between queries
@@ -56,6 +58,7 @@ inline const StreamShape& checked(const StreamShape& shape, const landmark_cache
   at_least("capacity", options.capacity, 0);
   at_least("resident", options.resident, 0);
   at_least("sample", options.sample, 0);
+  resolved_scale("landmark_cache", options.scale, shape.head_dim);
   return shape;
 }
 

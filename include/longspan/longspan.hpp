@@ -17,6 +17,7 @@
 #include "longspan/landmark_tokens.hpp"
 #include "longspan/landmarks.hpp"
 #include "longspan/mask.hpp"
+#include "longspan/options.hpp"
 #include "longspan/partial.hpp"
 #include "longspan/position.hpp"
 #include "longspan/reference/dilated_attention.hpp"

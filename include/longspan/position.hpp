@@ -27,8 +27,14 @@ enum class Pairing : std::uint8_t {
 /// What a row is for; xpos scales queries up and keys down.
 enum class Role : std::uint8_t { query, key };
 
+/// Numbers that tell encodings apart: two encodings with the same numbers write the same rows. The first one is
+/// the kind: 0 none, 1 rotary, 2 xpos; encodings of a user's own use 100 or more.
+using PositionIdentity = std::array<double, 6>;
+
 /// A position encoding: `encode(rows, first_position, role)` changes rows of floats or doubles in place, row
-/// i at position first_position + i. `check(cols)` throws where rows of that length cannot be encoded.
+/// i at position first_position + i. `check(cols)` throws if rows of that length cannot be encoded.
+/// `PositionIdentity identity() const` is optional: the file of a stream holds it, and `load` refuses a file whose
+/// keys have another. All encodings without it share one.
 template <class P>
 concept Position = std::is_object_v<P> && requires(const P& encoding, float* row, Index x, Role role) {
   encoding.encode(MatrixView<float>{row, x, x, x}, x, role);
@@ -48,10 +54,20 @@ void encode_alike(const P& encoding, MatrixView<Real> rows, Index position, Role
   }
 }
 
+template <class P>
+PositionIdentity position_identity(const P& encoding) {
+  if constexpr (requires { PositionIdentity(encoding.identity()); }) {
+    return encoding.identity();
+  } else {
+    return {99};
+  }
+}
+
 }  // namespace detail
 
 /// No position encoding: q and k are taken as they are.
 struct no_position {
+  PositionIdentity identity() const noexcept { return {}; }
   template <class Real>
   void encode(MatrixView<Real>, Index, Role) const noexcept {}
   void check(Index) const noexcept {}
@@ -161,6 +177,9 @@ struct rotary {
     detail::rotate_rows(rows, position, 0, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
   }
   void check(Index cols) const { detail::check_turned("rotary", turned(cols), cols); }
+  PositionIdentity identity() const noexcept {
+    return {1, static_cast<double>(pairing), base, static_cast<double>(dims)};
+  }
 
  private:
   Index turned(Index cols) const noexcept { return dims == 0 ? cols : dims; }
@@ -192,6 +211,9 @@ struct xpos {
     detail::rotate_rows(rows, first_position - centre, 1, rows.cols, base, pairing, growth);
   }
   void check(Index cols) const { detail::check_turned("xpos", cols, cols); }
+  PositionIdentity identity() const noexcept {
+    return {2, static_cast<double>(pairing), base, 0, scale_base, static_cast<double>(centre)};
+  }
 };
 
 /// Encodes x in place: row i of every head stands at position `first_position` + i.

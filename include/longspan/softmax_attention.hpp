@@ -1,6 +1,7 @@
 // Exact softmax attention, blocked and parallel.
 #pragma once
 
+#include <optional>
 #include <utility>
 
 #include "longspan/detail/call/functor_calls.hpp"
@@ -10,6 +11,7 @@
 #include "longspan/eigen.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
+#include "longspan/options.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
 #include "longspan/stream_shape.hpp"
@@ -56,7 +58,7 @@ struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true
   M mask{};
   S score{};
   P position{};
-  double scale = default_scale;             ///< multiplies q.k; 1 / sqrt(head_dim) unless set
+  std::optional<double> scale{};            ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
   /// Where q, k, v and out are all bfloat16 and the processor multiplies bfloat16 pairs (AVX512-BF16), do so:
   /// twice as fast; weights are then rounded to bfloat16, which adds 2^-8 sum_j p_ij |v_j| to the error of
@@ -86,7 +88,8 @@ struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true
   template <class Call, class E>
   void attend(const Call& call, const E& executor, Workspace& workspace) const {
     position.check(call.head_dim());
-    detail::forward(call.at(first_query, scale), mask, score, position, executor, workspace, bf16_products);
+    detail::forward(call.at(name, first_query, scale), mask, score, position, executor, workspace,
+                    bf16_products);
   }
 };
 

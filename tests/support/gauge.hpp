@@ -49,7 +49,7 @@ Allowance allowance_of([[maybe_unused]] bool bf16_products) {
 
 template <class Attend>
 Attend with_options(Attend attend, const Definition& what) {
-  if (what.scale != 0) attend.scale = what.scale;
+  attend.scale = what.scale;
   if (what.first_query != std::numeric_limits<Index>::min()) attend.first_query = what.first_query;
   return attend;
 }
@@ -60,7 +60,7 @@ Errors check_call(const Shape& shape, Values values, Random& random, const Atten
                   const Definition& what, Trust* trust = nullptr) {
   INFO("types=" << type_text<Tq> << ',' << type_text<Tk> << ',' << type_text<Tv> << ','
                 << type_text<To> << ' ' << shape.text() << " values=" << text_of(values)
-                << " scale=" << what.scale << " first_query=" << what.first_query);
+                << " scale=" << what.scale.value_or(0) << " first_query=" << what.first_query);
   Call<Tq, Tk, Tv, To> call(shape, values, random);
   call.run(with_options(attend, what), longspan::openmp{random.between(1, 3)});
   const Exact exact = exact_attention(what, call);

@@ -70,8 +70,7 @@ Exact exact_landmark_attention(const Definition& what, const Landmarks& at,
   const auto k = call.k.view();
   const auto v = call.v.view();
   Exact exact = exact_attention(what, call);
-  const double scale =
-      what.scale != 0 ? what.scale : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, q.cols)));
+  const double scale = what.scale.value_or(1 / std::sqrt(static_cast<double>(std::max<Index>(1, q.cols))));
   const Index first =
       what.first_query != std::numeric_limits<Index>::min() ? what.first_query : k.rows - q.rows;
   const Index group = k.heads == 0 ? 1 : q.heads / k.heads;

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <type_traits>
@@ -24,7 +25,7 @@ struct Definition {
   std::function<double(double s, Index b, Index h, Index i, Index j)> score = {};
   std::function<void(double* row, Index cols, Index position, bool is_query)> encode = {};
   double encode_error = 1;                                ///< of an encoded row, in u of its length
-  double scale = 0;                                       ///< 0: 1 / sqrt(head_dim)
+  std::optional<double> scale{};                          ///< 1 / sqrt(head_dim) unless set
   Index first_query = std::numeric_limits<Index>::min();  ///< the lowest: kv_len - q_len
 };
 
@@ -127,8 +128,7 @@ Exact exact_attention(const Definition& what, TensorView<const Tq> q, TensorView
               std::vector<double>(rows, -std::numeric_limits<double>::infinity()),
               std::vector<double>(rows),
               std::vector<double>(rows)};
-  const double scale =
-      what.scale != 0 ? what.scale : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, q.cols)));
+  const double scale = what.scale.value_or(1 / std::sqrt(static_cast<double>(std::max<Index>(1, q.cols))));
   const Index first =
       what.first_query != std::numeric_limits<Index>::min() ? what.first_query : k.rows - q.rows;
   const Index group = k.heads == 0 ? 1 : q.heads / k.heads;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/mask.hpp"
+#include "longspan/options.hpp"
 #include "longspan/position.hpp"
 #include "longspan/reference/softmax_rows.hpp"
 #include "longspan/score.hpp"
@@ -26,7 +28,7 @@ struct dilated_attention {
   M mask{};
   S score{};
   P position{};
-  double scale = default_scale;
+  std::optional<double> scale{};
   Index first_query = queries_end_at_keys;
   Phase phase = Phase::modulo;
   Overlap overlap = Overlap::multiset;

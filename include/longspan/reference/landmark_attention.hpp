@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "longspan/landmark_attention.hpp"
+#include "longspan/options.hpp"
 #include "longspan/reference/position.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -38,9 +39,7 @@ struct landmark_attention {
     using Tl = typename std::remove_cvref_t<decltype(lse)>::Element;
     const Index group = k.heads == 0 ? 1 : q.heads / k.heads;
     const Index first = attend.first_query == queries_end_at_keys ? k.rows - q.rows : attend.first_query;
-    const double scale = attend.scale != default_scale
-                             ? attend.scale
-                             : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, q.cols)));
+    const double scale = detail::resolved_scale("reference::landmark_attention", attend.scale, q.cols);
     using ScoreValue = detail::ScoreValue<decltype(attend.score), double>;
 
     for (Index b = 0; b < q.batch; ++b) {

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "longspan/options.hpp"
 #include "longspan/reference/position.hpp"
 #include "longspan/stream/landmark_cache.hpp"
 #include "longspan/version.hpp"
@@ -87,9 +88,7 @@ class landmark_cache {
   }
   double score(const Row& q, const Row& key, Index position) const {
     const Row k = encoded_at(key, position, Role::key);
-    const double scale = options_.scale != default_scale
-                             ? options_.scale
-                             : 1 / std::sqrt(static_cast<double>(shape_.head_dim));
+    const double scale = detail::resolved_scale("reference::landmark_cache", options_.scale, shape_.head_dim);
     return scale * std::inner_product(q.begin(), q.end(), k.begin(), 0.0);
   }
 

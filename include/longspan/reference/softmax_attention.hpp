@@ -1,12 +1,14 @@
 // Softmax attention again, naive and in double: what the fast kernels are held to.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "longspan/detail/call/parts.hpp"
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/mask.hpp"
+#include "longspan/options.hpp"
 #include "longspan/position.hpp"
 #include "longspan/reference/softmax_rows.hpp"
 #include "longspan/score.hpp"
@@ -22,7 +24,7 @@ struct softmax_attention {
   M mask{};
   S score{};
   P position{};
-  double scale = default_scale;
+  std::optional<double> scale{};
   Index first_query = queries_end_at_keys;
 
   softmax_attention() = default;

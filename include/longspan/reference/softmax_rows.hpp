@@ -9,6 +9,7 @@
 
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/eigen.hpp"
+#include "longspan/options.hpp"
 #include "longspan/position.hpp"
 #include "longspan/reference/position.hpp"
 #include "longspan/score.hpp"
@@ -37,9 +38,7 @@ void softmax_rows(const Parts& parts, const Q& queries, const K& keys, const V& 
 
   const Index group = k.heads == 0 ? 1 : q.heads / k.heads;
   const Index first = parts.first_query == queries_end_at_keys ? k.rows - q.rows : parts.first_query;
-  const double scale = parts.scale != default_scale
-                           ? parts.scale
-                           : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, q.cols)));
+  const double scale = detail::resolved_scale("reference", parts.scale, q.cols);
   for (Index b = 0; b < q.batch; ++b) {
     for (Index h = 0; h < q.heads; ++h) {
       const auto encoded_q = encoded(q.matrix(b, h), parts.position, first, Role::query);

@@ -340,7 +340,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     const TensorView<const Key> k{nullptr, shape_.batch, shape_.kv_heads, end, shape_.head_dim, 0, 0, 0};
     const TensorView<const T> v{nullptr, shape_.batch, shape_.kv_heads, end, shape_.value_dim, 0, 0, 0};
     const auto problem =
-        detail::Problem<Tq, Key, T, To>{q, k, v, call.out, call.lse, 0, 1}.at(size_, attend_.scale);
+        detail::Problem<Tq, Key, T, To>{q, k, v, call.out, call.lse, 0, 1}.at(function, size_, attend_.scale);
     const detail::StoredRows<Key, T> stored{
         &attend_.branches, &strand_of_,      &rows_, shape_.heads, static_cast<Index>(strands_.size()),
         shape_.head_dim,   shape_.value_dim, size_};

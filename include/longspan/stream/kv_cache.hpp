@@ -26,6 +26,7 @@
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
+#include "longspan/options.hpp"
 #include "longspan/position.hpp"
 #include "longspan/softmax_attention.hpp"
 #include "longspan/stream_shape.hpp"
@@ -263,7 +264,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     const TensorView<const T> k{nullptr, shape_.batch, shape_.kv_heads, size(), shape_.head_dim, 0, 0, 0};
     const TensorView<const T> v{nullptr, shape_.batch, shape_.kv_heads, size(), shape_.value_dim, 0, 0, 0};
     const auto problem =
-        detail::Problem<Tq, T, T, To>{q, k, v, call.out, call.lse, 0, 1}.at(first, attend_.scale);
+        detail::Problem<Tq, T, T, To>{q, k, v, call.out, call.lse, 0, 1}.at(function, first, attend_.scale);
     detail::forward_over(problem, pages_, mask_, attend_.score, no_position{}, executor, workspace,
                          attend_.bf16_products);
   }

@@ -28,6 +28,7 @@
 #include "longspan/key_ranges.hpp"
 #include "longspan/landmark_retrieval.hpp"
 #include "longspan/landmarks.hpp"
+#include "longspan/options.hpp"
 #include "longspan/position.hpp"
 #include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
@@ -247,11 +248,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   static std::size_t at(Index i) noexcept { return static_cast<std::size_t>(i); }
   Index group() const noexcept { return shape_.kv_heads == 0 ? 1 : shape_.heads / shape_.kv_heads; }
   Index padded_head_dim() const noexcept { return detail::round_up(shape_.head_dim, w); }
-  double scale() const {
-    return options_.scale != default_scale
-               ? options_.scale
-               : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, shape_.head_dim)));
-  }
+  double scale() const { return detail::resolved_scale("landmark_cache", options_.scale, shape_.head_dim); }
   /// Where block n stood when its landmark was encoded.
   Index stored_place(Index n) const { return places_of_text ? (held_.dropped + n) * options_.block : 0; }
   /// Position of query i.

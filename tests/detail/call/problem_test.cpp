@@ -40,16 +40,16 @@ TEST_CASE("problem: holds the views and the sizes of a call", "[problem]") {
 
 TEST_CASE("problem: options are resolved against the sizes", "[problem]") {
   const auto problem = Views().checked();
-  const auto by_default = problem.at(queries_end_at_keys, default_scale);
+  const auto by_default = problem.at("f", queries_end_at_keys, {});
   CHECK(by_default.first_query == 7 - 5);
   CHECK(by_default.scale == 1 / std::sqrt(4.0));
-  const auto chosen = problem.at(-3, 0.75);
+  const auto chosen = problem.at("f", -3, 0.75);
   CHECK(chosen.first_query == -3);
   CHECK(chosen.scale == 0.75);
 
   Views no_columns;
   no_columns.q.cols = no_columns.k.cols = 0;
-  CHECK(no_columns.checked().at(0, default_scale).scale == 1);
+  CHECK(no_columns.checked().at("f", 0, {}).scale == 1);
 }
 
 TEST_CASE("problem: lse may be left out", "[problem]") {

@@ -1,9 +1,7 @@
 // One call of an attention functor, its shapes checked.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -12,15 +10,11 @@
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
+#include "longspan/options.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 LONGSPAN_BEGIN
-
-/// `first_query` of a functor: the last query stands where the last key does.
-inline constexpr Index queries_end_at_keys = std::numeric_limits<Index>::min();
-/// `scale` of a functor: 1 / sqrt(head_dim).
-inline constexpr double default_scale = 0;
 
 namespace detail {
 
@@ -50,13 +44,11 @@ struct Problem {
            static_cast<double>(kv_len()) * static_cast<double>(head_dim() + value_dim());
   }
 
-  /// The same call with its two options resolved.
-  Problem at(Index wanted_first_query, double wanted_scale) const {
+  /// The same call with its two options resolved. Throws Error if the scale is not a finite number.
+  Problem at(std::string_view function, Index wanted_first_query, std::optional<double> wanted_scale) const {
     Problem p = *this;
     p.first_query = wanted_first_query == queries_end_at_keys ? kv_len() - q_len() : wanted_first_query;
-    p.scale = wanted_scale != default_scale
-                  ? wanted_scale
-                  : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim())));
+    p.scale = resolved_scale(function, wanted_scale, head_dim());
     return p;
   }
 };
