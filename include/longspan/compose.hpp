@@ -50,6 +50,11 @@ struct merged : detail::FunctorCalls<merged<Parts...>, true> {
   friend detail::FunctorCalls<merged, true>;
   static constexpr const char* name = "merged";
 
+  template <class Call>
+  void check(const Call& call) const {
+    std::apply([&](const auto&... part) { (..., detail::check_call(part, call)); }, parts);
+  }
+
   template <class Call, class E>
   void attend(const Call& call, const E& executor, Workspace& workspace) const {
     using Real = typename Call::Real;
@@ -110,13 +115,22 @@ struct gated : detail::FunctorCalls<gated<A, B>, false> {
   friend detail::FunctorCalls<gated, false>;
   static constexpr const char* name = "gated";
 
+  static constexpr float even = 0;
+
+  MatrixView<const float> logits() const {
+    return beta.data == nullptr ? MatrixView<const float>{&even, 1, 1, 1} : beta;
+  }
+
+  template <class Call>
+  void check(const Call& call) const {
+    detail::check_gate(name, logits(), call.out);
+    detail::check_call(a, call);
+    detail::check_call(b, call);
+  }
+
   template <class Call, class E>
   void attend(const Call& call, const E& executor, Workspace& workspace) const {
     using Real = typename Call::Real;
-    static constexpr float even = 0;
-    const MatrixView<const float> logits =
-        beta.data == nullptr ? MatrixView<const float>{&even, 1, 1, 1} : beta;
-    detail::check_gate(name, logits, call.out);
     TensorView<Real> of_a, of_b;
     detail::take_scratch(workspace, [&](detail::Arena& arena) {
       of_a = detail::scratch_output<Real>(call.out, arena);
@@ -125,7 +139,7 @@ struct gated : detail::FunctorCalls<gated<A, B>, false> {
     detail::ExecutionRef<E> inner{executor, workspace.inner()};
     a(call.q, call.k, call.v, of_a, inner);
     b(call.q, call.k, call.v, of_b, inner);
-    gate(logits, of_a, of_b, of_b, executor);
+    gate(logits(), of_a, of_b, of_b, executor);
     detail::move_output(of_b, call.out, executor);
   }
 };
@@ -154,8 +168,8 @@ for_heads(Index, Index, F) -> for_heads<F>;
 ///           begin of its range
 /// Aliasing  out and lse overlap no input, nor each other
 /// Cost      that of the functors. No copy, no scratch of its own
-/// Throws    Error when the ranges do not fit, before anything is written. What a functor refuses besides is
-///           thrown when its heads' turn comes
+/// Throws    Error when the ranges do not fit, and what a functor refuses, before anything is written; a functor
+///           of a user's own refuses its heads when it is called for them
 template <class... F>
 struct per_head : detail::FunctorCalls<per_head<F...>, (PartialFunctor<F> && ...)> {
   static_assert((AttentionFunctor<F> && ...));
@@ -169,11 +183,11 @@ struct per_head : detail::FunctorCalls<per_head<F...>, (PartialFunctor<F> && ...
   friend detail::FunctorCalls<per_head, (PartialFunctor<F> && ...)>;
   static constexpr const char* name = "per_head";
 
-  template <class Call, class E>
-  void attend(const Call& call, const E& executor, Workspace& workspace) const {
+  template <class Call>
+  void check(const Call& call) const {
     const Index group = call.group();
     Index reached = 0;
-    const auto check = [&](Index begin, Index end) {
+    const auto check_range = [&](Index begin, Index end) {
       if (begin != reached || end < begin || end > call.q.heads || begin % group != 0 || end % group != 0) {
         detail::refuse(name, "a range of heads",
                        "[" + std::to_string(begin) + ", " + std::to_string(end) + ")",
@@ -182,23 +196,39 @@ struct per_head : detail::FunctorCalls<per_head<F...>, (PartialFunctor<F> && ...
       }
       reached = end;
     };
-    std::apply([&](const auto&... range) { (..., check(range.begin, range.end)); }, ranges);
+    std::apply([&](const auto&... range) { (..., check_range(range.begin, range.end)); }, ranges);
     if (reached != call.q.heads) {
       detail::refuse(name, "the end of the last range of heads", std::to_string(reached),
                      "the " + std::to_string(call.q.heads) + " heads of q");
     }
+    std::apply(
+        [&](const auto&... range) {
+          (..., detail::check_call(range.attend, heads_of(call, range.begin, range.end)));
+        },
+        ranges);
+  }
+
+  /// The call of the query heads [begin, end).
+  template <class Call>
+  static Call heads_of(Call call, Index begin, Index end) {
+    const Index group = call.group();
+    call.q = detail::slice_heads(call.q, begin, end - begin);
+    call.out = detail::slice_heads(call.out, begin, end - begin);
+    if (call.lse.data != nullptr) call.lse = detail::slice_heads(call.lse, begin, end - begin);
+    call.k = detail::slice_heads(call.k, begin / group, (end - begin) / group);
+    call.v = detail::slice_heads(call.v, begin / group, (end - begin) / group);
+    return call;
+  }
+
+  template <class Call, class E>
+  void attend(const Call& call, const E& executor, Workspace& workspace) const {
     detail::ExecutionRef<E> inner{executor, workspace.inner()};
     const auto run = [&](const auto& range) {
-      const auto of_q = [&](auto x) { return detail::slice_heads(x, range.begin, range.end - range.begin); };
-      const auto of_k = [&](auto x) {
-        return detail::slice_heads(x, range.begin / group, (range.end - range.begin) / group);
-      };
+      const Call part = heads_of(call, range.begin, range.end);
       if constexpr ((PartialFunctor<F> && ...)) {
-        if (call.lse.data != nullptr)
-          return range.attend(of_q(call.q), of_k(call.k), of_k(call.v), of_q(call.out), of_q(call.lse),
-                              inner);
+        if (part.lse.data != nullptr) return range.attend(part.q, part.k, part.v, part.out, part.lse, inner);
       }
-      range.attend(of_q(call.q), of_k(call.k), of_k(call.v), of_q(call.out), inner);
+      range.attend(part.q, part.k, part.v, part.out, inner);
     };
     std::apply([&](const auto&... range) { (..., run(range)); }, ranges);
   }

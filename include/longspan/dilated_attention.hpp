@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "longspan/call_sizes.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/parts.hpp"
 #include "longspan/detail/dilated/forward.hpp"
@@ -50,7 +51,8 @@ class dilated_cache;
 /// Masked    as softmax_attention. A query that no branch keeps gives 0 and lse = -infinity
 /// Bits      do not depend on the executor, on how many threads it has, nor on batch rows, heads and queries
 ///           beside
-/// Throws    Error when shapes disagree or a branch is not positive, before anything is written
+/// Throws    Error when shapes disagree, a branch is not positive, or an option or an array of a part does not
+///           fit, before anything is written
 /// Source    Ding et al. 2023 (arXiv 2307.02486), eq. 3-10 and 13-15. Where the paper is silent: a key that
 ///           several branches keep counts several times (eq. 9 and 10 taken literally), see `overlap`
 template <Mask M = everything, Score S = unchanged, Position P = no_position>
@@ -66,7 +68,8 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
   /// and dilations are multiples of those before.
   Overlap overlap = Overlap::multiset;
   /// As torchscale, which fills short segments with zeros and lets queries see them: needed to have the
-  /// numbers of a model trained so. Matters without a causal mask only.
+  /// numbers of a model trained so. Matters without a causal mask only. Masks and scores are asked about the
+  /// zeros too, whose keys follow the last one.
   bool zero_pad_compat = false;
   bool bf16_products = true;  ///< as in softmax_attention
 
@@ -87,10 +90,17 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
   friend detail::FunctorCalls<dilated_attention, true>;
   static constexpr const char* name = "dilated_attention";
 
-  template <class Call, class E>
-  void attend(const Call& call, const E& executor, Workspace& workspace) const {
+  template <class Call>
+  void check(const Call& call) const {
     detail::check_branches(name, branches);
     position.check(call.head_dim());
+    CallSizes sizes = call.at(name, first_query, scale).sizes(name);
+    if (zero_pad_compat) sizes.kv_len = detail::padded_length(branches, sizes.kv_len);
+    detail::check_parts(*this, sizes);
+  }
+
+  template <class Call, class E>
+  void attend(const Call& call, const E& executor, Workspace& workspace) const {
     const detail::Dilation dilation{branches, phase, overlap, zero_pad_compat};
     detail::dilated_forward(call.at(name, first_query, scale), dilation, mask, score, position, executor,
                             workspace, bf16_products);

@@ -54,8 +54,8 @@ constexpr Index kept_rows(Index length, Index offset, Index dilation) noexcept {
 
 namespace detail {
 
-inline void check_branches(std::string_view function, std::span<const Branch> branches) {
-  if (branches.empty()) refuse(function, "the number of branches", "0", "at least one");
+/// Refuses a branch that is not positive.
+inline void check_each_branch(std::string_view function, std::span<const Branch> branches) {
   for (std::size_t n = 0; n < branches.size(); ++n) {
     const Branch& branch = branches[n];
     if (branch.segment >= 1 && branch.dilation >= 1) continue;
@@ -64,6 +64,22 @@ inline void check_branches(std::string_view function, std::span<const Branch> br
         "[segment " + std::to_string(branch.segment) + ", dilation " + std::to_string(branch.dilation) + "]",
         "both at least 1");
   }
+}
+
+inline void check_branches(std::string_view function, std::span<const Branch> branches) {
+  if (branches.empty()) refuse(function, "the number of branches", "0", "at least one");
+  check_each_branch(function, branches);
+}
+
+/// Keys of kv_len tokens and of the zeros that zero_pad_compat appends to them.
+inline Index padded_length(std::span<const Branch> branches, Index kv_len) {
+  Index longest = kv_len;
+  for (const Branch& branch : branches) {
+    if (kv_len == 0) break;
+    const Index segment = std::min(branch.segment, kv_len), step = std::min(branch.dilation, segment);
+    longest = std::max(longest, (kv_len - 1) / segment * segment + (segment + step - 1) / step * step);
+  }
+  return longest;
 }
 
 /// The branch (segment, dilation) times `ratio`, each at most the largest Index.
@@ -102,6 +118,7 @@ inline std::vector<Branch> geometric_branches_to(Branch first, Index ratio, Inde
 /// Pairs of a query and a key that one branch attends over `length` tokens, for a head with that offset. In
 /// full segments that dilation divides: length * segment / dilation^2, or half of it and a little more.
 inline double dilated_pairs(const Branch& branch, Index offset, Index length, bool is_causal) {
+  detail::check_each_branch("dilated_pairs", std::span<const Branch>(&branch, 1));
   const auto pairs = [&](Index tokens) {
     const auto rows = static_cast<double>(kept_rows(tokens, offset, branch.dilation));
     return is_causal ? rows * (rows + 1) / 2 : rows * rows;
@@ -115,6 +132,7 @@ inline double dilated_pairs(const Branch& branch, Index offset, Index length, bo
 /// Source  eq. 17, which counts one of the two products: 2 N d sum_i w_i / r_i^2
 inline double dilated_flop(std::span<const Branch> branches, Index heads, Index length, Index head_dim,
                            Index value_dim, bool is_causal, Phase phase = Phase::modulo) {
+  detail::check_each_branch("dilated_flop", branches);
   double pairs = 0;
   for (const Branch& branch : branches) {
     for (Index h = 0; h < heads; ++h)
@@ -126,6 +144,7 @@ inline double dilated_flop(std::span<const Branch> branches, Index heads, Index 
 /// Share of the pairs (head, token) that some branch covers; the others give 0. 1 where a dilation is 1.
 inline double dilated_coverage(std::span<const Branch> branches, Index heads, Index length,
                                Phase phase = Phase::modulo) {
+  detail::check_each_branch("dilated_coverage", branches);
   if (heads == 0 || length == 0) return 1;
   if (std::any_of(branches.begin(), branches.end(), [](const Branch& b) { return b.dilation == 1; }))
     return 1;
@@ -142,6 +161,7 @@ inline double dilated_coverage(std::span<const Branch> branches, Index heads, In
 
 /// Rows of keys and values for each head that a causal stream keeps at most: sum_i ceil(w_i / r_i).
 inline double dilated_rows(std::span<const Branch> branches) {
+  detail::check_each_branch("dilated_rows", branches);
   double rows = 0;
   for (const Branch& branch : branches)
     rows += static_cast<double>(kept_rows(branch.segment, 0, branch.dilation));
@@ -153,6 +173,7 @@ inline double dilated_rows(std::span<const Branch> branches) {
 ///
 /// Source  eq. 19 and 20
 inline double dilated_path_length(Index first_segment, Index ratio, Index length) {
+  if (ratio < 2) detail::refuse("dilated_path_length", "the ratio", std::to_string(ratio), "at least 2");
   const double reach = static_cast<double>(length) * static_cast<double>(ratio - 1) /
                        static_cast<double>(std::max<Index>(1, first_segment));
   return std::max(1.0, std::log(reach) / std::log(static_cast<double>(ratio)));

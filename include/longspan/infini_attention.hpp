@@ -7,6 +7,7 @@
 #include <string_view>
 #include <utility>
 
+#include "longspan/detail/call/check_view.hpp"
 #include "longspan/detail/infini/pass.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
@@ -63,8 +64,8 @@ LONGSPAN_BEGIN
 /// Masked    with `lengths` the rows behind the length of a batch row are neither seen nor written, even if
 ///           they hold NaN; their own outputs mean nothing. A side whose gate is 0 has no effect.
 /// Bits      do not depend on the executor nor on how many threads it has.
-/// Throws    Error when shapes or options disagree, before anything is written. What a local functor without
-///           an lse refuses is thrown when its segment's turn comes.
+/// Throws    Error when shapes or options disagree, those of the local functor too, before anything is written.
+///           A local functor of a user's own without an lse refuses a segment when it is called for it.
 /// Source    Munkhdalai et al. 2024 (arXiv 2404.07143 v2), eq. 6-11. Where the paper is silent: M and z begin
 ///           as 0 and the gate holds in the first segment too (see `first`); a norm below 1e-10 counts as it.
 template <class Local = softmax_attention<causal>, FeatureMap F = elu_plus_one>
@@ -93,11 +94,7 @@ struct infini_attention {
   void operator()(const Q& q, const K& k, const V& v, Out&& out, E&& execution) const {
     const auto call = detail::checked_problem("infini_attention", view(q), view(k), view(v), view(out),
                                               detail::no_rows<detail::LseOf<Q>>());
-    if (call.q_len() != call.kv_len()) {
-      detail::refuse("infini_attention", "the number of rows of q", std::to_string(call.q_len()),
-                     "the " + std::to_string(call.kv_len()) + " of k");
-    }
-    check("infini_attention", call.q.batch, call.q.heads, call.head_dim(), call.value_dim());
+    check_call(call);
     if (call.out.empty()) return;
     detail::with_workspace(
         execution, [&](const auto& executor, Workspace& workspace) { run(call, executor, workspace); });
@@ -107,14 +104,42 @@ struct infini_attention {
   template <Element T = float>
   auto stream(const StreamShape& shape) const;
 
+  /// For functors made of this one: throws what a call refuses.
+  template <class Call>
+  void check_call(const Call& call) const {
+    if (call.q_len() != call.kv_len()) {
+      detail::refuse("infini_attention", "the number of rows of q", std::to_string(call.q_len()),
+                     "the " + std::to_string(call.kv_len()) + " of k");
+    }
+    check("infini_attention", call.q.batch, call.q.heads, call.head_dim(), call.value_dim());
+    for_each_segment(call, [&](const auto& part, Index, const auto& rows_of) {
+      detail::InfiniPass<typename Call::Real, Local, F>::check_sizes(local, part, rows_of);
+    });
+  }
+
+  /// Throws Error unless the local functor fits a whole segment of a stream of that shape.
+  void check_segment(const StreamShape& shape) const {
+    const Index rows = std::min(segment, Index{1} << 60);
+    const auto of = [&](Index heads, Index cols) {
+      return compact_view<const float>(nullptr, shape.batch, heads, rows, cols);
+    };
+    const TensorView<float> out{nullptr, shape.batch, shape.heads, rows, shape.value_dim, 0, 0, 0};
+    const detail::Problem<float, float, float, float> call{of(shape.heads, shape.head_dim),
+                                                           of(shape.kv_heads, shape.head_dim),
+                                                           of(shape.kv_heads, shape.value_dim),
+                                                           out,
+                                                           {}};
+    detail::InfiniPass<float, Local, F>::check_sizes(local, call, [&](Index) { return rows; });
+  }
+
   /// Throws Error unless the options fit tensors of these sizes.
   void check(std::string_view function, Index batch, Index heads, Index head_dim, Index value_dim) const {
     if (segment < 1) detail::refuse(function, "the segment", std::to_string(segment), "at least 1");
     detail::position_of(local).check(head_dim);
+    if (beta.data != nullptr) detail::check_view(function, "beta", beta);
     const auto fits = [](Index size, Index wanted) { return size == 1 || size == wanted; };
     if (beta.data != nullptr && (!fits(beta.rows, heads) || !fits(beta.cols, value_dim))) {
-      detail::refuse(function, "beta",
-                     "[" + std::to_string(beta.rows) + ", " + std::to_string(beta.cols) + "]",
+      detail::refuse(function, "beta", detail::shape_text(beta),
                      "[1 or " + std::to_string(heads) + ", 1 or " + std::to_string(value_dim) + "]");
     }
     if constexpr (requires { local.gate_keep, local.control; }) {
@@ -126,9 +151,26 @@ struct infini_attention {
       detail::refuse(function, "the number of lengths", std::to_string(lengths.size()),
                      std::to_string(batch) + ", one for each batch row");
     }
+    for (const Index length : lengths) {
+      if (length < 0) detail::refuse(function, "one of the lengths", std::to_string(length), "at least 0");
+    }
   }
 
  private:
+  /// work(part, begin, rows_of) for each segment: its call, its first position, the rows of each batch row.
+  template <class Call, class Work>
+  void for_each_segment(const Call& call, const Work& work) const {
+    for (Index begin = 0; begin < call.kv_len();) {
+      const auto part = detail::part_of(call, begin, std::min(segment, call.kv_len() - begin));
+      work(part, begin, [&](Index b) {
+        return lengths.empty()
+                   ? part.kv_len()
+                   : std::clamp<Index>(lengths[static_cast<std::size_t>(b)] - begin, 0, part.kv_len());
+      });
+      begin += part.kv_len();
+    }
+  }
+
   template <class Call, class E>
   void run(const Call& call, const E& executor, Workspace& workspace) const {
     using Real = typename Call::Real;
@@ -153,23 +195,15 @@ struct infini_attention {
       pass.difference =
           detail::difference_shares(memory.stride(), scratch.difference[0], scratch.difference[1]);
     }
-    const auto for_each_segment = [&](const auto& work) {
-      for (Index begin = 0; begin < call.kv_len(); begin += segment) {
-        const auto part = detail::part_of(call, begin, std::min(segment, call.kv_len() - begin));
-        work(part, begin, [&](Index b) {
-          return lengths.empty()
-                     ? part.kv_len()
-                     : std::clamp<Index>(lengths[static_cast<std::size_t>(b)] - begin, 0, part.kv_len());
-        });
-      }
-    };
-    for_each_segment([&](const auto& part, Index, const auto& rows_of) {
-      pass.check(part.q, part.k, part.v, part.out, executor, workspace, rows_of);
-    });
-    for_each_segment([&](const auto& part, Index begin, const auto& rows_of) {
+    if constexpr (!requires { local.check_call(call); }) {
+      for_each_segment(call, [&](const auto& part, Index, const auto& rows_of) {
+        pass.check(part.q, part.k, part.v, part.out, executor, workspace, rows_of);
+      });
+    }
+    for_each_segment(call, [&](const auto& part, Index begin, const auto& rows_of) {
       const bool known = begin > 0 || first == InfiniFirst::gate;
       pass.attend(part.q, part.k, part.v, part.out, begin, known, executor, workspace, rows_of);
-      if (begin + segment >= call.kv_len()) return;
+      if (part.kv_len() == call.kv_len() - begin) return;
       pass.write(part.k, part.v,
                  compact_view(scratch.change, part.k.batch, part.k.heads, part.kv_len(), part.value_dim()),
                  begin, executor, workspace, rows_of);

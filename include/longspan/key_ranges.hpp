@@ -29,6 +29,21 @@ struct KeyRange {
   constexpr bool operator==(const KeyRange&) const = default;
 };
 
+namespace detail {
+
+/// x + y, kept between KeyRange::lowest and KeyRange::highest, whatever x and y are.
+constexpr Index saturating_sum(Index x, Index y) noexcept {
+  if (y > 0) return x > KeyRange::highest - y ? KeyRange::highest : std::max(KeyRange::lowest, x + y);
+  return x < KeyRange::lowest - y ? KeyRange::lowest : std::min(KeyRange::highest, x + y);
+}
+/// x - y, kept likewise.
+constexpr Index saturating_difference(Index x, Index y) noexcept {
+  // The negative of the lowest Index is none. One more or less is the same beyond these bounds.
+  return saturating_sum(x, y < -std::numeric_limits<Index>::max() ? std::numeric_limits<Index>::max() : -y);
+}
+
+}  // namespace detail
+
 /// At most `capacity` ranges, rising, with gaps between them. A range that would be one too many closes the
 /// narrowest gap: the set may then hold keys that were never put in, never fewer.
 class KeyRanges {

@@ -5,6 +5,9 @@
 #include <optional>
 #include <string>
 
+#include "longspan/call_sizes.hpp"
+#include "longspan/detail/call/check_view.hpp"
+#include "longspan/detail/call/finite.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/parts.hpp"
 #include "longspan/detail/landmark/forward.hpp"
@@ -53,7 +56,8 @@ enum class LandmarkSoftmax : unsigned char {
 ///           sees is absent; the open block at the end is closed to other blocks. A row that sees nothing
 ///           gives 0 and lse = -infinity.
 /// Bits      do not depend on the executor, on how many threads it has, nor on what is computed beside.
-/// Throws    Error when shapes or landmarks disagree, before anything is written.
+/// Throws    Error when shapes or landmarks disagree, or an option or an array of a part does not fit them,
+///           before anything is written.
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), eq. 2-4, where G_ij = G_ii reads "in the block of
 ///           i": a block is a partial whose log-sum-exp is replaced by the score of its landmark.
 template <Mask M = causal, Score S = unchanged, Position P = no_position>
@@ -87,10 +91,15 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
   friend detail::FunctorCalls<landmark_attention, true>;
   static constexpr const char* name = "landmark_attention";
 
-  template <class Call, class E>
-  void attend(const Call& call, const E& executor, Workspace& workspace) const {
+  template <class Call>
+  void check(const Call& call) const {
     position.check(call.head_dim());
     check_options(call);
+    detail::check_parts(*this, call.at(name, first_query, scale).sizes(name));
+  }
+
+  template <class Call, class E>
+  void attend(const Call& call, const E& executor, Workspace& workspace) const {
     const bool plain = softmax == LandmarkSoftmax::plain;
     const detail::LandmarkOptions options{plain ? landmarks::none() : at, softmax == LandmarkSoftmax::grouped,
                                           leak, gate_keep, control};
@@ -107,6 +116,7 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
     Index blocks = 0;
     for (Index b = 0; b < (at.same_in_all_rows() ? 1 : call.k.batch); ++b)
       blocks = std::max(blocks, at.count(b, call.kv_len()));
+    if (gate_keep.data != nullptr) detail::check_view(name, "gate_keep", gate_keep);
     if (gate_keep.data != nullptr && (gate_keep.batch != call.q.batch || gate_keep.heads != call.q.heads ||
                                       gate_keep.rows != call.q.rows || gate_keep.cols < blocks)) {
       detail::refuse(name, "gate_keep", detail::shape_text(gate_keep),
@@ -118,7 +128,11 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
       detail::refuse(name, "control.cmt", detail::shape_text(control.cmt),
                      detail::shape_text(call.q.batch, call.q.heads, call.q.rows));
     }
+    if (!detail::is_finite(control.cutoff)) {
+      detail::refuse(name, "control.cutoff", std::to_string(control.cutoff), "a finite number");
+    }
     const auto& kinds = control.blocks;
+    detail::check_view(name, "control.blocks", kinds);
     if ((kinds.rows != 1 && kinds.rows != call.k.batch) || kinds.cols < blocks) {
       detail::refuse(name, "control.blocks",
                      "[" + std::to_string(kinds.rows) + ", " + std::to_string(kinds.cols) + "]",

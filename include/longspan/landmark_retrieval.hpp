@@ -113,7 +113,7 @@ concept PositionMap = requires(const M& map, const Retrieval& held, Index n) {
 /// Source  Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 3.2.1, figure 2.
 struct stingy_positions {
   Index local(const Retrieval& held) const noexcept {
-    return std::min(held.blocks, held.wanted + 1) * held.block;
+    return (held.wanted < held.blocks ? held.wanted + 1 : held.blocks) * held.block;
   }
   Index scored(const Retrieval& held, Index n) const noexcept {
     return place(held, std::max<Index>(0, n - (held.blocks - held.top_k) + 1));

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "longspan/detail/call/check_view.hpp"
 #include "longspan/error.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -100,6 +101,9 @@ std::vector<Index> landmark_positions(std::span<const Token> tokens, Token landm
     detail::refuse("landmark_positions", "the number of jumps", std::to_string(jumps.size()),
                    std::to_string(count) + ", one behind each landmark");
   }
+  for (const Index jump : jumps) {
+    if (jump < 0) detail::refuse("landmark_positions", "a jump", std::to_string(jump), "at least 0");
+  }
   std::vector<Index> positions;
   Index next = 0;
   std::size_t jump = 0;
@@ -150,6 +154,8 @@ void remove_landmark_logits(MatrixView<const T> logits, std::span<const Token> t
   const auto text = [](Index of_rows, Index cols) {
     return "[" + std::to_string(of_rows) + ", " + std::to_string(cols) + "]";
   };
+  detail::check_view(name, "logits", logits);
+  detail::check_view(name, "the result", to);
   if (logits.rows != static_cast<Index>(tokens.size())) {
     detail::refuse(name, "logits", text(logits.rows, logits.cols),
                    text(static_cast<Index>(tokens.size()), logits.cols));
@@ -166,13 +172,13 @@ void remove_landmark_logits(MatrixView<const T> logits, std::span<const Token> t
 /// retrieved blocks of `block` keys and one empty block. Throws Error where none is left.
 inline Index landmark_chunk_length(Index context, Index block, Index top_k) {
   detail::check_block_tokens("landmark_chunk_length", block);
-  const Index length = context - context % block - (top_k + 1) * block;
-  if (length < 1) {
+  const Index blocks = context / block;
+  if (top_k < 0 || top_k > blocks - 2) {
     detail::refuse("landmark_chunk_length", "top_k", std::to_string(top_k),
-                   "less than " + std::to_string(context / block - 1) + " for " + std::to_string(context) +
-                       " positions and blocks of " + std::to_string(block));
+                   "at least 0 and less than " + std::to_string(blocks - 1) + " for " +
+                       std::to_string(context) + " positions and blocks of " + std::to_string(block));
   }
-  return length;
+  return (blocks - top_k - 1) * block;
 }
 
 LONGSPAN_END

@@ -7,8 +7,13 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <string>
+#include <string_view>
 #include <type_traits>
+#include <utility>
 
+#include "longspan/call_sizes.hpp"
+#include "longspan/error.hpp"
 #include "longspan/key_ranges.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -47,6 +52,11 @@ struct Tile {
 // says that range, and all the answers above follow from it:
 //
 //   KeyRange keys(Index b, Index i) const
+//
+// A mask of either kind may check its options and arrays against a call (call_sizes.hpp). It throws Error by
+// detail::refuse, allocates nothing otherwise, and is called before anything is written:
+//
+//   void check(const CallSizes& sizes) const
 
 template <class M>
 concept RangeMask = requires(const M& mask, Index x) {
@@ -114,7 +124,19 @@ constexpr KeyRanges key_ranges(const M& mask, const Tile& tile) {
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// The masks of the library
+// The masks of the library. Their bounds saturate: a window of any size may end anywhere.
+
+namespace detail {
+
+inline void check_at_least(const CallSizes& sizes, std::string_view option, Index got, Index least,
+                           std::string_view otherwise = {}) {
+  if (got >= least) return;
+  std::string wanted = "at least ";
+  wanted.append(std::to_string(least)).append(otherwise);
+  refuse(sizes.function, option, std::to_string(got), wanted);
+}
+
+}  // namespace detail
 
 /// No mask: every query sees every key.
 struct everything {
@@ -124,18 +146,26 @@ struct everything {
 /// Query i sees the keys 0 .. i. With fewer queries than keys the last query is aligned with the last key,
 /// since that is where positions stand unless `first_query` says otherwise.
 struct causal {
-  constexpr KeyRange keys(Index, Index i) const noexcept { return {KeyRange::lowest, i + 1}; }
+  constexpr KeyRange keys(Index, Index i) const noexcept {
+    return {KeyRange::lowest, detail::saturating_sum(i, 1)};
+  }
 };
 
 /// Query i sees the keys i - left .. i + right. `causal{} & window{.left = 4095}` sees the last 4096 keys.
+/// A side that is not set is unlimited; a negative one is refused.
 struct window {
   static constexpr Index unlimited = KeyRange::highest;
   Index left = unlimited;
   Index right = unlimited;
 
   constexpr KeyRange keys(Index, Index i) const noexcept {
-    return {left == unlimited ? KeyRange::lowest : i - left,
-            right == unlimited ? KeyRange::highest : i + right + 1};
+    return {
+        left >= unlimited ? KeyRange::lowest : detail::saturating_difference(i, left),
+        right >= unlimited ? KeyRange::highest : detail::saturating_sum(detail::saturating_sum(i, right), 1)};
+  }
+  void check(const CallSizes& sizes) const {
+    detail::check_at_least(sizes, "window.left", left, 0, ", or window::unlimited");
+    detail::check_at_least(sizes, "window.right", right, 0, ", or window::unlimited");
   }
 };
 
@@ -143,7 +173,8 @@ struct window {
 struct sinks {
   Index count = 4;
 
-  constexpr KeyRange keys(Index, Index) const noexcept { return {0, count}; }
+  constexpr KeyRange keys(Index, Index) const noexcept { return {0, detail::saturating_sum(count, 0)}; }
+  void check(const CallSizes& sizes) const { detail::check_at_least(sizes, "sinks.count", count, 0); }
 };
 
 /// Positions are cut into segments of `length` (at least 1); query i sees the keys of its own segment.
@@ -151,29 +182,48 @@ struct segments {
   Index length = 1;
 
   constexpr KeyRange keys(Index, Index i) const noexcept {
-    const Index into = i % length, first = i - (into < 0 ? into + length : into);
-    return {first, first + length};
+    const Index rest = i % length, into = rest < 0 ? rest + length : rest;
+    return {detail::saturating_difference(i, into), detail::saturating_sum(i, length - into)};
   }
+  void check(const CallSizes& sizes) const { detail::check_at_least(sizes, "segments.length", length, 1); }
 };
 
 /// Packed documents: document n holds the positions starts[n] .. starts[n + 1] - 1, and a query sees the keys
-/// of its own document. `starts` rises and is not owned.
+/// of its own document. `starts` never falls: an entry that repeats the one before makes an empty document.
+/// Positions before the first entry are a document of their own. Not owned.
 struct documents {
   std::span<const Index> starts;
 
   constexpr KeyRange keys(Index, Index i) const noexcept {
     const auto next = std::upper_bound(starts.begin(), starts.end(), i);
-    return {next == starts.begin() ? KeyRange::lowest : *(next - 1),
-            next == starts.end() ? KeyRange::highest : *next};
+    return {next == starts.begin() ? KeyRange::lowest : detail::saturating_sum(*(next - 1), 0),
+            next == starts.end() ? KeyRange::highest : detail::saturating_sum(*next, 0)};
+  }
+  void check(const CallSizes& sizes) const {
+    const auto falling = std::is_sorted_until(starts.begin(), starts.end());
+    if (falling == starts.end()) return;
+    detail::refuse(sizes.function,
+                   std::string("documents.starts[") + std::to_string(falling - starts.begin()) + "]",
+                   std::to_string(*falling),
+                   std::string("at least the entry before, ") + std::to_string(*(falling - 1)));
   }
 };
 
-/// Batch row b has lengths[b] keys; those behind are padding. `!padding{pads}` is padding on the left: the
-/// first pads[b] keys are hidden. One length for each batch row; not owned.
+/// Batch row b has lengths[b] keys; those after them are padding. `!padding{pads}` is padding on the left: the
+/// first pads[b] keys are hidden. One length for each batch row, at least 0; not owned.
 struct padding {
   std::span<const Index> lengths;
 
-  constexpr KeyRange keys(Index b, Index) const noexcept { return {0, lengths[static_cast<std::size_t>(b)]}; }
+  constexpr KeyRange keys(Index b, Index) const noexcept {
+    return {0, detail::saturating_sum(lengths[static_cast<std::size_t>(b)], 0)};
+  }
+  void check(const CallSizes& sizes) const {
+    if (static_cast<Index>(lengths.size()) != sizes.batch) {
+      detail::refuse(sizes.function, "the number of padding.lengths", std::to_string(lengths.size()),
+                     std::to_string(sizes.batch) + ", one for each batch row");
+    }
+    for (const Index length : lengths) detail::check_at_least(sizes, "one of padding.lengths", length, 0);
+  }
 };
 
 // ----------------------------------------------------------------------------------------------------------
@@ -202,6 +252,10 @@ struct both {
     const KeyRange of_a = a.keys(batch, i), of_b = b.keys(batch, i);
     return {std::max(of_a.begin, of_b.begin), std::min(of_a.end, of_b.end)};
   }
+  void check(const CallSizes& sizes) const {
+    detail::check_part(a, sizes);
+    detail::check_part(b, sizes);
+  }
 };
 
 /// What either sees. `a | b`.
@@ -221,6 +275,10 @@ struct either {
   constexpr KeyRanges key_ranges(const Tile& tile) const {
     return united(longspan::key_ranges(a, tile), longspan::key_ranges(b, tile));
   }
+  void check(const CallSizes& sizes) const {
+    detail::check_part(a, sizes);
+    detail::check_part(b, sizes);
+  }
 };
 
 /// What the other hides. `!a`.
@@ -235,6 +293,7 @@ struct inverse {
     const Seen of_a = longspan::classify(a, tile);
     return of_a == Seen::some ? Seen::some : of_a == Seen::all ? Seen::none : Seen::all;
   }
+  void check(const CallSizes& sizes) const { detail::check_part(a, sizes); }
 };
 
 template <Mask A, Mask B>

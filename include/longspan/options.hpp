@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 
+#include "longspan/detail/call/finite.hpp"
 #include "longspan/error.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -19,10 +20,20 @@ inline constexpr Index queries_end_at_keys = std::numeric_limits<Index>::min();
 
 namespace detail {
 
+/// Positions of queries are between -2^62 and 2^62 + 2^60: differences of positions then never overflow.
+inline constexpr Index farthest_query = Index{1} << 62;
+
+/// The position of row 0 of q: what the user set, or the one that aligns the last query with the last key.
+inline Index resolved_first_query(std::string_view function, Index first_query, Index q_len, Index kv_len) {
+  if (first_query == queries_end_at_keys) return kv_len - q_len;
+  if (first_query < -farthest_query || first_query > farthest_query)
+    refuse(function, "first_query", std::to_string(first_query), "a position between -2^62 and 2^62");
+  return first_query;
+}
+
 /// The factor of q.k: what the user set, 0 and negative numbers included, or 1 / sqrt(head_dim).
 inline double resolved_scale(std::string_view function, std::optional<double> scale, Index head_dim) {
-  if (scale && !(std::abs(*scale) <= std::numeric_limits<double>::max()))
-    refuse(function, "scale", std::to_string(*scale), "a finite number");
+  if (scale && !is_finite(*scale)) refuse(function, "scale", std::to_string(*scale), "a finite number");
   return scale ? *scale : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim)));
 }
 

@@ -14,6 +14,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "longspan/detail/call/check_view.hpp"
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/simd/packet.hpp"
@@ -64,6 +65,7 @@ template <class T>
 void check_partial(std::string_view function, const std::string& argument, const Partial<T>& part,
                    const TensorView<std::remove_const_t<T>>& wanted) {
   const TensorView<T>& out = part.out;
+  if (fault_of(out) != nullptr) refuse_view(function, "the output of " + argument, out);
   if (out.batch != wanted.batch || out.heads != wanted.heads || out.rows != wanted.rows ||
       out.cols != wanted.cols) {
     refuse(function, "the output of " + argument, shape_text(out), shape_text(wanted));
@@ -72,6 +74,7 @@ void check_partial(std::string_view function, const std::string& argument, const
     refuse(function, "the lse of " + argument, shape_text(part.lse),
            shape_text(out.batch, out.heads, out.rows));
   }
+  if (fault_of(part.lse) != nullptr) refuse_view(function, "the lse of " + argument, part.lse);
 }
 
 /// work(b, h, i) for each row of a tensor, a few hundred rows to a task.
@@ -168,8 +171,9 @@ namespace detail {
 
 template <class Real, class T>
 void check_gate(std::string_view function, const MatrixView<const Real>& beta, const TensorView<T>& out) {
+  check_view(function, "beta", beta);
   if ((beta.rows != 1 && beta.rows != out.heads) || (beta.cols != 1 && beta.cols != out.cols)) {
-    refuse(function, "beta", "[" + std::to_string(beta.rows) + ", " + std::to_string(beta.cols) + "]",
+    refuse(function, "beta", shape_text(beta),
            "[1 or " + std::to_string(out.heads) + ", 1 or " + std::to_string(out.cols) + "]");
   }
 }
@@ -193,11 +197,13 @@ void gate(MatrixView<const Real> beta, const A& a, const B& b, Out&& out, E&& ex
   using T = typename std::remove_cvref_t<decltype(to)>::Element;
   static_assert(std::is_same_v<Real, float> || std::is_same_v<Real, Arithmetic<T>>,
                 "longspan: beta holds float, or double where the tensors do");
+  detail::check_view("gate", "out", to);
   for (const auto& [name, x] :
        {std::pair{"a", TensorView<const T>(memory)}, {"b", TensorView<const T>(local)}}) {
     if (x.batch != to.batch || x.heads != to.heads || x.rows != to.rows || x.cols != to.cols) {
       detail::refuse("gate", name, detail::shape_text(x), detail::shape_text(to));
     }
+    detail::check_view("gate", name, x);
   }
   detail::check_gate("gate", beta, to);
   using Sum = Arithmetic<T>;

@@ -7,11 +7,15 @@
 #include <concepts>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <type_traits>
 
+#include "longspan/detail/call/check_view.hpp"
+#include "longspan/detail/call/finite.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
+#include "longspan/options.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -153,6 +157,10 @@ inline void check_turned(std::string_view function, Index turned, Index cols) {
   }
 }
 
+inline void check_positive(std::string_view function, std::string_view option, double got) {
+  if (!is_finite(got) || got <= 0) refuse(function, option, std::to_string(got), "a positive finite number");
+}
+
 }  // namespace detail
 
 /// Rotary positions: pair p of a row at position n is turned by n * base^(-2p / dims).
@@ -176,7 +184,10 @@ struct rotary {
   void encode_alike(MatrixView<Real> rows, Index position, Role) const {
     detail::rotate_rows(rows, position, 0, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
   }
-  void check(Index cols) const { detail::check_turned("rotary", turned(cols), cols); }
+  void check(Index cols) const {
+    detail::check_turned("rotary", turned(cols), cols);
+    detail::check_positive("rotary", "base", base);
+  }
   PositionIdentity identity() const noexcept {
     return {1, static_cast<double>(pairing), base, static_cast<double>(dims)};
   }
@@ -210,7 +221,14 @@ struct xpos {
     // Turned about the centre too: scores see only differences of positions.
     detail::rotate_rows(rows, first_position - centre, 1, rows.cols, base, pairing, growth);
   }
-  void check(Index cols) const { detail::check_turned("xpos", cols, cols); }
+  void check(Index cols) const {
+    detail::check_turned("xpos", cols, cols);
+    detail::check_positive("xpos", "base", base);
+    detail::check_positive("xpos", "scale_base", scale_base);
+    constexpr Index farthest = Index{1} << 61;
+    if (centre < -farthest || centre > farthest)
+      detail::refuse("xpos", "centre", std::to_string(centre), "a position between -2^61 and 2^61");
+  }
   PositionIdentity identity() const noexcept {
     return {2, static_cast<double>(pairing), base, 0, scale_base, static_cast<double>(centre)};
   }
@@ -221,11 +239,17 @@ struct xpos {
 /// Shapes  x [batch, heads, rows, cols], float or double
 /// Cost    about 3 * batch * heads * rows * cols flop; no allocation
 /// Error   each coordinate within 2 ulp of the pair's length, at any position up to 2^40
-/// Throws  Error when rows of x cannot be encoded, before x is touched
+/// Throws  Error when rows of x cannot be encoded or first_position is farther away than 2^62, before x is
+///         touched
 template <TensorLike X, Position P>
 void encode_positions(X&& x, const P& encoding, Index first_position, Role role) {
   const auto tensor = view(x);
+  detail::check_view("encode_positions", "x", tensor);
   encoding.check(tensor.cols);
+  if (first_position < -detail::farthest_query || first_position > detail::farthest_query) {
+    detail::refuse("encode_positions", "first_position", std::to_string(first_position),
+                   "a position between -2^62 and 2^62");
+  }
   for (Index b = 0; b < tensor.batch; ++b) {
     for (Index h = 0; h < tensor.heads; ++h) encoding.encode(tensor.matrix(b, h), first_position, role);
   }

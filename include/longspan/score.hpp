@@ -1,15 +1,22 @@
 // How a score is changed between q.k and the softmax.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <span>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "longspan/call_sizes.hpp"
+#include "longspan/detail/call/check_view.hpp"
+#include "longspan/detail/call/finite.hpp"
 #include "longspan/detail/simd/packet.hpp"
+#include "longspan/error.hpp"
+#include "longspan/key_ranges.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -22,6 +29,9 @@ LONGSPAN_BEGIN
 ///   [](float s, Index b, Index h, Index i, Index j) { return s + table[h][i - j]; }
 ///
 /// Minus infinity hides the key. Units are those of the natural exponential.
+///
+/// A score may have a member `void check(const CallSizes& sizes) const` (call_sizes.hpp), which throws Error
+/// if its options or arrays do not fit a call. Like that of a mask it is called before anything is written.
 template <class S>
 concept Score = std::is_object_v<S> && !Mask<S> && requires(const S& score, float s, Index x) {
   { score(s, x, x, x, x) } -> std::convertible_to<float>;
@@ -83,10 +93,15 @@ struct softcap {
     const auto by = detail::broadcast(Real(cap));
     return detail::tanh(s / by) * by;
   }
+  void check(const CallSizes& sizes) const {
+    if (detail::is_finite(cap) && cap > 0) return;
+    detail::refuse(sizes.function, "softcap.cap", std::to_string(cap),
+                   "a positive finite number; a model without a cap omits softcap");
+  }
 };
 
-/// s - slopes[h] * |i - j|. Press et al. 2021 (arXiv 2108.12409), section 3. One slope for each head; not
-/// owned.
+/// s - slopes[h] * |i - j|. Press et al. 2021 (arXiv 2108.12409), section 3. One finite slope for each query
+/// head; not owned.
 struct alibi {
   std::span<const float> slopes;
 
@@ -97,6 +112,16 @@ struct alibi {
   template <class Real>
   detail::Packet<Real> on_packet(detail::Packet<Real> s, Index h, detail::Packet<Real> distance) const {
     return s - detail::broadcast(Real(slopes[static_cast<std::size_t>(h)])) * detail::abs(distance);
+  }
+  void check(const CallSizes& sizes) const {
+    if (static_cast<Index>(slopes.size()) != sizes.heads) {
+      detail::refuse(sizes.function, "the number of alibi.slopes", std::to_string(slopes.size()),
+                     std::to_string(sizes.heads) + ", one for each query head");
+    }
+    for (const float slope : slopes) {
+      if (!detail::is_finite(slope))
+        detail::refuse(sizes.function, "one of alibi.slopes", std::to_string(slope), "a finite number");
+    }
   }
 };
 
@@ -118,15 +143,16 @@ inline std::vector<float> alibi_slopes(Index heads) {
 }
 
 /// s + bias[b, h, i, j], from a tensor [batch or 1, heads or 1, queries or 1, keys]; a dimension of 1 is
-/// repeated. Its row 0 belongs to the query at position `first_query`, which by default is where the queries
-/// of a [queries, keys] bias stand. Its values are read through scalar code: prefer a mask or alibi where one
-/// will do.
+/// repeated, but for the keys. Its row 0 belongs to the query at position `first_query`, which by default is
+/// where the queries of a [queries, keys] bias stand. It may hold more queries and keys than a call has. Its
+/// values are read through scalar code: prefer a mask or alibi where one will do.
 template <class T>
 struct additive_bias {
   TensorView<const T> bias;
   Index first_query;
 
-  explicit additive_bias(TensorView<const T> tensor) : additive_bias(tensor, tensor.cols - tensor.rows) {}
+  explicit additive_bias(TensorView<const T> tensor)
+      : additive_bias(tensor, detail::saturating_difference(tensor.cols, tensor.rows)) {}
   additive_bias(TensorView<const T> tensor, Index first) : bias(tensor), first_query(first) {
     if (bias.batch == 1) bias.batch_stride = 0;
     if (bias.heads == 1) bias.head_stride = 0;
@@ -136,6 +162,23 @@ struct additive_bias {
   template <class Real>
   Real operator()(Real s, Index b, Index h, Index i, Index j) const {
     return s + static_cast<Real>(bias.row(b, h, i - first_query)[j]);
+  }
+  void check(const CallSizes& sizes) const {
+    detail::check_view(sizes.function, "additive_bias.bias", bias);
+    const auto fits = [](Index size, Index wanted) { return size == 1 || size == wanted; };
+    if (!fits(bias.batch, sizes.batch) || !fits(bias.heads, sizes.heads) || bias.cols < sizes.kv_len) {
+      detail::refuse(sizes.function, "additive_bias.bias", detail::shape_text(bias),
+                     std::string("[1 or ") + std::to_string(sizes.batch) + ", 1 or " +
+                         std::to_string(sizes.heads) + ", 1 or q_len, at least " +
+                         std::to_string(sizes.kv_len) + "]");
+    }
+    const Index row = detail::saturating_difference(sizes.first_query, first_query);
+    if (sizes.q_len > 0 && bias.rows != 1 && (row < 0 || row > bias.rows - sizes.q_len)) {
+      detail::refuse(sizes.function, "additive_bias.bias",
+                     detail::shape_text(bias) + " with first_query " + std::to_string(first_query),
+                     std::string("a row for each of the ") + std::to_string(sizes.q_len) +
+                         " queries from position " + std::to_string(sizes.first_query) + " on");
+    }
   }
 };
 template <class T>
@@ -158,6 +201,10 @@ struct piped {
   requires(detail::PacketScore<A, detail::Packet<Real>> && detail::PacketScore<B, detail::Packet<Real>>)
   {
     return second.on_packet(first.on_packet(s, h, distance), h, distance);
+  }
+  void check(const CallSizes& sizes) const {
+    detail::check_part(first, sizes);
+    detail::check_part(second, sizes);
   }
 };
 

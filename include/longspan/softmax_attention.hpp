@@ -4,6 +4,7 @@
 #include <optional>
 #include <utility>
 
+#include "longspan/call_sizes.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/parts.hpp"
 #include "longspan/detail/storage/rows.hpp"
@@ -50,7 +51,8 @@ struct kv_cache_options;
 /// Bits      do not depend on the executor, on how many threads it has, on other batch rows and KV heads, nor on
 ///           the queries beside: up to 8 to a KV head (q_len * heads / kv_heads), where each might have come
 ///           alone, or more than 8, which have another kernel.
-/// Throws    Error when shapes disagree, before anything is written. What an executor throws passes through.
+/// Throws    Error when shapes disagree, or an option or an array of a part does not fit them, before anything is
+///           written. What an executor throws passes through.
 /// Source    Vaswani et al. 2017 (arXiv 1706.03762), eq. 1; blocked as Dao et al. 2022 (arXiv 2205.14135),
 ///           algorithm 1, with queries in the lanes.
 template <Mask M = everything, Score S = unchanged, Position P = no_position>
@@ -85,9 +87,14 @@ struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true
   friend detail::FunctorCalls<softmax_attention, true>;
   static constexpr const char* name = "softmax_attention";
 
+  template <class Call>
+  void check(const Call& call) const {
+    position.check(call.head_dim());
+    detail::check_parts(*this, call.at(name, first_query, scale).sizes(name));
+  }
+
   template <class Call, class E>
   void attend(const Call& call, const E& executor, Workspace& workspace) const {
-    position.check(call.head_dim());
     detail::forward(call.at(name, first_query, scale), mask, score, position, executor, workspace,
                     bf16_products);
   }

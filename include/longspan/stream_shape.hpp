@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+#include "longspan/detail/call/check_view.hpp"
 #include "longspan/error.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -25,11 +26,16 @@ struct StreamShape {
 namespace detail {
 
 inline void check_stream_shape(std::string_view function, const StreamShape& shape) {
-  if (std::min({shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim}) < 0 ||
-      (shape.kv_heads == 0 ? shape.heads != 0 : shape.heads % shape.kv_heads != 0)) {
+  const char* fault = fault_of_sizes({shape.batch, shape.heads, shape.head_dim});
+  if (fault == nullptr) fault = fault_of_sizes({shape.batch, shape.heads, shape.value_dim});
+  if (fault != nullptr) {
+    refuse(function, "the shape [batch, heads, head_dim, value_dim]",
+           shape_text(shape.batch, shape.heads, shape.head_dim, shape.value_dim), fault);
+  }
+  if (shape.kv_heads < 0 || (shape.kv_heads == 0 ? shape.heads != 0 : shape.heads % shape.kv_heads != 0)) {
     refuse(function, "the shape [batch, heads, kv_heads, head_dim]",
            shape_text(shape.batch, shape.heads, shape.kv_heads, shape.head_dim),
-           "sizes of at least 0, with kv_heads a divisor of heads");
+           "a kv_heads that divides heads");
   }
 }
 
@@ -53,6 +59,7 @@ void check_stream_call(std::string_view function, const Call& call, const Stream
 template <class K, class V>
 void check_tokens(std::string_view function, const K& k, const V& v, Index batch, const StreamShape& shape) {
   const auto wanted = [&](const auto& x, std::string_view what, Index cols) {
+    check_view(function, what, x);
     if (x.batch != batch || x.heads != shape.kv_heads || x.rows != k.rows || x.cols != cols)
       refuse(function, what, shape_text(x), shape_text(batch, shape.kv_heads, k.rows, cols));
   };

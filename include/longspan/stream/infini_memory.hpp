@@ -72,6 +72,7 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
       : attend_(std::move(attend)), shape_(shape), open_(shape) {
     detail::check_stream_shape(function, shape);
     attend_.check(function, shape.batch, shape.heads, shape.head_dim, shape.value_dim);
+    attend_.check_segment(shape);
     if (!attend_.lengths.empty())
       detail::refuse(function, "lengths", "given", "none: a stream has no padding");
     if constexpr (requires { attend_.local.at.fit_any_length(); }) {

@@ -23,7 +23,7 @@ struct LaterKeys {
 
 template <>
 struct LaterKeys<sinks> {
-  static constexpr KeyRanges of(const sinks& mask, Index, Index) { return KeyRanges({0, mask.count}); }
+  static constexpr KeyRanges of(const sinks& mask, Index, Index) { return KeyRanges(mask.keys(0, 0)); }
 };
 
 template <Mask A, Mask B>

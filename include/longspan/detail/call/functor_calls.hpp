@@ -1,6 +1,7 @@
 // The ways to call a functor, and those to extend a stream: written once.
 #pragma once
 
+#include "longspan/call_sizes.hpp"
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/execution.hpp"
@@ -11,9 +12,22 @@
 LONGSPAN_BEGIN
 namespace detail {
 
-/// The ways to call a functor, each as Derived::attend(problem, executor, workspace).
+/// Throws what a functor refuses of the options and sizes of a call, if it can tell without being called.
+template <class F, class Call>
+void check_call(const F& functor, const Call& call) {
+  if constexpr (requires { functor.check_call(call); }) functor.check_call(call);
+}
+
+/// The ways to call a functor, each as Derived::check(problem) and then Derived::attend(problem, executor,
+/// workspace). `check` throws what the functor refuses; `attend` writes.
 template <class Derived, bool gives_lse>
 struct FunctorCalls {
+  /// For functors made of this one: the first half of a call.
+  template <class Call>
+  void check_call(const Call& call) const {
+    static_cast<const Derived&>(*this).check(call);
+  }
+
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
   void operator()(const Q& q, const K& k, const V& v, Out&& out) const {
     run(q, k, v, out, no_rows<LseOf<Q>>(), openmp{});
@@ -37,13 +51,15 @@ struct FunctorCalls {
   template <class Q, class K, class V, class Out, class Lse, class E>
   void run(const Q& q, const K& k, const V& v, Out& out, Lse lse, E&& execution) const {
     const auto call = checked_problem(Derived::name, view(q), view(k), view(v), view(out), lse);
+    check_call(call);
     with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
       static_cast<const Derived&>(*this).attend(call, executor, workspace);
     });
   }
 };
 
-/// The same for Derived::extend of a stream, each as Derived::take(problem, executor, workspace).
+/// The same for Derived::extend of a stream, each as Derived::take(problem, executor, workspace). Mask and score
+/// of the functor `attend_` of a stream are checked first.
 template <class Derived, bool gives_lse>
 struct StreamCalls {
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
@@ -71,6 +87,11 @@ struct StreamCalls {
     auto& stream = static_cast<Derived&>(*this);
     const auto call = checked_problem(Derived::function, view(q), view(k), view(v), view(out), lse);
     check_stream_call(Derived::function, call, stream.shape());
+    if constexpr (requires { stream.attend_.score; }) {
+      const Index size = stream.size();
+      check_parts(stream.attend_,
+                  {Derived::function, call.q.batch, call.q.heads, size, call.q_len(), size + call.kv_len()});
+    }
     with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
       stream.take(call, executor, workspace);
     });

@@ -1,12 +1,15 @@
 // One call of an attention functor, its shapes checked.
 #pragma once
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <type_traits>
 #include <utility>
 
+#include "longspan/call_sizes.hpp"
+#include "longspan/detail/call/check_view.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
@@ -44,12 +47,17 @@ struct Problem {
            static_cast<double>(kv_len()) * static_cast<double>(head_dim() + value_dim());
   }
 
-  /// The same call with its two options resolved. Throws Error if the scale is not a finite number.
+  /// The same call with its two options resolved. Throws Error if the scale is not a finite number, or the
+  /// first query too far away.
   Problem at(std::string_view function, Index wanted_first_query, std::optional<double> wanted_scale) const {
     Problem p = *this;
-    p.first_query = wanted_first_query == queries_end_at_keys ? kv_len() - q_len() : wanted_first_query;
+    p.first_query = resolved_first_query(function, wanted_first_query, q_len(), kv_len());
     p.scale = resolved_scale(function, wanted_scale, head_dim());
     return p;
+  }
+
+  CallSizes sizes(std::string_view function) const {
+    return {function, q.batch, q.heads, first_query, q_len(), kv_len()};
   }
 };
 
@@ -57,10 +65,11 @@ struct Problem {
 template <class Q>
 using LseOf = Arithmetic<typename decltype(view(std::declval<const Q&>()))::Element>;
 
-/// Stands for "no lse wanted".
+/// Means "no lse wanted": a size that no view of a user has.
+inline constexpr Index no_size = std::numeric_limits<Index>::min();
 template <class Real>
 constexpr RowsView<Real> no_rows() {
-  return {nullptr, -1, -1, -1, 0, 0, 1};
+  return {nullptr, no_size, no_size, no_size, 0, 0, 1};
 }
 
 template <class Tq, class Tk, class Tv, class To, class Tl>
@@ -77,6 +86,12 @@ auto checked_problem(std::string_view function, TensorView<Tq> q, TensorView<Tk>
   // The texts are made only when they are needed: a call that is right allocates nothing here. They begin with a
   // std::string, since g++ 12 at -O1 takes "[" + std::string for an overflow.
   const auto text = [](Index x) { return std::to_string(x); };
+  const bool with_lse = lse.batch != no_size;
+  check_view(function, "q", q);
+  check_view(function, "k", k);
+  check_view(function, "v", v);
+  check_view(function, "out", out);
+  if (with_lse) check_view(function, "lse", lse);
   if (k.batch != q.batch || k.cols != q.cols) {
     refuse(function, "k", shape_text(k),
            std::string("[") + text(q.batch) + ", kv_heads, kv_len, " + text(q.cols) + "] as q is " +
@@ -94,7 +109,6 @@ auto checked_problem(std::string_view function, TensorView<Tq> q, TensorView<Tk>
   if (out.batch != q.batch || out.heads != q.heads || out.rows != q.rows || out.cols != v.cols) {
     refuse(function, "out", shape_text(out), shape_text(q.batch, q.heads, q.rows, v.cols));
   }
-  const bool with_lse = lse.batch >= 0;
   if (with_lse && (lse.batch != q.batch || lse.heads != q.heads || lse.rows != q.rows)) {
     refuse(function, "lse", shape_text(lse), shape_text(q.batch, q.heads, q.rows));
   }

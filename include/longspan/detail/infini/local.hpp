@@ -58,12 +58,6 @@ auto local_at(const softmax_attention<M, S, P>& local, Index offset) {
   return shifted;
 }
 
-/// Has a local functor no option that fits some segments and not others?
-template <class Local>
-inline constexpr bool fits_any_segment = false;
-template <Mask M, Score S, Position P>
-inline constexpr bool fits_any_segment<softmax_attention<M, S, P>> = true;
-
 /// Does it answer the last queries of its keys without those before?
 template <class Local>
 inline constexpr bool answers_last_queries = true;

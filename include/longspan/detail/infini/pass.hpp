@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/detail/infini/local.hpp"
 #include "longspan/detail/infini/memory_kernels.hpp"
@@ -47,33 +48,41 @@ struct InfiniPass {
               Index position, bool known, const E& executor, Workspace& workspace,
               const RowsOf& rows_of) const {
     ExecutionRef<E> inner{executor, workspace.inner()};
-    bool whole = true;
-    for (Index b = 0; b < k.batch; ++b) whole = whole && rows_of(b) >= k.rows;
-    if (whole) {
-      attend_locally(q, k, v, out, position, inner);
-    } else {
-      const Index before = k.rows - q.rows;
-      for (Index b = 0; b < k.batch; ++b) {
-        const Index rows = std::clamp<Index>(rows_of(b), 0, k.rows);
-        const Index queries = std::max<Index>(0, rows - before);
-        const auto to = batch_row(out, b);
-        attend_locally(batch_row(q, b).slice_rows(0, queries), batch_row(k, b).slice_rows(0, rows),
-                       batch_row(v, b).slice_rows(0, rows), to.slice_rows(0, queries), position, inner);
-        for (Index h = 0; h < to.heads; ++h) {
-          for (Index i = queries; i < to.rows; ++i) std::fill_n(to.row(0, h, i), to.cols, To(0));
-        }
+    for_each_call(Problem<Tq, Tk, Tv, To>{q, k, v, out, {}}, rows_of, [&](const auto& call) {
+      attend_locally(call.q, call.k, call.v, call.out, position, inner);
+    });
+    const Index before = k.rows - q.rows;
+    for (Index b = 0; b < k.batch; ++b) {
+      const auto to = batch_row(out, b);
+      for (Index h = 0; h < to.heads; ++h) {
+        for (Index i = std::max<Index>(0, rows_of(b) - before); i < to.rows; ++i)
+          std::fill_n(to.row(0, h, i), to.cols, To(0));
       }
     }
     if (known) recall(q, k.rows - q.rows, out, position, executor, workspace);
   }
 
-  /// Calls the local functor as `attend` will, but for the queries: it says what it refuses, and writes
-  /// nothing. Only functors that give an lse can be called so; the others want a query for each key.
+  /// Throws what the local functor will refuse when `attend` calls it, and writes nothing. A functor of a user's
+  /// own is called without queries for that, if it returns an lse; the others want a query for each key.
   template <class Tq, class Tk, class Tv, class To, class E, class RowsOf>
   void check(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v, TensorView<To> out,
              const E& executor, Workspace& workspace, const RowsOf& rows_of) const {
-    if constexpr (PartialFunctor<Local, Real> && !fits_any_segment<Local>) {
+    const Index queries = std::min(q.rows, k.rows);
+    const Problem<Tq, Tk, Tv, To> call{q.slice_rows(0, queries), k, v, out.slice_rows(0, queries), {}};
+    if constexpr (requires { local.check_call(call); }) {
+      check_sizes(local, call, rows_of);
+    } else if constexpr (PartialFunctor<Local, Real>) {
       attend(q.slice_rows(0, 0), k, v, out.slice_rows(0, 0), 0, false, executor, workspace, rows_of);
+    }
+  }
+
+  /// The same for functors that can tell without being called.
+  template <class Call, class RowsOf>
+  static void check_sizes(const Local& local, const Call& call, const RowsOf& rows_of) {
+    if constexpr (requires { local.check_call(call); }) {
+      for_each_call(call, rows_of, [&](const auto& part) {
+        at_end_of_keys(local, [&](const auto& functor) { functor.check_call(part); });
+      });
     }
   }
 
@@ -114,20 +123,44 @@ struct InfiniPass {
   template <class Tq, class Tk, class Tv, class To, class E>
   void attend_locally(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v,
                       TensorView<To> out, Index position, E& execution) const {
-    const auto call = [&](const auto& functor) {
-      if constexpr (requires { functor.first_query; }) {
-        if (functor.first_query != queries_end_at_keys) {
-          auto copy = functor;
-          copy.first_query = queries_end_at_keys;
-          return copy(q, k, v, out, execution);
-        }
-      }
-      functor(q, k, v, out, execution);
-    };
+    const auto call = [&](const auto& functor) { functor(q, k, v, out, execution); };
     if (absolute_positions) {
-      call(local_at(local, position));
+      at_end_of_keys(local_at(local, position), call);
     } else {
-      call(local);
+      at_end_of_keys(local, call);
+    }
+  }
+
+  /// work(functor) for a functor whose queries end at the keys.
+  template <class Functor, class Work>
+  static void at_end_of_keys(const Functor& functor, const Work& work) {
+    if constexpr (requires { functor.first_query; }) {
+      if (functor.first_query != queries_end_at_keys) {
+        auto copy = functor;
+        copy.first_query = queries_end_at_keys;
+        return work(copy);
+      }
+    }
+    work(functor);
+  }
+
+  /// work(part) for the calls of the local functor: one, or one for each batch row if some of them are shorter
+  /// than the others.
+  template <class Call, class RowsOf, class Work>
+  static void for_each_call(const Call& call, const RowsOf& rows_of, const Work& work) {
+    bool whole = true;
+    for (Index b = 0; b < call.k.batch; ++b) whole = whole && rows_of(b) >= call.kv_len();
+    if (whole) return work(call);
+    const Index before = call.kv_len() - call.q_len();
+    for (Index b = 0; b < call.k.batch; ++b) {
+      const Index rows = std::clamp<Index>(rows_of(b), 0, call.kv_len());
+      const Index queries = std::max<Index>(0, rows - before);
+      Call part = call;
+      part.q = batch_row(call.q, b).slice_rows(0, queries);
+      part.k = batch_row(call.k, b).slice_rows(0, rows);
+      part.v = batch_row(call.v, b).slice_rows(0, rows);
+      part.out = batch_row(call.out, b).slice_rows(0, queries);
+      work(part);
     }
   }
 

@@ -1,0 +1,67 @@
+// Views that no memory can be.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <string>
+#include <string_view>
+
+#include "longspan/error.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// The most elements of a view. Sizes of 0 count as 1 here, so that no size exceeds it either, and neither bytes
+/// nor positions overflow an Index.
+inline constexpr double most_elements = 0x1p60;
+
+/// What is wrong with sizes: a negative one, or a product beyond most_elements. Null if nothing is.
+constexpr const char* fault_of_sizes(std::initializer_list<Index> sizes) noexcept {
+  double product = 1;
+  for (const Index size : sizes) {
+    if (size < 0) return "no negative size";
+    product *= static_cast<double>(std::max<Index>(1, size));
+  }
+  return product > most_elements ? "at most 2^60 elements" : nullptr;
+}
+
+template <class T>
+std::string shape_text(const MatrixView<T>& x) {
+  std::string text = "[";
+  return text.append(std::to_string(x.rows)).append(", ").append(std::to_string(x.cols)).append("]");
+}
+
+/// What is wrong with a view: its sizes, or that it has elements and no memory. Null if nothing is.
+constexpr const char* fault_of_view(const void* data, std::initializer_list<Index> sizes) noexcept {
+  if (const char* fault = fault_of_sizes(sizes); fault != nullptr) return fault;
+  const bool empty = std::min(sizes) == 0;
+  return data == nullptr && !empty ? "memory for its elements, not null" : nullptr;
+}
+template <class T>
+constexpr const char* fault_of(const TensorView<T>& x) noexcept {
+  return fault_of_view(x.data, {x.batch, x.heads, x.rows, x.cols});
+}
+template <class T>
+constexpr const char* fault_of(const RowsView<T>& x) noexcept {
+  return fault_of_view(x.data, {x.batch, x.heads, x.rows});
+}
+template <class T>
+constexpr const char* fault_of(const MatrixView<T>& x) noexcept {
+  return fault_of_view(x.data, {x.rows, x.cols});
+}
+
+template <class View>
+[[noreturn]] void refuse_view(std::string_view function, std::string_view argument, const View& x) {
+  refuse(function, argument, shape_text(x), fault_of(x));
+}
+
+/// Refuses a view with a negative size, with more than 2^60 elements, or with elements and no memory.
+template <class View>
+void check_view(std::string_view function, std::string_view argument, const View& x) {
+  if (fault_of(x) != nullptr) refuse_view(function, argument, x);
+}
+
+}  // namespace detail
+LONGSPAN_END

@@ -1,0 +1,23 @@
+// Finite numbers told from infinities and NaN by their bits: with -ffinite-math-only a compiler takes every
+// comparison for one of finite numbers.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include "longspan/version.hpp"
+
+LONGSPAN_BEGIN
+namespace detail {
+
+constexpr bool is_finite(double x) noexcept {
+  constexpr std::uint64_t exponent = 0x7ff;
+  return (std::bit_cast<std::uint64_t>(x) >> 52 & exponent) != exponent;
+}
+constexpr bool is_finite(float x) noexcept {
+  constexpr std::uint32_t exponent = 0xff;
+  return (std::bit_cast<std::uint32_t>(x) >> 23 & exponent) != exponent;
+}
+
+}  // namespace detail
+LONGSPAN_END
