@@ -241,11 +241,7 @@ TEST_CASE("infini_attention: what local attention refuses is refused before anyt
     return text;
   };
   const auto said_by_stream = [&](const auto& local) {
-    auto stream = options(local, 16).stream(stream_shape(shape));
-    const std::string empty = saved(stream), text = refusal([&] { extend(stream, call, 0, 40); });
-    CHECK(saved(stream) == empty);
-    for (const float x : call.out.values) REQUIRE(std::isnan(x));
-    return text;
+    return refusal([&] { options(local, 16).stream(stream_shape(shape)); });
   };
   dilated_attention undilated = dilated();
   undilated.branches[1].dilation = 0;

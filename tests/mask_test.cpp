@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <limits>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -10,7 +11,9 @@
 #include "support/catch.hpp"
 #include "support/masks.hpp"
 #include "support/random.hpp"
+#include "support/refusal.hpp"
 
+using longspan::CallSizes;
 using longspan::causal;
 using longspan::classify;
 using longspan::documents;
@@ -212,6 +215,77 @@ TEST_CASE("padding: the keys behind the length of the batch row are hidden, or t
   CHECK(picture(padding{lengths}, 1, 4, 2) == Picture{"####"});
   CHECK(picture(!padding{lengths}, 1, 4, 0) == Picture{"..##"});
   CHECK(picture(causal{} & !padding{lengths}, 4, 4, 0) == Picture{"....", "....", "..#.", "..##"});
+}
+
+TEST_CASE("mask: bounds saturate at every position and with every bound", "[mask][limits]") {
+  constexpr Index most = std::numeric_limits<Index>::max(), least = std::numeric_limits<Index>::min();
+  constexpr Index highest = KeyRange::highest, lowest = KeyRange::lowest;
+  STATIC_REQUIRE(causal{}.keys(0, most) == KeyRange{lowest, highest});
+  STATIC_REQUIRE(causal{}.keys(0, most - 3) == KeyRange{lowest, highest});
+  STATIC_REQUIRE(causal{}.keys(0, least).empty());
+  STATIC_REQUIRE(causal{}.keys(0, 5) == KeyRange{lowest, 6});
+  STATIC_REQUIRE(window{8, most}.keys(0, 3) == KeyRange{-5, highest});
+  STATIC_REQUIRE(window{8, most}.keys(0, most) == KeyRange{highest, highest});
+  STATIC_REQUIRE(window{most, 0}.keys(0, 3) == KeyRange{lowest, 4});
+  STATIC_REQUIRE(window{most, most}.keys(0, least) == KeyRange{lowest, highest});
+  STATIC_REQUIRE(window{0, highest - 1}.keys(0, most).empty());
+  STATIC_REQUIRE(window{highest - 1, 0}.keys(0, -7) == KeyRange{lowest, -6});
+  STATIC_REQUIRE(window{}.keys(0, least) == KeyRange::everything());
+  STATIC_REQUIRE(sinks{most}.keys(0, 0) == KeyRange{0, highest});
+  STATIC_REQUIRE(segments{most}.keys(0, 12) == KeyRange{0, highest});
+  STATIC_REQUIRE(segments{most}.keys(0, -12) == KeyRange{lowest, 0});
+  STATIC_REQUIRE(segments{most}.keys(0, least).empty());
+  STATIC_REQUIRE(segments{4}.keys(0, most).empty());
+  STATIC_REQUIRE(segments{1}.keys(0, least) == KeyRange{lowest, lowest});
+  const std::vector<Index> far{least, most};
+  CHECK(documents{far}.keys(0, 0) == KeyRange{lowest, highest});
+  CHECK(padding{far}.keys(0, 0).empty());
+  CHECK(padding{far}.keys(1, 0) == KeyRange{0, highest});
+  // The two ends of a range never fall, beyond the bounds as within them.
+  for (const Index left : {Index{0}, Index{7}, highest - 1, highest, most}) {
+    KeyRange before = window{left, left}.keys(0, least);
+    for (const Index i : {least + 1, -highest, Index{-9}, Index{0}, Index{9}, highest, most - 1, most}) {
+      const KeyRange keys = window{left, left}.keys(0, i);
+      CHECK(keys.begin >= before.begin);
+      CHECK(keys.end >= before.end);
+      before = keys;
+    }
+  }
+}
+
+TEST_CASE("mask: an option or an array that does not fit a call is refused in a sentence", "[mask][errors]") {
+  const CallSizes sizes{"softmax_attention", 2, 4, 0, 5, 5};
+  const auto text = [&](const auto& mask) {
+    return test::refusal([&] { longspan::detail::check_part(mask, sizes); });
+  };
+  CHECK(text(window{.left = -1}) ==
+        "longspan: softmax_attention: window.left is -1, wanted at least 0, or window::unlimited");
+  CHECK(text(window{.right = -1}) ==
+        "longspan: softmax_attention: window.right is -1, wanted at least 0, or window::unlimited");
+  CHECK(text(window{.left = std::numeric_limits<Index>::min()}) != "");
+  CHECK(text(sinks{-1}) == "longspan: softmax_attention: sinks.count is -1, wanted at least 0");
+  CHECK(text(segments{0}) == "longspan: softmax_attention: segments.length is 0, wanted at least 1");
+  CHECK(text(segments{-2}) == "longspan: softmax_attention: segments.length is -2, wanted at least 1");
+  const std::vector<Index> falling{0, 4, 3, 9}, negative{3, -1}, fitting{3, 0}, repeated{-2, 0, 0, 7};
+  CHECK(text(documents{falling}) ==
+        "longspan: softmax_attention: documents.starts[2] is 3, wanted at least the entry before, 4");
+  CHECK(text(padding{falling}) ==
+        "longspan: softmax_attention: the number of padding.lengths is 4, wanted 2, one for each batch row");
+  CHECK(text(padding{}) ==
+        "longspan: softmax_attention: the number of padding.lengths is 0, wanted 2, one for each batch row");
+  CHECK(text(padding{negative}) ==
+        "longspan: softmax_attention: one of padding.lengths is -1, wanted at least 0");
+  CHECK(text(everything{}) + text(causal{}) + text(window{0, 0}) + text(window{}) + text(sinks{0}) == "");
+  CHECK(text(segments{1}) + text(documents{}) + text(documents{repeated}) + text(padding{fitting}) == "");
+  // Masks made of masks ask all of them, and a mask without `check` is never refused.
+  const window wrong{.left = -1};
+  const std::string refused = text(wrong);
+  CHECK(text(causal{} & wrong) == refused);
+  CHECK(text(wrong & test::every_third{}) == refused);
+  CHECK(text(causal{} | wrong) == refused);
+  CHECK(text(wrong | sinks{4}) == refused);
+  CHECK(text(!(sinks{4} | (causal{} & !wrong))) == refused);
+  CHECK(text(!(test::every_third{} | (causal{} & !window{.left = 1}))) == "");
 }
 
 TEST_CASE("mask: `& | !` nest", "[mask]") {

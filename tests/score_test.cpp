@@ -4,12 +4,14 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <string>
 #include <type_traits>
 #include <vector>
 
 #include "longspan/element.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
+#include "support/refusal.hpp"
 #include "support/ulp.hpp"
 
 using longspan::additive_bias;
@@ -211,6 +213,86 @@ TEMPLATE_TEST_CASE("PacketScore: only where every part is one", "[score]", float
   STATIC_REQUIRE_FALSE(detail::PacketScore<decltype(lambda), P>);
   STATIC_REQUIRE_FALSE(detail::PacketScore<decltype(softcap{} | lambda), P>);
   STATIC_REQUIRE_FALSE(detail::PacketScore<additive_bias<float>, P>);
+}
+
+namespace {
+
+std::string refused(const auto& score, const longspan::CallSizes& sizes) {
+  return test::refusal([&] { detail::check_part(score, sizes); });
+}
+
+}  // namespace
+
+TEST_CASE("softcap: a cap that is not a positive finite number is refused", "[score][errors]") {
+  const longspan::CallSizes sizes{"softmax_attention", 1, 2, 0, 3, 3};
+  CHECK(refused(softcap{0}, sizes) ==
+        "longspan: softmax_attention: softcap.cap is 0.000000, wanted a positive finite number; a model "
+        "without "
+        "a cap omits softcap");
+  for (const float cap : {-1.0f, -0.0f, std::numeric_limits<float>::quiet_NaN(),
+                          std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()})
+    CHECK(refused(softcap{cap}, sizes).find("softcap.cap is ") != std::string::npos);
+  for (const float cap : {50.0f, std::numeric_limits<float>::min(), std::numeric_limits<float>::max()})
+    CHECK(refused(softcap{cap}, sizes) == "");
+}
+
+TEST_CASE("alibi: wants one finite slope for each query head", "[score][errors]") {
+  const longspan::CallSizes sizes{"softmax_attention", 1, 3, 0, 3, 3};
+  CHECK(refused(alibi{slopes}, sizes) == "");
+  const std::vector<float> four(4), odd{1, std::numeric_limits<float>::quiet_NaN(), 1},
+      far{1, 1, -std::numeric_limits<float>::infinity()};
+  CHECK(refused(alibi{}, sizes) ==
+        "longspan: softmax_attention: the number of alibi.slopes is 0, wanted 3, one for each query head");
+  CHECK(refused(alibi{four}, sizes) ==
+        "longspan: softmax_attention: the number of alibi.slopes is 4, wanted 3, one for each query head");
+  CHECK(refused(alibi{odd}, sizes) ==
+        "longspan: softmax_attention: one of alibi.slopes is nan, wanted a finite number");
+  CHECK(refused(alibi{far}, sizes) != "");
+  // Scores made of scores ask both, and a score without `check` is never refused.
+  const auto lambda = [](float s, Index, Index, Index, Index) { return s; };
+  CHECK(refused(softcap{} | alibi{four}, sizes) == refused(alibi{four}, sizes));
+  CHECK(refused(alibi{four} | lambda, sizes) == refused(alibi{four}, sizes));
+  CHECK(refused(lambda | lambda, sizes) == "");
+}
+
+TEST_CASE("additive_bias: holds a number for every query and key of a call, or is refused",
+          "[score][errors]") {
+  const std::vector<float> memory(2 * 3 * 8 * 9);
+  const auto text = [&](std::vector<Index> shape, Index first_query, longspan::CallSizes sizes) {
+    return refused(
+        additive_bias(compact_view(memory.data(), shape[0], shape[1], shape[2], shape[3]), first_query),
+        sizes);
+  };
+  // 4 queries at positions 2 .. 5 against 6 keys
+  const longspan::CallSizes sizes{"softmax_attention", 2, 3, 2, 4, 6};
+  CHECK(text({2, 3, 4, 6}, 2, sizes) == "");
+  CHECK(text({1, 1, 1, 6}, -99, sizes) == "");
+  CHECK(text({2, 3, 8, 9}, 0, sizes) == "");
+  CHECK(text({2, 3, 8, 9}, -2, sizes) == "");
+  CHECK(text({2, 3, 4, 5}, 2, sizes) ==
+        "longspan: softmax_attention: additive_bias.bias is [2, 3, 4, 5], wanted [1 or 2, 1 or 3, 1 or "
+        "q_len, at "
+        "least 6]");
+  CHECK(text({1, 1, 1, 5}, 2, sizes) != "");
+  CHECK(text({2, 2, 4, 6}, 2, sizes) != "");
+  CHECK(text({0, 3, 4, 6}, 2, sizes) != "");
+  CHECK(text({2, 3, 3, 6}, 2, sizes) ==
+        "longspan: softmax_attention: additive_bias.bias is [2, 3, 3, 6] with first_query 2, wanted a row "
+        "for each "
+        "of the 4 queries from position 2 on");
+  CHECK(text({2, 3, 4, 6}, 1, sizes) != "");
+  CHECK(text({2, 3, 4, 6}, 3, sizes) != "");
+  CHECK(text({2, 3, 8, 9}, -3, sizes) != "");
+  CHECK(text({2, 3, 8, 9}, std::numeric_limits<Index>::min(), sizes) != "");
+  CHECK(text({2, 3, 8, 9}, std::numeric_limits<Index>::max(), sizes) != "");
+  CHECK(text({2, 3, -4, 6}, 2, sizes) ==
+        "longspan: softmax_attention: additive_bias.bias is [2, 3, -4, 6], wanted no negative size");
+  CHECK(refused(additive_bias(TensorView<const float>{nullptr, 1, 1, 4, 6, 0, 0, 6}, 2), sizes) ==
+        "longspan: softmax_attention: additive_bias.bias is [1, 1, 4, 6], wanted memory for its elements, "
+        "not null");
+  // A stream is checked when it is made, with no query and no key.
+  CHECK(text({2, 3, 8, 9}, 0, {"kv_cache", 2, 3, 0, 0, 0}) == "");
+  CHECK(text({2, 2, 8, 9}, 0, {"kv_cache", 2, 3, 0, 0, 0}) != "");
 }
 
 TEST_CASE("Score: who is one", "[score]") {

@@ -1,0 +1,309 @@
+// The law: an array of a mask or a score that does not fit the call is refused before anything is written. Masks and
+// scores are asked about the sizes of the call, whatever functor, composition or stream makes it.
+#include "longspan/call_sizes.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "longspan/longspan.hpp"
+#include "support/catch.hpp"
+#include "support/refusal.hpp"
+#include "support/tensor.hpp"
+
+namespace {
+
+using longspan::additive_bias;
+using longspan::alibi;
+using longspan::CallSizes;
+using longspan::causal;
+using longspan::dilated_attention;
+using longspan::for_heads;
+using longspan::gated;
+using longspan::Index;
+using longspan::infini_attention;
+using longspan::landmark_attention;
+using longspan::landmarks;
+using longspan::merged;
+using longspan::padding;
+using longspan::per_head;
+using longspan::serial;
+using longspan::softmax_attention;
+using longspan::TensorView;
+using longspan::window;
+using test::refusal;
+using Branches = std::vector<longspan::Branch>;
+constexpr Index most = std::numeric_limits<Index>::max();
+
+/// Sizes that masks were asked about, as text, and whether they refuse.
+struct Asked {
+  std::string sizes;
+  bool refuses = false;
+};
+
+/// A causal mask that says what it was asked.
+struct picky {
+  Asked* asked;
+  Index unwanted_queries = -1;  ///< refuses a call of so many queries
+
+  constexpr longspan::KeyRange keys(Index b, Index i) const { return causal{}.keys(b, i); }
+  void check(const CallSizes& x) const {
+    for (const Index size : {x.batch, x.heads, x.first_query, x.q_len, x.kv_len})
+      asked->sizes += std::to_string(size) + " ";
+    asked->sizes += std::string(x.function) + "\n";
+    if (asked->refuses || x.q_len == unwanted_queries)
+      longspan::detail::refuse(x.function, "picky", "asked", "not to be");
+  }
+};
+
+constexpr Index batch = 2, heads = 4, kv_heads = 2, dim = 4;
+
+/// Tensors of a call of `queries` queries and `keys` keys. Outputs are 7 until they are written.
+struct Tensors {
+  test::Tensor<float> q, k, v, out;
+  test::Rows<float> lse;
+
+  explicit Tensors(Index queries, Index keys)
+      : q(batch, heads, queries, dim, 0.5f),
+        k(batch, kv_heads, keys, dim, 0.25f),
+        v(batch, kv_heads, keys, dim, 1),
+        out(batch, heads, queries, dim, 7),
+        lse(batch, heads, queries, 7) {}
+
+  template <class F>
+  void call(const F& attend) {
+    if constexpr (longspan::PartialFunctor<F>) {
+      attend(q.view(), k.view(), v.view(), out.view(), lse.view(), serial{});
+    } else {
+      attend(q.view(), k.view(), v.view(), out.view(), serial{});
+    }
+  }
+  template <class S>
+  void extend(S& stream) {
+    stream.extend(q.view(), k.view(), v.view(), out.view(), serial{});
+  }
+  bool unwritten() const {
+    const auto is_seven = [](float x) { return x == 7; };
+    return std::all_of(out.values.begin(), out.values.end(), is_seven) &&
+           std::all_of(lse.values.begin(), lse.values.end(), is_seven);
+  }
+};
+
+/// What the call says, which has to leave its outputs as they were.
+template <class F>
+std::string refused(const F& attend, Index queries, Index keys) {
+  Tensors tensors(queries, keys);
+  const std::string text = refusal([&] { tensors.call(attend); });
+  if (!text.empty()) CHECK(tensors.unwritten());
+  return text;
+}
+
+constexpr const char* refused_by_mask = "longspan: softmax_attention: picky is asked, wanted not to be";
+
+}  // namespace
+
+TEST_CASE("call sizes: every functor asks its mask about the call, before it writes", "[law]") {
+  Asked asked;
+  const picky mask{&asked};
+  const auto check = [&](const auto& attend, const std::string& sizes) {
+    asked = {};
+    CHECK(refused(attend, 3, 9) == "");
+    CHECK(asked.sizes.substr(0, sizes.size()) == sizes);
+    asked.refuses = true;
+    CHECK(refused(attend, 3, 9).find("picky is asked") != std::string::npos);
+  };
+  softmax_attention plain{mask};
+  check(plain, "2 4 6 3 9 softmax_attention\n");
+  plain.first_query = 100;
+  check(plain, "2 4 100 3 9 softmax_attention\n");
+  check(dilated_attention{Branches{{4, 1}, {8, 2}}, mask}, "2 4 6 3 9 dilated_attention\n");
+  check(landmark_attention{landmarks::every(3), mask}, "2 4 6 3 9 landmark_attention\n");
+  const softmax_attention attend{causal{}}, asking{mask};
+  check(merged{attend, asking}, "2 4 6 3 9 softmax_attention\n");
+  check(merged{asking, attend}, "2 4 6 3 9 softmax_attention\n");
+  check(gated{{}, attend, asking}, "2 4 6 3 9 softmax_attention\n");
+  check(gated{{}, asking, attend}, "2 4 6 3 9 softmax_attention\n");
+  check(per_head{for_heads{0, 2, attend}, for_heads{2, 4, asking}}, "2 2 6 3 9 softmax_attention\n");
+  check(per_head{for_heads{0, 2, attend}, for_heads{2, 4, merged{attend, asking}}},
+        "2 2 6 3 9 softmax_attention\n");
+}
+
+TEST_CASE("call sizes: infini_attention asks its local mask about every segment, before it writes", "[law]") {
+  Asked asked;
+  infini_attention attend{softmax_attention{picky{&asked}}};
+  attend.segment = 4;
+  CHECK(refused(attend, 9, 9) == "");
+  CHECK(
+      asked.sizes.starts_with("2 4 0 4 4 softmax_attention\n2 4 0 4 4 softmax_attention\n"
+                              "2 4 0 1 1 softmax_attention\n"));
+  attend.local.mask.unwanted_queries = 1;  // the last segment
+  CHECK(refused(attend, 9, 9) == refused_by_mask);
+  // The option of a local functor that a segment sets anew does not count.
+  attend.local.first_query = 77;
+  CHECK(refused(attend, 8, 8) == "");
+  // A batch row that ends within a segment is a call of its own.
+  const std::vector<Index> lengths{9, 3};
+  attend.lengths = lengths;
+  attend.local.mask.unwanted_queries = 3;
+  CHECK(refused(attend, 9, 9) == refused_by_mask);
+  asked = {.sizes = {}, .refuses = true};
+  const softmax_attention plain{causal{}};
+  CHECK(refused(per_head{for_heads{0, 2, plain}, for_heads{2, 4, attend}}, 9, 9) == refused_by_mask);
+}
+
+TEST_CASE("call sizes: every stream asks its mask about each call, and changes nothing if that refuses",
+          "[law][stream]") {
+  Asked asked;
+  const picky mask{&asked};
+  const longspan::StreamShape shape{batch, heads, kv_heads, dim, dim};
+  const auto check = [&](const auto& attend, const std::string& made, const std::string& extended) {
+    asked = {};
+    auto stream = attend.template stream<float>(shape);
+    CHECK(asked.sizes == made);
+    Tensors first(5, 5), second(2, 2);
+    first.extend(stream);
+    asked.sizes.clear();
+    second.extend(stream);
+    CHECK(asked.sizes.starts_with(extended));
+    std::ostringstream before, after;
+    stream.save(before);
+    asked.refuses = true;
+    Tensors third(2, 2);
+    CHECK(refusal([&] { third.extend(stream); }).find("picky is asked") != std::string::npos);
+    CHECK(third.unwritten());
+    stream.save(after);
+    CHECK(before.str() == after.str());
+    CHECK(stream.size() == 7);
+    CHECK(refusal([&] { attend.template stream<float>(shape); }).find("picky is asked") != std::string::npos);
+  };
+  check(softmax_attention{mask}, "2 4 0 0 0 kv_cache\n", "2 4 5 2 7 kv_cache::extend\n");
+  check(dilated_attention{Branches{{4, 1}, {8, 2}}, mask}, "2 4 0 0 0 dilated_cache\n",
+        "2 4 5 2 7 dilated_cache\n");
+  infini_attention attend{softmax_attention{mask}};
+  attend.segment = 4;
+  check(attend, "2 4 0 4 4 softmax_attention\n", "");
+}
+
+TEST_CASE("call sizes: arrays that are too small are refused by calls and streams", "[law][errors]") {
+  const std::vector<Index> one_length{4};
+  const std::vector<float> slopes(2), bias(4 * 5);
+  const auto short_bias = additive_bias(longspan::compact_view(bias.data(), 1, 1, 4, 5), 0);
+  const std::string padded =
+      "longspan: softmax_attention: the number of padding.lengths is 1, wanted 2, one for each batch row";
+  for (const Index queries : {1, 5}) {  // the kernel of a few queries, and that of many
+    CHECK(refused(softmax_attention{padding{one_length}}, queries, 5) == padded);
+    CHECK(refused(softmax_attention{causal{} & !padding{one_length}}, queries, 5) == padded);
+    CHECK(refused(softmax_attention{causal{}, alibi{slopes}}, queries, 5) ==
+          "longspan: softmax_attention: the number of alibi.slopes is 2, wanted 4, one for each query head");
+    CHECK(refused(softmax_attention{causal{}, short_bias}, queries, 5) != "");
+    CHECK(refused(softmax_attention{causal{}, short_bias}, queries, 6) != "");
+  }
+  CHECK(refused(softmax_attention{causal{}, short_bias}, 4, 4) == "");
+  // Heads are counted from the start of a range.
+  CHECK(refused(per_head{for_heads{0, 2, softmax_attention{causal{}, alibi{slopes}}},
+                         for_heads{2, 4, softmax_attention{causal{}, alibi{slopes}}}},
+                3, 3) == "");
+  // A stream holds a bias until the keys outgrow it.
+  const longspan::StreamShape shape{batch, heads, kv_heads, dim, dim};
+  auto stream = softmax_attention{causal{}, short_bias}.stream<float>(shape);
+  Tensors three(3, 3), two(2, 2);
+  three.extend(stream);
+  CHECK(refusal([&] { two.extend(stream); }) ==
+        "longspan: kv_cache::extend: additive_bias.bias is [1, 1, 4, 5] with first_query 0, wanted a row for "
+        "each "
+        "of the 2 queries from position 3 on");
+  CHECK(two.unwritten());
+  CHECK(stream.size() == 3);
+  CHECK(refusal([&] { (softmax_attention{padding{one_length}}.stream<float>(shape)); }).find("padding") !=
+        std::string::npos);
+  // The zeros that torchscale appends are keys too.
+  dilated_attention padded_keys{Branches{{4, 3}}, short_bias};
+  CHECK(refused(padded_keys, 4, 4) == "");
+  padded_keys.zero_pad_compat = true;
+  CHECK(refused(padded_keys, 4, 4) ==
+        "longspan: dilated_attention: additive_bias.bias is [1, 1, 4, 5], wanted [1 or 2, 1 or 4, 1 or "
+        "q_len, at "
+        "least 6]");
+}
+
+TEST_CASE("call sizes: a view that no memory can be is refused by name", "[errors]") {
+  const softmax_attention attend{causal{}};
+  const auto said = [&](const auto& bend) {
+    Tensors x(3, 3);
+    struct {
+      TensorView<float> q, k, v, out;
+      longspan::RowsView<float> lse;
+    } views{x.q.view(), x.k.view(), x.v.view(), x.out.view(), x.lse.view()};
+    bend(views);
+    const std::string text =
+        refusal([&] { attend(views.q, views.k, views.v, views.out, views.lse, serial{}); });
+    CHECK(x.unwritten());
+    return text;
+  };
+  CHECK(said([](auto& x) { x.q.rows = x.out.rows = x.lse.rows = -3; }) ==
+        "longspan: softmax_attention: q is [2, 4, -3, 4], wanted no negative size");
+  CHECK(said([](auto& x) { x.k.rows = x.v.rows = -1; }) ==
+        "longspan: softmax_attention: k is [2, 2, -1, 4], wanted no negative size");
+  CHECK(said([](auto& x) { x.v.cols = x.out.cols = -4; }) ==
+        "longspan: softmax_attention: v is [2, 2, 3, -4], wanted no negative size");
+  CHECK(said([](auto& x) { x.lse.batch = -1; }) ==
+        "longspan: softmax_attention: lse is [-1, 4, 3], wanted no negative size");
+  CHECK(said([](auto& x) { x.k.rows = x.v.rows = most; }) ==
+        "longspan: softmax_attention: k is [2, 2, 9223372036854775807, 4], wanted at most 2^60 elements");
+  CHECK(said([](auto& x) { x.k.data = nullptr; }) ==
+        "longspan: softmax_attention: k is [2, 2, 3, 4], wanted memory for its elements, not null");
+  CHECK(said([](auto& x) { x.lse.data = nullptr; }) ==
+        "longspan: softmax_attention: lse is [2, 4, 3], wanted memory for its elements, not null");
+  CHECK(said([](auto& x) {
+          x.q.rows = x.k.rows = x.v.rows = x.out.rows = x.lse.rows = 0;
+          x.k.data = x.v.data = nullptr;
+        }) == "");
+
+  Tensors x(3, 3);
+  auto stream = attend.stream<float>({batch, heads, kv_heads, dim, dim});
+  TensorView<float> k = x.k.view(), v = x.v.view();
+  k.rows = v.rows = -3;
+  CHECK(refusal([&] { stream.absorb(k, v, serial{}); }) ==
+        "longspan: kv_cache::absorb: k is [2, 2, -3, 4], wanted no negative size");
+  CHECK(
+      refusal([] {
+        softmax_attention<>{}.stream<float>({Index{1} << 31, Index{1} << 31, 1, 4, 4});
+      }) ==
+      "longspan: kv_cache: the shape [batch, heads, head_dim, value_dim] is [2147483648, 2147483648, 4, 4], "
+      "wanted at most 2^60 elements");
+}
+
+TEST_CASE("call sizes: queries at the ends of all positions see what they should, or are refused",
+          "[limits]") {
+  constexpr Index far = Index{1} << 62;
+  Tensors x(2, 3);
+  const auto mean = [&](auto attend, Index first_query) {
+    attend.first_query = first_query;
+    const std::string text = refusal([&] { x.call(attend); });
+    return text.empty() ? std::to_string(x.out.values.front()) : text;
+  };
+  const std::vector<float> slopes{0, 1, 0, 1};
+  for (const Index first : {far, far - 7, Index{3}}) {
+    CHECK(mean(softmax_attention{causal{}}, first) == "1.000000");
+    CHECK(mean(softmax_attention{causal{}, alibi{slopes}}, first) == "1.000000");
+    CHECK(mean(softmax_attention{causal{} & window{.left = most}}, first) == "1.000000");
+    CHECK(mean(softmax_attention{window{.left = 0}}, first) == "0.000000");
+    CHECK(mean(landmark_attention{landmarks::every(2)}, first) == "1.000000");
+  }
+  CHECK(mean(softmax_attention{window{.left = 2, .right = most}}, 0) == "1.000000");
+  CHECK(mean(softmax_attention{causal{}}, -far) == "0.000000");
+  CHECK(mean(softmax_attention{!causal{}}, -far) == "1.000000");
+  for (const Index first : {far + 1, most, -far - 1, -most}) {
+    const std::string wanted =
+        ": first_query is " + std::to_string(first) + ", wanted a position between -2^62 and 2^62";
+    CHECK(mean(softmax_attention{causal{}}, first) == "longspan: softmax_attention" + wanted);
+    CHECK(mean(dilated_attention{Branches{{4, 1}}}, first) == "longspan: dilated_attention" + wanted);
+    CHECK(mean(landmark_attention{landmarks::every(2)}, first) == "longspan: landmark_attention" + wanted);
+    CHECK(refusal([&] {
+            longspan::encode_positions(x.q.view(), longspan::rotary(longspan::Pairing::half_split), first,
+                                       longspan::Role::query);
+          }).find("encode_positions: first_position is ") != std::string::npos);
+  }
+}
