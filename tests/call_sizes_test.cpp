@@ -120,7 +120,8 @@ TEST_CASE("call sizes: every functor asks its mask about the call, before it wri
   check(plain, "2 4 100 3 9 softmax_attention\n");
   check(dilated_attention{Branches{{4, 1}, {8, 2}}, mask}, "2 4 6 3 9 dilated_attention\n");
   check(landmark_attention{landmarks::every(3), mask}, "2 4 6 3 9 landmark_attention\n");
-  const softmax_attention attend{causal{}}, asking{mask};
+  const softmax_attention attend{causal{}};
+  const softmax_attention asking{mask};
   check(merged{attend, asking}, "2 4 6 3 9 softmax_attention\n");
   check(merged{asking, attend}, "2 4 6 3 9 softmax_attention\n");
   check(gated{{}, attend, asking}, "2 4 6 3 9 softmax_attention\n");

@@ -10,7 +10,7 @@
 
 LONGSPAN_BEGIN
 
-/// The keys begin .. end - 1; empty when end <= begin.
+/// The keys begin .. end - 1; empty when end <= begin. Whatever is outside of [lowest, highest] counts as these.
 struct KeyRange {
   static constexpr Index highest = std::numeric_limits<Index>::max() / 4;  // room to add two of them
   static constexpr Index lowest = -highest;
@@ -42,6 +42,10 @@ constexpr Index saturating_difference(Index x, Index y) noexcept {
   return saturating_sum(x, y < -std::numeric_limits<Index>::max() ? std::numeric_limits<Index>::max() : -y);
 }
 
+constexpr KeyRange within_bounds(KeyRange range) noexcept {
+  return {saturating_sum(range.begin, 0), saturating_sum(range.end, 0)};
+}
+
 }  // namespace detail
 
 /// At most `capacity` ranges, rising, with gaps between them. A range that would be one too many closes the
@@ -51,7 +55,8 @@ class KeyRanges {
   static constexpr int capacity = 8;
 
   constexpr KeyRanges() = default;
-  constexpr explicit KeyRanges(KeyRange range) : ranges_{range}, count_(range.empty() ? 0 : 1) {}
+  constexpr explicit KeyRanges(KeyRange range)
+      : ranges_{detail::within_bounds(range)}, count_(ranges_[0].empty() ? 0 : 1) {}
 
   constexpr const KeyRange* begin() const noexcept { return ranges_.data(); }
   constexpr const KeyRange* end() const noexcept { return ranges_.data() + count_; }
@@ -59,6 +64,7 @@ class KeyRanges {
   constexpr bool empty() const noexcept { return count_ == 0; }
 
   constexpr void add(KeyRange range) {
+    range = detail::within_bounds(range);
     if (range.empty()) return;
     int first = 0;
     while (first < count_ && ranges_[at(first)].end < range.begin) ++first;

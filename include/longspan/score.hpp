@@ -130,7 +130,7 @@ struct alibi {
 inline std::vector<float> alibi_slopes(Index heads) {
   std::vector<float> slopes;
   Index power = 1;
-  while (power * 2 <= heads) power *= 2;
+  while (power <= heads / 2) power *= 2;
   for (Index n = 1; n <= std::min(power, heads); ++n) {
     slopes.push_back(
         static_cast<float>(std::exp2(-8.0 * static_cast<double>(n) / static_cast<double>(power))));

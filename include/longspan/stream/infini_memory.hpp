@@ -166,6 +166,7 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
     const auto queries = view(q);
     const auto to = view(out);
     const auto wanted = [&](const auto& x, const char* what, Index cols) {
+      detail::check_view("infini_memory::recall", what, x);
       if (x.batch != shape_.batch || x.heads != shape_.heads || x.rows != queries.rows || x.cols != cols) {
         detail::refuse("infini_memory::recall", what, detail::shape_text(x),
                        detail::shape_text(shape_.batch, shape_.heads, queries.rows, cols));

@@ -188,6 +188,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     detail::check_stream_shape("kv_cache", shape);
     attend.position.check(shape.head_dim);
     detail::check_parts(attend, {"kv_cache", shape.batch, shape.heads});
+    detail::resolved_scale("kv_cache", attend.scale, shape.head_dim);
     if (options.page < 0)
       detail::refuse("kv_cache", "the page", std::to_string(options.page), "at least 0 tokens");
     if (attend.first_query != queries_end_at_keys) {

@@ -5,6 +5,7 @@
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/execution.hpp"
+#include "longspan/options.hpp"
 #include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -58,8 +59,8 @@ struct FunctorCalls {
   }
 };
 
-/// The same for Derived::extend of a stream, each as Derived::take(problem, executor, workspace). Mask and score
-/// of the functor `attend_` of a stream are checked first.
+/// The same for Derived::extend of a stream, each as Derived::take(problem, executor, workspace). Mask, score
+/// and scale of the functor `attend_` of a stream are checked first.
 template <class Derived, bool gives_lse>
 struct StreamCalls {
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
@@ -88,6 +89,7 @@ struct StreamCalls {
     const auto call = checked_problem(Derived::function, view(q), view(k), view(v), view(out), lse);
     check_stream_call(Derived::function, call, stream.shape());
     if constexpr (requires { stream.attend_.score; }) {
+      resolved_scale(Derived::function, stream.attend_.scale, call.head_dim());
       const Index size = stream.size();
       check_parts(stream.attend_,
                   {Derived::function, call.q.batch, call.q.heads, size, call.q_len(), size + call.kv_len()});

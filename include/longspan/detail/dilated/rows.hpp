@@ -50,7 +50,7 @@ struct SegmentMask {
   DilatedRows rows;
 
   KeyRange keys(Index b, Index t) const {
-    const KeyRange own = rows.segment(t), seen = mask->keys(b, rows.position(t));
+    const KeyRange own = rows.segment(t), seen = within_bounds(mask->keys(b, rows.position(t)));
     return {std::max(own.begin, rows.row_from(seen.begin)), std::min(own.end, rows.row_from(seen.end))};
   }
 };

@@ -84,9 +84,11 @@ class TileMask<Real, M> {
     constexpr Index beyond = 1 << 20;
     for (int lane = 0; lane < tile_lanes<Real>; ++lane) {
       const KeyRange of_lane = keys_[at(lane)];
-      begin_[at(lane)] =
-          static_cast<Real>(std::clamp<Index>(of_lane.begin - first_key, -1, beyond)) - Real(0.5);
-      end_[at(lane)] = static_cast<Real>(std::clamp<Index>(of_lane.end - first_key, -1, beyond)) - Real(0.5);
+      const auto relative = [&](Index key) {
+        return static_cast<Real>(std::clamp(key, first_key - 1, first_key + beyond) - first_key) - Real(0.5);
+      };
+      begin_[at(lane)] = relative(of_lane.begin);
+      end_[at(lane)] = relative(of_lane.end);
     }
   }
   Packet<Real> visible(int c, Index j) const {
