@@ -276,6 +276,46 @@ TEST_CASE("call sizes: a view that no memory can be is refused by name", "[error
       "wanted at most 2^60 elements");
 }
 
+TEST_CASE("call sizes: an option that is no number is refused before a stream changes", "[errors][stream]") {
+  const longspan::StreamShape shape{batch, heads, kv_heads, dim, dim};
+  softmax_attention attend{causal{}};
+  attend.scale = std::numeric_limits<double>::quiet_NaN();
+  dilated_attention dilated{Branches{{4, 1}, {8, 2}}, causal{}};
+  dilated.scale = std::numeric_limits<double>::infinity();
+  CHECK(refusal([&] { attend.stream<float>(shape); }) ==
+        "longspan: kv_cache: scale is nan, wanted a finite number");
+  CHECK(refusal([&] { dilated.stream<float>(shape); }).find("scale is inf") != std::string::npos);
+  infini_attention infini{attend};
+  CHECK(refused(infini, 3, 3) == "longspan: softmax_attention: scale is nan, wanted a finite number");
+  CHECK(refusal([&] { infini.stream<float>(shape); }).find("scale is nan") != std::string::npos);
+  infini.local.scale = 1;
+  const std::vector<Index> negative{3, -1};
+  infini.lengths = negative;
+  CHECK(refused(infini, 3, 3) == "longspan: infini_attention: one of the lengths is -1, wanted at least 0");
+  infini.lengths = {};
+  for (const Index segment : {Index{0}, Index{-1}}) {
+    infini.segment = segment;
+    CHECK(refused(infini, 3, 3).find("the segment is ") != std::string::npos);
+    CHECK(refusal([&] { infini.stream<float>(shape); }).find("the segment is ") != std::string::npos);
+  }
+  infini.segment = most;
+  CHECK(refused(infini, 3, 3) == "");
+  CHECK(refused(landmark_attention{landmarks::every(0)}, 3, 3) != "");
+  const std::vector<Index> falling{2, 1}, beyond{1, 3};
+  CHECK(refused(landmark_attention{landmarks::at(falling)}, 3, 3) != "");
+  CHECK(refused(landmark_attention{landmarks::at(beyond)}, 3, 3) != "");
+  landmark_attention controlled{landmarks::every(2)};
+  const std::vector<float> cmt(static_cast<std::size_t>(batch * heads * 3));
+  controlled.control.cmt = longspan::compact_rows_view(cmt.data(), batch, heads, 3);
+  controlled.control.blocks = {nullptr, 1, 1, 1};
+  CHECK(refused(controlled, 3, 3).find("control.blocks is [1, 1], wanted memory") != std::string::npos);
+  const std::vector<unsigned char> kinds(1);
+  controlled.control.blocks = {kinds.data(), 1, 1, 1};
+  CHECK(refused(controlled, 3, 3) == "");
+  controlled.control.cutoff = std::numeric_limits<double>::quiet_NaN();
+  CHECK(refused(controlled, 3, 3).find("control.cutoff is nan") != std::string::npos);
+}
+
 TEST_CASE("call sizes: queries at the ends of all positions see what they should, or are refused",
           "[limits]") {
   constexpr Index far = Index{1} << 62;

@@ -86,8 +86,13 @@ Attend draw_options(Attend attend, Random& random) {
 
 template <class T, class... Parts>
 void check_drawn(Random& random, const Definition& what, Trust& trust, const Parts&... parts) {
-  const auto attend = draw_options(dilated_attention{draw_branches(random), parts...}, random);
+  auto attend = draw_options(dilated_attention{draw_branches(random), parts...}, random);
   const Shape shape = draw_self_shape(random);
+  // One slope for each head, one length for each batch row of the shape that was drawn.
+  if constexpr (requires { attend.score.slopes; })
+    attend.score.slopes = attend.score.slopes.first(static_cast<std::size_t>(shape.heads));
+  if constexpr (requires { attend.mask.b.lengths; })
+    attend.mask.b.lengths = attend.mask.b.lengths.first(static_cast<std::size_t>(shape.batch));
   INFO("branches" << text_of(attend.branches) << " blocked=" << (attend.phase == Phase::blocked)
                   << " set=" << (attend.overlap == Overlap::set));
   check_call<T>(shape, random.pick(all_values), random, attend, as_one_softmax(attend, shape.heads, what),

@@ -91,3 +91,16 @@ TEST_CASE("dilated_rows and dilated_path_length: the paper's sizes") {
   CHECK(dilated_path_length(2048, 2, 2048) == 1);
   CHECK(dilated_path_length(2048, 2, Index{2048} << 10) == 10);
 }
+
+TEST_CASE("dilation: what a branch costs is refused for a branch that is not positive",
+          "[dilation][errors]") {
+  const std::vector<Branch> odd{{4, 1}, {8, 0}}, none{{0, 1}};
+  CHECK(test::refusal([&] { dilated_flop(odd, 1, 8, 4, 4, true); }) ==
+        "longspan: dilated_flop: branch 1 is [segment 8, dilation 0], wanted both at least 1");
+  CHECK(test::refusal([&] { dilated_flop(none, 1, 8, 4, 4, true); }).find("segment 0") != std::string::npos);
+  CHECK(test::refusal([&] { dilated_coverage(none, 1, 8); }).find("dilated_coverage") != std::string::npos);
+  CHECK(test::refusal([&] { dilated_rows(odd); }).find("dilated_rows") != std::string::npos);
+  CHECK(test::refusal([&] { dilated_pairs(odd[1], 0, 8, true); }).find("dilated_pairs") != std::string::npos);
+  CHECK(test::refusal([] { dilated_path_length(4, 1, 8); }) ==
+        "longspan: dilated_path_length: the ratio is 1, wanted at least 2");
+}

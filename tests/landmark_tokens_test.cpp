@@ -1,6 +1,7 @@
 // Landmark tokens: into a text and out of it.
 #include "longspan/landmark_tokens.hpp"
 
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -108,5 +109,8 @@ TEST_CASE("landmark_tokens: the chunks of a context of 512 and of 2048", "[landm
   CHECK(landmark_chunk_length(512, 51, 8) == 51);
   CHECK(refusal([] { landmark_chunk_length(512, 51, 9); }).find("top_k is 9, wanted less than 9") !=
         std::string::npos);
+  CHECK(refusal([] { landmark_chunk_length(512, 51, std::numeric_limits<Index>::max()); }) != "");
+  CHECK(refusal([] { landmark_chunk_length(512, 51, -1); }) ==
+        "longspan: landmark_chunk_length: top_k is -1, wanted at least 0");
   CHECK(refusal([] { with_landmarks(span_of({1}), 0, mark); }).find("a block is 0") != std::string::npos);
 }

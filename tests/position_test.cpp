@@ -323,6 +323,25 @@ TEST_CASE("xpos: at its centre it changes nothing", "[position]") {
   CHECK(encoded(x, 16, xpos(Pairing::half_split, 512, 123), 124, Role::key) != x);
 }
 
+TEST_CASE("position: a base, a scale or a place that is no number to turn by is refused",
+          "[position][errors]") {
+  using test::refusal;
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN(),
+                   inf = std::numeric_limits<double>::infinity();
+  CHECK(refusal([] { rotary(Pairing::half_split, nan).check(8); }) ==
+        "longspan: rotary: base is nan, wanted a positive finite number");
+  for (const double odd : {0.0, -1.0, inf, nan}) {
+    CHECK(refusal([&] { rotary(Pairing::half_split, odd).check(8); }) != "");
+    CHECK(refusal([&] { xpos(Pairing::half_split, odd).check(8); }).find("scale_base") != std::string::npos);
+    CHECK(refusal([&] { xpos(Pairing::half_split, 512, 0, odd).check(8); }).find(": base") !=
+          std::string::npos);
+  }
+  constexpr Index far = Index{1} << 61;
+  CHECK(refusal([] { xpos(Pairing::half_split, 512, far).check(8); }) == "");
+  CHECK(refusal([] { xpos(Pairing::half_split, 512, -far - 1).check(8); }).find("centre") !=
+        std::string::npos);
+}
+
 TEST_CASE("position: rows that cannot be paired are refused", "[position][errors]") {
   using test::refusal;
   CHECK(refusal([] { rotary(Pairing::half_split).check(7); }) ==

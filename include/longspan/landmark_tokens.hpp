@@ -173,10 +173,11 @@ void remove_landmark_logits(MatrixView<const T> logits, std::span<const Token> t
 inline Index landmark_chunk_length(Index context, Index block, Index top_k) {
   detail::check_block_tokens("landmark_chunk_length", block);
   const Index blocks = context / block;
-  if (top_k < 0 || top_k > blocks - 2) {
+  if (top_k < 0) detail::refuse("landmark_chunk_length", "top_k", std::to_string(top_k), "at least 0");
+  if (top_k > blocks - 2) {
     detail::refuse("landmark_chunk_length", "top_k", std::to_string(top_k),
-                   "at least 0 and less than " + std::to_string(blocks - 1) + " for " +
-                       std::to_string(context) + " positions and blocks of " + std::to_string(block));
+                   "less than " + std::to_string(blocks - 1) + " for " + std::to_string(context) +
+                       " positions and blocks of " + std::to_string(block));
   }
   return (blocks - top_k - 1) * block;
 }

@@ -35,7 +35,7 @@ inline void check_stream_shape(std::string_view function, const StreamShape& sha
   if (shape.kv_heads < 0 || (shape.kv_heads == 0 ? shape.heads != 0 : shape.heads % shape.kv_heads != 0)) {
     refuse(function, "the shape [batch, heads, kv_heads, head_dim]",
            shape_text(shape.batch, shape.heads, shape.kv_heads, shape.head_dim),
-           "a kv_heads that divides heads");
+           "sizes of at least 0, with kv_heads a divisor of heads");
   }
 }
 
