@@ -1,6 +1,7 @@
 // The one exception of the library, and how its text is made.
 #pragma once
 
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -9,7 +10,6 @@
 #include "longspan/view.hpp"
 
 #if !defined(__cpp_exceptions) && !defined(LONGSPAN_ERROR_HANDLER)
-#include <cstdio>
 #include <cstdlib>
 #endif
 
@@ -42,6 +42,13 @@ namespace detail {
   std::string text = "longspan: ";
   text.append(function).append(": ").append(argument).append(" is ").append(got);
   raise(text.append(", wanted ").append(wanted));
+}
+
+/// A number in at most six digits: 0, -1.5, nan.
+inline std::string number_text(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", x);
+  return text;
 }
 
 inline std::string shape_text(Index a, Index b, Index c) {

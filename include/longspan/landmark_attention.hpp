@@ -129,7 +129,7 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
                      detail::shape_text(call.q.batch, call.q.heads, call.q.rows));
     }
     if (!detail::is_finite(control.cutoff)) {
-      detail::refuse(name, "control.cutoff", std::to_string(control.cutoff), "a finite number");
+      detail::refuse(name, "control.cutoff", detail::number_text(control.cutoff), "a finite number");
     }
     const auto& kinds = control.blocks;
     detail::check_view(name, "control.blocks", kinds);

@@ -33,7 +33,7 @@ inline Index resolved_first_query(std::string_view function, Index first_query, 
 
 /// The factor of q.k: what the user set, 0 and negative numbers included, or 1 / sqrt(head_dim).
 inline double resolved_scale(std::string_view function, std::optional<double> scale, Index head_dim) {
-  if (scale && !is_finite(*scale)) refuse(function, "scale", std::to_string(*scale), "a finite number");
+  if (scale && !is_finite(*scale)) refuse(function, "scale", number_text(*scale), "a finite number");
   return scale ? *scale : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim)));
 }
 

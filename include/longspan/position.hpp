@@ -158,7 +158,7 @@ inline void check_turned(std::string_view function, Index turned, Index cols) {
 }
 
 inline void check_positive(std::string_view function, std::string_view option, double got) {
-  if (!is_finite(got) || got <= 0) refuse(function, option, std::to_string(got), "a positive finite number");
+  if (!is_finite(got) || got <= 0) refuse(function, option, number_text(got), "a positive finite number");
 }
 
 }  // namespace detail

@@ -95,7 +95,7 @@ struct softcap {
   }
   void check(const CallSizes& sizes) const {
     if (detail::is_finite(cap) && cap > 0) return;
-    detail::refuse(sizes.function, "softcap.cap", std::to_string(cap),
+    detail::refuse(sizes.function, "softcap.cap", detail::number_text(cap),
                    "a positive finite number; a model without a cap omits softcap");
   }
 };
@@ -120,7 +120,7 @@ struct alibi {
     }
     for (const float slope : slopes) {
       if (!detail::is_finite(slope))
-        detail::refuse(sizes.function, "one of alibi.slopes", std::to_string(slope), "a finite number");
+        detail::refuse(sizes.function, "one of alibi.slopes", detail::number_text(slope), "a finite number");
     }
   }
 };
