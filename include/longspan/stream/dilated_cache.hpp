@@ -67,9 +67,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
       : attend_(std::move(attend)), shape_(shape) {
     detail::check_branches(function, attend_.branches);
     detail::check_stream_shape(function, shape_);
-    attend_.position.check(shape.head_dim);
-    detail::check_parts(attend_, {function, shape.batch, shape.heads});
-    detail::resolved_scale(function, attend_.scale, shape.head_dim);
+    detail::check_stream_parts(function, attend_, shape);
     const Index group = shape.kv_heads == 0 ? 1 : shape.heads / shape.kv_heads;
     for (std::size_t n = 0; n < attend_.branches.size(); ++n) {
       for (Index h = 0; h < shape.heads; ++h) {

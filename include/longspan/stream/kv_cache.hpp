@@ -186,9 +186,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   static const StreamShape& checked(const StreamShape& shape, const kv_cache_options& options,
                                     const softmax_attention<M, S, P>& attend) {
     detail::check_stream_shape("kv_cache", shape);
-    attend.position.check(shape.head_dim);
-    detail::check_parts(attend, {"kv_cache", shape.batch, shape.heads});
-    detail::resolved_scale("kv_cache", attend.scale, shape.head_dim);
+    detail::check_stream_parts("kv_cache", attend, shape);
     if (options.page < 0)
       detail::refuse("kv_cache", "the page", std::to_string(options.page), "at least 0 tokens");
     if (attend.first_query != queries_end_at_keys) {

@@ -1,6 +1,8 @@
 // The ways to call a functor, and those to extend a stream: written once.
 #pragma once
 
+#include <string_view>
+
 #include "longspan/call_sizes.hpp"
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/eigen.hpp"
@@ -58,6 +60,14 @@ struct FunctorCalls {
     });
   }
 };
+
+/// Refuses parts of a functor that fit no call of a stream of that shape.
+template <class Functor>
+void check_stream_parts(std::string_view function, const Functor& attend, const StreamShape& shape) {
+  attend.position.check(shape.head_dim);
+  resolved_scale(function, attend.scale, shape.head_dim);
+  check_parts(attend, {function, shape.batch, shape.heads, 0, 0, 0});
+}
 
 /// The same for Derived::extend of a stream, each as Derived::take(problem, executor, workspace). Mask, score
 /// and scale of the functor `attend_` of a stream are checked first.
