@@ -5,6 +5,7 @@
 #include <limits>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -52,6 +53,9 @@ static_assert(!longspan::PartialFunctor<gated<softmax_attention<>, softmax_atten
 static_assert(longspan::PartialFunctor<per_head<softmax_attention<>, dilated_attention<>>>);
 static_assert(!longspan::PartialFunctor<per_head<softmax_attention<>, longspan::infini_attention<>>>);
 static_assert(longspan::AttentionFunctor<per_head<softmax_attention<>, longspan::infini_attention<>>>);
+// Parts without a default make a composition without one, which clang refused to name.
+static_assert(!std::is_default_constructible_v<per_head<softmax_attention<>, dilated_attention<>>>);
+static_assert(!std::is_default_constructible_v<merged<softmax_attention<>, dilated_attention<>>>);
 
 const std::vector<Shape> shapes{{1, 4, 2, 130, 130, 32, 20},
                                 {2, 3, 1, 17, 80, 16, 33},

@@ -41,7 +41,7 @@ struct merged : detail::FunctorCalls<merged<Parts...>, true> {
   static_assert(sizeof...(Parts) > 0 && sizeof...(Parts) <= 64);
   static_assert((PartialFunctor<Parts> && ...), "longspan: a part of merged has to give an lse");
 
-  std::tuple<Parts...> parts{};
+  std::tuple<Parts...> parts;
 
   merged() = default;
   explicit merged(Parts... of) : parts(std::move(of)...) {}
@@ -104,8 +104,8 @@ struct gated : detail::FunctorCalls<gated<A, B>, false> {
   static_assert(AttentionFunctor<A> && AttentionFunctor<B>);
 
   MatrixView<const float> beta{};
-  A a{};
-  B b{};
+  A a;
+  B b;
 
   gated() = default;
   gated(MatrixView<const float> logits, A first, B second)
@@ -152,7 +152,7 @@ template <class F>
 struct for_heads {
   Index begin = 0;
   Index end = 0;
-  F attend{};
+  F attend;
 };
 template <class F>
 for_heads(Index, Index, F) -> for_heads<F>;
@@ -174,7 +174,7 @@ template <class... F>
 struct per_head : detail::FunctorCalls<per_head<F...>, (PartialFunctor<F> && ...)> {
   static_assert((AttentionFunctor<F> && ...));
 
-  std::tuple<for_heads<F>...> ranges{};
+  std::tuple<for_heads<F>...> ranges;
 
   per_head() = default;
   explicit per_head(for_heads<F>... of) : ranges(std::move(of)...) {}
