@@ -265,10 +265,19 @@ class Decode {
 
   template <int count>
   void hide(const QueryLanes& queries, Index first, KeyRange keys, const Worker& worker) const {
+    [[maybe_unused]] KeyRange of_query[std::size_t(count)];  // of a range mask, found once for all keys
+    if constexpr (RangeMask<M>) {
+      for (int g = 0; g < count; ++g) of_query[g] = mask_.keys(queries.batch, queries.position(first + g));
+    }
     Index at = 0;
     for (Index j = keys.begin; j < keys.end; ++j) {
       for (int g = 0; g < count; ++g, ++at) {
-        worker.seen[at] = sees(mask_, queries.batch, queries.head(first + g), queries.position(first + g), j);
+        if constexpr (RangeMask<M>) {
+          worker.seen[at] = of_query[g].contains(j);
+        } else {
+          worker.seen[at] =
+              sees(mask_, queries.batch, queries.head(first + g), queries.position(first + g), j);
+        }
         if (!worker.seen[at]) worker.scores[at] = FloatProducts<Real>::hidden;
       }
     }
