@@ -1,6 +1,7 @@
 // All of Longspan.
 #pragma once
 
+#include "longspan/call_sizes.hpp"
 #include "longspan/compose.hpp"
 #include "longspan/dilated_attention.hpp"
 #include "longspan/dilation.hpp"
