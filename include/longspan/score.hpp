@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/simd/score_strip.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -59,6 +60,31 @@ template <class S, class Packet>
 concept PacketScore = requires(const S& score, Packet s, Index x) {
   { score.on_packet(s, x, s) } -> std::convertible_to<Packet>;
 };
+
+/// Changes the scores of a strip in place, in the fastest way that the score offers.
+template <class Real, class S>
+void change_strip(const S& score, const ScoreStrip<Real>& strip) {
+  constexpr Index w = lanes<Real>;
+  if constexpr (PacketScore<S, Packet<Real>>) {
+    alignas(64) Real distance[std::size_t(w)];
+    for (Index j = 0; j < strip.keys; ++j) {
+      for (Index i = 0; i < w; ++i)
+        distance[i] = static_cast<Real>(strip.position(i) - (strip.first_key + j));
+      Real* s = strip.scores + j * strip.stride;
+      store(s, score.on_packet(load<Real>(s), strip.head, load<Real>(distance)));
+    }
+  } else if constexpr (StripScore<S, Real>) {
+    score.on_strip(strip);
+  } else {
+    for (Index j = 0; j < strip.keys; ++j) {
+      for (Index i = 0; i < w; ++i) {
+        Real& s = strip.scores[j * strip.stride + i];
+        s = static_cast<Real>(score(static_cast<ScoreValue<S, Real>>(s), strip.batch, strip.head,
+                                    strip.position(i), strip.first_key + j));
+      }
+    }
+  }
+}
 
 }  // namespace detail
 
@@ -118,9 +144,8 @@ inline std::vector<float> alibi_slopes(Index heads) {
 }
 
 /// s + bias[b, h, i, j], from a tensor [batch or 1, heads or 1, queries or 1, keys]; a dimension of 1 is
-/// repeated. Its row 0 belongs to the query at position `first_query`, which by default is where the queries
-/// of a [queries, keys] bias stand. Its values are read through scalar code: prefer a mask or alibi where one
-/// will do.
+/// repeated. Its row 0 belongs to the query at position `first_query`, which by default is that of row 0 of
+/// [queries, keys] in a call. Minus infinity hides the key, but the pair is computed: a mask skips it.
 template <class T>
 struct additive_bias {
   TensorView<const T> bias;
@@ -136,6 +161,14 @@ struct additive_bias {
   template <class Real>
   Real operator()(Real s, Index b, Index h, Index i, Index j) const {
     return s + static_cast<Real>(bias.row(b, h, i - first_query)[j]);
+  }
+  template <class Real>
+  void on_strip(const detail::ScoreStrip<Real>& strip) const {
+    const auto row_of = [&](Index lane) {
+      return bias.row(strip.batch, strip.head, strip.position(lane) - first_query) + strip.first_key;
+    };
+    if (bias.row_stride == 0) return detail::add_row(strip, row_of(0));
+    detail::add_rows(strip, row_of);
   }
 };
 template <class T>
@@ -158,6 +191,13 @@ struct piped {
   requires(detail::PacketScore<A, detail::Packet<Real>> && detail::PacketScore<B, detail::Packet<Real>>)
   {
     return second.on_packet(first.on_packet(s, h, distance), h, distance);
+  }
+  template <class Real>
+  void on_strip(const detail::ScoreStrip<Real>& strip) const
+  requires(detail::StripScore<A, Real> || detail::StripScore<B, Real>)
+  {
+    detail::change_strip(first, strip);
+    detail::change_strip(second, strip);
   }
 };
 

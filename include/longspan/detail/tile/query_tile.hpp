@@ -59,7 +59,8 @@ class QueryTile {
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
   static constexpr Index most_lanes = tile_lanes<Real>;
   static constexpr Index w = lanes<Real>;
-  static_assert(Products::keys_in_block <= Runs::capacity * keys_in_strip<Real>);
+  static_assert(Products::keys_in_block <= Runs::capacity * keys_in_strip<Real> &&
+                Products::keys_in_block <= most_keys_in_block);
 
   static QueryTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len) {
     QueryTile tile;
@@ -106,9 +107,6 @@ class QueryTile {
     alignas(64) Real top[std::size_t(most_lanes)], shrink[std::size_t(most_lanes)],
         sum[std::size_t(most_lanes)];
     std::fill_n(top, stride_, Products::hidden);
-    if constexpr (TileMask<Real, M>::may_hide) {
-      if (runs.any_partial()) mask_.enter_block(block.first_key);
-    }
     for (const Run& run : runs) score_run(block, run, scratch.scores, top);
     raise_tops(state, top, shrink, sum);
     for (const Run& run : runs) {
@@ -215,6 +213,11 @@ void QueryTile<Products, M, S>::score_run(const Block& block, const Run& run, Re
       std::copy_n(highest + c * w, w, top + c * w);
       continue;
     }
+    if constexpr (StripScore<S, Real>) {
+      change_strip(*score_, ScoreStrip<Real>{scores + run.begin * stride_ + c * w, stride_, lanes_.batch,
+                                             lanes_.head(0), lanes_.position(c * w), lanes_.count - c * w,
+                                             block.first_key + run.begin, run.end - run.begin});
+    }
     Packet<Real> of_packet = load<Real>(top + c * w);
     for (Index j = run.begin; j < run.end; ++j) {
       Packet<Real> s = load<Real>(scores + j * stride_ + c * w);
@@ -235,7 +238,7 @@ auto QueryTile<Products, M, S>::change_score(Packet<Real> s, int c, Index key) c
   if constexpr (PacketScore<S, Packet<Real>>) {
     for (Index i = 0; i < w; ++i) values[i] = static_cast<Real>(lanes_.position(c * w + i) - key);
     s = score_->on_packet(s, lanes_.head(0), load<Real>(values));
-  } else {
+  } else if constexpr (!StripScore<S, Real>) {  // whose strips have been changed
     store<Real>(values, s);
     for (Index i = 0; i < w; ++i) {
       const Index lane = c * w + i;
