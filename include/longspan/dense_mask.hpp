@@ -11,6 +11,7 @@
 
 #include "longspan/call_sizes.hpp"
 #include "longspan/detail/simd/byte_bits.hpp"
+#include "longspan/detail/simd/packet.hpp"
 #include "longspan/error.hpp"
 #include "longspan/key_ranges.hpp"
 #include "longspan/mask.hpp"
@@ -126,6 +127,8 @@ class dense_mask {
   }
   std::uint64_t seen_bits(Index b, Index h, Index i, Index first, std::uint64_t asked) const noexcept {
     return rows_.bits(b, h, i, first, asked, [](const unsigned char* row, Index key, Index count) {
+      // Rows are too far apart for the processor to foresee where the next block of keys reads on.
+      detail::prefetch_line(reinterpret_cast<std::uintptr_t>(row + key) + keys_ahead);
       return detail::bits_of_bytes(row + key, count);
     });
   }
@@ -134,6 +137,8 @@ class dense_mask {
   void check(const CallSizes& call) const { rows_.check("dense_mask", call); }
 
  private:
+  static constexpr std::uintptr_t keys_ahead = 128;
+
   detail::MaskRows<unsigned char> rows_;
 };
 

@@ -10,6 +10,7 @@
 #include <span>
 #include <type_traits>
 
+#include "longspan/detail/simd/byte_bits.hpp"
 #include "longspan/key_ranges.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -135,18 +136,20 @@ constexpr std::uint64_t bits_of(KeyRange keys, Index first) noexcept {
 
 /// Bit n: does the query see key first + n? Where `asked` has no bit, the mask is not asked and the answer is 0.
 template <Mask M>
-constexpr std::uint64_t seen_bits(const M& mask, Index b, Index h, Index i, Index first,
-                                  std::uint64_t asked) {
+std::uint64_t seen_bits(const M& mask, Index b, Index h, Index i, Index first, std::uint64_t asked) {
   if constexpr (RangeMask<M>) {
     return asked & bits_of(mask.keys(b, i), first);
   } else if constexpr (SeesInBits<M>) {
     return asked & mask.seen_bits(b, h, i, first, asked);
   } else {
-    std::uint64_t seen = 0;
-    if (asked == low_bits(64)) {  // no branches: compilers make vectors of a simple `sees`
-      for (int n = 0; n < 64; ++n) seen |= std::uint64_t{longspan::sees(mask, b, h, i, first + n)} << n;
-      return seen;
+    const int begin = std::countr_zero(asked), end = std::bit_width(asked);
+    if (asked != 0 && std::popcount(asked) == end - begin) {
+      // Bytes first: of a simple `sees` compilers make vectors then, and of a loop over bits they do not.
+      bool seen[64];
+      for (int n = begin; n < end; ++n) seen[n] = longspan::sees(mask, b, h, i, first + n);
+      return bits_of_bytes(reinterpret_cast<const unsigned char*>(seen) + begin, end - begin) << begin;
     }
+    std::uint64_t seen = 0;
     for (std::uint64_t left = asked; left != 0; left &= left - 1) {
       const int n = std::countr_zero(left);
       seen |= std::uint64_t{longspan::sees(mask, b, h, i, first + n)} << n;
@@ -236,7 +239,7 @@ struct both {
   constexpr bool sees(Index batch, Index h, Index i, Index j) const {
     return longspan::sees(a, batch, h, i, j) && longspan::sees(b, batch, h, i, j);
   }
-  constexpr std::uint64_t seen_bits(Index batch, Index h, Index i, Index first, std::uint64_t asked) const {
+  std::uint64_t seen_bits(Index batch, Index h, Index i, Index first, std::uint64_t asked) const {
     return detail::seen_bits(b, batch, h, i, first, detail::seen_bits(a, batch, h, i, first, asked));
   }
   constexpr Seen classify(const Tile& tile) const {
@@ -264,7 +267,7 @@ struct either {
   constexpr bool sees(Index batch, Index h, Index i, Index j) const {
     return longspan::sees(a, batch, h, i, j) || longspan::sees(b, batch, h, i, j);
   }
-  constexpr std::uint64_t seen_bits(Index batch, Index h, Index i, Index first, std::uint64_t asked) const {
+  std::uint64_t seen_bits(Index batch, Index h, Index i, Index first, std::uint64_t asked) const {
     const std::uint64_t by_a = detail::seen_bits(a, batch, h, i, first, asked);
     return by_a | detail::seen_bits(b, batch, h, i, first, asked & ~by_a);
   }
@@ -286,7 +289,7 @@ struct inverse {
   constexpr bool sees(Index batch, Index h, Index i, Index j) const {
     return !longspan::sees(a, batch, h, i, j);
   }
-  constexpr std::uint64_t seen_bits(Index batch, Index h, Index i, Index first, std::uint64_t asked) const {
+  std::uint64_t seen_bits(Index batch, Index h, Index i, Index first, std::uint64_t asked) const {
     return asked & ~detail::seen_bits(a, batch, h, i, first, asked);
   }
   constexpr Seen classify(const Tile& tile) const {

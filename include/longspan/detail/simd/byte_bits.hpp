@@ -5,15 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
-#include "longspan/detail/simd/eigen_core.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-#if defined(EIGEN_VECTORIZE_SSE2)
+#if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
-
-LONGSPAN_INTRINSICS_BEGIN
 
 LONGSPAN_BEGIN
 namespace detail {
@@ -37,7 +34,7 @@ inline std::uint64_t bits_of_8_bytes(const unsigned char* bytes) noexcept {
 /// Of 64 bytes.
 inline std::uint64_t bits_of_64_bytes(const unsigned char* bytes) noexcept {
   std::uint64_t bits = 0;
-#if defined(EIGEN_VECTORIZE_SSE2)
+#if defined(__SSE2__)
   for (int n = 0; n < 64; n += 16) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + n));
     const int is_zero = _mm_movemask_epi8(_mm_cmpeq_epi8(x, _mm_setzero_si128()));
@@ -61,5 +58,3 @@ inline std::uint64_t bits_of_bytes(const unsigned char* bytes, Index count) noex
 
 }  // namespace detail
 LONGSPAN_END
-
-LONGSPAN_INTRINSICS_END

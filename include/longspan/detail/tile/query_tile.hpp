@@ -156,8 +156,14 @@ class QueryTile {
                   const Real* scale) const;
   bool values_finite(const Block& block, const Run& run) const {
     constexpr Index in_row = Products::keys_in_row;
-    return Products::values_finite(block.v + run.begin / in_row * block.v_stride, block.v_stride,
-                                   divide_up(run.end - run.begin, in_row), state_.columns());
+    const auto find = [&](Index begin, Index end) {
+      return Products::values_finite(block.v + begin / in_row * block.v_stride, block.v_stride,
+                                     divide_up(end - begin, in_row), state_.columns());
+    };
+    // Of a whole block all tiles of a task want to know it; the strips of a mask's edge are their own.
+    if (run.end - run.begin < block.keys) return find(run.begin, run.end);
+    if (block.values_finite < 0) block.values_finite = find(0, block.keys) ? 1 : 0;
+    return block.values_finite != 0;
   }
   void value_run_past_hidden(const Block& block, const Run& run, const Weight* weights, Real* o) const;
   template <class MustHide, class PastHidden>

@@ -87,23 +87,22 @@ class TileMask {
     }
   }
 
-  /// What packet c sees of the keys [begin, end) of the block that was entered.
+  /// What packet c sees of the keys [begin, end) of the block that was entered, a strip.
   Seen classify_entered(int c, Index begin, Index end) const {
-    const Words keys = words_of({begin, end});
+    static_assert(64 % keys_in_strip<Real> == 0);
+    const std::size_t word = static_cast<std::size_t>(begin) / 64;
+    const std::uint64_t keys = bits_of({begin, end}, 64 * static_cast<Index>(word));
     const PacketBits& of_packet = bits_[std::size_t(c)];
-    std::uint64_t seen = 0, hidden = 0;
-    for (std::size_t n = 0; n < words; ++n) {
-      seen |= keys[n] & of_packet.any[n];
-      hidden |= keys[n] & ~of_packet.all[n];
-    }
-    return seen == 0 ? Seen::none : hidden == 0 ? Seen::all : Seen::some;
+    const bool any = (keys & of_packet.any[word]) != 0, all = (keys & ~of_packet.all[word]) == 0;
+    return any ? all ? Seen::all : Seen::some : Seen::none;
   }
 
   /// The condition under which the queries in packet c see key j.
   Packet<Real> visible(int c, Index j) const {
-    const Index at = j - first_key_;
+    const auto at = static_cast<std::size_t>(j - first_key_);
     const Packet<Real> key = broadcast(one_and_bit.data() + at % group);
-    return equal(load(lane_bits_.data() + at / group * tile_lanes<Real> + c * w) & key, key);
+    const Real* of_lanes = lane_bits_.data() + at / group * std::size_t(tile_lanes<Real>) + c * w;
+    return equal(load(of_lanes) & key, key);
   }
 
  private:
@@ -136,32 +135,30 @@ class TileMask {
 
   // The bits of a lane are held 16 to a Real, in the fraction of a number from 1 to 2: so they are compared as
   // numbers, on any machine and under any flags, and lanes need no transposition.
-  static constexpr Index group = 16;
+  static constexpr std::size_t group = 16, groups = std::size_t(most_keys_in_block) / group;
   using Bits = std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint64_t>;
   static constexpr Bits one = std::bit_cast<Bits>(Real(1));
   static constexpr auto one_and_bit = [] {
-    std::array<Real, std::size_t(group)> numbers{};
+    std::array<Real, group> numbers{};
     for (std::size_t n = 0; n < numbers.size(); ++n) numbers[n] = std::bit_cast<Real>(one | Bits{1} << n);
     return numbers;
   }();
 
+  /// Row n of lane_bits_ is that of the keys from group * n on.
+  Real* group_of(std::size_t n, Index lane) { return lane_bits_.data() + Index(n) * tile_lanes<Real> + lane; }
   void spread(std::uint64_t bits, Index lane, std::size_t word) {
-    Real* to = lane_bits_.data() + static_cast<Index>(word) * (64 / group) * tile_lanes<Real> + lane;
-    for (Index n = 0; n < 64 / group; ++n, bits >>= group)
-      to[n * tile_lanes<Real>] = std::bit_cast<Real>(one | static_cast<Bits>(bits & 0xffff));
+    for (std::size_t n = 0; n < 64 / group; ++n, bits >>= group)
+      *group_of(word * (64 / group) + n, lane) = std::bit_cast<Real>(one | static_cast<Bits>(bits & 0xffff));
   }
   void repeat_lane_before(Index lane) {
-    for (Index n = 0; n < most_keys_in_block / group; ++n) {
-      Real* of_group = lane_bits_.data() + n * tile_lanes<Real> + lane;
-      of_group[0] = of_group[-1];
-    }
+    for (std::size_t n = 0; n < groups; ++n) *group_of(n, lane) = *group_of(n, lane - 1);
   }
 
   const M* mask_ = nullptr;
   QueryLanes lanes_;
   Index first_key_ = 0;
   std::array<PacketBits, std::size_t(tile_packets)> bits_;
-  alignas(64) std::array<Real, std::size_t(most_keys_in_block / group * tile_lanes<Real>)> lane_bits_;
+  alignas(64) std::array<Real, groups * std::size_t(tile_lanes<Real>)> lane_bits_;
 };
 
 /// Where each query sees one range of keys, a key's index is compared with the two ends that each lane holds.
