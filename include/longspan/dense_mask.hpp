@@ -52,7 +52,7 @@ struct MaskRows {
   std::uint64_t bits(Index b, Index h, Index i, Index first, std::uint64_t asked, const Read& read) const {
     const Word* of_query = row(b, h, i);
     const Index from = std::max<Index>(first, 0);
-    const Index end = std::min(keys, first + static_cast<Index>(std::bit_width(asked)));
+    const Index end = std::min(keys, first + (64 - std::countl_zero(asked)));
     if (of_query == nullptr || end <= from) return 0;
     return read(of_query, from, end - from) << (from - first);
   }

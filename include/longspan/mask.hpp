@@ -142,7 +142,7 @@ std::uint64_t seen_bits(const M& mask, Index b, Index h, Index i, Index first, s
   } else if constexpr (SeesInBits<M>) {
     return asked & mask.seen_bits(b, h, i, first, asked);
   } else {
-    const int begin = std::countr_zero(asked), end = std::bit_width(asked);
+    const int begin = std::countr_zero(asked), end = 64 - std::countl_zero(asked);
     if (asked != 0 && std::popcount(asked) == end - begin) {
       // Bytes first: of a simple `sees` compilers make vectors then, and of a loop over bits they do not.
       bool seen[64];

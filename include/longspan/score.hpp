@@ -164,11 +164,20 @@ struct additive_bias {
   }
   template <class Real>
   void on_strip(const detail::ScoreStrip<Real>& strip) const {
-    const auto row_of = [&](Index lane) {
-      return bias.row(strip.batch, strip.head, strip.position(lane) - first_query) + strip.first_key;
-    };
-    if (bias.row_stride == 0) return detail::add_row(strip, row_of(0));
-    detail::add_rows(strip, row_of);
+    if (bias.row_stride == 0) return detail::add_row(strip, row_of(strip, 0));
+    detail::add_rows(strip, [&](Index lane) { return row_of(strip, lane); });
+  }
+  template <class Real>
+  void prefetch_strip(const detail::ScoreStrip<Real>& strip) const {
+    const Index rows = bias.row_stride == 0 ? 1 : std::min<Index>(strip.queries, detail::lanes<Real>);
+    for (Index lane = 0; lane < rows; ++lane)
+      detail::prefetch(row_of(strip, lane), strip.keys * static_cast<Index>(sizeof(T)));
+  }
+
+ private:
+  template <class Real>
+  const T* row_of(const detail::ScoreStrip<Real>& strip, Index lane) const {
+    return bias.row(strip.batch, strip.head, strip.position(lane) - first_query) + strip.first_key;
   }
 };
 template <class T>
@@ -198,6 +207,11 @@ struct piped {
   {
     detail::change_strip(first, strip);
     detail::change_strip(second, strip);
+  }
+  template <class Real>
+  void prefetch_strip(const detail::ScoreStrip<Real>& strip) const {
+    detail::prefetch_strip(first, strip);
+    detail::prefetch_strip(second, strip);
   }
 };
 

@@ -33,6 +33,13 @@ struct ScoreStrip {
 template <class S, class Real>
 concept StripScore = requires(const S& score, const ScoreStrip<Real>& strip) { score.on_strip(strip); };
 
+/// Prefetches what on_strip will read, where the score offers to: the kernel calls this before it computes the
+/// scores of the strip.
+template <class S, class Real>
+void prefetch_strip(const S& score, const ScoreStrip<Real>& strip) {
+  if constexpr (requires { score.prefetch_strip(strip); }) score.prefetch_strip(strip);
+}
+
 /// Adds x[j] to the scores of key j, in all lanes.
 template <class Real, class T>
 void add_row(const ScoreStrip<Real>& strip, const T* x) {

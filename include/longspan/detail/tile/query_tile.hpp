@@ -208,6 +208,20 @@ void QueryTile<Products, M, S>::score_run(const Block& block, const Run& run, Re
   const Index first_lane = run.first_packet * w;
   alignas(64) Real highest[std::size_t(most_lanes)];
   std::copy_n(top, stride_, highest);
+  const auto strip_of = [&](int c) {
+    return ScoreStrip<Real>{scores + run.begin * stride_ + c * w,
+                            stride_,
+                            lanes_.batch,
+                            lanes_.head(0),
+                            lanes_.position(c * w),
+                            lanes_.count - c * w,
+                            block.first_key + run.begin,
+                            run.end - run.begin};
+  };
+  if constexpr (StripScore<S, Real>) {
+    for (int c = run.first_packet; c < run.first_packet + run.packets; ++c)
+      prefetch_strip(*score_, strip_of(c));
+  }
   with_packets(run.packets, [&]<int packets>() {
     Products::template score_rows<packets>(
         block.k + run.begin * block.k_stride, block.k_stride, run.end - run.begin, q_ + first_lane, head_dim_,
@@ -219,11 +233,7 @@ void QueryTile<Products, M, S>::score_run(const Block& block, const Run& run, Re
       std::copy_n(highest + c * w, w, top + c * w);
       continue;
     }
-    if constexpr (StripScore<S, Real>) {
-      change_strip(*score_, ScoreStrip<Real>{scores + run.begin * stride_ + c * w, stride_, lanes_.batch,
-                                             lanes_.head(0), lanes_.position(c * w), lanes_.count - c * w,
-                                             block.first_key + run.begin, run.end - run.begin});
-    }
+    if constexpr (StripScore<S, Real>) change_strip(*score_, strip_of(c));
     Packet<Real> of_packet = load<Real>(top + c * w);
     for (Index j = run.begin; j < run.end; ++j) {
       Packet<Real> s = load<Real>(scores + j * stride_ + c * w);
