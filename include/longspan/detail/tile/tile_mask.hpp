@@ -59,6 +59,7 @@ class TileMask {
   /// Reads the block that `whole` leaves open; `whole` is what `classify` said of all its keys.
   void enter_block(Index first_key, const Run& whole) {
     first_key_ = first_key;
+    const auto used = static_cast<std::size_t>(divide_up(whole.end, Index{64}));
     for (int c = 0; c < tile_packets; ++c) {
       PacketBits& of_packet = bits_[std::size_t(c)];
       const bool takes_part = whole.first_packet <= c && c < whole.first_packet + whole.packets;
@@ -71,18 +72,21 @@ class TileMask {
       if constexpr (!has_cheap_bits<M>) ask_classify(c, whole.end, open, seen);
       of_packet = {none, all};
       for (Index lane = c * w; lane < (c + 1) * w; ++lane) {
-        const bool repeats = lane >= lanes_.count && lane > c * w;
-        for (std::size_t n = 0; n < words && !repeats; ++n) {
+        if (lane >= lanes_.count && lane > c * w) {
+          repeat_lane_before(lane);
+          continue;
+        }
+        const Index head = lanes_.head(lane), position = lanes_.position(lane);
+        for (std::size_t n = 0; n < used; ++n) {
           std::uint64_t bits = seen[n];
           if (open[n] != 0) {
-            bits |= seen_bits(*mask_, lanes_.batch, lanes_.head(lane), lanes_.position(lane),
-                              first_key + 64 * static_cast<Index>(n), open[n]);
+            bits |= seen_bits(*mask_, lanes_.batch, head, position, first_key + 64 * static_cast<Index>(n),
+                              open[n]);
           }
           of_packet.any[n] |= bits;
           of_packet.all[n] &= bits;
           spread(bits, lane, n);
         }
-        if (repeats) repeat_lane_before(lane);
       }
     }
   }
