@@ -130,7 +130,7 @@ constexpr std::uint64_t low_bits(Index count) noexcept {
   return count <= 0 ? 0 : count >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << count) - 1;
 }
 /// Bit n is that of key first + n.
-constexpr std::uint64_t bits_of(KeyRange keys, Index first) noexcept {
+constexpr std::uint64_t bits_of_range(KeyRange keys, Index first) noexcept {
   return low_bits(keys.end - first) & ~low_bits(keys.begin - first);
 }
 
@@ -138,7 +138,7 @@ constexpr std::uint64_t bits_of(KeyRange keys, Index first) noexcept {
 template <Mask M>
 std::uint64_t seen_bits(const M& mask, Index b, Index h, Index i, Index first, std::uint64_t asked) {
   if constexpr (RangeMask<M>) {
-    return asked & bits_of(mask.keys(b, i), first);
+    return asked & bits_of_range(mask.keys(b, i), first);
   } else if constexpr (SeesInBits<M>) {
     return asked & mask.seen_bits(b, h, i, first, asked);
   } else {

@@ -59,7 +59,7 @@ class TileMask {
   /// Reads the block that `whole` leaves open; `whole` is what `classify` said of all its keys.
   void enter_block(Index first_key, const Run& whole) {
     first_key_ = first_key;
-    const auto used = static_cast<std::size_t>(divide_up(whole.end, Index{64}));
+    const auto used = static_cast<std::size_t>((whole.end + 63) / 64);
     for (int c = 0; c < tile_packets; ++c) {
       PacketBits& of_packet = bits_[std::size_t(c)];
       const bool takes_part = whole.first_packet <= c && c < whole.first_packet + whole.packets;
@@ -95,7 +95,7 @@ class TileMask {
   Seen classify_entered(int c, Index begin, Index end) const {
     static_assert(64 % keys_in_strip<Real> == 0);
     const std::size_t word = static_cast<std::size_t>(begin) / 64;
-    const std::uint64_t keys = bits_of({begin, end}, 64 * static_cast<Index>(word));
+    const std::uint64_t keys = bits_of_range({begin, end}, 64 * static_cast<Index>(word));
     const PacketBits& of_packet = bits_[std::size_t(c)];
     const bool any = (keys & of_packet.any[word]) != 0, all = (keys & ~of_packet.all[word]) == 0;
     return any ? all ? Seen::all : Seen::some : Seen::none;
@@ -119,7 +119,7 @@ class TileMask {
 
   static Words words_of(KeyRange keys) {
     Words of_keys;
-    for (std::size_t n = 0; n < words; ++n) of_keys[n] = bits_of(keys, 64 * static_cast<Index>(n));
+    for (std::size_t n = 0; n < words; ++n) of_keys[n] = bits_of_range(keys, 64 * static_cast<Index>(n));
     return of_keys;
   }
 
