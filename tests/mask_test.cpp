@@ -188,7 +188,7 @@ TEST_CASE("mask: seen_bits answers for 64 keys what sees does for one", "[mask]"
   check(!(sinks{4} | window{.left = 3, .right = 30}));
   check(test::every_third{});
   check(causal{} & (test::head_stripes{} | sinks{9}));
-  check(!test::key_stripes{} & padding{test::padding_lengths});
+  check((!test::key_stripes{}) & padding{test::padding_lengths});
 }
 
 TEST_CASE("causal: query i sees the keys up to i", "[mask]") {
