@@ -1,15 +1,19 @@
 // softmax_attention over shapes, storage types and threads, beside the naive Eigen twin.
 //
 // Every family has the same arguments, so that two of them, or two builds, can be lined up. Before it is
-// timed each answer is held against double; a wrong one is an error and has no time.
+// timed each answer is held against double; a wrong one is an error and has no time. "mask:dense", "mask:bits" and
+// "bias:1" are the calls of the same sizes under a mask or a bias that is a tensor.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "longspan/dense_mask.hpp"
 #include "longspan/softmax_attention.hpp"
 #include "support/benchmark_program.hpp"
 #include "support/eigen_naive.hpp"
@@ -181,6 +185,47 @@ void run_softmax(benchmark::State& state, LastData& last, Data<T>& data, Index t
            uses_products, [&] { attend(q, k, v, out, execution); });
 }
 
+enum class PairTensor : unsigned char { dense_mask, bit_mask, bias };
+
+/// The mask shows every second key, so that every block is read pair by pair and the exact rows are those of
+/// every second row of k and v. The bias is 0.
+void run_with_tensor(benchmark::State& state, LastData& last, const Case& c, PairTensor kind, Index threads) {
+  Data<float>& data = last.get<float>(c, kind == PairTensor::bias ? "f32" : "f32, every second key");
+  const auto q = data.q(), k = data.k(), v = data.v();
+  const auto out = data.output();
+  const Index n = c.q_len, words = (c.kv_len + 63) / 64;
+  std::vector<std::uint8_t> bytes;
+  std::vector<std::uint64_t> bits;
+  std::vector<float> bias;
+  longspan::Execution<longspan::openmp> execution(longspan::openmp{threads});
+  const auto run = [&](const auto& attend) {
+    run_case(state, last, data, threads, {}, false, [&] { attend(q, k, v, out, execution); });
+  };
+  if (kind == PairTensor::bias) {
+    bias.assign(static_cast<std::size_t>(n * c.kv_len), 0.0f);
+    return run(longspan::softmax_attention{
+        longspan::additive_bias(longspan::compact_view(bias.data(), 1, 1, n, c.kv_len))});
+  }
+  const auto every_second = [](longspan::TensorView<const float> x) {
+    x.rows = (x.rows + 1) / 2;
+    x.row_stride *= 2;
+    return x;
+  };
+  const std::vector<RowId> rows = sampled_rows(1, c.heads, n, 4);
+  data.exact = exact_rows(q, every_second(k), every_second(v), Visible::all, std::span<const RowId>(rows),
+                          default_threads());
+  if (kind == PairTensor::bit_mask) {
+    bits.assign(static_cast<std::size_t>(n * words), 0x5555555555555555);
+    return run(longspan::softmax_attention{
+        longspan::bit_mask(longspan::compact_view(bits.data(), 1, 1, n, words), c.kv_len)});
+  }
+  for (Index i = 0; i < n; ++i) {
+    for (Index j = 0; j < c.kv_len; ++j) bytes.push_back(j % 2 == 0 ? 1 : 0);
+  }
+  run(longspan::softmax_attention{
+      longspan::dense_mask(longspan::compact_view(bytes.data(), 1, 1, n, c.kv_len))});
+}
+
 class Registry {
  public:
   template <class T>
@@ -194,6 +239,18 @@ class Registry {
                 : run_softmax<longspan::everything>(state, *last, data, threads, products);
           });
     }
+  }
+
+  void add_pair_tensors(const Case& c) const {
+    const auto add_kind = [&](const char* suffix, PairTensor kind) {
+      for (const Index threads : thread_counts()) {
+        add(c.name("softmax", "f32", threads) + suffix,
+            [=, last = last_](benchmark::State& state) { run_with_tensor(state, *last, c, kind, threads); });
+      }
+    };
+    add_kind("/mask:dense", PairTensor::dense_mask);
+    add_kind("/mask:bits", PairTensor::bit_mask);
+    add_kind("/bias:1", PairTensor::bias);
   }
 
   void add_naive(const Case& c) const {
@@ -243,6 +300,10 @@ void add_prefill(const Registry& registry) {
   }
 }
 
+void add_pair_tensors(const Registry& registry) {
+  for (const Index n : {512, 2048}) registry.add_pair_tensors({8, 8, n, n, 64, Visible::all});
+}
+
 void add_small(const Registry& registry) {
   for (const Index n : {1, 2, 4, 8, 16, 17, 24, 32, 47, 64}) {
     const Case c{8, 8, n, n, 64, Visible::causal};
@@ -267,6 +328,7 @@ int main(int count, char** words) {
   return bench::run_benchmarks(count, words, [] {
     const bench::Registry registry;
     bench::add_prefill(registry);
+    bench::add_pair_tensors(registry);
     bench::add_small(registry);
     bench::add_decode(registry);
   });

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -168,6 +169,29 @@ TEST_CASE("mask: causal & window is exact", "[mask]") {
     if (!found.empty()) CHECK(found == "");
   });
   CHECK(fault(mask, {0, 0, 1, 5, 3, 2, 6}) == "");
+}
+
+TEST_CASE("mask: seen_bits answers for 64 keys what sees does for one", "[mask]") {
+  using longspan::detail::low_bits;
+  using longspan::detail::seen_bits;
+  const auto check = [](const auto& mask) {
+    test::for_each_case(100, [&](test::Random& random) {
+      const Index b = random.between(0, 2), h = random.between(0, 3), i = random.between(-9, 90),
+                  first = random.between(-70, 90);
+      const auto any = static_cast<std::uint64_t>(random.between(0, Index{1} << 62)) * 4 + 1;
+      for (const std::uint64_t asked : {low_bits(64), low_bits(random.between(0, 64)), any, ~any}) {
+        std::uint64_t wanted = 0;
+        for (int n = 0; n < 64; ++n) wanted |= std::uint64_t{sees(mask, b, h, i, first + n)} << n;
+        CHECK(seen_bits(mask, b, h, i, first, asked) == (asked & wanted));
+      }
+    });
+  };
+  check(everything{});
+  check(causal{} & window{.left = 20});
+  check(!(sinks{4} | window{.left = 3, .right = 30}));
+  check(test::every_third{});
+  check(causal{} & (test::head_stripes{} | sinks{9}));
+  check((!test::key_stripes{}) & padding{test::padding_lengths});
 }
 
 TEST_CASE("causal: query i sees the keys up to i", "[mask]") {

@@ -1,8 +1,9 @@
 // A mask of your own: every token sees the last 256, and the heading of every chapter before it.
 //
 // `sees` alone makes a mask: it is asked for every query and key. Two more members name blocks of keys that
-// can be skipped; the result is the same to the bit, and the cost that of the keys which are seen. After
-// copying, change: the two masks, and `random_tensor`, which stands for your model's projections.
+// can be skipped; the result is the same to the bit, and the cost that of the keys which are seen. A mask that
+// is a tensor already needs none of this: `longspan::dense_mask` reads it. After copying, change: the two masks,
+// and `random_tensor`, which stands for your model's projections.
 
 #include <algorithm>
 #include <chrono>

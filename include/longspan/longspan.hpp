@@ -3,6 +3,7 @@
 
 #include "longspan/call_sizes.hpp"
 #include "longspan/compose.hpp"
+#include "longspan/dense_mask.hpp"
 #include "longspan/dilated_attention.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"

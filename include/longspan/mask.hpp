@@ -1,8 +1,9 @@
-// Which keys a query sees. A mask is arithmetic, never a tensor: it takes no memory, and what it hides is
-// skipped, not computed.
+// Which keys a query sees. The masks of this header are arithmetic: they take no memory, and what they hide is
+// skipped, not computed. For a mask that is a tensor see dense_mask.hpp.
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <concepts>
 #include <cstdint>
 #include <limits>
@@ -14,6 +15,7 @@
 
 #include "longspan/call_sizes.hpp"
 #include "longspan/error.hpp"
+#include "longspan/detail/simd/byte_bits.hpp"
 #include "longspan/key_ranges.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -47,6 +49,10 @@ struct Tile {
 //   bool sees(Index b, Index h, Index i, Index j)    the same, where it depends on batch row or head
 //   Seen classify(const Tile&) const                 `none` and `all` must be true, `some` always may be said
 //   KeyRanges key_ranges(const Tile&) const          every key outside is hidden from all of the tile
+//   std::uint64_t seen_bits(Index b, Index h, Index i, Index first, std::uint64_t asked) const
+//                                                    the same as `sees`, 64 keys at once: bit n of the answer
+//                                                    is that of key first + n. Only bits set in `asked` are
+//                                                    used; the other keys may lie outside the call
 //
 // Where the keys of each query are one range whose two ends never fall from one query to the next, a mask
 // says that range, and all the answers above follow from it:
@@ -72,6 +78,10 @@ concept SeesByPosition = requires(const M& mask, Index x) {
 template <class M>
 concept SeesByHead = requires(const M& mask, Index x) {
   { mask.sees(x, x, x, x) } -> std::convertible_to<bool>;
+};
+template <class M>
+concept SeesInBits = requires(const M& mask, Index x, std::uint64_t asked) {
+  { mask.seen_bits(x, x, x, x, asked) } -> std::same_as<std::uint64_t>;
 };
 
 }  // namespace detail
@@ -122,6 +132,47 @@ constexpr KeyRanges key_ranges(const M& mask, const Tile& tile) {
     return KeyRanges(KeyRange::everything());
   }
 }
+
+namespace detail {
+
+/// The `count` lowest bits: none below 1, all from 64 on.
+constexpr std::uint64_t low_bits(Index count) noexcept {
+  return count <= 0 ? 0 : count >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << count) - 1;
+}
+/// Bit n is that of key first + n.
+constexpr std::uint64_t bits_of_range(KeyRange keys, Index first) noexcept {
+  return low_bits(keys.end - first) & ~low_bits(keys.begin - first);
+}
+
+/// Bit n: does the query see key first + n? Where `asked` has no bit, the mask is not asked and the answer is 0.
+template <Mask M>
+std::uint64_t seen_bits(const M& mask, Index b, Index h, Index i, Index first, std::uint64_t asked) {
+  if constexpr (RangeMask<M>) {
+    return asked & bits_of_range(mask.keys(b, i), first);
+  } else if constexpr (SeesInBits<M>) {
+    return asked & mask.seen_bits(b, h, i, first, asked);
+  } else {
+    const int begin = std::countr_zero(asked), end = 64 - std::countl_zero(asked);
+    if (asked != 0 && std::popcount(asked) == end - begin) {
+      // Bytes first: of a simple `sees` compilers make vectors then, and of a loop over bits they do not.
+      bool seen[64];
+      for (int n = begin; n < end; ++n) seen[n] = longspan::sees(mask, b, h, i, first + n);
+      return bits_of_bytes(reinterpret_cast<const unsigned char*>(seen) + begin, end - begin) << begin;
+    }
+    std::uint64_t seen = 0;
+    for (std::uint64_t left = asked; left != 0; left &= left - 1) {
+      const int n = std::countr_zero(left);
+      seen |= std::uint64_t{longspan::sees(mask, b, h, i, first + n)} << n;
+    }
+    return seen;
+  }
+}
+
+/// Does M answer for 64 keys in less time than `classify` takes, so that asking it first would not pay?
+template <class M>
+inline constexpr bool has_cheap_bits = RangeMask<M> || SeesInBits<M>;
+
+}  // namespace detail
 
 // ----------------------------------------------------------------------------------------------------------
 // The masks of the library. Their bounds saturate: a window of any size may end anywhere.
@@ -238,6 +289,9 @@ struct both {
   constexpr bool sees(Index batch, Index h, Index i, Index j) const {
     return longspan::sees(a, batch, h, i, j) && longspan::sees(b, batch, h, i, j);
   }
+  std::uint64_t seen_bits(Index batch, Index h, Index i, Index first, std::uint64_t asked) const {
+    return detail::seen_bits(b, batch, h, i, first, detail::seen_bits(a, batch, h, i, first, asked));
+  }
   constexpr Seen classify(const Tile& tile) const {
     const Seen of_a = longspan::classify(a, tile);
     if (of_a == Seen::none) return Seen::none;
@@ -267,6 +321,10 @@ struct either {
   constexpr bool sees(Index batch, Index h, Index i, Index j) const {
     return longspan::sees(a, batch, h, i, j) || longspan::sees(b, batch, h, i, j);
   }
+  std::uint64_t seen_bits(Index batch, Index h, Index i, Index first, std::uint64_t asked) const {
+    const std::uint64_t by_a = detail::seen_bits(a, batch, h, i, first, asked);
+    return by_a | detail::seen_bits(b, batch, h, i, first, asked & ~by_a);
+  }
   constexpr Seen classify(const Tile& tile) const {
     const Seen of_a = longspan::classify(a, tile);
     if (of_a == Seen::all) return Seen::all;
@@ -289,12 +347,26 @@ struct inverse {
   constexpr bool sees(Index batch, Index h, Index i, Index j) const {
     return !longspan::sees(a, batch, h, i, j);
   }
+  std::uint64_t seen_bits(Index batch, Index h, Index i, Index first, std::uint64_t asked) const {
+    return asked & ~detail::seen_bits(a, batch, h, i, first, asked);
+  }
   constexpr Seen classify(const Tile& tile) const {
     const Seen of_a = longspan::classify(a, tile);
     return of_a == Seen::some ? Seen::some : of_a == Seen::all ? Seen::none : Seen::all;
   }
   void check(const CallSizes& sizes) const { detail::check_part(a, sizes); }
 };
+
+namespace detail {
+
+template <class A, class B>
+inline constexpr bool has_cheap_bits<both<A, B>> = has_cheap_bits<A> && has_cheap_bits<B>;
+template <class A, class B>
+inline constexpr bool has_cheap_bits<either<A, B>> = has_cheap_bits<A> && has_cheap_bits<B>;
+template <class A>
+inline constexpr bool has_cheap_bits<inverse<A>> = has_cheap_bits<A>;
+
+}  // namespace detail
 
 template <Mask A, Mask B>
 constexpr both<A, B> operator&(A a, B b) {

@@ -17,6 +17,7 @@
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/error.hpp"
 #include "longspan/key_ranges.hpp"
+#include "longspan/detail/simd/score_strip.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -69,6 +70,31 @@ template <class S, class Packet>
 concept PacketScore = requires(const S& score, Packet s, Index x) {
   { score.on_packet(s, x, s) } -> std::convertible_to<Packet>;
 };
+
+/// Changes the scores of a strip in place, in the fastest way that the score offers.
+template <class Real, class S>
+void change_strip(const S& score, const ScoreStrip<Real>& strip) {
+  constexpr Index w = lanes<Real>;
+  if constexpr (PacketScore<S, Packet<Real>>) {
+    alignas(64) Real distance[std::size_t(w)];
+    for (Index j = 0; j < strip.keys; ++j) {
+      for (Index i = 0; i < w; ++i)
+        distance[i] = static_cast<Real>(strip.position(i) - (strip.first_key + j));
+      Real* s = strip.scores + j * strip.stride;
+      store(s, score.on_packet(load<Real>(s), strip.head, load<Real>(distance)));
+    }
+  } else if constexpr (StripScore<S, Real>) {
+    score.on_strip(strip);
+  } else {
+    for (Index j = 0; j < strip.keys; ++j) {
+      for (Index i = 0; i < w; ++i) {
+        Real& s = strip.scores[j * strip.stride + i];
+        s = static_cast<Real>(score(static_cast<ScoreValue<S, Real>>(s), strip.batch, strip.head,
+                                    strip.position(i), strip.first_key + j));
+      }
+    }
+  }
+}
 
 }  // namespace detail
 
@@ -143,9 +169,9 @@ inline std::vector<float> alibi_slopes(Index heads) {
 }
 
 /// s + bias[b, h, i, j], from a tensor [batch or 1, heads or 1, queries or 1, keys]; a dimension of 1 is
-/// repeated, but for the keys. Its row 0 belongs to the query at position `first_query`, which by default is
-/// where the queries of a [queries, keys] bias stand. It may hold more queries and keys than a call has. Its
-/// values are read through scalar code: prefer a mask or alibi where one will do.
+/// repeated, but for the keys. Its row 0 belongs to the query at position `first_query`, which by default is that of
+/// row 0 of [queries, keys] in a call. It may hold more queries and keys than a call has. Minus infinity hides the key,
+/// but the pair is computed: a mask skips it.
 template <class T>
 struct additive_bias {
   TensorView<const T> bias;
@@ -180,6 +206,23 @@ struct additive_bias {
                          " queries from position " + std::to_string(sizes.first_query) + " on");
     }
   }
+  template <class Real>
+  void on_strip(const detail::ScoreStrip<Real>& strip) const {
+    if (bias.row_stride == 0) return detail::add_row(strip, row_of(strip, 0));
+    detail::add_rows(strip, [&](Index lane) { return row_of(strip, lane); });
+  }
+  template <class Real>
+  void prefetch_strip(const detail::ScoreStrip<Real>& strip) const {
+    const Index rows = bias.row_stride == 0 ? 1 : std::min<Index>(strip.queries, detail::lanes<Real>);
+    for (Index lane = 0; lane < rows; ++lane)
+      detail::prefetch(row_of(strip, lane), strip.keys * static_cast<Index>(sizeof(T)));
+  }
+
+ private:
+  template <class Real>
+  const T* row_of(const detail::ScoreStrip<Real>& strip, Index lane) const {
+    return bias.row(strip.batch, strip.head, strip.position(lane) - first_query) + strip.first_key;
+  }
 };
 template <class T>
 additive_bias(TensorView<T>) -> additive_bias<std::remove_const_t<T>>;
@@ -205,6 +248,18 @@ struct piped {
   void check(const CallSizes& sizes) const {
     detail::check_part(first, sizes);
     detail::check_part(second, sizes);
+  }
+  template <class Real>
+  void on_strip(const detail::ScoreStrip<Real>& strip) const
+  requires(detail::StripScore<A, Real> || detail::StripScore<B, Real>)
+  {
+    detail::change_strip(first, strip);
+    detail::change_strip(second, strip);
+  }
+  template <class Real>
+  void prefetch_strip(const detail::ScoreStrip<Real>& strip) const {
+    detail::prefetch_strip(first, strip);
+    detail::prefetch_strip(second, strip);
   }
 };
 

@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "longspan/dense_mask.hpp"
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/tile/float_products.hpp"
 #include "support/catch.hpp"
@@ -95,7 +96,6 @@ template <class Real, class M>
 std::string fault(const M& mask, const QueryLanes& queries, const Block& block) {
   TileMask<Real, M> tile;
   tile.prepare(mask, queries);
-  tile.enter_block(block.first_key);
   const int packets = static_cast<int>(detail::divide_up(queries.count, lanes<Real>));
   const Runs runs = detail::cut_into_runs(tile, packets, block.first_key, block.keys);
   if (!well_formed(runs, packets, block.keys)) return "runs that rise, fit and do not overlap";
@@ -218,6 +218,75 @@ TEMPLATE_TEST_CASE("cut_into_runs: random combinations cover exactly what is see
     INFO(mask.text);
     CHECK(fault<TestType>(mask.mask, queries, random_block<TestType>(random)) == "");
   });
+}
+
+TEMPLATE_TEST_CASE("cut_into_runs: tensors cover exactly what is seen", "[tile_mask]", float, double) {
+  using longspan::compact_view;
+  constexpr Index batch = 3, heads = 11, rows = 200, words = 5, keys = 64 * words - 9, first = -25;
+  test::Random random(3);
+  std::vector<std::uint64_t> bits(std::size_t(batch * heads * rows * words));
+  std::vector<std::uint8_t> bytes(std::size_t(rows * keys));
+  for (auto& word : bits) {
+    const auto any = [&] { return static_cast<std::uint64_t>(random.between(0, (Index{1} << 62) - 1)) << 2; };
+    word = random.chance(0.3) ? 0 : random.chance(0.4) ? ~std::uint64_t{0} : any() ^ any() >> 2;
+  }
+  for (Index n = 0; n < rows * keys; ++n) {
+    const Index row = n / keys, j = n % keys;  // whole squares, and some that are mixed
+    bytes[std::size_t(n)] = (row / 40 + j / 30) % 3 == 0   ? 1
+                            : (row / 40 + j / 30) % 3 == 1 ? 0
+                                                           : static_cast<std::uint8_t>(random.between(0, 1));
+  }
+  const longspan::dense_mask dense(compact_view(bytes.data(), 1, 1, rows, keys), first);
+  const longspan::dense_mask one_row(compact_view(bytes.data(), 1, 1, 1, keys));
+  const longspan::bit_mask packed(compact_view(bits.data(), batch, heads, rows, words), keys, first);
+  check_mask<TestType>(dense, 60);
+  check_mask<TestType>(one_row, 20);
+  check_mask<TestType>(packed, 60);
+  check_mask<TestType>(causal{} & !(packed | dense), 60);
+  check_mask<TestType>(packed & test::head_stripes{}, 30);
+}
+
+namespace {
+
+/// Has no answer for keys after the query.
+struct lower_triangle {
+  bool* asked_outside;
+  bool sees(Index i, Index j) const {
+    *asked_outside = *asked_outside || j > i;
+    return (i + j) % 3 != 0;
+  }
+};
+/// Knows whole squares, of which it must not be asked for pairs.
+struct known_squares {
+  bool* asked_outside;
+  bool sees(Index i, Index j) const {
+    *asked_outside = *asked_outside || (i / 32 + j / 32) % 3 != 0;
+    return (i + j) % 2 == 0;
+  }
+  Seen classify(const Tile& tile) const {
+    const Index i = tile.first_query / 32, j = tile.first_key / 32;
+    if (i != tile.last_query() / 32 || j != (tile.first_key + tile.keys - 1) / 32) return Seen::some;
+    return (i + j) % 3 == 0 ? Seen::some : (i + j) % 3 == 1 ? Seen::none : Seen::all;
+  }
+};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("TileMask: a mask is not asked for pairs that are known without it", "[tile_mask]", float,
+                   double) {
+  bool asked_outside = false;
+  const auto enter = [](const auto& mask, Index first_query) {
+    TileMask<TestType, std::remove_cvref_t<decltype(mask)>> tile;
+    tile.prepare(mask, {0, 0, 1, 0, tile_lanes<TestType>, first_query});
+    return detail::cut_into_runs(tile, detail::tile_packets, 0, keys_in_block<TestType>).count;
+  };
+  CHECK(enter(causal{} & lower_triangle{&asked_outside}, 20) > 0);
+  CHECK(enter(!(!causal{} | lower_triangle{&asked_outside}), 20) > 0);
+  CHECK_FALSE(asked_outside);
+  if constexpr (32 % lanes<TestType> == 0) {
+    enter(known_squares{&asked_outside}, 0);
+    CHECK_FALSE(asked_outside);
+  }
 }
 
 TEMPLATE_TEST_CASE("cut_into_runs: a block that changes at every strip", "[tile_mask]", float, double) {

@@ -265,20 +265,16 @@ class Decode {
 
   template <int count>
   void hide(const QueryLanes& queries, Index first, KeyRange keys, const Worker& worker) const {
-    [[maybe_unused]] KeyRange of_query[std::size_t(count)];  // of a range mask, found once for all keys
-    if constexpr (RangeMask<M>) {
-      for (int g = 0; g < count; ++g) of_query[g] = mask_.keys(queries.batch, queries.position(first + g));
-    }
-    Index at = 0;
-    for (Index j = keys.begin; j < keys.end; ++j) {
-      for (int g = 0; g < count; ++g, ++at) {
-        if constexpr (RangeMask<M>) {
-          worker.seen[at] = of_query[g].contains(j);
-        } else {
-          worker.seen[at] =
-              sees(mask_, queries.batch, queries.head(first + g), queries.position(first + g), j);
+    for (int g = 0; g < count; ++g) {
+      const Index head = queries.head(first + g), position = queries.position(first + g);
+      for (Index j = keys.begin; j < keys.end; j += 64) {
+        const Index end = std::min(keys.end, j + 64);
+        std::uint64_t bits = seen_bits(mask_, queries.batch, head, position, j, low_bits(end - j));
+        for (Index at = (j - keys.begin) * count + g; at < (end - keys.begin) * count;
+             at += count, bits >>= 1) {
+          worker.seen[at] = (bits & 1) != 0;
+          if (!worker.seen[at]) worker.scores[at] = FloatProducts<Real>::hidden;
         }
-        if (!worker.seen[at]) worker.scores[at] = FloatProducts<Real>::hidden;
       }
     }
   }

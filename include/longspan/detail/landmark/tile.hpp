@@ -100,9 +100,6 @@ class LandmarkTile : public QueryTile<FloatProducts<Real>, M, S> {
   void absorb_chunk(const LandmarkChunk& chunk, const Block& keys, const Scratch& scratch) {
     const Runs runs = cut_into_runs(mask_, packets_, keys.first_key, keys.keys);
     if (runs.empty()) return;
-    if constexpr (TileMask<Real, M>::may_hide) {
-      if (runs.any_partial()) mask_.enter_block(keys.first_key);
-    }
     score_runs(keys, runs, scratch);
     for (Index m = chunk.first_block; m < chunk.first_block + chunk.blocks; ++m) {
       const LandmarkBlock block = landmark_block(options_->at, lanes_.batch, m, chunk.keys.end);

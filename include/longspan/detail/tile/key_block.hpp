@@ -27,6 +27,7 @@ struct KeyBlock {
   Index v_stride = 0;  ///< rows of v can be read up to a multiple of tile_rows columns
   Index first_key = 0;
   Index keys = 0;
+  mutable signed char values_finite = -1;  ///< found once for all tiles of a task; -1: not yet
 };
 
 /// Converts rows to Real; columns [cols, to_cols) become 0.

@@ -14,6 +14,7 @@
 #include "longspan/detail/tile/microkernel.hpp"
 #include "longspan/detail/tile/query_lanes.hpp"
 #include "longspan/detail/tile/tile_mask.hpp"
+#include "longspan/detail/tile/tile_scratch.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
@@ -22,31 +23,6 @@
 
 LONGSPAN_BEGIN
 namespace detail {
-
-/// What the tiles of one worker share: all of it is free again when a block is absorbed.
-template <class Products>
-struct TileScratch {
-  using Real = typename Products::Real;
-
-  Real* scores = nullptr;                        ///< [keys_in_block + tile_rows][lanes of a tile]
-  typename Products::Weight* weights = nullptr;  ///< [keys_in_block / keys_in_row][tile_lanes]
-  Real* block_output = nullptr;                  ///< [padded value_dim][tile_lanes]
-  Real* rows = nullptr;                          ///< [tile_lanes][head_dim], for position encoding
-
-  static TileScratch take(Arena& arena, Index head_dim, Index padded_value_dim, bool encodes) {
-    constexpr Index width = tile_lanes<Real>, keys = Products::keys_in_block;
-    TileScratch scratch;
-    scratch.scores = arena.take<Real>((keys + tile_rows) * width);
-    if constexpr (std::is_same_v<Real, typename Products::Weight>) {
-      scratch.weights = scratch.scores;  // a weight stands where its score stood
-    } else {
-      scratch.weights = arena.take<typename Products::Weight>(keys / Products::keys_in_row * width);
-    }
-    scratch.block_output = arena.take<Real>(padded_value_dim * width);
-    if (encodes) scratch.rows = arena.take<Real>(width * head_dim);
-    return scratch;
-  }
-};
 
 template <class Products, Mask M, Score S>
 class QueryTile {
@@ -59,7 +35,8 @@ class QueryTile {
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
   static constexpr Index most_lanes = tile_lanes<Real>;
   static constexpr Index w = lanes<Real>;
-  static_assert(Products::keys_in_block <= Runs::capacity * keys_in_strip<Real>);
+  static_assert(Products::keys_in_block <= Runs::capacity * keys_in_strip<Real> &&
+                Products::keys_in_block <= most_keys_in_block);
 
   static QueryTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len) {
     QueryTile tile;
@@ -106,9 +83,6 @@ class QueryTile {
     alignas(64) Real top[std::size_t(most_lanes)], shrink[std::size_t(most_lanes)],
         sum[std::size_t(most_lanes)];
     std::fill_n(top, stride_, Products::hidden);
-    if constexpr (TileMask<Real, M>::may_hide) {
-      if (runs.any_partial()) mask_.enter_block(block.first_key);
-    }
     for (const Run& run : runs) score_run(block, run, scratch.scores, top);
     raise_tops(state, top, shrink, sum);
     for (const Run& run : runs) {
@@ -158,8 +132,14 @@ class QueryTile {
                   const Real* scale) const;
   bool values_finite(const Block& block, const Run& run) const {
     constexpr Index in_row = Products::keys_in_row;
-    return Products::values_finite(block.v + run.begin / in_row * block.v_stride, block.v_stride,
-                                   divide_up(run.end - run.begin, in_row), state_.columns());
+    const auto find = [&](Index begin, Index end) {
+      return Products::values_finite(block.v + begin / in_row * block.v_stride, block.v_stride,
+                                     divide_up(end - begin, in_row), state_.columns());
+    };
+    // Of a whole block all tiles of a task want to know it; the strips of a mask's edge are their own.
+    if (run.end - run.begin < block.keys) return find(run.begin, run.end);
+    if (block.values_finite < 0) block.values_finite = find(0, block.keys) ? 1 : 0;
+    return block.values_finite != 0;
   }
   void value_run_past_hidden(const Block& block, const Run& run, const Weight* weights, Real* o) const;
   template <class MustHide, class PastHidden>
@@ -204,6 +184,20 @@ void QueryTile<Products, M, S>::score_run(const Block& block, const Run& run, Re
   const Index first_lane = run.first_packet * w;
   alignas(64) Real highest[std::size_t(most_lanes)];
   std::copy_n(top, stride_, highest);
+  const auto strip_of = [&](int c) {
+    return ScoreStrip<Real>{scores + run.begin * stride_ + c * w,
+                            stride_,
+                            lanes_.batch,
+                            lanes_.head(0),
+                            lanes_.position(c * w),
+                            lanes_.count - c * w,
+                            block.first_key + run.begin,
+                            run.end - run.begin};
+  };
+  if constexpr (StripScore<S, Real>) {
+    for (int c = run.first_packet; c < run.first_packet + run.packets; ++c)
+      prefetch_strip(*score_, strip_of(c));
+  }
   with_packets(run.packets, [&]<int packets>() {
     Products::template score_rows<packets>(
         block.k + run.begin * block.k_stride, block.k_stride, run.end - run.begin, q_ + first_lane, head_dim_,
@@ -215,6 +209,7 @@ void QueryTile<Products, M, S>::score_run(const Block& block, const Run& run, Re
       std::copy_n(highest + c * w, w, top + c * w);
       continue;
     }
+    if constexpr (StripScore<S, Real>) change_strip(*score_, strip_of(c));
     Packet<Real> of_packet = load<Real>(top + c * w);
     for (Index j = run.begin; j < run.end; ++j) {
       Packet<Real> s = load<Real>(scores + j * stride_ + c * w);
@@ -235,7 +230,7 @@ auto QueryTile<Products, M, S>::change_score(Packet<Real> s, int c, Index key) c
   if constexpr (PacketScore<S, Packet<Real>>) {
     for (Index i = 0; i < w; ++i) values[i] = static_cast<Real>(lanes_.position(c * w + i) - key);
     s = score_->on_packet(s, lanes_.head(0), load<Real>(values));
-  } else {
+  } else if constexpr (!StripScore<S, Real>) {  // whose strips have been changed
     store<Real>(values, s);
     for (Index i = 0; i < w; ++i) {
       const Index lane = c * w + i;

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cstddef>
+#include <cstdint>
 #include <type_traits>
 
 #include "longspan/detail/simd/packet.hpp"
@@ -16,7 +18,28 @@
 LONGSPAN_BEGIN
 namespace detail {
 
-/// For any mask: asks `sees` for each pair of a tile that `classify` leaves open.
+/// Keys of a block that the same packets of queries see: scores, weights and values of a run are computed for
+/// the packets [first_packet, first_packet + packets) only.
+struct Run {
+  Index begin = 0;  ///< in the block
+  Index end = 0;
+  int first_packet = 0;
+  int packets = 0;
+  unsigned partial = 0;  ///< bit c: packet c sees some of its pairs only
+
+  bool continues_in(const Run& next) const noexcept {
+    return end == next.begin && first_packet == next.first_packet && packets == next.packets;
+  }
+};
+
+/// Blocks of keys are this long at most, in any arithmetic.
+inline constexpr Index most_keys_in_block = 256;
+
+/// Strips in which a block is looked at where the edge of a mask crosses it.
+template <class Real>
+inline constexpr Index keys_in_strip = std::max<Index>(lanes<Real>, tile_rows);
+
+/// For any mask: where `classify` leaves a block open, what its queries see of it is read once, as bits.
 template <class Real, class M>
 class TileMask {
  public:
@@ -30,24 +53,116 @@ class TileMask {
 
   /// What the queries in packet c see of the keys.
   Seen classify(int c, KeyRange keys) const {
-    return longspan::classify(*mask_, lanes_.tile(c * lanes<Real>, lanes<Real>, keys));
+    return longspan::classify(*mask_, lanes_.tile(c * w, w, keys));
   }
-  void enter_block(Index) {}
+
+  /// Reads the block that `whole` leaves open; `whole` is what `classify` said of all its keys.
+  void enter_block(Index first_key, const Run& whole) {
+    first_key_ = first_key;
+    const auto used = static_cast<std::size_t>((whole.end + 63) / 64);
+    for (int c = 0; c < tile_packets; ++c) {
+      PacketBits& of_packet = bits_[std::size_t(c)];
+      const bool takes_part = whole.first_packet <= c && c < whole.first_packet + whole.packets;
+      const Words none{}, all = words_of({0, whole.end});
+      if (!takes_part || (whole.partial >> c & 1u) == 0) {
+        of_packet = takes_part ? PacketBits{all, all} : PacketBits{none, none};
+        continue;
+      }
+      Words open = all, seen = none;
+      if constexpr (!has_cheap_bits<M>) ask_classify(c, whole.end, open, seen);
+      of_packet = {none, all};
+      for (Index lane = c * w; lane < (c + 1) * w; ++lane) {
+        if (lane >= lanes_.count && lane > c * w) {
+          repeat_lane_before(lane);
+          continue;
+        }
+        const Index head = lanes_.head(lane), position = lanes_.position(lane);
+        for (std::size_t n = 0; n < used; ++n) {
+          std::uint64_t bits = seen[n];
+          if (open[n] != 0) {
+            bits |= seen_bits(*mask_, lanes_.batch, head, position, first_key + 64 * static_cast<Index>(n),
+                              open[n]);
+          }
+          of_packet.any[n] |= bits;
+          of_packet.all[n] &= bits;
+          spread(bits, lane, n);
+        }
+      }
+    }
+  }
+
+  /// What packet c sees of the keys [begin, end) of the block that was entered, a strip.
+  Seen classify_entered(int c, Index begin, Index end) const {
+    static_assert(64 % keys_in_strip<Real> == 0);
+    const std::size_t word = static_cast<std::size_t>(begin) / 64;
+    const std::uint64_t keys = bits_of_range({begin, end}, 64 * static_cast<Index>(word));
+    const PacketBits& of_packet = bits_[std::size_t(c)];
+    const bool any = (keys & of_packet.any[word]) != 0, all = (keys & ~of_packet.all[word]) == 0;
+    return any ? all ? Seen::all : Seen::some : Seen::none;
+  }
 
   /// The condition under which the queries in packet c see key j.
   Packet<Real> visible(int c, Index j) const {
-    alignas(64) std::array<Real, static_cast<std::size_t>(lanes<Real>)> seen;
-    for (int i = 0; i < lanes<Real>; ++i) {
-      const Index lane = c * lanes<Real> + i;
-      const bool yes = sees(*mask_, lanes_.batch, lanes_.head(lane), lanes_.position(lane), j);
-      seen[static_cast<std::size_t>(i)] = yes ? Real(1) : Real(0);
-    }
-    return less(broadcast(Real(0)), load(static_cast<const Real*>(seen.data())));
+    const auto at = static_cast<std::size_t>(j - first_key_);
+    const Packet<Real> key = broadcast(one_and_bit.data() + at % group);
+    const Real* of_lanes = lane_bits_.data() + at / group * std::size_t(tile_lanes<Real>) + c * w;
+    return equal(load(of_lanes) & key, key);
   }
 
  private:
+  static constexpr int w = lanes<Real>;
+  static constexpr std::size_t words = std::size_t(most_keys_in_block) / 64;
+  using Words = std::array<std::uint64_t, words>;
+  struct PacketBits {
+    Words any, all;  ///< bit n: does one of the packet's queries see key n of the block, do they all?
+  };
+
+  static Words words_of(KeyRange keys) {
+    Words of_keys;
+    for (std::size_t n = 0; n < words; ++n) of_keys[n] = bits_of_range(keys, 64 * static_cast<Index>(n));
+    return of_keys;
+  }
+
+  /// Closes the strips of which the mask's own classify knows all.
+  void ask_classify(int c, Index keys, Words& open, Words& seen) const {
+    for (Index begin = 0; begin < keys; begin += keys_in_strip<Real>) {
+      const Index end = std::min(keys, begin + keys_in_strip<Real>);
+      const Seen of_strip = classify(c, {first_key_ + begin, first_key_ + end});
+      if (of_strip == Seen::some) continue;
+      const Words strip = words_of({begin, end});
+      for (std::size_t n = 0; n < words; ++n) {
+        open[n] &= ~strip[n];
+        if (of_strip == Seen::all) seen[n] |= strip[n];
+      }
+    }
+  }
+
+  // The bits of a lane are held 16 to a Real, in the fraction of a number from 1 to 2: so they are compared as
+  // numbers, on any machine and under any flags, and lanes need no transposition.
+  static constexpr std::size_t group = 16, groups = std::size_t(most_keys_in_block) / group;
+  using Bits = std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint64_t>;
+  static constexpr Bits one = std::bit_cast<Bits>(Real(1));
+  static constexpr auto one_and_bit = [] {
+    std::array<Real, group> numbers{};
+    for (std::size_t n = 0; n < numbers.size(); ++n) numbers[n] = std::bit_cast<Real>(one | Bits{1} << n);
+    return numbers;
+  }();
+
+  /// Row n of lane_bits_ is that of the keys from group * n on.
+  Real* group_of(std::size_t n, Index lane) { return lane_bits_.data() + Index(n) * tile_lanes<Real> + lane; }
+  void spread(std::uint64_t bits, Index lane, std::size_t word) {
+    for (std::size_t n = 0; n < 64 / group; ++n, bits >>= group)
+      *group_of(word * (64 / group) + n, lane) = std::bit_cast<Real>(one | static_cast<Bits>(bits & 0xffff));
+  }
+  void repeat_lane_before(Index lane) {
+    for (std::size_t n = 0; n < groups; ++n) *group_of(n, lane) = *group_of(n, lane - 1);
+  }
+
   const M* mask_ = nullptr;
   QueryLanes lanes_;
+  Index first_key_ = 0;
+  std::array<PacketBits, std::size_t(tile_packets)> bits_;
+  alignas(64) std::array<Real, groups * std::size_t(tile_lanes<Real>)> lane_bits_;
 };
 
 /// Where each query sees one range of keys, a key's index is compared with the two ends that each lane holds.
@@ -79,7 +194,7 @@ class TileMask<Real, M> {
   }
 
   /// Ends are held relative to the block, where they are small numbers and exact in Real.
-  void enter_block(Index first_key) {
+  void enter_block(Index first_key, const Run&) {
     first_key_ = first_key;
     constexpr Index beyond = 1 << 20;
     for (int lane = 0; lane < tile_lanes<Real>; ++lane) {
@@ -90,6 +205,9 @@ class TileMask<Real, M> {
       begin_[at(lane)] = relative(of_lane.begin);
       end_[at(lane)] = relative(of_lane.end);
     }
+  }
+  Seen classify_entered(int c, Index begin, Index end) const {
+    return classify(c, {first_key_ + begin, first_key_ + end});
   }
   Packet<Real> visible(int c, Index j) const {
     const Packet<Real> key = broadcast(static_cast<Real>(j - first_key_));
@@ -104,24 +222,6 @@ class TileMask<Real, M> {
   alignas(64) std::array<Real, size> begin_{}, end_{};
   Index first_key_ = 0;
 };
-
-/// Keys of a block that the same packets of queries see: scores, weights and values of a run are computed for
-/// the packets [first_packet, first_packet + packets) only.
-struct Run {
-  Index begin = 0;  ///< in the block
-  Index end = 0;
-  int first_packet = 0;
-  int packets = 0;
-  unsigned partial = 0;  ///< bit c: packet c sees some of its pairs only
-
-  bool continues_in(const Run& next) const noexcept {
-    return end == next.begin && first_packet == next.first_packet && packets == next.packets;
-  }
-};
-
-/// Strips in which a block is looked at where the edge of a mask crosses it.
-template <class Real>
-inline constexpr Index keys_in_strip = std::max<Index>(lanes<Real>, tile_rows);
 
 /// The runs of one block of keys, of at most `capacity` strips.
 struct Runs {
@@ -149,12 +249,12 @@ struct Runs {
   }
 };
 
-/// What the packets see of the keys [begin, end) of a block that starts at `first_key`, as one run.
-template <class Real, Mask M>
-Run run_of(const TileMask<Real, M>& mask, int packets, Index first_key, Index begin, Index end) {
+/// What the packets see of the keys [begin, end) of a block, as one run: packet c answers `seen_by(c)`.
+template <class SeenBy>
+Run run_of(int packets, Index begin, Index end, const SeenBy& seen_by) {
   unsigned seen = 0, whole = 0;  // bits of packets; no branch, since edges of masks are not foreseen
   for (int c = 0; c < packets; ++c) {
-    const Seen of_packet = mask.classify(c, {first_key + begin, first_key + end});
+    const Seen of_packet = seen_by(c);
     seen |= unsigned(of_packet != Seen::none) << c;
     whole |= unsigned(of_packet == Seen::all) << c;
   }
@@ -164,20 +264,24 @@ Run run_of(const TileMask<Real, M>& mask, int packets, Index first_key, Index be
   return {begin, end, first, behind - first, taking_part & ~whole};
 }
 
-/// Cuts a block into runs. A block that is seen whole is one run; where a mask's edge crosses it, it is
-/// looked at in strips as many keys high as a packet has lanes, so that the causal diagonal shrinks packet by
-/// packet (at q_len = 512, head_dim 64 that is 8 % of a call).
+/// Cuts a block into runs, and enters it where one of them is partial. A block that is seen whole is one run;
+/// where a mask's edge crosses it, it is looked at in strips as many keys high as a packet has lanes, so that
+/// the causal diagonal shrinks packet by packet (at q_len = 512, head_dim 64 that is 8 % of a call).
 template <class Real, Mask M>
-Runs cut_into_runs(const TileMask<Real, M>& mask, int packets, Index first_key, Index keys) {
+Runs cut_into_runs(TileMask<Real, M>& mask, int packets, Index first_key, Index keys) {
   constexpr Index strip = keys_in_strip<Real>;
   Runs runs;
-  const Run whole = run_of(mask, packets, first_key, 0, keys);
+  const Run whole = run_of(packets, 0, keys, [&](int c) {
+    return mask.classify(c, {first_key, first_key + keys});
+  });
   if (whole.partial == 0 || whole.packets == 0) {
     runs.add(whole);
     return runs;
   }
+  mask.enter_block(first_key, whole);
   for (Index begin = 0; begin < keys; begin += strip) {
-    runs.add(run_of(mask, packets, first_key, begin, std::min(keys, begin + strip)));
+    const Index end = std::min(keys, begin + strip);
+    runs.add(run_of(packets, begin, end, [&](int c) { return mask.classify_entered(c, begin, end); }));
   }
   return runs;
 }
