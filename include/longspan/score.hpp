@@ -60,6 +60,13 @@ concept PacketScore = requires(const S& score, Packet s, Index x) {
   { score.on_packet(s, x, s) } -> std::convertible_to<Packet>;
 };
 
+/// Scores that also work on packets whose lanes belong to different heads: for_heads(the head of each lane) returns a
+/// function of (scores, distances). A packet score without it is called once for each of these heads.
+template <class S, class Real>
+concept PacketScoreOfHeads = requires(const S& score, Packet<Real> s, const Index* heads) {
+  { score.template for_heads<Real>(heads)(s, s) } -> std::convertible_to<Packet<Real>>;
+};
+
 }  // namespace detail
 
 /// Scores as they are.
@@ -83,6 +90,12 @@ struct softcap {
     const auto by = detail::broadcast(Real(cap));
     return detail::tanh(s / by) * by;
   }
+  template <class Real>
+  auto for_heads(const Index*) const {
+    return [*this](detail::Packet<Real> s, detail::Packet<Real> distance) {
+      return on_packet(s, Index{0}, distance);
+    };
+  }
 };
 
 /// s - slopes[h] * |i - j|. Press et al. 2021 (arXiv 2108.12409), section 3. One slope for each head; not
@@ -97,6 +110,16 @@ struct alibi {
   template <class Real>
   detail::Packet<Real> on_packet(detail::Packet<Real> s, Index h, detail::Packet<Real> distance) const {
     return s - detail::broadcast(Real(slopes[static_cast<std::size_t>(h)])) * detail::abs(distance);
+  }
+  template <class Real>
+  auto for_heads(const Index* heads) const {
+    alignas(64) Real of_lane[std::size_t(detail::lanes<Real>)];
+    for (int i = 0; i < detail::lanes<Real>; ++i)
+      of_lane[i] = Real(slopes[static_cast<std::size_t>(heads[i])]);
+    return [slope = detail::load(static_cast<const Real*>(of_lane))](detail::Packet<Real> s,
+                                                                     detail::Packet<Real> distance) {
+      return s - slope * detail::abs(distance);
+    };
   }
 };
 
@@ -158,6 +181,16 @@ struct piped {
   requires(detail::PacketScore<A, detail::Packet<Real>> && detail::PacketScore<B, detail::Packet<Real>>)
   {
     return second.on_packet(first.on_packet(s, h, distance), h, distance);
+  }
+  template <class Real>
+  auto for_heads(const Index* heads) const
+  requires(detail::PacketScoreOfHeads<A, Real> && detail::PacketScoreOfHeads<B, Real>)
+  {
+    return [of_first = first.template for_heads<Real>(heads),
+            of_second = second.template for_heads<Real>(heads)](detail::Packet<Real> s,
+                                                                detail::Packet<Real> distance) {
+      return of_second(of_first(s, distance), distance);
+    };
   }
 };
 
