@@ -110,29 +110,28 @@ class HeadByHead {
 };
 
 /// A score function called once for each key that query g sees. Does it hide one?
-template <ScoreEnd end, class Real, class S>
+template <ScoreEnd end, bool masked, class Real, class S>
 LONGSPAN_NOINLINE bool change_each(const ScoreBlock<Real>& block, const S& score, Index g) {
   constexpr Real hidden = FloatProducts<Real>::hidden;
   const Index b = block.queries.batch, h = block.queries.head(block.first + g),
-              i = block.queries.position(block.first + g), count = block.count;
+              i = block.queries.position(block.first + g), count = block.count, end_key = block.keys.end;
   Real* s = block.s + g;
-  const bool* seen = block.seen == nullptr ? nullptr : block.seen + g;
-  bool hides = false;
-  for (Index j = block.keys.begin; j < block.keys.end; ++j, s += count) {
-    if (seen != nullptr) {
+  const bool* seen = block.seen + (masked ? g : 0);
+  Real lowest = 0;
+  for (Index j = block.keys.begin; j < end_key; ++j, s += count) {
+    if constexpr (masked) {
       const bool sees = *seen;
       seen += count;
       if (!sees) continue;
     }
-    const Real changed = static_cast<Real>(score(static_cast<ScoreValue<S, Real>>(*s), b, h, i, j));
-    if constexpr (end == ScoreEnd::for_next) {
-      *s = changed;
-    } else {
-      *s = std::max(changed * score_unit<Real>, hidden);  // in this order NaN stays NaN
-      hides |= *s == hidden;
+    Real changed = static_cast<Real>(score(static_cast<ScoreValue<S, Real>>(*s), b, h, i, j));
+    if constexpr (end == ScoreEnd::in_units) {
+      changed = std::max(changed * score_unit<Real>, hidden);  // in this order NaN stays NaN
+      lowest = std::min(lowest, changed);
     }
+    *s = changed;
   }
-  return hides;
+  return lowest == hidden;
 }
 
 template <class S>
@@ -157,7 +156,10 @@ bool change_scores(const ScoreBlock<Real>& block, const S& score) {
     return change_scores<end>(block, score.second);
   } else {
     bool hides = false;
-    for (Index g = 0; g < block.real_queries(); ++g) hides |= change_each<end>(block, score, g);
+    for (Index g = 0; g < block.real_queries(); ++g) {
+      hides |= block.seen == nullptr ? change_each<end, false>(block, score, g)
+                                     : change_each<end, true>(block, score, g);
+    }
     return hides;
   }
 }
