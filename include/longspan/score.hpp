@@ -174,7 +174,10 @@ struct piped {
 
   template <class Real>
   Real operator()(Real s, Index b, Index h, Index i, Index j) const {
-    return second(static_cast<Real>(first(s, b, h, i, j)), b, h, i, j);
+    using Taken = detail::ScoreValue<A, Real>;
+    using Passed = detail::ScoreValue<B, Real>;
+    return static_cast<Real>(
+        second(static_cast<Passed>(first(static_cast<Taken>(s), b, h, i, j)), b, h, i, j));
   }
   template <class Real>
   detail::Packet<Real> on_packet(detail::Packet<Real> s, Index h, detail::Packet<Real> distance) const
