@@ -429,7 +429,7 @@ TEST_CASE("attend_npy: an output that is an input under any name is refused and 
   check("softmax" + in + " --out ./k.npy", "--k", "--out");
   check("softmax" + in + " --out symbolic.npy", "--q", "--out");
   check("softmax" + in + " --out hard.npy", "--k", "--out");
-  check("softmax" + in + " --out here/../here/v.npy", "--v", "--out");
+  check("softmax" + in + " --out here/v.npy", "--v", "--out");
   check("softmax --q symbolic.npy --k k.npy --v v.npy --out q.npy", "--q", "--out");
   check("softmax" + in + " --out out.npy --lse v.npy", "--v", "--lse");
   const std::string infini = "infini segment=8" + in + " --beta beta.npy --out out.npy";
@@ -462,12 +462,20 @@ TEST_CASE(
   };
   const auto check = [&](const Inputs& straight, std::size_t rank, const std::string& variant) {
     CAPTURE(variant, rank);
-    const auto saved = [&](const std::string& name, const Values& x) {
-      save<float>(folder, name, {x.shape.end() - static_cast<std::ptrdiff_t>(rank), x.shape.end()}, x.values);
+    // The last dimensions; those of one head, where both layouts are [N, d].
+    const auto file_shape = [&](const std::vector<Index>& shape) {
+      if (rank == 2) return std::vector<Index>{shape[1] * shape[2], shape[3]};
+      return std::vector<Index>(shape.end() - static_cast<std::ptrdiff_t>(rank), shape.end());
     };
-    const bool has_lse = variant.substr(0, 6) != "infini";
-    const std::string outputs =
-        has_lse ? " --out out.npy --lse lse.npy" : " --out out.npy --memory-out lse.npy";
+    const auto saved = [&](const std::string& name, const Values& x) {
+      save<float>(folder, name, file_shape(x.shape), x.values);
+    };
+    const bool has_lse = variant.substr(0, 6) != "infini" && variant.substr(0, 6) != "hybrid";
+    const std::string more = has_lse                            ? " --lse lse.npy"
+                             : variant.substr(0, 6) == "infini" ? " --memory-out lse.npy"
+                                                                : "";
+    const std::string outputs = " --out out.npy" + more;
+    save<float>(folder, "lse.npy", {1}, {0.0});
     saved("q.npy", straight.q), saved("k.npy", straight.k), saved("v.npy", straight.v);
     REQUIRE(run(folder, variant + " --q q.npy --k k.npy --v v.npy" + outputs).exit_code == 0);
     const npy::Array out = npy::read(folder.file("out.npy")), lse = npy::read(folder.file("lse.npy"));
@@ -480,8 +488,7 @@ TEST_CASE(
     const npy::Array out_turned = npy::read(folder.file("out.npy")),
                      lse_turned = npy::read(folder.file("lse.npy"));
     full = turned(full);
-    CHECK(out_turned.shape ==
-          std::vector<Index>(full.shape.end() - static_cast<std::ptrdiff_t>(rank), full.shape.end()));
+    CHECK(out_turned.shape == file_shape(full.shape));
     CHECK(values_of(out_turned) == full.values);
     CHECK(lse_turned.shape == lse.shape);
     CHECK(values_of(lse_turned) == values_of(lse));
@@ -491,8 +498,9 @@ TEST_CASE(
   check(in, 4, "softmax causal=1");
   check(in, 4, "dilated segments=8,16 dilations=1,2");
   check(in, 4, "landmark block=8");
-  for (const std::string variant : {"softmax_stream chunks=20,17", "landmark_stream block=8 chunks=20,17",
-                                    "infini segment=8", "dilated_stream segments=8"}) {
+  for (const std::string variant :
+       {"softmax_stream chunks=20,17", "landmark_stream block=8 chunks=20,17", "infini segment=8",
+        "hybrid_stream block=8", "dilated_stream segments=8"}) {
     check(of_one, 4, variant);
     check(of_one, 3, variant);
   }
