@@ -4,6 +4,7 @@
 // timed each answer is held against double; a wrong one is an error and has no time. "mask:dense", "mask:bits" and
 // "bias:1" are the calls of the same sizes under a mask or a bias that is a tensor.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -28,6 +29,14 @@ enum class Order : unsigned char {
   rows_first
 };  ///< in memory: [heads, rows, d] or [rows, heads, d]
 
+/// What changes the scores of a case.
+enum class ScoreKind : unsigned char { unchanged, softcap, alibi, lambda, bias };
+constexpr std::array<const char*, 5> score_names{"unchanged", "softcap", "alibi", "lambda", "bias"};
+
+constexpr float cap = 5, slope = 0.0625f;
+/// What the lambda and the bias add.
+constexpr float added(Index h, Index j) { return static_cast<float>((h + 3 * j) % 17) / 8 - 1; }
+
 struct Case {
   Index heads = 8;
   Index kv_heads = 8;
@@ -36,6 +45,7 @@ struct Case {
   Index head_dim = 64;
   Visible visible = Visible::causal;
   Order order = Order::heads_first;
+  ScoreKind score = ScoreKind::unchanged;
 
   bool is_decode() const { return q_len < kv_len; }
   double flop() const { return attention_flop(visible, 1, heads, q_len, kv_len, head_dim, head_dim); }
@@ -50,6 +60,8 @@ struct Case {
     std::string text = method + (is_decode() ? "_decode_" : "_") + type;
     text +=
         (order == Order::rows_first ? "_rows_first" : "") + part("heads", heads) + part("kv_heads", kv_heads);
+    if (score != ScoreKind::unchanged)
+      text += std::string("/score:") + score_names[static_cast<std::size_t>(score)];
     text += part("n", q_len) + (is_decode() ? part("m", kv_len) : "") + part("d", head_dim);
     return text + (is_decode() ? "" : part("causal", visible == Visible::causal)) + part("threads", threads);
   }
@@ -68,6 +80,7 @@ struct Data {
   Inputs<T> in;
   OwnedTensor<T> out;
   std::vector<ExactRow> exact;
+  std::vector<float> bias;  ///< [heads, q_len, kv_len], for the case of it
 
   explicit Data(const Case& c) : of(c) {
     in = c.order == Order::heads_first ? hashed_inputs<T>(c.heads, c.kv_heads, c.q_len, c.kv_len, c.head_dim)
@@ -80,7 +93,32 @@ struct Data {
     for (std::size_t n = 0; n < std::min(most, rows.size()); ++n) {
       chosen.push_back(rows[n * rows.size() / std::min(most, rows.size())]);
     }
-    exact = exact_rows(q(), k(), v(), c.visible, std::span<const RowId>(chosen), default_threads());
+    const std::span<const RowId> of_rows(chosen);
+    if (c.score == ScoreKind::unchanged) {
+      exact = exact_rows(q(), k(), v(), c.visible, of_rows, default_threads());
+    } else {
+      exact = exact_rows(q(), k(), v(), c.visible, of_rows, default_threads(),
+                         [&](double s, Index h, Index i, Index j) { return exact_score(s, h, i, j); });
+    }
+    if (c.score != ScoreKind::bias) return;
+    for (Index h = 0; h < c.heads; ++h) {
+      for (Index n = 0; n < c.q_len * c.kv_len; ++n) bias.push_back(added(h, n % c.kv_len));
+    }
+  }
+
+  double exact_score(double s, Index h, Index i, Index j) const {
+    switch (of.score) {
+      case ScoreKind::unchanged:
+        return s;
+      case ScoreKind::softcap:
+        return double(cap) * std::tanh(s / double(cap));
+      case ScoreKind::alibi:
+        return s - double(slope) * std::abs(static_cast<double>(of.kv_len - of.q_len + i - j));
+      case ScoreKind::lambda:
+      case ScoreKind::bias:
+        return s + double(added(h, j));
+    }
+    return s;
   }
 
   longspan::TensorView<const T> q() const {
@@ -226,8 +264,45 @@ void run_with_tensor(benchmark::State& state, LastData& last, const Case& c, Pai
       longspan::dense_mask(longspan::compact_view(bytes.data(), 1, 1, n, c.kv_len))});
 }
 
+/// The score of the case, as softmax_attention takes it.
+template <class T, class Run>
+void with_score(const Data<T>& data, const Run& run) {
+  const Case& c = data.of;
+  const std::vector<float> slopes(static_cast<std::size_t>(c.heads), slope);
+  switch (c.score) {
+    case ScoreKind::unchanged:
+      return run(longspan::unchanged{});
+    case ScoreKind::softcap:
+      return run(longspan::softcap{cap});
+    case ScoreKind::alibi:
+      return run(longspan::alibi{slopes});
+    case ScoreKind::lambda:
+      return run([](float s, Index, Index h, Index, Index j) { return s + added(h, j); });
+    case ScoreKind::bias:
+      return run(
+          longspan::additive_bias(longspan::compact_view(data.bias.data(), 1, c.heads, c.q_len, c.kv_len)));
+  }
+}
+
 class Registry {
  public:
+  /// One token, or a few, under each kind of score.
+  void add_scores(Case c) const {
+    for (std::size_t kind = 0; kind < score_names.size(); ++kind) {
+      c.score = static_cast<ScoreKind>(kind);
+      add(c.name("softmax", "f32_score", 1), [=, last = last_](benchmark::State& state) {
+        Data<float>& data = last->get<float>(c, "f32");
+        const auto out = data.output();
+        longspan::Execution<longspan::serial> execution;
+        with_score(data, [&](const auto& score) {
+          const longspan::softmax_attention attend{longspan::causal{}, score};
+          run_case(state, *last, data, 1, {}, false,
+                   [&] { attend(data.q(), data.k(), data.v(), out, execution); });
+        });
+      });
+    }
+  }
+
   template <class T>
   void add_softmax(const Case& c, const char* type, const char* variant = "", bool products = true) const {
     for (const Index threads : thread_counts()) {
@@ -321,6 +396,15 @@ void add_decode(const Registry& registry) {
   }
 }
 
+/// Names softmax_decode_f32_score/.../score:softcap/..., and without `score:` the plain call to compare with.
+void add_decode_scores(const Registry& registry) {
+  registry.add_scores({8, 8, 1, 4096, 128, Visible::causal});
+  registry.add_scores({32, 8, 1, 4096, 128, Visible::causal});
+  registry.add_scores({8, 1, 1, 4096, 64, Visible::causal});
+  registry.add_scores({16, 8, 1, 8192, 256, Visible::causal});
+  registry.add_scores({32, 32, 1, 2048, 128, Visible::causal});
+}
+
 }  // namespace
 }  // namespace bench
 
@@ -331,5 +415,6 @@ int main(int count, char** words) {
     bench::add_pair_tensors(registry);
     bench::add_small(registry);
     bench::add_decode(registry);
+    bench::add_decode_scores(registry);
   });
 }

@@ -292,6 +292,56 @@ TEMPLATE_TEST_CASE("merge: NaN in a log-sum-exp or in an output that counts stay
   }
 }
 
+TEST_CASE("merge: what `partial` returns for tensors that can be written, beside constant parts",
+          "[partial]") {
+  test::Random random(4);
+  std::vector<Part<float>> parts;
+  for (int n = 0; n < 3; ++n) {
+    parts.emplace_back(1, 2, 3, 5);
+    fill(parts.back(), random, 1);
+  }
+  const auto wanted = merged(parts);
+  const auto mutable_part = [&](std::size_t n) {
+    return longspan::partial(parts[n].out.view(), parts[n].lse.view());
+  };
+  STATIC_REQUIRE(std::is_same_v<decltype(mutable_part(0)), Partial<float>>);
+  Part<float> into(1, 2, 3, 5);
+  const auto check = [&](const auto& call) {
+    into = Part<float>(1, 2, 3, 5);
+    call();
+    CHECK(into == wanted);
+  };
+  check([&] { merge({mutable_part(0), mutable_part(1), mutable_part(2)}, into.write()); });
+  check([&] {
+    merge({mutable_part(0), parts[1].read(), mutable_part(2)}, into.write(), longspan::serial{});
+  });
+  const std::vector<Partial<float>> in_vector{mutable_part(0), mutable_part(1), mutable_part(2)};
+  check([&] { merge(in_vector, into.write()); });
+  const auto constant = views_of(parts);
+  check([&] { merge(constant, into.write(), longspan::openmp{2}); });
+  // A constant lse makes a constant part, and with_lse takes a part that can be written.
+  const auto& lse = std::as_const(parts[1]).lse;
+  const auto of_constant_lse = longspan::partial(parts[1].out.view(), lse.view());
+  STATIC_REQUIRE(std::is_same_v<decltype(of_constant_lse), const Partial<const float>>);
+  check([&] { merge({mutable_part(0), of_constant_lse, mutable_part(2)}, into.write()); });
+  check([&] {
+    merge({mutable_part(0), with_lse(mutable_part(1), lse.view()), mutable_part(2)}, into.write());
+  });
+}
+
+TEMPLATE_TEST_CASE("merge: a part whose log-sum-exp is NaN is not an absent one", "[partial]", float,
+                   double) {
+  const double lowest = std::numeric_limits<TestType>::lowest();
+  for (const double other : {-infinity, lowest, 0.0, 1e30, infinity}) {
+    const Part<TestType> spoiled({2.0}, not_a_number), some({3.0}, other);
+    for (const auto& both : {merged<TestType>({spoiled, some}), merged<TestType>({some, spoiled}),
+                             merged<TestType>({some, spoiled, some})}) {
+      CHECK(std::isnan(lse_of(both)));
+      CHECK(std::isnan(row_of(both)[0]));
+    }
+  }
+}
+
 TEMPLATE_TEST_CASE("merge: into one of its parts", "[partial]", float, Eigen::bfloat16) {
   test::Random random(1);
   std::vector<Part<TestType>> parts;

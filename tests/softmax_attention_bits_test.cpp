@@ -202,6 +202,45 @@ TEMPLATE_TEST_CASE("softmax_attention: a few queries have the bits of each alone
   });
 }
 
+TEST_CASE("softmax_attention: a few queries under a score have the bits of each alone",
+          "[bits][law][score]") {
+  const std::vector<float> slopes = longspan::alibi_slopes(16);
+  const auto striped = [&](float s, Index b, Index h, Index i, Index j) {
+    return (b + h + i + 2 * j) % 11 == 0 ? -INFINITY
+                                         : 0.9f * s - 0.25f * slopes[std::size_t(h)] * float(i - j);
+  };
+  for_each_case(5, [&](Random& random) {
+    for (const Index group : {1, 2, 3, 5, 8}) {
+      const Index q_len = random.between(1, 8 / group),
+                  kv_len = q_len + random.pick<Index>({1, 17, 300, 2100});
+      const Shape shape{2, 2 * group, 2, q_len, kv_len, random.pick<Index>({8, 33}), random.between(1, 70)};
+      INFO(shape.text());
+      Call<float> call(shape, Values::normal, random);
+      Tensor<float> bias(1, 1, q_len, kv_len);
+      fill_normal(bias, random, 2);
+      const auto check = [&](const auto& score) {
+        softmax_attention attend{longspan::causal{} & longspan::window{.left = random.between(1, 2000)},
+                                 score};
+        attend.first_query = kv_len - q_len;
+        call.run(attend, longspan::openmp{2});
+        for (Index i = 0; i < q_len; ++i) {
+          auto token = attend;
+          token.first_query = attend.first_query + i;
+          Call<float> alone = rows_of(call, i, 1), by_head = with_repeated_heads(alone);
+          alone.run(token);
+          CHECK(same_rows(call, alone, i));
+          by_head.run(token);
+          CHECK(by_head.same_outputs(alone));
+        }
+      };
+      check(longspan::softcap{3});
+      check(longspan::softcap{30} | longspan::alibi{slopes});
+      check(striped);
+      check(longspan::additive_bias(bias.view()));
+    }
+  });
+}
+
 TEMPLATE_TEST_CASE("softmax_attention: queries in one call or in several have the same bits", "[bits][law]",
                    float, bfloat16) {
   for_each_case(30, [](Random& random) {

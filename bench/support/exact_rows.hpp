@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <span>
+#include <type_traits>
 #include <vector>
 
 #include "longspan/execution.hpp"
@@ -61,9 +62,15 @@ inline std::vector<RowId> sampled_rows(Index batch, Index heads, Index q_len, In
   return rows;
 }
 
-template <class T>
+/// A score function in double: score(s, head, query row, key).
+struct AsItIs {
+  double operator()(double s, Index, Index, Index) const { return s; }
+};
+
+template <class T, class Score = AsItIs>
 ExactRow exact_row(const longspan::TensorView<const T>& q, const longspan::TensorView<const T>& k,
-                   const longspan::TensorView<const T>& v, Visible visible, RowId id) {
+                   const longspan::TensorView<const T>& v, Visible visible, RowId id,
+                   const Score& score = {}) {
   const Index kv_head = id.h / (q.heads / k.heads), keys = visible_keys(visible, q.rows, k.rows, id.i);
   const double scale = 1 / std::sqrt(static_cast<double>(q.cols));
   std::vector<double> query(static_cast<std::size_t>(q.cols));
@@ -78,8 +85,8 @@ ExactRow exact_row(const longspan::TensorView<const T>& q, const longspan::Tenso
       dot += product;
       absolute += std::abs(product);
     }
-    weight[j] = scale * dot;
-    magnitude[j] = scale * absolute;
+    weight[j] = score(scale * dot, id.h, id.i, static_cast<Index>(j));
+    magnitude[j] = scale * absolute + (std::is_same_v<Score, AsItIs> ? 0 : std::abs(weight[j]));
   }
   const double highest = weight.empty() ? 0 : *std::max_element(weight.begin(), weight.end());
   double sum = 0;
@@ -104,15 +111,15 @@ ExactRow exact_row(const longspan::TensorView<const T>& q, const longspan::Tenso
   return row;
 }
 
-template <class T>
+template <class T, class Score = AsItIs>
 std::vector<ExactRow> exact_rows(const longspan::TensorView<const T>& q,
                                  const longspan::TensorView<const T>& k,
                                  const longspan::TensorView<const T>& v, Visible visible,
-                                 std::span<const RowId> rows, Index threads) {
+                                 std::span<const RowId> rows, Index threads, const Score& score = {}) {
   std::vector<ExactRow> exact(rows.size());
   longspan::openmp{threads}.for_each(static_cast<Index>(rows.size()), [&](Index n, Index) {
     const auto at = static_cast<std::size_t>(n);
-    exact[at] = exact_row(q, k, v, visible, rows[at]);
+    exact[at] = exact_row(q, k, v, visible, rows[at], score);
   });
   return exact;
 }

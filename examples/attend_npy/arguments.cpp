@@ -44,6 +44,12 @@ Storage storage_named(std::string_view name) {
   throw Error("the option --dtype is '" + std::string(name) + "', wanted f32, f64, bf16 or f16");
 }
 
+Layout layout_named(std::string_view name) {
+  if (name == "bhnd") return Layout::bhnd;
+  if (name == "bnhd") return Layout::bnhd;
+  throw Error("the option --layout is '" + std::string(name) + "', wanted bhnd or bnhd");
+}
+
 Index thread_count(std::string_view text) {
   constexpr Index most = 4096;  // each thread takes scratch memory before it has work
   const auto count = number_in<Index>(text);
@@ -131,8 +137,9 @@ std::optional<std::vector<Index>> Keys::rising_integers(std::string_view key) co
   const std::string* value = find(key);
   if (!value) return std::nullopt;
   std::vector<Index> numbers;
-  if (!add_numbers(*value, numbers, [](Index last, Index number) { return number > last; }))
-    refuse_key(key, *value, "rising integers like 7,15,23");
+  if (!value->empty() &&
+      !add_numbers(*value, numbers, [](Index last, Index number) { return number > last; }))
+    refuse_key(key, *value, "rising integers like 7,15,23, or nothing");
   return numbers;
 }
 
@@ -157,8 +164,9 @@ const std::string* Keys::find(std::string_view key) const {
 }
 
 Arguments parse_arguments(std::span<const std::string_view> words) {
-  static constexpr std::array<std::string_view, 10> names{
-      "--q", "--k", "--v", "--out", "--lse", "--dtype", "--threads", "--beta", "--memory-out", "--norm-out"};
+  static constexpr std::array<std::string_view, 11> names{"--q",          "--k",        "--v",       "--out",
+                                                          "--lse",        "--dtype",    "--threads", "--beta",
+                                                          "--memory-out", "--norm-out", "--layout"};
   Arguments arguments;
   std::map<std::string_view, std::string_view> options;
   for (std::size_t i = 0; i < words.size(); ++i) {
@@ -193,6 +201,7 @@ Arguments parse_arguments(std::span<const std::string_view> words) {
   arguments.memory_out = options["--memory-out"];
   arguments.norm_out = options["--norm-out"];
   if (options.contains("--dtype")) arguments.storage = storage_named(options["--dtype"]);
+  if (options.contains("--layout")) arguments.layout = layout_named(options["--layout"]);
   if (options.contains("--threads")) arguments.threads = thread_count(options["--threads"]);
   return arguments;
 }

@@ -21,6 +21,9 @@ using longspan::Index;
 /// The type to which q, k and v are rounded.
 enum class Storage { f32, f64, bf16, f16 };
 
+/// The order of the dimensions of q, k, v and out: [B, H, N, d] or [B, N, H, d].
+enum class Layout { bhnd, bnhd };
+
 /// "a, b and c"
 std::string listed(std::span<const std::string_view> words);
 
@@ -40,7 +43,7 @@ class Keys {
 
   /// "8,16,64"; empty where the key is absent.
   std::vector<Index> positive_integers(std::string_view key) const;
-  /// "0,7,15", each more than the one before; nothing where the key is absent.
+  /// "0,7,15", each more than the one before, or "", which is none; nothing where the key is absent.
   std::optional<std::vector<Index>> rising_integers(std::string_view key) const;
 
   /// Which of the words the key has, counted from 0; nothing where it is absent.
@@ -63,6 +66,7 @@ struct Arguments {
   std::string norm_out;            ///< empty: not wanted
   std::optional<Storage> storage;  ///< absent: as the files have it
   Index threads = 0;               ///< 0: as many as OpenMP takes
+  Layout layout = Layout::bhnd;
 };
 
 /// The words behind VARIANT; keys and options in any order.

@@ -20,7 +20,7 @@ struct Inputs {
   Storage storage = Storage::f32;
 };
 
-/// Refuses outputs that cannot be written, or two that are one file, before it reads.
+/// Refuses outputs that cannot be written, that are inputs, or two that are one file, before it reads.
 Inputs read_inputs(const Arguments& arguments);
 
 /// The gates of --beta, [1], [H] or [H, dv]; no rows where it is left out.
@@ -38,27 +38,57 @@ std::size_t checked_count(const std::string& path, const std::vector<Index>& sha
 /// Rounds the values to the type, which they need not be in.
 void round_to(Storage storage, npy::Array& array);
 
-/// [B, H, N, d] with values of Real, which is float or double; a file of rank 2 or 3 is one batch row, or one
-/// head of one.
+/// A tensor [B, H, N, d] or [B, N, H, d] in the file; a file of rank 2 is one head of one batch row, one of rank 3 one
+/// batch row.
+struct FileShape {
+  std::vector<Index> of_file;
+  Layout layout = Layout::bhnd;
+
+  Index from_end(std::size_t n) const { return n < of_file.size() ? of_file[of_file.size() - 1 - n] : 1; }
+  bool rows_first() const { return layout == Layout::bnhd && of_file.size() > 2; }
+  Index heads() const { return from_end(rows_first() ? 1 : 2); }
+  Index rows() const { return from_end(rows_first() ? 2 : 1); }
+
+  /// [B, H, N] without the dimensions that the file does not have: the shape of an lse.
+  std::vector<Index> rows_of_heads() const;
+
+  /// [B, H, N, d], whatever the file has.
+  template <class T>
+  longspan::TensorView<T> view(T* values) const {
+    const Index cols = from_end(0), head = rows() * cols, row = heads() * cols;
+    return {values,
+            from_end(3),
+            heads(),
+            rows(),
+            cols,
+            heads() * head,
+            rows_first() ? cols : head,
+            rows_first() ? row : cols};
+  }
+};
+
+/// With values of Real, which is float or double.
 template <class Real>
 class Tensor {
  public:
-  explicit Tensor(npy::Array array);
+  Tensor(npy::Array array, Layout layout);
 
-  const std::vector<Index>& shape() const noexcept { return shape_; }
-  Index dimension_from_end(std::size_t n) const {
-    return n < shape_.size() ? shape_[shape_.size() - 1 - n] : 1;
-  }
-
-  longspan::TensorView<const Real> view() const {
-    return longspan::compact_view(values_.data(), dimension_from_end(3), dimension_from_end(2),
-                                  dimension_from_end(1), dimension_from_end(0));
-  }
+  const FileShape& shape() const noexcept { return shape_; }
+  longspan::TensorView<const Real> view() const { return shape_.view(values_.data()); }
 
  private:
-  std::vector<Index> shape_;
+  FileShape shape_;
   std::vector<Real> values_;
 };
+
+/// Says on stderr what q, k and v are. If their shapes do not agree it says nothing: the kernel refuses them.
+template <class Real>
+void report_inputs(const longspan::TensorView<const Real>& q, const longspan::TensorView<const Real>& k,
+                   const longspan::TensorView<const Real>& v);
+
+/// Warns on stderr of queries that see no key: a layout that was meant otherwise often shows so.
+template <class Real>
+void warn_of_unseeing(const std::vector<Real>& lse, Index q_len, Index kv_len);
 
 /// A tensor that a variant gives.
 template <class Real>
@@ -75,20 +105,21 @@ void write_outputs(const std::vector<Output<Real>>& outputs);
 /// By value: each file's values are freed when they are in the type of the kernel.
 template <class Real, class Attend>
 void attend_in(const Arguments& arguments, Inputs inputs, const Attend& attend) {
-  const Tensor<Real> q(std::move(inputs.q)), k(std::move(inputs.k)), v(std::move(inputs.v));
-  Output<Real> out{arguments.out, q.shape(), {}}, lse{arguments.lse, q.shape(), {}};
-  out.shape.back() = v.dimension_from_end(0);
-  lse.shape.pop_back();
+  const Layout layout = arguments.layout;
+  const Tensor<Real> q(std::move(inputs.q), layout), k(std::move(inputs.k), layout),
+      v(std::move(inputs.v), layout);
+  FileShape out_shape = q.shape();
+  out_shape.of_file.back() = v.shape().from_end(0);
+  Output<Real> out{arguments.out, out_shape.of_file, {}}, lse{arguments.lse, q.shape().rows_of_heads(), {}};
   out.values.resize(checked_count(out.path, out.shape));
   lse.values.resize(checked_count(lse.path, lse.shape));
 
-  const auto q_view = q.view();
+  const auto q_view = q.view(), k_view = k.view(), v_view = v.view();
+  report_inputs(q_view, k_view, v_view);
   const auto call = [&] {
-    return attend(
-        q_view, k.view(), v.view(),
-        longspan::compact_view(out.values.data(), q_view.batch, q_view.heads, q_view.rows, out.shape.back()),
-        longspan::compact_rows_view(lse.values.data(), q_view.batch, q_view.heads, q_view.rows),
-        longspan::openmp{arguments.threads});
+    return attend(q_view, k_view, v_view, out_shape.view(out.values.data()),
+                  longspan::compact_rows_view(lse.values.data(), q_view.batch, q_view.heads, q_view.rows),
+                  longspan::openmp{arguments.threads});
   };
   std::vector<Output<Real>> outputs;
   if constexpr (std::is_void_v<decltype(call())>) {
@@ -98,6 +129,7 @@ void attend_in(const Arguments& arguments, Inputs inputs, const Attend& attend) 
   }
   outputs.insert(outputs.begin(), {std::move(out), std::move(lse)});
   write_outputs(outputs);
+  warn_of_unseeing(outputs[1].values, q_view.rows, k_view.rows);
 }
 
 /// Calls attend(q, k, v, out, lse, executor) on the tensors of the files, as double with --dtype f64, else

@@ -30,11 +30,12 @@ void run(const Arguments& arguments) {
 
 }  // namespace
 
-const Variant landmark{"landmark",
-                       "block=B              every B-th key is a landmark, the last of its block\n"
-                       "landmarks=7,15,23    or: these keys are, in every batch row\n"
-                       "causal=0|1           1: a query sees no later key (default 0)\n"
-                       "scale=x              multiplies q.k, not 0 (default 1 / sqrt(head_dim))\n",
-                       run};
+const Variant landmark{
+    "landmark",
+    "block=B              every B-th key is a landmark, the last of its block\n"
+    "landmarks=7,15,23    or: these keys are, in every batch row; none after `landmarks=`\n"
+    "causal=0|1           1: a query sees no later key (default 0)\n"
+    "scale=x              multiplies q.k, not 0 (default 1 / sqrt(head_dim))\n",
+    run};
 
 }  // namespace attend_npy

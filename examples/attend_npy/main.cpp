@@ -23,19 +23,23 @@ constexpr const Variant* variants[] = {&softmax, &softmax_stream, &landmark, &la
 constexpr std::string_view usage =
     "usage: attend_npy VARIANT [key=value ...] --q q.npy --k k.npy --v v.npy --out out.npy\n"
     "                  [--lse lse.npy] [--dtype f32|f64|bf16|f16] [--threads n]\n"
-    "                  [--beta beta.npy] [--memory-out m.npy] [--norm-out z.npy]\n"
+    "                  [--layout bhnd|bnhd] [--beta beta.npy] [--memory-out m.npy] [--norm-out z.npy]\n"
     "\n"
     "Attention on tensors in .npy files, float32 or float64 in C order.\n"
     "\n"
     "  --q, --k, --v  in: [B, H, N, d], [B, Hkv, M, d], [B, Hkv, M, dv]; also [H, N, d] and [N, d]\n"
     "  --out          out: as q, with dv for d\n"
-    "  --lse          out: the natural log-sum-exp of each query's scores, as q without d\n"
-    "  --beta         in: the gate of a memory, [1], [H] or [H, dv]; 0 where it is left out\n"
-    "  --memory-out   out: the memory of infini behind the last token, [B, Hkv, d, dv]\n"
+    "  --lse          out: the natural log-sum-exp of each query's scores, [B, H, N] in every layout\n"
+    "  --layout       bnhd: q, k, v and out are [B, N, H, d], or [N, H, d] (default: bhnd, as above)\n"
+    "  --beta         in: the gate of a memory, [1], [H] or [H, dv]; 0 if omitted\n"
+    "  --memory-out   out: the memory of infini after the last token, [B, Hkv, d, dv]\n"
     "  --norm-out     out: its norm, [B, Hkv, d]\n"
     "  --dtype        type to which q, k and v are rounded (default: f64 if one of the files is\n"
     "                 float64, else f32); arithmetic and outputs are float64 with f64, else float32\n"
-    "  --threads      default: as many as OpenMP takes; the result is the same for any number\n";
+    "  --threads      default: as many as OpenMP takes; the result is the same for any number\n"
+    "\n"
+    "A line on stderr says what was read, and a warning how many queries see no key. An output that is one\n"
+    "of the inputs, under any name, is refused.\n";
 
 std::string help() {
   std::string text(usage);

@@ -13,6 +13,7 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
 #include "longspan/detail/call/check_view.hpp"
 #include "longspan/detail/call/problem.hpp"
@@ -43,13 +44,14 @@ struct Partial {
   }
 };
 
-/// A partial of two tensors.
+/// A partial of two tensors; a constant one if either of them is constant.
 template <TensorLike Out, RowsLike Lse>
 auto partial(Out&& out, Lse&& lse) {
   const auto values = view(out);
   const auto rows = rows_view(lse);
-  using T = typename std::remove_cvref_t<decltype(values)>::Element;
-  return Partial<T>{values, rows};
+  using Of = typename std::remove_cvref_t<decltype(values)>::Element;
+  constexpr bool is_constant = std::is_const_v<std::remove_pointer_t<decltype(rows.data)>>;
+  return Partial<std::conditional_t<is_constant, const Of, Of>>{values, rows};
 }
 
 /// The same output under another log-weight. Landmark attention is a merge in which each block carries the
@@ -126,9 +128,11 @@ void weighted_sum(std::span<const T* const> from, std::span<const Real> weights,
 ///           float
 /// Exact     two parts give the same bits in either order; a part with lse = -infinity changes nothing,
 ///           whatever its output holds
+/// NaN       a row becomes NaN, as does its lse, if the lse of one of its parts is NaN
 /// Throws    Error when shapes disagree or there are more than 64 parts, before anything is written
 template <MutableElement T, ExecutionLike E = openmp>
-void merge(std::span<const Partial<const T>> parts, const Partial<T>& into, E&& execution = E{}) {
+void merge(std::type_identity_t<std::span<const Partial<const T>>> parts, const Partial<T>& into,
+           E&& execution = E{}) {
   using Real = Arithmetic<T>;
   constexpr std::size_t most = 64;
   if (parts.size() > most)
@@ -144,7 +148,7 @@ void merge(std::span<const Partial<const T>> parts, const Partial<T>& into, E&& 
     for (std::size_t n = 0; n < parts.size(); ++n) {
       weights[n] = parts[n].lse(b, h, i);
       rows[n] = parts[n].out.row(b, h, i);
-      if (weights[n] > top || weights[n] != weights[n]) top = weights[n];
+      top = std::max(top, weights[n]);  // a NaN does not raise it, and makes the sum NaN
     }
     Real sum = 0;
     for (std::size_t n = 0; n < parts.size(); ++n) {
@@ -162,9 +166,19 @@ void merge(std::span<const Partial<const T>> parts, const Partial<T>& into, E&& 
                         [&](const auto& executor) { detail::for_each_row(into.out, executor, merge_row); });
 }
 
+/// The parts that `partial` returns for tensors that could be written, in a vector or an array.
 template <MutableElement T, ExecutionLike E = openmp>
-void merge(std::initializer_list<Partial<const T>> parts, const Partial<T>& into, E&& execution = E{}) {
-  merge(std::span<const Partial<const T>>(parts.begin(), parts.size()), into, execution);
+void merge(std::type_identity_t<std::span<const Partial<T>>> parts, const Partial<T>& into,
+           E&& execution = E{}) {
+  const std::vector<Partial<const T>> constant(parts.begin(), parts.end());
+  merge<T>(std::span<const Partial<const T>>(constant), into, execution);
+}
+
+/// merge({a, b}, into): each part may be a Partial<T> or a Partial<const T>.
+template <MutableElement T, ExecutionLike E = openmp>
+void merge(std::initializer_list<std::type_identity_t<Partial<const T>>> parts, const Partial<T>& into,
+           E&& execution = E{}) {
+  merge<T>(std::span<const Partial<const T>>(parts.begin(), parts.size()), into, execution);
 }
 
 namespace detail {

@@ -95,6 +95,12 @@ void change_strip(const S& score, const ScoreStrip<Real>& strip) {
     }
   }
 }
+/// Scores that also work on packets whose lanes belong to different heads: for_heads(the head of each lane) returns a
+/// function of (scores, distances). A packet score without it is called once for each of these heads.
+template <class S, class Real>
+concept PacketScoreOfHeads = requires(const S& score, Packet<Real> s, const Index* heads) {
+  { score.template for_heads<Real>(heads)(s, s) } -> std::convertible_to<Packet<Real>>;
+};
 
 }  // namespace detail
 
@@ -124,6 +130,12 @@ struct softcap {
     detail::refuse(sizes.function, "softcap.cap", detail::number_text(cap),
                    "a positive finite number; a model without a cap omits softcap");
   }
+  template <class Real>
+  auto for_heads(const Index*) const {
+    return [*this](detail::Packet<Real> s, detail::Packet<Real> distance) {
+      return on_packet(s, Index{0}, distance);
+    };
+  }
 };
 
 /// s - slopes[h] * |i - j|. Press et al. 2021 (arXiv 2108.12409), section 3. One finite slope for each query
@@ -148,6 +160,16 @@ struct alibi {
       if (!detail::is_finite(slope))
         detail::refuse(sizes.function, "one of alibi.slopes", detail::number_text(slope), "a finite number");
     }
+  }
+  template <class Real>
+  auto for_heads(const Index* heads) const {
+    alignas(64) Real of_lane[std::size_t(detail::lanes<Real>)];
+    for (int i = 0; i < detail::lanes<Real>; ++i)
+      of_lane[i] = Real(slopes[static_cast<std::size_t>(heads[i])]);
+    return [slope = detail::load(static_cast<const Real*>(of_lane))](detail::Packet<Real> s,
+                                                                     detail::Packet<Real> distance) {
+      return s - slope * detail::abs(distance);
+    };
   }
 };
 
@@ -237,7 +259,10 @@ struct piped {
 
   template <class Real>
   Real operator()(Real s, Index b, Index h, Index i, Index j) const {
-    return second(static_cast<Real>(first(s, b, h, i, j)), b, h, i, j);
+    using Taken = detail::ScoreValue<A, Real>;
+    using Passed = detail::ScoreValue<B, Real>;
+    return static_cast<Real>(
+        second(static_cast<Passed>(first(static_cast<Taken>(s), b, h, i, j)), b, h, i, j));
   }
   template <class Real>
   detail::Packet<Real> on_packet(detail::Packet<Real> s, Index h, detail::Packet<Real> distance) const
@@ -260,6 +285,16 @@ struct piped {
   void prefetch_strip(const detail::ScoreStrip<Real>& strip) const {
     detail::prefetch_strip(first, strip);
     detail::prefetch_strip(second, strip);
+  }
+  template <class Real>
+  auto for_heads(const Index* heads) const
+  requires(detail::PacketScoreOfHeads<A, Real> && detail::PacketScoreOfHeads<B, Real>)
+  {
+    return [of_first = first.template for_heads<Real>(heads),
+            of_second = second.template for_heads<Real>(heads)](detail::Packet<Real> s,
+                                                                detail::Packet<Real> distance) {
+      return of_second(of_first(s, distance), distance);
+    };
   }
 };
 

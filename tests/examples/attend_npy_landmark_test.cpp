@@ -56,6 +56,8 @@ TEST_CASE("attend_npy landmark: agrees with the reference", "[attend_npy][oracle
   check({"block=8", "causal=1"}, landmark_attention{landmarks::every(8)});
   check({"block=8"}, landmark_attention{landmarks::every(8), everything{}});
   check({"landmarks=0,7,20,36", "causal=1"}, landmark_attention{landmarks::at(listed)});
+  check({"landmarks=", "causal=1"}, landmark_attention{landmarks::none()});
+  check({"landmarks="}, landmark_attention{landmarks::none(), everything{}});
   landmark_attention scaled{landmarks::at(listed), everything{}};
   scaled.scale = 0.5;
   check({"landmarks=0,7,20,36", "scale=0.5"}, scaled);
@@ -69,9 +71,10 @@ TEST_CASE("attend_npy landmark: keys that do not fit are refused", "[attend_npy]
   };
   says({}, "the key block is missing, and so is landmarks");
   says({"block=3", "landmarks=2"}, "both given");
+  says({"block=3", "landmarks="}, "both given");
   says({"block=0"}, "the key block is '0'");
-  for (const char* list : {"", "2,", "2,2", "3,1", "-1", "a", "1 2"}) {
-    says({std::string("landmarks=") + list}, "wanted rising integers like 7,15,23");
+  for (const char* list : {"2,", ",", "2,2", "3,1", "-1", "a", "1 2"}) {
+    says({std::string("landmarks=") + list}, "wanted rising integers like 7,15,23, or nothing");
   }
   says({"landmarks=2,9"}, "a landmark of batch row 0 is 9");
   says({"blocks=3"}, "unknown key 'blocks'");

@@ -3,6 +3,7 @@
 
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <span>
 #include <string>
@@ -15,7 +16,22 @@
 struct Outcome {
   int exit_code = -1;
   std::string out, err;
+  std::string notes = {};  ///< the lines of stderr that say what was read or warn; `err` has the others
 };
+
+/// Moves those lines from err to notes.
+inline Outcome with_notes(Outcome outcome) {
+  std::string others;
+  for (std::size_t begin = 0; begin < outcome.err.size();) {
+    const std::size_t end = std::min(outcome.err.find('\n', begin), outcome.err.size() - 1) + 1;
+    const std::string line = outcome.err.substr(begin, end - begin);
+    const bool is_note = line.starts_with("attend_npy: read ") || line.starts_with("attend_npy: warning: ");
+    (is_note ? outcome.notes : others) += line;
+    begin = end;
+  }
+  outcome.err = others;
+  return outcome;
+}
 
 inline std::string quoted(const std::string& text) { return "'" + text + "'"; }
 
@@ -26,7 +42,7 @@ inline Outcome run(const TemporaryFolder& folder, const std::string& words, cons
                               " " + words + " >" + quoted(streams.file("out")) + " 2>" +
                               quoted(streams.file("err"));
   const int status = std::system(command.c_str());
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, streams.read("out"), streams.read("err")};
+  return with_notes({WIFEXITED(status) ? WEXITSTATUS(status) : -1, streams.read("out"), streams.read("err")});
 }
 
 /// Runs a variant on q.npy, k.npy and v.npy, into out.npy; `words` are keys, options and names of files.

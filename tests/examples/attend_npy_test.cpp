@@ -1,11 +1,14 @@
 // attend_npy as a program: its variants against the references, and what it refuses.
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <numeric>
 #include <optional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attend_npy_program.hpp"
@@ -361,7 +364,7 @@ TEST_CASE("attend_npy: a wrong command line is refused in one sentence and write
   const TemporaryFolder folder;
   Inputs().save_as<float>(folder);
   const std::string options =
-      "--q, --k, --v, --out, --lse, --dtype, --threads, --beta, --memory-out and --norm-out";
+      "--q, --k, --v, --out, --lse, --dtype, --threads, --beta, --memory-out, --norm-out and --layout";
   check_refused(
       folder, "sofmax" + files,
       "unknown variant 'sofmax', the variants are: softmax, softmax_stream, landmark, landmark_stream, "
@@ -393,10 +396,159 @@ TEST_CASE("attend_npy: a wrong command line is refused in one sentence and write
                 "the options --out and --lse name the same file");
   check_refused(folder, "softmax" + files + " --dtype float32",
                 "the option --dtype is 'float32', wanted f32, f64, bf16 or f16");
+  check_refused(folder, "softmax" + files + " --layout bhdn",
+                "the option --layout is 'bhdn', wanted bhnd or bnhd");
   for (const std::string threads : {"0", "-1", "2x", "1.5", "4097", "99999999999999999999"}) {
     check_refused(folder, "softmax" + files + " --threads " + threads,
                   "the option --threads is '" + threads + "', wanted an integer from 1 to 4096");
   }
+}
+
+TEST_CASE("attend_npy: an output that is an input under any name is refused and the input is kept",
+          "[attend_npy][errors]") {
+  const TemporaryFolder folder;
+  Inputs().save_as<float>(folder);
+  save<float>(folder, "beta.npy", {1}, {0.5});
+  namespace fs = std::filesystem;
+  fs::create_symlink("q.npy", folder.file("symbolic.npy"));
+  fs::create_hard_link(folder.file("k.npy"), folder.file("hard.npy"));
+  fs::create_directory_symlink(".", folder.file("here"));
+  const std::string q = folder.read("q.npy"), k = folder.read("k.npy"), v = folder.read("v.npy"),
+                    beta = folder.read("beta.npy");
+  const std::string in = " --q q.npy --k k.npy --v v.npy";
+  const auto check = [&](const std::string& words, const std::string& input, const std::string& output) {
+    check_refused(folder, words,
+                  "the options " + input + " and " + output +
+                      " name the same file, and an output must not replace an input");
+    CHECK(folder.read("q.npy") == q);
+    CHECK(folder.read("k.npy") == k);
+    CHECK(folder.read("v.npy") == v);
+    CHECK(folder.read("beta.npy") == beta);
+  };
+  check("softmax" + in + " --out q.npy", "--q", "--out");
+  check("softmax" + in + " --out ./k.npy", "--k", "--out");
+  check("softmax" + in + " --out symbolic.npy", "--q", "--out");
+  check("softmax" + in + " --out hard.npy", "--k", "--out");
+  check("softmax" + in + " --out here/v.npy", "--v", "--out");
+  check("softmax --q symbolic.npy --k k.npy --v v.npy --out q.npy", "--q", "--out");
+  check("softmax" + in + " --out out.npy --lse v.npy", "--v", "--lse");
+  const std::string infini = "infini segment=8" + in + " --beta beta.npy --out out.npy";
+  check(infini + " --memory-out ./beta.npy", "--beta", "--memory-out");
+  check(infini + " --norm-out hard.npy", "--k", "--norm-out");
+  check_refused(folder, infini + " --norm-out m.npy --memory-out m.npy",
+                "the options --memory-out and --norm-out name the same file");
+
+  // Two outputs that are there already under two names of one file.
+  folder.write("out.npy", "from an earlier run");
+  fs::create_hard_link(folder.file("out.npy"), folder.file("lse.npy"));
+  check_refused(folder, "softmax" + files + " --lse lse.npy",
+                "the options --out and --lse name the same file");
+  CHECK(folder.read("out.npy") == "from an earlier run");
+}
+
+TEST_CASE(
+    "attend_npy: with --layout bnhd heads come after rows in q, k, v and out, and the result is the same",
+    "[attend_npy]") {
+  const TemporaryFolder folder;
+  const Inputs in;
+  const auto turned = [](const Values& x) {
+    const auto [B, H, N, d] = std::array{x.shape[0], x.shape[1], x.shape[2], x.shape[3]};
+    Values to{{B, N, H, d}, {}};
+    for (Index b = 0; b < B; ++b)
+      for (Index i = 0; i < N; ++i)
+        for (Index h = 0; h < H; ++h)
+          to.values.insert(to.values.end(), x.view().row(b, h, i), x.view().row(b, h, i) + d);
+    return to;
+  };
+  const auto check = [&](const Inputs& straight, std::size_t rank, const std::string& variant) {
+    CAPTURE(variant, rank);
+    // The last dimensions; those of one head, where both layouts are [N, d].
+    const auto file_shape = [&](const std::vector<Index>& shape) {
+      if (rank == 2) return std::vector<Index>{shape[1] * shape[2], shape[3]};
+      return std::vector<Index>(shape.end() - static_cast<std::ptrdiff_t>(rank), shape.end());
+    };
+    const auto saved = [&](const std::string& name, const Values& x) {
+      save<float>(folder, name, file_shape(x.shape), x.values);
+    };
+    const bool has_lse = variant.substr(0, 6) != "infini" && variant.substr(0, 6) != "hybrid";
+    const std::string more = has_lse                            ? " --lse lse.npy"
+                             : variant.substr(0, 6) == "infini" ? " --memory-out lse.npy"
+                                                                : "";
+    const std::string outputs = " --out out.npy" + more;
+    save<float>(folder, "lse.npy", {1}, {0.0});
+    saved("q.npy", straight.q), saved("k.npy", straight.k), saved("v.npy", straight.v);
+    REQUIRE(run(folder, variant + " --q q.npy --k k.npy --v v.npy" + outputs).exit_code == 0);
+    const npy::Array out = npy::read(folder.file("out.npy")), lse = npy::read(folder.file("lse.npy"));
+    saved("q.npy", turned(straight.q)), saved("k.npy", turned(straight.k)),
+        saved("v.npy", turned(straight.v));
+    const Outcome outcome = run(folder, variant + " --layout bnhd --q q.npy --k k.npy --v v.npy" + outputs);
+    REQUIRE(outcome.err == "");
+    Values full{{straight.q.shape[0], straight.q.shape[1], straight.q.shape[2], straight.v.shape[3]},
+                values_of(out)};
+    const npy::Array out_turned = npy::read(folder.file("out.npy")),
+                     lse_turned = npy::read(folder.file("lse.npy"));
+    full = turned(full);
+    CHECK(out_turned.shape == file_shape(full.shape));
+    CHECK(values_of(out_turned) == full.values);
+    CHECK(lse_turned.shape == lse.shape);
+    CHECK(values_of(lse_turned) == values_of(lse));
+  };
+  const Inputs of_one{random_values({1, 6, 37, 24}, 1), random_values({1, 2, 37, 24}, 2),
+                      random_values({1, 2, 37, 5}, 3)};
+  check(in, 4, "softmax causal=1");
+  check(in, 4, "dilated segments=8,16 dilations=1,2");
+  check(in, 4, "landmark block=8");
+  for (const std::string variant :
+       {"softmax_stream chunks=20,17", "landmark_stream block=8 chunks=20,17", "infini segment=8",
+        "hybrid_stream block=8", "dilated_stream segments=8"}) {
+    check(of_one, 4, variant);
+    check(of_one, 3, variant);
+  }
+  check({random_values({1, 1, 9, 8}, 1), random_values({1, 1, 9, 8}, 2), random_values({1, 1, 9, 8}, 3)}, 2,
+        "softmax");
+  save<float>(folder, "q.npy", {4}, {1, 2, 3, 4});
+  check_refused(folder, "softmax --layout bnhd" + files,
+                "q.npy: has the shape (4,), wanted 2 to 4 dimensions: [N, d], [N, H, d] or [B, N, H, d]");
+}
+
+TEST_CASE("attend_npy: a line on stderr says what was read, and a warning how many queries see no key",
+          "[attend_npy]") {
+  const TemporaryFolder folder;
+  const auto notes = [&](const std::vector<Index>& q, const std::vector<Index>& k,
+                         const std::vector<Index>& v, const std::string& variant) {
+    for (const auto& [name, shape] : {std::pair{"q.npy", q}, {"k.npy", k}, {"v.npy", v}})
+      save<float>(folder, name, shape,
+                  std::vector<double>(static_cast<std::size_t>(*npy::value_count(shape)), 1.0));
+    const Outcome outcome = run(folder, variant + files);
+    CHECK(outcome.exit_code == 0);
+    CHECK(outcome.err == "");
+    CHECK(outcome.out == "");
+    return outcome.notes;
+  };
+  const std::string read = "attend_npy: read ", warning = "attend_npy: warning: ";
+  CHECK(notes({1, 8, 12, 64}, {1, 2, 12, 64}, {1, 2, 12, 64}, "softmax causal=1") ==
+        read + "8 heads of 12 queries on 2 KV heads of 12 keys, head_dim 64\n");
+  CHECK(notes({2, 1, 1, 8}, {2, 1, 1, 8}, {2, 1, 1, 3}, "softmax") ==
+        read + "2 batch rows of 1 head of 1 query on 1 KV head of 1 key, head_dim 8, value_dim 3\n");
+  CHECK(notes({7, 8}, {7, 8}, {7, 8}, "infini segment=4") ==
+        read + "1 head of 7 queries on 1 KV head of 7 keys, head_dim 8\n");
+  // A dump [B, N, H, d] that is taken for [B, H, N, d].
+  const std::vector<Index> q{1, 512, 8, 16}, k{1, 512, 2, 16};
+  CHECK(notes(q, k, k, "softmax causal=1") ==
+        read + "512 heads of 8 queries on 512 KV heads of 2 keys, head_dim 16\n" + warning +
+            "3072 of 4096 queries see no key, and the output of each is 0: with 8 queries on 2 keys the last "
+            "query "
+            "is at the last key\n");
+  CHECK(notes(q, k, k, "softmax causal=1 --layout bnhd") ==
+        read + "8 heads of 512 queries on 2 KV heads of 512 keys, head_dim 16\n");
+  CHECK(notes(q, k, k, "landmark block=2 causal=1").find("3072 of 4096 queries see no key") !=
+        std::string::npos);
+  CHECK(notes({1, 2, 1, 4}, {1, 1, 0, 4}, {1, 1, 0, 4}, "softmax") ==
+        read + "2 heads of 1 query on 1 KV head of 0 keys, head_dim 4\n" + warning +
+            "2 of 2 queries see no key, and the output of each is 0\n");
+  // What is refused is refused in one sentence.
+  save<float>(folder, "k.npy", {1, 3, 2, 16}, std::vector<double>(96, 1.0));
+  CHECK(run(folder, "softmax" + files).notes == "");
 }
 
 TEST_CASE("attend_npy: a wrong value of a key is refused in one sentence and writes nothing",

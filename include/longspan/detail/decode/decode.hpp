@@ -11,6 +11,7 @@
 
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/decode/change_scores.hpp"
 #include "longspan/detail/decode/row_accumulator.hpp"
 #include "longspan/detail/decode/row_kernel.hpp"
 #include "longspan/detail/simd/element_packets.hpp"
@@ -22,6 +23,7 @@
 #include "longspan/execution.hpp"
 #include "longspan/key_ranges.hpp"
 #include "longspan/mask.hpp"
+#include "longspan/score.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -31,7 +33,7 @@ namespace detail {
 /// Up to so many queries (q_len times the heads of a group) take this path; more are as fast in the lanes.
 inline constexpr Index most_decode_queries = 8;
 
-template <class Tq, class Tk, class Tv, class To, class Keys, Mask M>
+template <class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S>
 class Decode {
  public:
   using Call = Problem<Tq, Tk, Tv, To>;
@@ -40,10 +42,11 @@ class Decode {
   static constexpr Index w = lanes<Real>;
 
   /// Of the call's own k and v only the shapes are read: the rows are in `keys`.
-  Decode(const Call& call, const Keys& keys, const M& mask)
+  Decode(const Call& call, const Keys& keys, const M& mask, const S& score)
       : call_(call),
         keys_(keys),
         mask_(mask),
+        score_(score),
         queries_(call.q_len() * call.group()),
         slots_(static_cast<Index>(std::bit_ceil(std::size_t(queries_)))) {
     find_stretches();
@@ -76,6 +79,7 @@ class Decode {
   static constexpr RowsAhead rows_ahead =
       w >= most_decode_queries ? RowsAhead::read_once : RowsAhead::read_again;
   static constexpr bool is_scaled = std::is_same_v<Tk, std::int8_t>;
+  static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
   /// One query reads K and V fastest in long stretches of each (256 keys: 88 % of the stream rate, 64: 83 %), and
   /// more queries are as fast. Being the same for all, a query's bits do not tell how many others there are.
   static constexpr Index block_keys = 256;
@@ -136,7 +140,7 @@ class Decode {
   }
 
   void pack_queries(const QueryLanes& queries, Real* q) const {
-    const Real factor = static_cast<Real>(call_.scale * double(score_unit<Real>));
+    const Real factor = static_cast<Real>(call_.scale * (changes_score ? 1.0 : double(score_unit<Real>)));
     for (Index g = 0; g < slots_; ++g) {
       const Tq* row = call_.q.row(queries.batch, queries.head(g), queries.row(g));
       Real* to = q + g * q_stride();
@@ -215,8 +219,9 @@ class Decode {
                                   is_short ? run.v.data : nullptr);
     if constexpr (is_scaled) scale_scores<count>(worker.scores, run.k_scale, keys);
     const Index scores = round_up(keys, w) * count;
-    std::fill(worker.scores + keys * count, worker.scores + scores, FloatProducts<Real>::hidden);
     if (seen == Seen::some) hide<count>(queries, first, range, worker);
+    if constexpr (changes_score) seen = change<count>(queries, first, range, seen, worker);
+    std::fill(worker.scores + keys * count, worker.scores + scores, FloatProducts<Real>::hidden);
 
     alignas(64) Real shrink[std::size_t(w)];
     state.template weigh<count>(worker.scores, scores, first, shrink);
@@ -277,6 +282,21 @@ class Decode {
         }
       }
     }
+  }
+
+  /// Takes the scores through the score function. `some` where that, or the mask before, hides a key.
+  template <int count>
+  Seen change(const QueryLanes& queries, Index first, KeyRange keys, Seen seen, const Worker& worker) const {
+    const bool masked = seen == Seen::some;
+    const bool hides = change_scores(
+        ScoreBlock<Real>{worker.scores, masked ? worker.seen : nullptr, queries, first, count, keys}, score_);
+    if (!masked && !hides) return Seen::all;
+    for (Index at = 0; at < (keys.end - keys.begin) * count; ++at) {
+      const bool sees = (!masked || worker.seen[at]) && worker.scores[at] != FloatProducts<Real>::hidden;
+      worker.seen[at] = sees;
+      if (!sees) worker.scores[at] = FloatProducts<Real>::hidden;
+    }
+    return Seen::some;
   }
 
   bool all_finite(const Run& run) const {
@@ -345,6 +365,7 @@ class Decode {
   const Call& call_;
   const Keys& keys_;
   const M& mask_;
+  const S& score_;
   Index queries_;
   /// The queries up to a power of two: those behind repeat the last one, so that rows are read once. Seven heads to
   /// a KV head take 0.76 of the time of passes of 4, 2 and 1.

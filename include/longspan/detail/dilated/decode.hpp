@@ -15,6 +15,7 @@
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/partial.hpp"
+#include "longspan/score.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -102,8 +103,9 @@ void decode_dilated(const Problem<Tq, Tk, Tv, To>& call, const Source& source, c
     const TensorView<const Tv> v{nullptr, branches, heads, keys.most(), call.value_dim(), 0, 0, 0};
     const Problem<Tq, Tk, Tv, Real> of_branches{q, k, v, outs, lses, 0, call.scale};
     const everything mask;
+    const unchanged score;
     run_where_it_pays(of_branches.flop(), least_parallel_decode_flop, executor, [&](const auto& where) {
-      Decode(of_branches, keys, mask).run(where, workspace.inner());
+      Decode(of_branches, keys, mask, score).run(where, workspace.inner());
     });
     for (Index n = 0; n < branches; ++n)
       parts[n] = {TensorView<const Real>(batch_rows(outs, n, 1)),

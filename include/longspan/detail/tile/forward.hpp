@@ -213,15 +213,16 @@ void forward_over(const Problem<Tq, Tk, Tv, To>& call, const Keys& keys, const M
                   const P& position, const E& executor, Workspace& workspace,
                   [[maybe_unused]] bool bf16_products) {
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
-  constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
-  if constexpr (plain) {
+  if constexpr (std::is_same_v<P, no_position>) {
     if (call.q_len() * call.group() <= most_decode_queries) {
-      return run_where_it_pays(call.flop(), least_parallel_decode_flop, executor,
-                               [&](const auto& where) { Decode(call, keys, mask).run(where, workspace); });
+      return run_where_it_pays(call.flop(), least_parallel_decode_flop, executor, [&](const auto& where) {
+        Decode(call, keys, mask, score).run(where, workspace);
+      });
     }
   }
   run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
 #if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+    constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
     if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
       if (bf16_products && static_cast<float>(call.scale) > 1e-30f && call.head_dim() % 2 == 0) {
         using Pass = Forward<Bf16Products, Tq, Tk, Tv, To, Keys, M, S, P>;
