@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "longspan/detail/call/denormals.hpp"
 #include "longspan/detail/call/parallel.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -128,10 +129,11 @@ namespace detail {
 template <class E, class Work>
 void with_workspace(E& execution, const Work& work) {
   if constexpr (is_execution<std::remove_cvref_t<E>>) {
-    work(std::as_const(execution.executor), execution.workspace);
+    run_without_denormals(execution.executor,
+                          [&](const auto& executor) { work(executor, execution.workspace); });
   } else {
     Workspace workspace;
-    work(execution, workspace);
+    run_without_denormals(execution, [&](const auto& executor) { work(executor, workspace); });
   }
 }
 
@@ -139,9 +141,9 @@ void with_workspace(E& execution, const Work& work) {
 template <class E, class Work>
 void with_executor(E& execution, const Work& work) {
   if constexpr (is_execution<std::remove_cvref_t<E>>) {
-    work(std::as_const(execution.executor));
+    run_without_denormals(execution.executor, work);
   } else {
-    work(std::as_const(execution));
+    run_without_denormals(execution, work);
   }
 }
 
