@@ -47,6 +47,10 @@ struct openmp {
 ///                         no worker number in use by two tasks at one time; returns when all are done
 ///
 /// Results do not depend on the executor, to the bit: work is cut by shape and merged in a fixed order.
+///
+/// While a task of the library runs, its thread takes denormal numbers (below 2^-126 for float) for 0, on x86-64 and
+/// AArch64; when the task ends, also by an exception, the mode of the thread is what it was. An executor sees nothing
+/// of it. A score, mask, position encoding or feature map of yours that a task calls does.
 template <class E>
 concept Executor = requires(const std::remove_cvref_t<E>& executor, void (*task)(Index, Index)) {
   { executor.workers() } -> std::convertible_to<Index>;

@@ -21,7 +21,8 @@ LONGSPAN_BEGIN
 ///
 ///   [](float s, Index b, Index h, Index i, Index j) { return s + table[h][i - j]; }
 ///
-/// Minus infinity hides the key. Units are those of the natural exponential.
+/// Minus infinity hides the key. Units are those of the natural exponential. Denormal numbers count as 0 in it (see
+/// Executor).
 template <class S>
 concept Score = std::is_object_v<S> && !Mask<S> && requires(const S& score, float s, Index x) {
   { score(s, x, x, x, x) } -> std::convertible_to<float>;

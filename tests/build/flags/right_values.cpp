@@ -1,16 +1,15 @@
 // Right values under the flags of a user: compiled and run by a matrix of flags, instruction sets and compilers.
 // Expected values are plain loops in double that test for no infinity, since -ffast-math reaches them too.
-#include <longspan/dilated_attention.hpp>
-#include <longspan/infini_attention.hpp>
-#include <longspan/landmark_attention.hpp>
-#include <longspan/partial.hpp>
-#include <longspan/softmax_attention.hpp>
-
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <limits>
+#include <longspan/dilated_attention.hpp>
+#include <longspan/infini_attention.hpp>
+#include <longspan/landmark_attention.hpp>
+#include <longspan/partial.hpp>
+#include <longspan/softmax_attention.hpp>
 #include <type_traits>
 #include <vector>
 
@@ -40,10 +39,14 @@ float minus_infinity() {
 }
 
 template <class T>
-constexpr const char* name = std::is_same_v<T, float> ? "float" : std::is_same_v<T, double> ? "double" : "bfloat16";
+constexpr const char* name = std::is_same_v<T, float>    ? "float"
+                             : std::is_same_v<T, double> ? "double"
+                                                         : "bfloat16";
 /// What the contract allows, with room for the rounding of a 16-bit output.
 template <class T>
-constexpr double allowed = std::is_same_v<T, float> ? 4e-6 : std::is_same_v<T, double> ? 1e-14 : 8e-3;
+constexpr double allowed = std::is_same_v<T, float>    ? 4e-6
+                           : std::is_same_v<T, double> ? 1e-14
+                                                       : 8e-3;
 
 /// Small numbers that every element type holds exactly.
 double number(Index n) { return static_cast<double>(n * 37 % 17 - 8) / 8; }
@@ -65,7 +68,9 @@ struct Case {
   }
   template <class Functor>
   void run(const Functor& attend) {
-    const auto view = [](auto& x, Index rows, Index cols) { return compact_view(x.data(), 1, 1, rows, cols); };
+    const auto view = [](auto& x, Index rows, Index cols) {
+      return compact_view(x.data(), 1, 1, rows, cols);
+    };
     attend(view(std::as_const(q), queries, head_dim), view(std::as_const(k), keys, head_dim),
            view(std::as_const(v), keys, value_dim), view(out, queries, value_dim),
            compact_rows_view(lse.data(), 1, 1, queries));
@@ -73,7 +78,8 @@ struct Case {
   double score(Index i, Index j) const {
     double s = 0;
     for (Index c = 0; c < head_dim; ++c)
-      s += static_cast<double>(q[std::size_t(i * head_dim + c)]) * static_cast<double>(k[std::size_t(j * head_dim + c)]);
+      s += static_cast<double>(q[std::size_t(i * head_dim + c)]) *
+           static_cast<double>(k[std::size_t(j * head_dim + c)]);
     return s / std::sqrt(static_cast<double>(head_dim));
   }
   double value(Index j, Index c) const { return static_cast<double>(v[std::size_t(j * value_dim + c)]); }
@@ -97,7 +103,8 @@ struct Case {
     const auto l = lse[std::size_t(i)];
     if (sum > 0) {
       const double wanted = std::log(sum);
-      check(std::abs(static_cast<double>(l) - wanted) <= allowed<T> * 2, law, name<T>, static_cast<double>(l), wanted);
+      check(std::abs(static_cast<double>(l) - wanted) <= allowed<T> * 2, law, name<T>, static_cast<double>(l),
+            wanted);
     } else {
       check(is_minus_infinity(l), law, name<T>, static_cast<double>(l), -1);
     }
@@ -129,7 +136,8 @@ void hidden_scores() {
   Case<float> hidden(20, 40, 8, 8);
   std::vector<float> bias(20 * 40, 0.0f);
   for (Index i = 0; i < 20; ++i) {
-    for (Index j = 0; j < 40; ++j) bias[std::size_t(i * 40 + j)] = j % 2 == 0 || i == 1 ? minus_infinity() : 0.0f;
+    for (Index j = 0; j < 40; ++j)
+      bias[std::size_t(i * 40 + j)] = j % 2 == 0 || i == 1 ? minus_infinity() : 0.0f;
   }
   softmax_attention attend{additive_bias{compact_view(std::as_const(bias).data(), 1, 1, 20, 40)}};
   attend.first_query = 20;
@@ -143,13 +151,14 @@ void hidden_scores() {
 void partials() {
   constexpr Index rows = 3, cols = 11;
   std::vector<float> a(rows * cols, 2.0f), b(rows * cols, 5.0f), out(rows * cols, 9.0f);
-  std::vector<float> of_a{minus_infinity(), 1.0f, minus_infinity()}, of_b{3.0f, 1.0f, minus_infinity()}, lse(rows, 7.0f);
+  std::vector<float> of_a{minus_infinity(), 1.0f, minus_infinity()}, of_b{3.0f, 1.0f, minus_infinity()},
+      lse(rows, 7.0f);
   const auto part = [](auto& o, auto& l) {
     return Partial<const float>{compact_view(std::as_const(o).data(), 1, 1, rows, cols),
                                 compact_rows_view(std::as_const(l).data(), 1, 1, rows)};
   };
   merge({part(a, of_a), part(b, of_b)}, Partial<float>{compact_view(out.data(), 1, 1, rows, cols),
-                                                        compact_rows_view(lse.data(), 1, 1, rows)});
+                                                       compact_rows_view(lse.data(), 1, 1, rows)});
   const double wanted[] = {5, 3.5, 0};
   for (Index i = 0; i < rows; ++i) {
     for (Index c = 0; c < cols; ++c) {
@@ -211,7 +220,8 @@ void infini_of_sixteen() {
       }
       for (Index j = 0; j < begin; ++j) {
         double weight = 0;
-        for (Index x = 0; x < 8; ++x) weight += phi(c.q[std::size_t(i * 8 + x)]) * phi(c.k[std::size_t(j * 8 + x)]);
+        for (Index x = 0; x < 8; ++x)
+          weight += phi(c.q[std::size_t(i * 8 + x)]) * phi(c.k[std::size_t(j * 8 + x)]);
         memory += weight * c.value(j, column), norm += weight;
       }
       const double wanted = 0.5 * local / sum + (norm > 0 ? 0.5 * memory / norm : 0.0);
