@@ -142,7 +142,7 @@ void merge(std::type_identity_t<std::span<const Partial<const T>>> parts, const 
     detail::check_partial<const T>("merge", "part " + std::to_string(n), parts[n], into.out);
   }
   const auto merge_row = [&](Index b, Index h, Index i) {
-    constexpr Real nothing = -std::numeric_limits<Real>::infinity();
+    const Real nothing = detail::minus_infinity<Real>();
     Real weights[most], top = nothing;
     const T* rows[most];
     for (std::size_t n = 0; n < parts.size(); ++n) {
@@ -153,7 +153,7 @@ void merge(std::type_identity_t<std::span<const Partial<const T>>> parts, const 
     Real sum = 0;
     for (std::size_t n = 0; n < parts.size(); ++n) {
       // lse - top would be NaN for a part that saw no key, beside others that saw none.
-      weights[n] = weights[n] == nothing ? Real(0) : std::exp(weights[n] - top);
+      weights[n] = detail::is_minus_infinity(weights[n]) ? Real(0) : std::exp(weights[n] - top);
       sum += weights[n];
     }
     for (std::size_t n = 0; n < parts.size(); ++n)

@@ -29,7 +29,8 @@ LONGSPAN_BEGIN
 ///
 ///   [](float s, Index b, Index h, Index i, Index j) { return s + table[h][i - j]; }
 ///
-/// Minus infinity hides the key. Units are those of the natural exponential.
+/// Minus infinity hides the key. Units are those of the natural exponential. Denormal numbers count as 0 in it (see
+/// Executor).
 ///
 /// A score may have a member `void check(const CallSizes& sizes) const` (call_sizes.hpp), which throws Error
 /// if its options or arrays do not fit a call. Like that of a mask it is called before anything is written.

@@ -48,6 +48,12 @@ struct kv_cache_options;
 ///           the size of what a score adds, with u = 2^-24 for float: it does not grow with kv_len. 16-bit
 ///           outputs are rounded once more.
 ///           Where all roundings go one way (equal scores, one value everywhere) the 16 becomes up to 80.
+///           Numbers below 2^-126 in magnitude, read or computed, count as 0 (2^-1022 for double): that adds at most
+///           2^-125 (kv_len + 2) to out, and to a score 2^-126 sum_c (1 + |scale q_ic| + (1 + |scale|) |k_jc|).
+/// Domain    the above holds while |scale q_ic| <= 2^127, sum_c |scale q_ic k_jc| and the changed score are at most
+///           2^125, and kv_len |v_jc| <= 2^127 (2^1022, 2^1021 and 2^1022 for double). Beyond it, a key whose score is
+///           below -2^125 may count as hidden, a score that overflows makes its row NaN, and a sum of values that
+///           overflows makes its output infinite or NaN.
 /// Masked    what a query does not see has no effect on its row, even if it holds NaN. A row that sees no key
 ///           gives 0 and lse = -infinity. A score of -infinity hides the key.
 /// Bits      do not depend on the executor, on how many threads it has, on other batch rows and KV heads, nor on

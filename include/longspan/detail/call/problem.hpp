@@ -72,6 +72,13 @@ constexpr RowsView<Real> no_rows() {
   return {nullptr, no_size, no_size, no_size, 0, 0, 1};
 }
 
+/// x, with strides of 0 where it holds nothing: its data may be null then, from which nothing else may be counted.
+template <class T>
+TensorView<T> without_idle_strides(TensorView<T> x) noexcept {
+  if (x.empty()) x.batch_stride = x.head_stride = x.row_stride = 0;
+  return x;
+}
+
 template <class Tq, class Tk, class Tv, class To, class Tl>
 auto checked_problem(std::string_view function, TensorView<Tq> q, TensorView<Tk> k, TensorView<Tv> v,
                      TensorView<To> out, RowsView<Tl> lse) {
@@ -118,7 +125,8 @@ auto checked_problem(std::string_view function, TensorView<Tq> q, TensorView<Tk>
       refuse(function, "out", "the memory of an input", "memory of its own");
   }
   return Problem<std::remove_const_t<Tq>, std::remove_const_t<Tk>, std::remove_const_t<Tv>, To>{
-      q, k, v, out, with_lse ? lse : RowsView<Real>{}};
+      without_idle_strides(q), without_idle_strides(k), without_idle_strides(v), without_idle_strides(out),
+      with_lse ? lse : RowsView<Real>{}};
 }
 
 }  // namespace detail

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -301,13 +300,14 @@ class Decode {
 
   bool all_finite(const Run& run) const {
     if constexpr (is_scaled) {
-      return std::all_of(run.v_scale, run.v_scale + run.v.rows, [](float x) { return std::isfinite(x); });
+      return std::all_of(run.v_scale, run.v_scale + run.v.rows, [](float x) { return is_finite(x); });
     }
     for (Index j = 0; j < run.v.rows; ++j) {
       const Tv* row = run.v.row(j);
       Real zero = 0;
-      for (Index c = 0; c < run.v.cols; ++c) zero += static_cast<Real>(row[c]) * Real(0);
-      if (!(zero == Real(0))) return false;
+      const Real by = opaque(zero);  // as in FloatProducts::values_finite
+      for (Index c = 0; c < run.v.cols; ++c) zero += static_cast<Real>(row[c]) * by;
+      if (!is_finite(zero)) return false;
     }
     return true;
   }

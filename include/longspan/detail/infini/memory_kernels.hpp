@@ -128,6 +128,9 @@ class MemoryRead {
     alignas(64) Real by[std::size_t(width)];
     with_packets(packets, [&]<int wide>() {
       quotients<wide>(memory_.norm(kv_head), scratch.phi, by);
+      // Without a row M has no memory either, whose columns could be counted.
+      if (q_.cols == 0)
+        return static_cast<void>(std::fill_n(scratch.read, memory_.stride() * stride, Real(0)));
       value_rows<wide>(static_cast<const Real*>(memory_.matrix(kv_head)), memory_.stride(),
                        round_up(memory_.value_dim, tile_rows), static_cast<const Real*>(scratch.phi), stride,
                        q_.cols, scratch.read, stride, Into::fresh, unscaled<Real>);

@@ -76,11 +76,12 @@ LONGSPAN_INLINE Packet<float> weight(Packet<float> x) {
     // rounded then, and the result off by 1.6 ulp.
     return times_exp2_of_round(exp2_of_rest(rest_of_rounding(x)), x);
   } else {
-    // Adding 1.5 * 2^23 + 127 rounds x to n, and the low bits then are the exponent field of 2^n.
+    // Adding 1.5 * 2^23 + 127 rounds x to n, and the low bits then are the exponent field of 2^n. Both steps are
+    // opaque: with -fassociative-math x would not be rounded, and every weight would be a power of 2.
     const Packet<float> clamped = max(x, broadcast(-127.0f));  // in this order NaN stays NaN
     const Packet<float> magic = broadcast(12582912.0f + 127.0f);
-    const Packet<float> shifted = clamped + magic;
-    return exp2_of_rest(clamped - (shifted - magic)) * exponent_field_of_low_bits(shifted);
+    const Packet<float> shifted = opaque(clamped + magic), rounded = opaque(shifted - magic);
+    return exp2_of_rest(clamped - rounded) * exponent_field_of_low_bits(shifted);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <concepts>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "longspan/detail/simd/eigen_core.hpp"
@@ -59,6 +60,53 @@ struct Packet {
 
 template <class Real>
 inline constexpr int lanes = Packet<Real>::lanes;
+
+/// An unsigned integer as long as a Real.
+template <class Real>
+using BitsOf = std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint64_t>;
+
+/// x, of which the compiler knows nothing from here on. Under the -ffast-math of a user it otherwise computes (x + y) - y
+/// as x, x * 0 as 0, and leaves out a test for infinity. `x` is a number, or the raw form of a packet.
+template <class T>
+LONGSPAN_INLINE T opaque(T x) {
+#if defined(__GNUC__) || defined(__clang__)
+#if defined(__SSE2__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__) || defined(__ARM_NEON)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+#endif
+  return x;
+}
+template <class Real>
+LONGSPAN_INLINE Packet<Real> opaque(Packet<Real> x) {
+  return {opaque(x.raw)};
+}
+
+// Numbers are told apart by their bits: a compiler that was told of no infinity and no NaN answers without a look.
+
+template <std::floating_point Real>
+LONGSPAN_INLINE Real minus_infinity() {
+  return opaque(-std::numeric_limits<Real>::infinity());
+}
+template <std::floating_point Real>
+LONGSPAN_INLINE bool is_minus_infinity(Real x) {
+  return std::bit_cast<BitsOf<Real>>(x) ==
+         std::bit_cast<BitsOf<Real>>(-std::numeric_limits<Real>::infinity());
+}
+/// Neither infinite nor NaN.
+template <std::floating_point Real>
+LONGSPAN_INLINE bool is_finite(Real x) {
+  constexpr auto infinity = std::bit_cast<BitsOf<Real>>(std::numeric_limits<Real>::infinity());
+  return (std::bit_cast<BitsOf<Real>>(x) & infinity) != infinity;
+}
+template <std::floating_point Real>
+LONGSPAN_INLINE bool is_nan(Real x) {
+  constexpr auto infinity = std::bit_cast<BitsOf<Real>>(std::numeric_limits<Real>::infinity());
+  return (std::bit_cast<BitsOf<Real>>(x) & ~(BitsOf<Real>{1} << (8 * sizeof(Real) - 1))) > infinity;
+}
 
 /// Vector registers of the machine: 32 with AVX-512, NEON and AltiVec, else 16.
 #if defined(EIGEN_VECTORIZE_AVX512) || defined(EIGEN_VECTORIZE_NEON) || defined(EIGEN_VECTORIZE_ALTIVEC)
@@ -145,22 +193,40 @@ template <class Real>
 LONGSPAN_INLINE Packet<Real> max(Packet<Real> a, Packet<Real> b) {
   return {Eigen::internal::pmax(a.raw, b.raw)};
 }
+// A condition of one lane, all of whose bits are set, is NaN, and Eigen compares it with 0: these look at its bits.
+
 /// All bits set in the lanes where a < b: a condition for `select` and `&`.
 template <class Real>
 LONGSPAN_INLINE Packet<Real> less(Packet<Real> a, Packet<Real> b) {
-  return {Eigen::internal::pcmp_lt(a.raw, b.raw)};
+  if constexpr (lanes<Real> == 1) {
+    return {std::bit_cast<Real>(a.raw < b.raw ? ~BitsOf<Real>{0} : BitsOf<Real>{0})};
+  } else {
+    return {Eigen::internal::pcmp_lt(a.raw, b.raw)};
+  }
 }
 template <class Real>
 LONGSPAN_INLINE Packet<Real> equal(Packet<Real> a, Packet<Real> b) {
-  return {Eigen::internal::pcmp_eq(a.raw, b.raw)};
+  if constexpr (lanes<Real> == 1) {
+    return {std::bit_cast<Real>(a.raw == b.raw ? ~BitsOf<Real>{0} : BitsOf<Real>{0})};
+  } else {
+    return {Eigen::internal::pcmp_eq(a.raw, b.raw)};
+  }
 }
 template <class Real>
 LONGSPAN_INLINE Packet<Real> operator&(Packet<Real> a, Packet<Real> b) {
-  return {Eigen::internal::pand(a.raw, b.raw)};
+  if constexpr (lanes<Real> == 1) {
+    return {std::bit_cast<Real>(std::bit_cast<BitsOf<Real>>(a.raw) & std::bit_cast<BitsOf<Real>>(b.raw))};
+  } else {
+    return {Eigen::internal::pand(a.raw, b.raw)};
+  }
 }
 template <class Real>
 LONGSPAN_INLINE Packet<Real> select(Packet<Real> condition, Packet<Real> yes, Packet<Real> no) {
-  return {Eigen::internal::pselect(condition.raw, yes.raw, no.raw)};
+  if constexpr (lanes<Real> == 1) {
+    return std::bit_cast<BitsOf<Real>>(condition.raw) != 0 ? yes : no;
+  } else {
+    return {Eigen::internal::pselect(condition.raw, yes.raw, no.raw)};
+  }
 }
 
 /// Bit i is that of lane i of a condition.
@@ -171,8 +237,7 @@ LONGSPAN_INLINE unsigned bits_of(Packet<Real> condition) {
   unsigned bits = 0;
   LONGSPAN_UNROLL
   for (int i = 0; i < lanes<Real>; ++i) {
-    using Bits = std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint64_t>;
-    bits |= static_cast<unsigned>(std::bit_cast<Bits>(lane[i]) >> (8 * sizeof(Real) - 1)) << i;
+    bits |= static_cast<unsigned>(std::bit_cast<BitsOf<Real>>(lane[i]) >> (8 * sizeof(Real) - 1)) << i;
   }
   return bits;
 }

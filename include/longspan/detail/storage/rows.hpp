@@ -8,6 +8,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "longspan/detail/simd/packet.hpp"
 #include "longspan/element.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -44,20 +45,25 @@ void store_row(const From* from, Index cols, T* to) {
 }
 
 /// The nearest multiples of the row's scale, which is the largest magnitude / 127: no element is off by more
-/// than half of it. A row that holds NaN or infinity has the scale NaN, and is NaN throughout.
+/// than half of it. A row that holds NaN or infinity has the scale NaN, and is NaN throughout; a row of magnitudes below
+/// 127 * 2^-126 is 0.
 template <class From>
 void store_row(const From* from, Index cols, std::int8_t* to, float& scale) {
-  float top = 0, zero = 0;
+  float top = 0;
+  bool finite = true;
   for (Index c = 0; c < cols; ++c) {
     const float x = static_cast<float>(from[c]);
     top = std::max(top, std::abs(x));
-    zero += x * 0.0f;
+    finite = finite && is_finite(x);
   }
-  scale = zero == 0.0f ? top / 127 : std::numeric_limits<float>::quiet_NaN();
-  if (!(scale > 0.0f)) {
+  // A scale below 2^-126 would count as 0 in the kernels.
+  const bool counts = top / 127 >= std::numeric_limits<float>::min();
+  if (!finite || !counts) {
+    scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     std::fill_n(to, cols, std::int8_t{0});
     return;
   }
+  scale = top / 127;
   for (Index c = 0; c < cols; ++c) {
     const float steps = std::nearbyint(static_cast<float>(from[c]) / scale);
     to[c] = static_cast<std::int8_t>(std::clamp(steps, -127.0f, 127.0f));

@@ -21,7 +21,7 @@ inline constexpr Real nothing_seen = std::numeric_limits<Real>::lowest() / 4;
 /// The natural log-sum-exp of a lane: -infinity where it has seen nothing.
 template <class Real>
 Real lse_of(Real top, Real sum) {
-  if (sum == Real(0)) return -std::numeric_limits<Real>::infinity();
+  if (sum == Real(0)) return minus_infinity<Real>();
   return static_cast<Real>(static_cast<double>(top) / double(score_unit<Real>) +
                            std::log(static_cast<double>(sum)));
 }

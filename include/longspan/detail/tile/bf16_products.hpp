@@ -119,7 +119,7 @@ struct Bf16Products {
                                 zero);
       }
     }
-    return sum_of_lanes(Packet<float>{_mm512_add_ps(even, odd)}) == 0;
+    return is_finite(sum_of_lanes(Packet<float>{_mm512_add_ps(even, odd)}));
   }
 
   static Packet<float> weight_of(const Weight* p, Index j, Index stride) {

@@ -73,21 +73,23 @@ struct FloatProducts {
     detail::value_rows<packets>(v, v_stride, columns, p, of_tile, runs, o, of_tile, into, scale);
   }
 
-  /// x * 0 is 0 for finite x and NaN for the others, and NaN stays in a sum.
+  /// x * 0 is 0 for finite x and NaN for the others, and NaN stays in a sum. (An opaque 0, and a sum tested by its
+  /// bits: -ffast-math knows of no NaN.)
   static bool values_finite(const Value* v, Index v_stride, Index rows, Index columns) {
     constexpr int w = lanes<Real>;
     const Packet<Real> zero = broadcast(Real(0));
     Packet<Real> zeros[4] = {zero, zero, zero, zero};
+    const Packet<Real> by = opaque(zero);
     for (Index j = 0; j < rows; ++j, v += v_stride) {
       Index column = 0;
       for (; column + 4 * w <= columns; column += 4 * w) {
         LONGSPAN_UNROLL
-        for (int n = 0; n < 4; ++n) zeros[n] = fma(load(v + column + n * w), zero, zeros[n]);
+        for (int n = 0; n < 4; ++n) zeros[n] = fma(load(v + column + n * w), by, zeros[n]);
       }
-      for (; column + w <= columns; column += w) zeros[0] = fma(load(v + column), zero, zeros[0]);
-      if (column < columns) zeros[1] = fma(load_part<Real>(v + column, columns - column), zero, zeros[1]);
+      for (; column + w <= columns; column += w) zeros[0] = fma(load(v + column), by, zeros[0]);
+      if (column < columns) zeros[1] = fma(load_part<Real>(v + column, columns - column), by, zeros[1]);
     }
-    return sum_of_lanes((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])) == Real(0);
+    return is_finite(sum_of_lanes((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])));
   }
 
   /// The weights of key j for one packet of queries, and one value of it.

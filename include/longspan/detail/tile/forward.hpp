@@ -201,7 +201,7 @@ inline constexpr double least_parallel_decode_flop = 1e5;
 template <class E, class Task>
 void run_where_it_pays(double flop, double least_parallel, const E& executor, const Task& task) {
   if (flop < least_parallel) {
-    task(serial{});
+    run_without_denormals(serial{}, task);
   } else {
     task(executor);
   }

@@ -1,0 +1,104 @@
+// Numbers below the normal range count as 0 while a task runs.
+//
+// One denormal number costs a multiply-add 20 to 190 times its time: values of 1e-38 made a prefill 89 times as long, a
+// first key that scores 85 above the others 8 times.
+#pragma once
+
+#include <type_traits>
+
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+LONGSPAN_BEGIN
+namespace detail {
+
+/// While one lives, this thread reads denormal numbers as 0 and writes 0 for them; then its mode is what it was. (On
+/// x86-64 and AArch64; without effect elsewhere.) Memory is read and written within that time: the compiler moves no
+/// access past either end.
+class DenormalsAreZero {
+ public:
+  DenormalsAreZero() noexcept : before_(mode()) {
+    if ((before_ & zero) != zero) set_mode(before_ | zero);
+  }
+  DenormalsAreZero(const DenormalsAreZero&) = delete;
+  DenormalsAreZero& operator=(const DenormalsAreZero&) = delete;
+  ~DenormalsAreZero() {
+    if ((before_ & zero) != zero) set_mode(before_);
+  }
+
+ private:
+#if defined(__SSE2__)
+  using Mode = unsigned;
+  static constexpr Mode zero = 0x8040;  // of MXCSR: flush to zero, denormals are zero
+
+  static Mode mode() noexcept { return _mm_getcsr(); }
+  static void set_mode(Mode to) noexcept {
+#if defined(__GNUC__) || defined(__clang__)
+    asm volatile("ldmxcsr %0" : : "m"(to) : "memory");
+#else
+    _mm_setcsr(to);
+#endif
+  }
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+  using Mode = unsigned long long;
+  static constexpr Mode zero = Mode{1} << 24;  // of FPCR: FZ
+
+  static Mode mode() noexcept {
+    Mode now;
+    asm volatile("mrs %0, fpcr" : "=r"(now));
+    return now;
+  }
+  static void set_mode(Mode to) noexcept { asm volatile("msr fpcr, %0" : : "r"(to) : "memory"); }
+#else
+  using Mode = unsigned;
+  static constexpr Mode zero = 0;
+
+  static Mode mode() noexcept { return 0; }
+  static void set_mode(Mode) noexcept {}
+#endif
+
+  Mode before_;
+};
+
+/// An executor whose tasks run so, whichever thread they are on: bits then do not depend on the executor. The library
+/// runs all of its tasks on one.
+template <class E>
+class WithoutDenormals {
+ public:
+  explicit WithoutDenormals(const E& executor) noexcept : executor_(executor) {}
+
+  Index workers() const { return executor_.workers(); }
+
+  template <class Task>
+  void for_each(Index tasks, Task&& task) const {
+    executor_.for_each(tasks, [&task](Index t, Index worker) {
+      const DenormalsAreZero mode;
+      task(t, worker);
+    });
+  }
+
+ private:
+  const E& executor_;
+};
+
+template <class E>
+inline constexpr bool is_without_denormals = false;
+template <class E>
+inline constexpr bool is_without_denormals<WithoutDenormals<E>> = true;
+
+/// work(executor) with an executor that is WithoutDenormals.
+template <class E, class Work>
+void run_without_denormals(const E& executor, const Work& work) {
+  if constexpr (is_without_denormals<E>) {
+    work(executor);
+  } else {
+    work(WithoutDenormals<E>(executor));
+  }
+}
+
+}  // namespace detail
+LONGSPAN_END
