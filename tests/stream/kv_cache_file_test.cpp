@@ -2,6 +2,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -60,7 +61,7 @@ class Forged {
   std::string read() const {
     std::string file = bytes_;
     const std::size_t payload = file.size() - head() - 4;
-    const std::uint64_t claimed = claimed_ < 0 ? payload : static_cast<std::uint64_t>(claimed_);
+    const std::uint64_t claimed = claimed_.value_or(payload);
     std::memcpy(&file[24], &claimed, 8);
     put_sum(file, 0, head() - 4);
     put_sum(file, head(), payload);
@@ -82,7 +83,7 @@ class Forged {
   }
 
   std::string bytes_;
-  std::int64_t claimed_ = -1;
+  std::optional<std::uint64_t> claimed_;
 };
 
 template <class Stream>
