@@ -85,8 +85,8 @@ struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true
         score(detail::take_part<detail::ScorePart, S>(parts...)),
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
 
-  /// The same, causal, for rows that come in chunks or one by one: see stream/kv_cache.hpp, which has to be
-  /// included. It keeps rows as T.
+  /// The same for rows that come in chunks or one by one, causal where the mask does not limit the keys after a
+  /// query: see stream/kv_cache.hpp, which has to be included. It keeps rows as T.
   template <StoredElement T = float>
   kv_cache<T, M, S, P> stream(const StreamShape& shape) const;
   template <StoredElement T = float>

@@ -180,6 +180,34 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
   }));
   softmax_attention placed = attend;
   placed.first_query = 7;
+  // Sizes of which the products overflow.
+  constexpr Index huge = Index{1} << 60;
+  CHECK(
+      says("kv_cache: the shape [batch, heads, head_dim, value_dim] is [1, 2, 1152921504606846976, 4]", [&] {
+        attend.stream({1, 2, 2, huge, 4});
+      }));
+  CHECK(says("wanted a token that fits", [&] { attend.stream({1, huge, huge, 4, 4}); }));
+  CHECK(says("wanted a token that fits", [&] { attend.stream({huge, 1, 1, 0, 0}); }));
+  CHECK(says("wanted a token that fits", [&] { attend.stream({1, 1, 1, 2 * huge, 6 * huge}); }));
+  CHECK(says("kv_cache: the page is 1152921504606846976, wanted at least 0 and at most", [&] {
+    attend.stream({1, 2, 2, 4, 4}, {.page = huge});
+  }));
+  for (const Index page : {0, 8}) {
+    auto stream = attend.stream({1, 2, 2, 4, 4}, {.page = page});
+    CHECK(says("kv_cache::reserve: the number of tokens is 1152921504606846976, wanted 0..",
+               [&] { stream.reserve(huge); }));
+    CHECK(says("kv_cache::reserve: the number of tokens is -1, wanted 0..", [&] { stream.reserve(-1); }));
+    // One row that stands for more tokens than any memory holds.
+    const float row[4] = {};
+    const longspan::TensorView<const float> rows{row, 1, 2, huge, 4, 0, 0, 0};
+    CHECK(says("kv_cache::absorb: the number of rows of k is 1152921504606846976, wanted at most",
+               [&] { stream.absorb(rows, rows); }));
+    CHECK(stream.size() == 0);
+    CHECK(stream.bytes() == 0);
+  }
+  softmax_attention unscaled = attend;
+  unscaled.scale = NAN;
+  CHECK(says("kv_cache: scale is nan, wanted a finite number", [&] { unscaled.stream({1, 2, 2, 4, 4}); }));
   CHECK(says("first_query is 7, wanted unset", [&] { placed.stream({1, 2, 2, 4, 4}); }));
   auto stream = attend.stream({1, 2, 2, 4, 4}, {.page = 8});
   Call<float> call(Shape{1, 2, 1, 5, 5, 4, 4}), right(Shape{1, 2, 2, 40, 40, 4, 4});
@@ -192,9 +220,9 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
   CHECK(says("kv_cache::reorder: the number of rows is 2", [&] {
     stream.reorder(std::vector<Index>{0, 0});
   }));
-  auto ring = softmax_attention{window{.left = 10}}.stream({1, 2, 2, 4, 4}, {.page = 8});
+  auto ring = softmax_attention{window{.left = 10}}.stream({1, 2, 2, 4, 4}, {.page = 8, .rollback = 0});
   extend(ring, right, 0, 40);
-  CHECK(says("kv_cache::truncate: the number of tokens is 30, wanted one whose keys are kept",
+  CHECK(says("kv_cache::truncate: the number of tokens is 30, wanted at least 34: the keys",
              [&] { ring.truncate(30); }));
   ring.truncate(39);
   CHECK(ring.size() == 39);

@@ -1,18 +1,23 @@
-// Counts what a program allocates by operator new. Replaces the global operators, so one file of a program
+// Counts what a program allocates by operator new, and lets allocations fail. Replaces the global operators, so one file of a program
 // includes it, once.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdlib>
+#include <limits>
 #include <new>
 
 namespace test {
 
 inline std::atomic<long> allocations{0};
+inline std::atomic<std::size_t> allocated_bytes{0};
+/// Allocations from this number on fail.
+inline std::atomic<long> first_to_fail{std::numeric_limits<long>::max()};
 
 inline void* allocate(std::size_t bytes, std::size_t alignment) {
-  ++allocations;
+  if (allocations++ >= first_to_fail) throw std::bad_alloc();
+  allocated_bytes += bytes;
   const std::size_t whole = (bytes + alignment - 1) / alignment * alignment;
   void* memory = std::aligned_alloc(alignment, whole == 0 ? alignment : whole);
   if (memory == nullptr) throw std::bad_alloc();
@@ -28,6 +33,29 @@ long allocations_of(const Work& work) {
   const long before = allocations;
   work();
   return allocations - before;
+}
+
+/// The bytes of all that `work` allocated, whether it released them or not.
+template <class Work>
+std::size_t bytes_allocated_by(const Work& work) {
+  const std::size_t before = allocated_bytes;
+  work();
+  return allocated_bytes - before;
+}
+
+/// Runs `work` with memory for `count` allocations and no more. Was that too little?
+template <class Work>
+bool runs_out_of_memory(long count, const Work& work) {
+  first_to_fail = allocations + count;
+  struct Restore {
+    ~Restore() { first_to_fail = std::numeric_limits<long>::max(); }
+  } restore;
+  try {
+    work();
+  } catch (const std::bad_alloc&) {
+    return true;
+  }
+  return false;
 }
 
 }  // namespace test

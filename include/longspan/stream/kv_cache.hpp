@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <istream>
 #include <ostream>
@@ -15,11 +14,12 @@
 #include <utility>
 #include <vector>
 
-#include "longspan/detail/call/causal_mask.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/call/stream_mask.hpp"
 #include "longspan/detail/storage/key_pages.hpp"
 #include "longspan/detail/storage/rows.hpp"
+#include "longspan/detail/storage/state_fields.hpp"
 #include "longspan/detail/storage/state_file.hpp"
 #include "longspan/detail/tile/forward.hpp"
 #include "longspan/eigen.hpp"
@@ -41,15 +41,18 @@ struct kv_cache_options {
   /// itself: a token against 32768 (float, 32 heads on 8 of 128) costs 5 to 20 % more with pages of 256 than
   /// with an array, 5 to 30 % with 64 and 15 to 50 % with 16; a chunk of 512 against 4096 1, 5 and 13 %.
   Index page = 0;
-  /// Give a page back when the mask will show none of its keys again: with `causal{} & window{W}`, or
-  /// `causal{} & (window{W} | sinks{4})`, a ring of about W / page + 2 pages: 38 MB and 1.1 ms for a
-  /// token (W 4096, page 256, sizes as above, one thread) behind 2^22 tokens as behind 2^13. An array keeps
-  /// everything.
+  /// Evict a page when the mask will show none of its keys again: with `causal{} & window{W}`, or
+  /// `causal{} & (window{W} | sinks{4})`, a ring of about (W + rollback) / page + 2 pages remains: 38 MB and
+  /// 1.1 ms for a token (W 4096, page 256, sizes as above, one thread) after 2^22 tokens as after 2^13. An
+  /// array keeps everything.
   bool forget = true;
+  /// The last `rollback` tokens before the largest size that the stream has had can be taken back: pages are
+  /// evicted that much later. Tokens that stay have the results and bits of a stream that never saw the others.
+  Index rollback = 16;
 };
 
-/// softmax_attention carried from call to call: rows taken in by `extend` stand behind those of the calls
-/// before, and each sees what the one causal call over all rows would show it.
+/// softmax_attention carried from call to call: `extend` appends rows after those of the calls before, and each
+/// query sees what one call over all rows would show it.
 ///
 ///   softmax_attention attend{causal{} & window{.left = 4095}, rotary(Pairing::half_split)};
 ///   const StreamShape shape{.heads = 32, .kv_heads = 8, .head_dim = 128, .value_dim = 128};
@@ -62,10 +65,14 @@ struct kv_cache_options {
 /// Types     rows are kept as T: float, double, Eigen::bfloat16, Eigen::half or std::int8_t, whatever k and v
 ///           are; q and out are any elements, arithmetic is double where q is, else float
 /// Positions are written by the cache: keys are encoded once, as they come, and then rounded to T
-/// Masked    the mask of the functor, and what comes behind a query
-/// Storage   see kv_cache_options. The kernels read pages where they lie. Copies share pages: the only one
-///           that is ever copied is the open one, by whoever goes on first. Pages that a stream gives back
-///           serve it and its copies; copies may live on different threads
+/// Masked    the mask of the functor, taken literally for every query whose keys it limits to the right: causal,
+///           segments, padding, sinks, closed documents, a window with a right side, and what is made of them,
+///           as `causal{} | sinks{n}` is. A query without such a limit (everything, a window without a right
+///           side, the last of the documents, a user's mask without key ranges) sees no key after itself.
+///           A chunk holds all keys that its queries may see, or is refused: `causal{} & mask` fits any chunk
+/// Storage   see kv_cache_options. The kernels read pages where they lie. Copies share pages; a stream copies
+///           only the open page, when it writes to it first. Pages that a stream evicts serve it and its
+///           copies; copies may live on different threads
 /// State     batch * kv_heads * (head_dim + value_dim) elements of T for each token that is kept, in int8 and
 ///           4 bytes for each row of either; 8 bytes for each page that ever was
 /// Cost      as softmax_attention; each row is converted once. A token against 32768 takes 0.49 of the time
@@ -76,8 +83,9 @@ struct kv_cache_options {
 /// Bits      with one array, or pages of a multiple of 256, those of the call over all rows wherever that
 ///           runs the same kernel (see softmax_attention: up to 8 queries to a KV head, or more): one token at
 ///           a time or a few make no difference. Copies, other batch rows and the executor change none
-/// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws leaves a
-///           stream that has taken in some of the call's rows
+/// Throws    Error when shapes disagree, a chunk is too short for its mask, or sizes could never fit; std::bad_alloc;
+///           what an executor or a score throws. Then the stream is as it was before the call, except that it
+///           may keep memory for more tokens; out and lse may be written in part
 /// Source    pages: Kwon et al. 2023 (arXiv 2309.06180), section 4; sinks: Xiao et al. 2023
 ///           (arXiv 2309.17453)
 template <StoredElement T, Mask M, Score S, Position P>
@@ -85,35 +93,59 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
  public:
   kv_cache(softmax_attention<M, S, P> attend, const StreamShape& shape, const kv_cache_options& options = {})
       : attend_(std::move(attend)),
-        mask_(detail::causal_mask(attend_.mask)),
+        mask_(detail::stream_mask(attend_.mask)),
         shape_(checked(shape, options, attend_)),
         options_(options),
         pages_(shape, options.page) {}
+  kv_cache(const kv_cache&) = default;
+  kv_cache(kv_cache&&) = default;
+  /// Changes nothing if it throws.
+  kv_cache& operator=(const kv_cache& other)
+  requires std::is_copy_assignable_v<softmax_attention<M, S, P>>
+  {
+    if (this != &other) *this = kv_cache(other);
+    return *this;
+  }
+  kv_cache& operator=(kv_cache&&) = default;
 
   const StreamShape& shape() const noexcept { return shape_; }
   const kv_cache_options& options() const noexcept { return options_; }
-  /// Tokens taken in.
+  /// The number of tokens appended, less those taken back.
   Index size() const noexcept { return pages_.size(); }
   /// Memory of the rows, with the room for more, and with what is shared with copies.
   Index bytes() const noexcept { return pages_.bytes(); }
 
   /// Memory for `tokens` tokens: until there are more, `extend` allocates none for rows.
-  void reserve(Index tokens) { pages_.reserve(tokens); }
-  void clear() { forget_from(0); }
+  void reserve(Index tokens) {
+    const Index most = detail::KeyPages<T>::most_tokens(shape_);
+    if (tokens < 0 || tokens > most)
+      refuse_size("kv_cache::reserve", std::to_string(tokens), "0.." + std::to_string(most));
+    pages_.reserve(tokens);
+  }
+  void clear() noexcept { take_back_to(0); }
 
-  /// Forgets the tokens from number `tokens` on: the step back of speculative decoding. Refused where the
-  /// next query would see keys that are forgotten already.
+  /// Will `truncate(tokens)` succeed? It will for every number from the largest size so far less
+  /// `options().rollback` up to size(); a smaller number depends on the pages that are left.
+  bool can_truncate(Index tokens) const noexcept {
+    if (tokens < 0 || tokens > size()) return false;
+    for (Index b = 0; b < shape_.batch; ++b) {
+      if (!pages_.keeps(b, detail::later_keys(mask_, b, tokens), tokens)) return false;
+    }
+    return true;
+  }
+
+  /// Takes back the tokens from number `tokens` on: the step back of speculative decoding. Throws Error, and
+  /// changes nothing, where the next query would see keys that are evicted already.
   void truncate(Index tokens) {
     constexpr std::string_view name = "kv_cache::truncate";
     if (tokens < 0 || tokens > size())
-      detail::refuse(name, "the number of tokens", std::to_string(tokens), "0.." + std::to_string(size()));
-    for (Index b = 0; b < shape_.batch; ++b) {
-      if (!pages_.keeps(b, detail::later_keys(mask_, b, tokens), tokens)) {
-        detail::refuse(name, "the number of tokens", std::to_string(tokens),
-                       "one whose keys are kept: those that the mask would not show again are forgotten");
-      }
+      refuse_size(name, std::to_string(tokens), "0.." + std::to_string(size()));
+    if (!can_truncate(tokens)) {
+      refuse_size(name, std::to_string(tokens),
+                  "at least " + std::to_string(least_kept()) +
+                      ": the keys before are evicted, with rollback = " + std::to_string(options_.rollback));
     }
-    forget_from(tokens);
+    take_back_to(tokens);
   }
 
   /// Batch row b becomes what row rows[b] was: the step of a beam search. Rows share pages.
@@ -128,101 +160,110 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     pages_.reorder(rows);
   }
 
-  /// Takes tokens whose queries nobody asks for.
+  /// Appends tokens whose queries are not needed.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void absorb(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
     const auto values = view(v);
     detail::check_tokens("kv_cache::absorb", keys, values, shape_.batch, shape_);
-    const Index most = tokens_at_once(keys.rows);
+    check_growth("kv_cache::absorb", keys.rows);
     detail::with_executor(execution, [&](const auto& executor) {
-      for (Index first = 0; first < keys.rows; first += most) {
-        const Index count = std::min(most, keys.rows - first);
+      in_pieces(keys.rows, [&](Index first, Index count) {
         keep(keys.slice_rows(first, count), values.slice_rows(first, count), executor);
-        forget_unseen();
-      }
+      });
     });
   }
 
-  /// Writes the rows; a stream of the same shape, T and page can load them.
-  void save(std::ostream& to) const {
-    detail::StateWriter writer(to, kind, numbers(), pages_.payload_bytes());
-    pages_.save(writer);
-    writer.finish();
-  }
-  /// Takes over what `save` wrote. Throws Error, and changes nothing, where the file is damaged or belongs to
-  /// another shape, type or page.
-  void load(std::istream& from) {
-    Numbers found{};
-    detail::StateReader reader(from, kind, found);
-    Numbers wanted = numbers();
-    wanted.back() = found.back();
-    if (found != wanted)
-      detail::refuse(kind.load, "the file", "a state of other shapes or options", "one of this stream's");
-    const Index size = found.back(), most = Index{1} << 44;
-    if (size < 0 || size > most)
-      detail::refuse(kind.load, "the number of tokens", std::to_string(size), "0.." + std::to_string(most));
-    detail::KeyPages<T> loaded(shape_, options_.page);
-    loaded.load(reader, size);
-    reader.finish();
-    for (Index b = 0; b < shape_.batch; ++b) {
-      if (!loaded.keeps(b, detail::later_keys(mask_, b, size), size))
-        detail::refuse(kind.load, "the file", "a state without keys that the mask will show",
-                       "one with them");
-    }
-    pages_ = std::move(loaded);
-    known_full_ = 0;
-  }
+  /// Writes the rows; a stream of the same shape, T, page, positions and scale can load them.
+  void save(std::ostream& to) const;
+  /// Takes over what `save` wrote; as many tokens can be taken back as the file has the rows for. Throws Error,
+  /// and changes nothing, where the file is damaged or belongs to another kind of stream.
+  void load(std::istream& from);
 
  private:
   friend detail::StreamCalls<kv_cache, true>;
-  using Causal = detail::CausalMask<M>;
+  using Shown = detail::StreamMask<M>;
   using Real = detail::ArithmeticOf<T>;
-  using Numbers = std::array<std::int64_t, 9>;
   static constexpr std::string_view function = "kv_cache::extend";
-  static constexpr detail::StateKind kind{"kv", 1, "kv_cache::save", "kv_cache::load"};
+  static constexpr detail::StateKind kind{"kv", 2, "kv_cache::save", "kv_cache::load"};
   static constexpr bool encodes = !std::is_same_v<P, no_position>;
 
   static const StreamShape& checked(const StreamShape& shape, const kv_cache_options& options,
-                                    const softmax_attention<M, S, P>& attend) {
-    detail::check_stream_shape("kv_cache", shape);
-    detail::check_stream_parts("kv_cache", attend, shape);
-    if (options.page < 0)
-      detail::refuse("kv_cache", "the page", std::to_string(options.page), "at least 0 tokens");
-    if (attend.first_query != queries_end_at_keys) {
-      detail::refuse("kv_cache", "first_query", std::to_string(attend.first_query),
-                     "unset: queries stand behind the tokens before");
-    }
-    return shape;
+                                    const softmax_attention<M, S, P>& attend);
+  [[noreturn]] static void refuse_size(std::string_view name, std::string_view got, std::string_view wanted) {
+    detail::refuse(name, "the number of tokens", got, wanted);
   }
 
-  Numbers numbers() const {
-    const std::int64_t type = std::is_same_v<T, Eigen::half> ? 16 : static_cast<std::int64_t>(sizeof(T));
-    return {shape_.batch, shape_.heads,  shape_.kv_heads, shape_.head_dim, shape_.value_dim,
-            type,         options_.page, encodes,         size()};
-  }
+  /// All that shaped the rows of a file, or decides how they are read.
+  std::vector<detail::StateField> fields() const;
 
-  /// What can be forgotten is taken in piece by piece: a long prompt needs no more memory than what follows.
-  /// Pieces of 2048 keep the tiles full.
-  Index tokens_at_once(Index rows) const {
-    const KeyRange all{0, size() + rows};
-    for (Index b = 0; b < shape_.batch && options_.page > 0 && options_.forget; ++b) {
-      const KeyRanges later = detail::later_keys(mask_, b, all.end);
-      if (std::none_of(later.begin(), later.end(), [&](const KeyRange& x) { return x.contains(all); }))
-        return 2048;
-    }
-    return std::max<Index>(1, rows);
+  void check_growth(std::string_view name, Index rows) const {
+    const Index most = detail::KeyPages<T>::most_tokens(shape_) - size();
+    if (rows > most)
+      detail::refuse(name, "the number of rows of k", std::to_string(rows),
+                     "at most " + std::to_string(most));
   }
 
   template <class Call, class E>
   void take(const Call& call, const E& executor, Workspace& workspace) {
-    const Index most = tokens_at_once(call.q_len());
-    for (Index first = 0; first < call.q_len(); first += most)
-      take_in(detail::part_of(call, first, std::min(most, call.q_len() - first)), executor, workspace);
+    check_growth(function, call.q_len());
+    detail::check_reach(function, mask_, shape_.batch, shape_.heads, size(), size() + call.q_len());
+    in_pieces(call.q_len(), [&](Index first, Index count) {
+      append(detail::part_of(call, first, count), executor, workspace);
+    });
+  }
+
+  /// work(first, count), which appends tokens, for pieces of the `rows` tokens of one call.
+  template <class Work>
+  void in_pieces(Index rows, const Work& work) {
+    struct Undo {
+      kv_cache* stream;
+      Index size;
+      ~Undo() {
+        if (stream != nullptr) stream->take_back_to(size);
+      }
+    } undo{this, size()};
+    const Index end = size() + rows;
+    for (Index first = size(), next = first; first < end; first = next) {
+      next = end_of_piece(first, end);
+      work(first - undo.size, next - first);
+      // Pages from before the call are still needed if a later piece throws.
+      if (next < end) evict(undo.size);
+    }
+    undo.stream = nullptr;
+    if (options_.page > 0 && full_pages() != full_pages_) {
+      full_pages_ = full_pages();
+      evict(0);
+    }
+  }
+
+  /// Where later pages replace earlier ones, a long prompt is appended in pieces, and needs no more memory than
+  /// what stays. Pieces of 2048 keep the tiles full; none ends before a key that one of its queries may see.
+  Index end_of_piece(Index first, Index end) const {
+    constexpr Index most = 2048;
+    if (end - first <= most || !evicts_before(end)) return end;
+    if constexpr (detail::hides_later_keys<Shown>) return first + most;
+    Index reach = first;
+    for (Index i = first; i < end; ++i) {
+      if (i >= first + most && reach <= i) return i;
+      for (Index b = 0; b < shape_.batch; ++b)
+        reach = std::max(reach, detail::reach_of(mask_, b, shape_.heads, i));
+    }
+    return end;
+  }
+  bool evicts_before(Index size) const {
+    if (options_.page == 0 || !options_.forget) return false;
+    const KeyRange all{0, least_size(size)};
+    for (Index b = 0; b < shape_.batch; ++b) {
+      const KeyRanges later = detail::later_keys(mask_, b, all.end);
+      if (std::none_of(later.begin(), later.end(), [&](const KeyRange& x) { return x.contains(all); }))
+        return true;
+    }
+    return false;
   }
 
   template <class Call, class E>
-  void take_in(const Call& call, const E& executor, Workspace& workspace) {
+  void append(const Call& call, const E& executor, Workspace& workspace) {
     const Index first = size();
     keep(call.k, call.v, executor);
     if constexpr (encodes) {
@@ -230,7 +271,6 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     } else {
       attend(call.q, call, first, executor, workspace);
     }
-    forget_unseen();
   }
 
   template <class Tk, class Tv, class E>
@@ -269,23 +309,41 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
                          attend_.bf16_products);
   }
 
-  void forget_unseen() {
-    if (options_.page == 0 || !options_.forget || size() / options_.page == known_full_) return;
-    known_full_ = size() / options_.page;
-    for (Index b = 0; b < shape_.batch; ++b) pages_.keep_only(b, detail::later_keys(mask_, b, size()));
+  /// The size to which a stream of `size` tokens promises to go back.
+  Index least_size(Index size) const noexcept { return std::max<Index>(0, size - options_.rollback); }
+  /// Pages that are full then: only these are ever evicted.
+  Index full_pages() const noexcept { return least_size(size()) / options_.page; }
+
+  /// Evicts full pages that hold none of the tokens before `first` and that no later query will see.
+  void evict(Index first) {
+    if (options_.page == 0 || !options_.forget) return;
+    for (Index b = 0; b < shape_.batch; ++b)
+      pages_.keep_only(b, detail::later_keys(mask_, b, least_size(size())),
+                       detail::divide_up(first, options_.page), full_pages());
   }
-  void forget_from(Index tokens) {
+  void take_back_to(Index tokens) noexcept {
     pages_.truncate(tokens);
-    known_full_ = 0;
+    full_pages_ = 0;
+  }
+
+  /// The least number of tokens from which on each can be truncated to: can_truncate only fails before it, since
+  /// what later queries see shrinks from token to token.
+  Index least_kept() const noexcept {
+    Index fails = pages_.end_of_evicted() - 1, least = size();
+    while (least - fails > 1) {
+      const Index middle = fails + (least - fails) / 2;
+      (can_truncate(middle) ? least : fails) = middle;
+    }
+    return least;
   }
 
   softmax_attention<M, S, P> attend_;
-  Causal mask_;
+  Shown mask_;
   StreamShape shape_;
   kv_cache_options options_;
   detail::KeyPages<T> pages_;
   std::tuple<std::vector<float>, std::vector<double>> queries_;  ///< of one call, encoded
-  Index known_full_ = 0;  ///< full pages when it was last asked which of them are seen
+  Index full_pages_ = 0;                                         ///< when pages were last evicted
 };
 
 template <Mask M, Score S, Position P>
@@ -301,3 +359,5 @@ kv_cache<T, M, S, P> softmax_attention<M, S, P>::stream(const StreamShape& shape
 }
 
 LONGSPAN_END
+
+#include "longspan/stream/kv_cache-inl.hpp"

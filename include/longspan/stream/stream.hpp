@@ -19,8 +19,11 @@ LONGSPAN_BEGIN
 ///   extend(q, k, v, out)        takes in any number of tokens, and answers their queries; an execution may
 ///                               follow. All streams but infini_memory also take an lse before it
 ///   clear()                     forgets everything
-///   truncate(n)                 forgets all tokens but the first n. Throws Error, and changes nothing, where
-///                               what the first n left behind is not there any more
+///   truncate(n)                 takes back all tokens but the first n. The last `rollback` tokens (an option of
+///                               each stream) before the largest size that the stream has had can be taken back;
+///                               results and bits of every token that stays are those of a stream that never saw
+///                               the others. Beyond that it may throw Error, and then changes nothing
+///   can_truncate(n)             will truncate(n) succeed?
 ///   save(to), load(from)        a checked file. A load that throws changes nothing
 template <class S, class T = float>
 concept Stream =
@@ -33,6 +36,7 @@ concept Stream =
       stream.extend(in, in, in, out, executor);
       stream.clear();
       stream.truncate(Index{});
+      { seen.can_truncate(Index{}) } -> std::same_as<bool>;
       seen.save(to);
       stream.load(from);
     };

@@ -1,9 +1,12 @@
 #include "longspan/detail/storage/page.hpp"
 
+#include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <utility>
 
 #include "support/catch.hpp"
+#include "support/count_allocations.hpp"
 
 using longspan::Index;
 using longspan::detail::FreePages;
@@ -45,6 +48,36 @@ TEMPLATE_TEST_CASE("PageLayout: the parts lie one behind the other", "", float, 
   } else {
     CHECK(end_of_values <= layout.bytes());
   }
+}
+
+TEST_CASE("bounded_product: the product, or the largest Index") {
+  using longspan::detail::bounded_product;
+  constexpr Index most = std::numeric_limits<Index>::max();
+  CHECK(bounded_product(3, 7) == 21);
+  CHECK(bounded_product(0, most) == 0);
+  CHECK(bounded_product(most, 0) == 0);
+  CHECK(bounded_product(most, 1) == most);
+  CHECK(bounded_product(Index{1} << 31, Index{1} << 31) == Index{1} << 62);
+  CHECK(bounded_product(Index{1} << 32, Index{1} << 31) == most);
+  CHECK(bounded_product(Index{1} << 40, Index{1} << 40) == most);
+}
+
+TEST_CASE("FreePages: giving a page back allocates nothing, and the last page given is taken first") {
+  const PageLayout<float> layout{1, 2, 4, 4};
+  FreePages free;
+  free.reserve(layout, 3);
+  Page a = free.take(layout), b = free.take(layout), c = free.take(layout), d = free.take(layout);
+  const std::byte* const memory[] = {a.data(), b.data(), c.data(), d.data()};
+  CHECK(test::allocations_of([&] {
+          free.give(std::move(a));
+          free.give(std::move(b));
+          free.give(Page());
+          free.give(std::move(c));
+          free.reserve(layout, 3);
+        }) == 0);
+  CHECK(free.take(layout).data() == memory[2]);
+  CHECK(free.take(layout).data() == memory[1]);
+  CHECK(free.take(layout).data() == memory[0]);
 }
 
 TEST_CASE("FreePages: hands on what nobody else holds") {

@@ -80,12 +80,30 @@ TEST_CASE("state file: what is wrong is said", "[state_file]") {
           std::istringstream from(saved({}));
           Sample sample;
           StateReader(from, {"other", 3, "", "other::load"}, sample.numbers);
-        }) == "longspan: other::load: the file is a state of another kind, wanted other, version 3");
+        }) == "longspan: other::load: the file is a state of another kind, wanted other");
+  CHECK(refusal([] {
+          std::istringstream from(saved({}));
+          Sample sample;
+          StateReader(from, {"sample", 4, "", "sample::load"}, sample.numbers);
+        }) == "longspan: sample::load: the layout is version 3 in the file, wanted 4");
+  CHECK(refusal([] {
+          std::istringstream from(saved({}));
+          std::array<std::int64_t, 3> numbers{};
+          StateReader(from, kind, numbers);
+        }) == "longspan: sample::load: the header is 2 numbers, wanted 3");
   CHECK(refusal([] {
           std::istringstream from(saved({}));
           Sample sample;
           StateReader(from, kind, sample.numbers).expect_payload(15);
         }) == "longspan: sample::load: the payload is 14 bytes, wanted 15 for the sizes in the header");
+  CHECK(refusal([] {
+          std::istringstream from(saved({}));
+          Sample sample;
+          const StateReader reader(from, kind, sample.numbers);
+          reader.expect_payload_of_at_least(14);
+          reader.expect_payload_of_at_least(15);
+        }) ==
+        "longspan: sample::load: the payload is 14 bytes, wanted at least 15 for the sizes in the header");
 }
 
 TEST_CASE("state file: a stream that takes no more is told", "[state_file]") {

@@ -2,9 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <memory>
 #include <span>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -25,8 +29,8 @@ namespace detail {
 
 /// The rows of all tokens, `page` of them in a page; a page of 0 stands for one that grows.
 ///
-/// A copy holds the same pages. Whoever writes to a page that is shared gets a copy of it first, so only the
-/// last, open page of a stream is ever copied.
+/// A copy holds the same pages. A stream copies a shared page before it writes to it, so only the last, open
+/// page of a stream is ever copied. What throws leaves the rows as they were, and perhaps room for more.
 template <StoredElement T>
 class KeyPages {
  public:
@@ -50,6 +54,18 @@ class KeyPages {
     return *this;
   }
   ~KeyPages() { release_pages(0); }
+
+  /// The most tokens for which no product of sizes overflows.
+  static Index most_tokens(const StreamShape& shape) noexcept {
+    const Index cols = shape.head_dim > std::numeric_limits<Index>::max() - shape.value_dim
+                           ? std::numeric_limits<Index>::max()
+                           : shape.head_dim + shape.value_dim;
+    // No row takes more than double and a scale for each element, and there is a list of pages for each batch row.
+    const Index heads = std::max({Index{1}, shape.heads, shape.kv_heads});
+    const Index of_token =
+        bounded_product(bounded_product(std::max<Index>(1, cols), 16), bounded_product(heads, shape.batch));
+    return std::min(Index{1} << 44, std::numeric_limits<Index>::max() / 4 / std::max<Index>(1, of_token));
+  }
 
   Index size() const noexcept { return size_; }
   Index bytes() const noexcept {
@@ -78,7 +94,7 @@ class KeyPages {
     return run;
   }
 
-  /// Memory for `tokens` tokens, so that appending them will not ask for any.
+  /// Memory for `tokens` tokens, so that appending them allocates nothing.
   void reserve(Index tokens) {
     if (grows_) {
       if (tokens > layout_.rows) grow(tokens);
@@ -93,7 +109,7 @@ class KeyPages {
     free_->reserve(layout_, missing);
   }
 
-  /// Takes in rows of k and v behind those that are there; keys are encoded as at their positions.
+  /// Appends rows of k and v; keys are encoded as at their positions.
   template <class Tk, class Tv, Position P, class E>
   void append(TensorView<Tk> k, TensorView<Tv> v, const P& position, const E& executor) {
     make_room(k.rows);
@@ -129,18 +145,28 @@ class KeyPages {
     size_ += k.rows;
   }
 
-  /// Gives full pages of batch row b back that hold none of these keys.
-  void keep_only(Index b, const KeyRanges& kept) {
+  /// Evicts those of the pages [first, end) of batch row b, full ones, that hold none of these keys.
+  void keep_only(Index b, const KeyRanges& kept, Index first, Index end) noexcept {
     if (grows_) return;
     auto& pages = pages_[at(b)];
-    for (Index n = 0; n < size_ / layout_.rows; ++n) {
+    for (Index n = first; n < end; ++n) {
       Page& page = pages[at(n)];
       if (!overlap(kept, {n * layout_.rows, (n + 1) * layout_.rows})) give(std::move(page));
     }
   }
+  /// The first token after all pages that were evicted.
+  Index end_of_evicted() const noexcept {
+    Index end = 0;
+    for (const auto& of_row : pages_) {
+      for (Index n = std::ssize(of_row); n > end; --n) {
+        if (!of_row[at(n - 1)].exists()) end = n;
+      }
+    }
+    return end * layout_.rows;
+  }
   /// Are these keys of batch row b kept, those of them that came before `size`, and the page that token
   /// `size` would be written to?
-  bool keeps(Index b, const KeyRanges& keys, Index size) const {
+  bool keeps(Index b, const KeyRanges& keys, Index size) const noexcept {
     if (grows_) return true;
     for (Index n = 0; n < divide_up(size, layout_.rows); ++n) {
       const KeyRange rows{n * layout_.rows, std::min(size, (n + 1) * layout_.rows)};
@@ -151,7 +177,7 @@ class KeyPages {
   }
 
   /// Forgets the tokens from number `size` on.
-  void truncate(Index size) {
+  void truncate(Index size) noexcept {
     if (!grows_) release_pages(divide_up(size, layout_.rows));
     size_ = size;
   }
@@ -174,14 +200,15 @@ class KeyPages {
  private:
   std::vector<std::int64_t> kept_parts() const;
   Index payload_bytes(const std::vector<std::int64_t>& kept, Index size) const;
+  void copy_part(const std::byte* from, const Page& page, Index first, Index count) const;
   /// Rows that are encoded together on their way to the page.
   static constexpr Index rows_at_once = 16;
 
   static std::size_t at(Index i) noexcept { return static_cast<std::size_t>(i); }
-  static bool overlap(const KeyRanges& ranges, KeyRange rows) {
+  static bool overlap(const KeyRanges& ranges, KeyRange rows) noexcept {
     return std::any_of(ranges.begin(), ranges.end(), [&](const KeyRange& x) { return x.overlaps(rows); });
   }
-  /// Tokens that stand together in a file: those of a page, or so many of one that grows.
+  /// Tokens that are together in a file: those of a page, or so many of one that grows.
   Index part() const { return grows_ ? 4096 : layout_.rows; }
   Index part(Index n, Index size) const { return std::min(part(), size - n * part()); }
   /// work(array, count) for all that page holds of one head's tokens [first, first + count).
@@ -207,10 +234,10 @@ class KeyPages {
     }
   }
 
-  void give(Page page) {
+  void give(Page page) noexcept {
     if (!grows_) free_->give(std::move(page));
   }
-  void release_pages(Index first) {
+  void release_pages(Index first) noexcept {
     for (auto& of_row : pages_) {
       for (; std::ssize(of_row) > first; of_row.pop_back()) give(std::move(of_row.back()));
     }
@@ -233,12 +260,12 @@ class KeyPages {
   void grow(Index rows) {
     PageLayout<T> larger = layout_;
     larger.rows = rows;
-    std::vector<Page> pages;
-    for (auto& of_row : pages_) {
-      pages.push_back(larger.allocate());
-      if (size_ > 0) layout_.copy_rows(of_row[0], pages.back(), larger, size_);
+    std::vector<std::vector<Page>> pages(pages_.size());
+    for (std::size_t b = 0; b < pages.size(); ++b) {
+      pages[b].push_back(larger.allocate());
+      if (size_ > 0) layout_.copy_rows(pages_[b][0], pages[b][0], larger, size_);
     }
-    for (std::size_t b = 0; b < pages_.size(); ++b) pages_[b].assign(1, std::move(pages[b]));
+    std::swap(pages_, pages);
     layout_ = larger;
   }
 
@@ -253,7 +280,7 @@ class KeyPages {
 template <StoredElement T>
 std::vector<std::int64_t> KeyPages<T>::kept_parts() const {
   std::vector<std::int64_t> kept;
-  for (Index n = 0; n < divide_up(size_, part()); ++n) {
+  for (Index n = 0; !pages_.empty() && n < divide_up(size_, part()); ++n) {
     for (const auto& of_row : pages_) kept.push_back(grows_ || of_row[at(n)].exists());
   }
   return kept;
@@ -268,44 +295,62 @@ Index KeyPages<T>::payload_bytes(const std::vector<std::int64_t>& kept, Index si
   return bytes;
 }
 
+/// For each part and batch row whether it is there, and then the rows of those that are.
 template <StoredElement T>
 void KeyPages<T>::save(StateWriter& writer) const {
   const auto kept = kept_parts();
   writer.array(kept.data(), std::ssize(kept));
-  for (Index n = 0; n < divide_up(size_, part()); ++n) {
-    for (const auto& of_row : pages_) {
-      const Page& page = of_row[at(grows_ ? 0 : n)];
-      for (Index h = 0; page.exists() && h < layout_.kv_heads; ++h) {
-        for_arrays(page, h, grows_ ? n * part() : 0, part(n, size_),
-                   [&](const auto* array, Index count) { writer.array(array, count); });
-      }
+  for (Index i = 0; i < std::ssize(kept); ++i) {
+    if (kept[at(i)] == 0) continue;
+    const Index n = i / std::ssize(pages_), b = i % std::ssize(pages_);
+    for (Index h = 0; h < layout_.kv_heads; ++h) {
+      for_arrays(pages_[at(b)][at(grows_ ? 0 : n)], h, grows_ ? n * part() : 0, part(n, size_),
+                 [&](const auto* array, Index count) { writer.array(array, count); });
     }
   }
 }
 
-/// Into an empty object, which is thrown away where the file ends early. Memory is taken part by part, as the
-/// parts before arrive.
+/// Into an empty object, which is discarded if the file ends early. `size` is at most most_tokens(). Memory for
+/// the rows of a part is allocated only after these rows have been read.
 template <StoredElement T>
 void KeyPages<T>::load(StateReader& reader, Index size) {
-  const Index parts = divide_up(size, part());
-  const auto kept = reader.template array<std::int64_t>(std::ssize(pages_) * parts);
+  const Index batch = std::ssize(pages_), parts = batch == 0 ? 0 : divide_up(size, part());
+  const Index flags = bounded_product(parts, batch);
+  reader.expect_payload_of_at_least(bounded_product(flags, static_cast<Index>(sizeof(std::int64_t))));
+  const auto kept = reader.template array<std::int64_t>(flags);
+  for (const std::int64_t flag : kept) {
+    if (flag != 1 && (grows_ || flag != 0))
+      reader.reject("a flag of kept rows", std::to_string(flag), grows_ ? "1" : "0 or 1");
+  }
   reader.expect_payload(payload_bytes(kept, size));
   for (Index n = 0; n < parts; ++n) {
     const Index count = part(n, size);
-    if (grows_) make_room(count);
-    for (Index b = 0; b < std::ssize(pages_); ++b) {
+    for (Index b = 0; b < batch; ++b) {
       auto& pages = pages_[at(b)];
       if (!grows_) pages.emplace_back();
-      if (kept[at(n * std::ssize(pages_) + b)] == 0) continue;
-      if (!grows_) pages.back() = layout_.allocate();
-      for (Index h = 0; h < layout_.kv_heads; ++h) {
-        for_arrays(pages.back(), h, grows_ ? n * part() : 0, count, [&](auto* array, Index length) {
-          const auto values = reader.template array<std::remove_pointer_t<decltype(array)>>(length);
-          std::copy(values.begin(), values.end(), array);
-        });
+      if (kept[at(n * batch + b)] != 0) {
+        const auto rows = reader.template array<std::byte>(count * layout_.row_bytes());
+        if (grows_ && n == 0) layout_.rows = count;
+        if (grows_ && size_ + count > layout_.rows) grow(std::max(size_ + count, 2 * layout_.rows));
+        if (!grows_) pages.back() = layout_.allocate();
+        if (grows_ && n == 0) pages.push_back(layout_.allocate());
+        copy_part(rows.data(), pages.back(), grows_ ? n * part() : 0, count);
       }
     }
     size_ += count;
+  }
+  size_ = size;
+}
+
+/// Copies rows, as a file holds them, to the rows [first, first + count) of a page.
+template <StoredElement T>
+void KeyPages<T>::copy_part(const std::byte* from, const Page& page, Index first, Index count) const {
+  for (Index h = 0; h < layout_.kv_heads; ++h) {
+    for_arrays(page, h, first, count, [&](auto* array, Index length) {
+      const auto bytes = static_cast<std::size_t>(length) * sizeof(*array);
+      if (bytes > 0) std::memcpy(array, from, bytes);
+      from += bytes;
+    });
   }
 }
 

@@ -5,12 +5,11 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
+#include <limits>
 #include <mutex>
 #include <new>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/storage/rows.hpp"
@@ -20,6 +19,12 @@
 LONGSPAN_BEGIN
 namespace detail {
 
+/// a * b, or the largest Index where the product is larger. Neither factor is negative.
+constexpr Index bounded_product(Index a, Index b) noexcept {
+  constexpr Index most = std::numeric_limits<Index>::max();
+  return b != 0 && a > most / b ? most : a * b;
+}
+
 /// The memory of one page, shared by all streams that hold its tokens; null if default constructed.
 class Page {
  public:
@@ -27,7 +32,7 @@ class Page {
   explicit Page(Index bytes)
       : memory_(static_cast<std::byte*>(
             ::operator new(static_cast<std::size_t>(bytes) + header_bytes, std::align_val_t{header_bytes}))) {
-    new (memory_) Owners(1);
+    new (memory_) Header;
   }
   Page(const Page& other) noexcept : memory_(other.memory_) {
     if (memory_ != nullptr) owners().fetch_add(1, std::memory_order_relaxed);
@@ -44,14 +49,20 @@ class Page {
 
   bool exists() const noexcept { return memory_ != nullptr; }
   std::byte* data() const noexcept { return memory_ + header_bytes; }
-  /// Is there no other owner? What one that has let go read of it has then been read.
+  /// Is there no other owner? Reads by an owner that has let go of the page have then ended.
   bool is_own() const noexcept { return owners().load(std::memory_order_acquire) == 1; }
 
  private:
-  using Owners = std::atomic<Index>;
+  friend class FreePages;
+  struct Header {
+    std::atomic<Index> owners{1};
+    std::byte* next_free = nullptr;  ///< the memory of the next page in the list that FreePages makes
+  };
   static constexpr std::size_t header_bytes = 64;
+  static_assert(sizeof(Header) <= header_bytes && std::is_trivially_destructible_v<Header>);
 
-  Owners& owners() const noexcept { return *std::launder(reinterpret_cast<Owners*>(memory_)); }
+  Header& header() const noexcept { return *std::launder(reinterpret_cast<Header*>(memory_)); }
+  std::atomic<Index>& owners() const noexcept { return header().owners; }
 
   std::byte* memory_ = nullptr;
 };
@@ -71,6 +82,7 @@ struct PageLayout {
     return kv_heads * ((head_dim + value_dim) * static_cast<Index>(sizeof(T)) +
                        (is_scaled ? 2 * static_cast<Index>(sizeof(float)) : 0));
   }
+  /// No product overflows while rows * row_bytes() is at most half of the largest Index.
   Index bytes() const noexcept { return v_scales_at() + scale_bytes(); }
   T* keys(const Page& page, Index h, Index row) const noexcept {
     return reinterpret_cast<T*>(page.data()) + (h * rows + row) * head_dim;
@@ -112,36 +124,55 @@ struct PageLayout {
   Index v_scales_at() const noexcept { return k_scales_at() + scale_bytes(); }
 };
 
-/// Pages that nobody holds, for whoever needs one next. Streams that are copies of each other share it, and
-/// may live on different threads.
+/// Pages without an owner, to be used again. Streams that are copies of each other share the list, and may be
+/// on different threads. The list is threaded through the pages' headers, so that `give` never allocates: it
+/// runs in destructors.
 class FreePages {
  public:
+  FreePages() = default;
+  FreePages(const FreePages&) = delete;
+  FreePages& operator=(const FreePages&) = delete;
+  ~FreePages() {
+    while (first_ != nullptr) pop();
+  }
+
   template <class Layout>
   Page take(const Layout& layout) {
     {
       const std::lock_guard lock(mutex_);
-      if (!pages_.empty()) {
-        Page page = std::move(pages_.back());
-        pages_.pop_back();
-        return page;
-      }
+      if (first_ != nullptr) return pop();
     }
     return layout.allocate();
   }
-  void give(Page page) {
+  void give(Page page) noexcept {
     if (!page.exists() || !page.is_own()) return;
     const std::lock_guard lock(mutex_);
-    pages_.push_back(std::move(page));
+    push(std::move(page));
   }
+  /// At least `count` pages.
   template <class Layout>
   void reserve(const Layout& layout, Index count) {
     const std::lock_guard lock(mutex_);
-    while (std::ssize(pages_) < count) pages_.push_back(layout.allocate());
+    while (count_ < count) push(layout.allocate());
   }
 
  private:
+  void push(Page page) noexcept {
+    page.header().next_free = std::exchange(first_, page.memory_);
+    page.memory_ = nullptr;
+    ++count_;
+  }
+  Page pop() noexcept {
+    Page page;
+    page.memory_ = first_;
+    first_ = page.header().next_free;
+    --count_;
+    return page;
+  }
+
   std::mutex mutex_;
-  std::vector<Page> pages_;
+  std::byte* first_ = nullptr;
+  Index count_ = 0;
 };
 
 }  // namespace detail

@@ -9,12 +9,14 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/position.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 
 LONGSPAN_BEGIN
@@ -49,6 +51,15 @@ StateField element_field() {
             static constexpr const char* names[] = {"float", "double", "bfloat16", "half", "int8"};
             return x >= 1 && x <= 5 ? std::string(names[x - 1]) : "unknown (" + std::to_string(x) + ")";
           }};
+}
+
+/// The sizes of a stream.
+inline std::array<StateField, 5> shape_fields(const StreamShape& shape) {
+  return {{{"batch", shape.batch},
+           {"heads", shape.heads},
+           {"kv_heads", shape.kv_heads},
+           {"head_dim", shape.head_dim},
+           {"value_dim", shape.value_dim}}};
 }
 
 /// The encoding of the stored keys, see position_identity.

@@ -128,20 +128,33 @@ class StateReader {
     get(&header_, sizeof(header_), "the header");
     if (!std::equal(wanted.magic, wanted.magic + 8, header_.magic))
       refuse(kind.load, "the file", "no state of longspan", "one that begins with \"longspan\"");
-    if (!std::equal(wanted.name, wanted.name + 8, header_.name) || header_.version != wanted.version ||
-        header_.numbers != wanted.numbers) {
-      refuse(kind.load, "the file", "a state of another kind",
-             std::string(kind.name) + ", version " + std::to_string(kind.version));
-    }
+    if (!std::equal(wanted.name, wanted.name + 8, header_.name))
+      reject("the file", "a state of another kind", kind.name);
+    if (header_.version != wanted.version)
+      reject("the layout", "version " + std::to_string(header_.version) + " in the file",
+             std::to_string(wanted.version));
+    if (header_.numbers != wanted.numbers)
+      reject("the header", std::to_string(header_.numbers) + " numbers", std::to_string(wanted.numbers));
     get(numbers.data(), numbers.size_bytes(), "the header");
     check_sum("the checksum of the header");
   }
 
   void expect_payload(Index bytes) const {
     if (header_.payload != static_cast<std::uint64_t>(bytes)) {
-      refuse(kind_.load, "the payload", std::to_string(header_.payload) + " bytes",
+      reject("the payload", std::to_string(header_.payload) + " bytes",
              std::to_string(bytes) + " for the sizes in the header");
     }
+  }
+  /// The same before all sizes are known: a number of the header may claim no more than the payload can hold.
+  void expect_payload_of_at_least(Index bytes) const {
+    if (header_.payload < static_cast<std::uint64_t>(bytes)) {
+      reject("the payload", std::to_string(header_.payload) + " bytes",
+             "at least " + std::to_string(bytes) + " for the sizes in the header");
+    }
+  }
+  /// Throws Error about the file, by the name of the function that loads it.
+  [[noreturn]] void reject(std::string_view what, std::string_view got, std::string_view wanted) const {
+    refuse(kind_.load, what, got, wanted);
   }
 
   /// The next array of the payload, copied whatever its alignment in the file.
