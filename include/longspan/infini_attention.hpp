@@ -22,6 +22,8 @@
 
 LONGSPAN_BEGIN
 
+struct infini_memory_options;
+
 /// The sequence is cut into segments of `segment` tokens. In each,
 ///
 ///   out = g * phi(q) M / (phi(q) z) + (1 - g) * local(q, k, v),   g = sigmoid(beta),
@@ -106,6 +108,8 @@ struct infini_attention {
   /// A stream of this functor (stream/infini_memory.hpp), its open segment kept as T.
   template <Element T = float>
   auto stream(const StreamShape& shape) const;
+  template <Element T = float>
+  auto stream(const StreamShape& shape, const infini_memory_options& options) const;
 
   /// Throws Error unless the options fit tensors of these sizes.
   void check(std::string_view function, Index batch, Index heads, Index head_dim, Index value_dim) const {

@@ -105,22 +105,21 @@ template <StoredElement T, Mask M, Score S, Position P>
 void dilated_cache<T, M, S, P>::load(std::istream& from) {
   // Sums of two positions are far from the largest Index.
   constexpr Index most = Index{1} << 53;
-  const std::string_view function = detail::dilated_state.load;
+  const std::string_view name = detail::dilated_state.load;
   const auto fields = detail::dilated_fields<T>(attend_, shape_);
   std::vector<std::int64_t> found(fields.size() + 3);
   detail::StateReader reader(from, detail::dilated_state, found);
-  detail::check_fields(function, found, fields);
+  detail::check_fields(name, found, fields);
   const Index rollback = found[fields.size()], least = found[fields.size() + 1],
               size = found[fields.size() + 2];
   if (rollback < options_.rollback) {
-    detail::refuse(function, "rollback", std::to_string(rollback) + " in the file",
+    detail::refuse(name, "rollback", std::to_string(rollback) + " in the file",
                    "at least " + std::to_string(options_.rollback) + " as in this stream");
   }
   if (size < 0 || size > most)
-    detail::refuse(function, "the number of tokens", std::to_string(size), "0.." + std::to_string(most));
+    detail::refuse(name, "the number of tokens", std::to_string(size), "0.." + std::to_string(most));
   if (least < 0 || least > size)
-    detail::refuse(function, "the least number of tokens", std::to_string(least),
-                   "0.." + std::to_string(size));
+    detail::refuse(name, "the least number of tokens", std::to_string(least), "0.." + std::to_string(size));
   reader.expect_payload(payload_bytes(least, size));
   detail::check_numbers_of(attend_.branches,
                            reader.template array<std::int64_t>(2 * std::ssize(attend_.branches)));
