@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <istream>
 #include <iterator>
 #include <limits>
@@ -132,7 +133,8 @@ void infini_memory<T, Local, F>::save(std::ostream& to) const {
   detail::StateWriter writer(to, detail::infini_state, numbers,
                              payload_bytes(std::ssize(of_local), has_base, rows, counts));
   writer.array(of_local.data(), std::ssize(of_local));
-  for (const auto* array : {&filled_, &written_, &begins, &counts}) writer.array(array->data(), shape_.batch);
+  for (const auto& array : {std::cref(filled_), std::cref(written_), std::cref(begins), std::cref(counts)})
+    writer.array(array.get().data(), shape_.batch);
   for (const detail::ClosedSegments& closed : closed_)
     writer.array(closed.lengths.data(), std::ssize(closed.lengths));
   const auto write_memory = [&](const detail::MemoryView<Real>& memory) {
