@@ -120,9 +120,9 @@ void dilated_cache<T, M, S, P>::load(std::istream& from) {
     detail::refuse(name, "the number of tokens", std::to_string(size), "0.." + std::to_string(most));
   if (least < 0 || least > size)
     detail::refuse(name, "the least number of tokens", std::to_string(least), "0.." + std::to_string(size));
-  reader.expect_payload(payload_bytes(least, size));
   detail::check_numbers_of(attend_.branches,
                            reader.template array<std::int64_t>(2 * std::ssize(attend_.branches)));
+  reader.expect_payload(payload_bytes(least, size));
   std::vector<Rows> loaded(rows_.size());
   for (std::size_t n = 0; n < loaded.size(); ++n) {
     const Index count = rows_between(strands_[n % strands_.size()], least, size);
