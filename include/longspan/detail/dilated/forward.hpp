@@ -211,6 +211,7 @@ class Dilated {
     const Index segment = std::min(groups.segment, call_.kv_len()), b = queries.batch, h = queries.head;
     for (Index lane = 0; lane < count; ++lane) {
       const Index t = first_row + lane, n = rows.position(t), begin = n / groups.segment * groups.segment;
+      if (begin >= call_.kv_len()) continue;  // no segment of the keys
       const Index offset = (n - begin) % groups.step;
       Index row = kept_rows(std::min(segment, call_.kv_len() - begin), offset, rows.step);
       for (; row < divide_up(segment, rows.step); ++row) {
