@@ -104,6 +104,7 @@ TEST_CASE("infini_memory: batch rows that are not equally far go back by themsel
     };
     // Each row has its own tokens first; then all have the same number of tokens.
     const Index size = random.between(30, 60);
+    const bool flushes = random.chance(0.3);
     for (Index b = 0; b < 3; ++b) {
       Index first = 0;
       if (random.chance(0.5)) {
@@ -113,7 +114,7 @@ TEST_CASE("infini_memory: batch rows that are not equally far go back by themsel
       for (Index count; first < size; first += count) {
         count = std::min(random.between(1, 25), size - first);
         absorb(stream, b, first, count);
-        if (random.chance(0.2)) stream.flush();
+        if (flushes && random.chance(0.2)) stream.flush();
       }
     }
     const Index kept = size - random.between(0, rollback > size ? size : rollback);
@@ -125,13 +126,12 @@ TEST_CASE("infini_memory: batch rows that are not equally far go back by themsel
       absorb(stream, b, kept, size - kept);
     }
     if (kept == size) CHECK(same_memory(stream, copy));
-    // Taken back and given again: the closed segments end where they did, unless `flush` had cut one.
     auto loaded = attend.stream(shape, {.rollback = rollback});
     std::istringstream file(saved(stream));
     loaded.load(file);
     CHECK(saved(loaded) == saved(stream));
     for (Index b = 0; b < 3; ++b) absorb(wanted, b, 0, size);
-    if (saved(wanted) == saved(stream)) CHECK(same_memory(wanted, stream));
+    if (!flushes) REQUIRE(same_memory(wanted, stream));
     for (Index b = 0; b < 3; ++b) CHECK(loaded.size(b) == size);
   });
 }
