@@ -181,6 +181,51 @@ TEST_CASE("dilated_attention: torchscale's zeros, as the oracle counts them") {
 // ----------------------------------------------------------------------------------------------------------
 // Laws
 
+TEST_CASE("dilated_attention: queries after the last key see the keys of their segment, as in the reference",
+          "[law]") {
+  for_each_case(60, [](Random& random) {
+    const Shape shape{
+        random.between(1, 2),  4, 2, random.pick({1, 5, 70}), random.pick({0, 1, 2, 9, 40, 130}), 8,
+        random.pick({0, 6, 9})};
+    Call<double> exact(shape, Values::normal, random);
+    Call<float> call(shape);
+    const auto copy = [](const auto& from, auto& to) {
+      for (std::size_t n = 0; n < from.size(); ++n) to[n] = static_cast<float>(from[n]);
+    };
+    copy(exact.q.values, call.q.values);
+    copy(exact.k.values, call.k.values);
+    copy(exact.v.values, call.v.values);
+    const Index first = shape.kv_len + random.between(-3, 60);
+    const Branches branches = draw_branches(random);
+    const auto check = [&](auto attend, auto oracle) {
+      attend.first_query = oracle.first_query = first;
+      attend.phase = oracle.phase = random.pick({Phase::modulo, Phase::blocked});
+      attend.overlap = oracle.overlap = random.pick({Overlap::multiset, Overlap::set});
+      attend.zero_pad_compat = oracle.zero_pad_compat = random.chance(0.3);
+      INFO(shape.text() << " first_query=" << first << " branches" << text_of(branches)
+                        << " zeros=" << attend.zero_pad_compat);
+      call.run(attend);
+      oracle(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(), exact.lse.view());
+      for (std::size_t n = 0; n < call.out.values.size(); ++n)
+        REQUIRE(std::abs(double(call.out.values[n]) - exact.out.values[n]) < 1e-4);
+      for (std::size_t n = 0; n < call.lse.values.size(); ++n) {
+        const double got = call.lse.values[n], wanted = exact.lse.values[n];
+        REQUIRE((got == wanted || std::abs(got - wanted) < 1e-4));
+      }
+    };
+    check(dilated_attention{branches, causal{}}, longspan::reference::dilated_attention{branches, causal{}});
+    check(dilated_attention{branches}, longspan::reference::dilated_attention{branches});
+    const longspan::window near{.left = 20, .right = 0};
+    check(dilated_attention{branches, near}, longspan::reference::dilated_attention{branches, near});
+  });
+  Random random(10);
+  Call<float> call(Shape{1, 1, 1, 1, 2, 2, 2}, Values::normal, random);
+  dilated_attention attend{Branches{{4, 1}}, causal{}};
+  attend.first_query = std::numeric_limits<Index>::max();
+  CHECK(refusal([&] { call.run(attend); }).find("dilated_attention: first_query is 9223372036854775807") !=
+        std::string::npos);
+}
+
 TEST_CASE("dilated_attention: one branch over everything is softmax_attention", "[law]") {
   Random random(1);
   Call<float> call(Shape{2, 6, 2, 333, 333, 33, 20}, Values::normal, random);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -23,6 +24,7 @@
 
 LONGSPAN_BEGIN
 
+struct dilated_cache_options;
 template <StoredElement T, Mask M, Score S, Position P>
 class dilated_cache;
 
@@ -40,9 +42,10 @@ class dilated_cache;
 /// Shapes    those of softmax_attention; q_len is kv_len, or less where q holds some of the positions.
 ///           Lengths, segments and dilations need not divide one another; the last segment is short
 /// Types     those of softmax_attention
-/// Positions row i of q stands at position `first_query` + i, key j at j. Mask, score and position encoding
-///           are told positions in the whole sequence, and change rows before they are chosen. An encoding
-///           costs more here than before the call, by encode_positions, since a row is met many times
+/// Positions row i of q is at position `first_query` + i, key j at j. Mask, score and position encoding are told
+///           positions in the whole sequence, and change rows before they are chosen. A query after the last
+///           key sees the keys of its segment, if there are any. An encoding costs more here than before the
+///           call, by encode_positions, since a row is met many times
 /// Aliasing  out and lse overlap no input, nor each other
 /// Cost      2 (head_dim + value_dim) flop a pair, kv_len sum_i w_i / r_i^2 pairs a head, under a causal mask
 ///           about half (dilated_flop counts them). Scratch of each worker: that of softmax_attention and
@@ -85,6 +88,8 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
   /// be included. It keeps rows as T.
   template <StoredElement T = float>
   dilated_cache<T, M, S, P> stream(const StreamShape& shape) const;
+  template <StoredElement T = float>
+  dilated_cache<T, M, S, P> stream(const StreamShape& shape, const dilated_cache_options& options) const;
 
  private:
   friend detail::FunctorCalls<dilated_attention, true>;
@@ -102,8 +107,13 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
   template <class Call, class E>
   void attend(const Call& call, const E& executor, Workspace& workspace) const {
     const detail::Dilation dilation{branches, phase, overlap, zero_pad_compat};
-    detail::dilated_forward(call.at(name, first_query, scale), dilation, mask, score, position, executor,
-                            workspace, bf16_products);
+    const auto resolved = call.at(name, first_query, scale);
+    constexpr Index most = Index{1} << 61;  // sums of two positions fit into an Index
+    if (resolved.first_query < -most || resolved.first_query > most) {
+      detail::refuse(name, "first_query", std::to_string(resolved.first_query),
+                     std::to_string(-most) + ".." + std::to_string(most));
+    }
+    detail::dilated_forward(resolved, dilation, mask, score, position, executor, workspace, bf16_products);
   }
 };
 

@@ -23,6 +23,8 @@
 
 LONGSPAN_BEGIN
 
+struct infini_memory_options;
+
 /// The sequence is cut into segments of `segment` tokens. In each,
 ///
 ///   out = g * phi(q) M / (phi(q) z) + (1 - g) * local(q, k, v),   g = sigmoid(beta),
@@ -103,6 +105,8 @@ struct infini_attention {
   /// A stream of this functor (stream/infini_memory.hpp), its open segment kept as T.
   template <Element T = float>
   auto stream(const StreamShape& shape) const;
+  template <Element T = float>
+  auto stream(const StreamShape& shape, const infini_memory_options& options) const;
 
   /// For functors made of this one: throws what a call refuses.
   template <class Call>

@@ -1,6 +1,8 @@
 #include "longspan/stream/dilated_cache.hpp"
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -123,7 +125,7 @@ TEST_CASE("dilated_cache: keeps the rows of open segments that its offsets keep,
   const Shape shape{1, 2, 1, 1500, 1500, 4, 4};
   Call<float> call(shape, Values::normal, random);
   const Branches branches{{64, 1}, {256, 4}, {90, 7}};
-  auto stream = dilated_attention{branches, causal{}}.stream(stream_shape(shape));
+  auto stream = dilated_attention{branches, causal{}}.stream(stream_shape(shape), {.rollback = 0});
   CHECK(stream.bytes() == 0);
   Index most_bytes = 0;
   for (Index n = 0; n < shape.q_len; ++n) {
@@ -213,26 +215,116 @@ TEST_CASE("dilated_cache: a file that is damaged or of another stream is refused
   check_damage_is_refused(stream, bytes, 1, "dilated_cache::load");
   for (const std::size_t length : {std::size_t{0}, std::size_t{40}, bytes.size() / 2, bytes.size() - 1})
     CHECK_FALSE(refused(stream, bytes.substr(0, length)).empty());
-  auto other_branches =
-      dilated_attention{Branches{{16, 1}, {50, 3}, {64, 8}}, causal{}}.stream(stream_shape(shape));
-  CHECK_FALSE(refused(other_branches, bytes).empty());
-  auto other_type = attend.stream<double>(stream_shape(shape));
-  CHECK(refused(other_type, bytes).find("other shapes or options") != std::string::npos);
-  auto other_heads = attend.stream({1, 2, 2, 4, 4});
-  CHECK(refused(other_heads, bytes).find("other shapes or options") != std::string::npos);
 
-  // A whole file, rightly summed, that claims 2^60 tokens of an endless segment.
-  const dilated_attention endless{Branches{{Index{1} << 62, 1}}, causal{}};
-  std::stringstream forged;
-  const std::vector<std::int64_t> numbers{1, 2, 1, 4, 4, 4, 0, 0, 1, Index{1} << 60};
-  longspan::detail::StateWriter(forged, {"dilated", 1, "", ""}, numbers, 0).finish();
-  auto long_stream = endless.stream(stream_shape(shape));
-  CHECK(refused(long_stream, forged.str()).find("the number of tokens is") != std::string::npos);
+  // A whole file, rightly summed, whose header claims more than can be.
+  const auto forged = [&](std::size_t number, std::int64_t value) {
+    std::string state = bytes;
+    std::memcpy(&state[32 + 8 * number], &value, 8);
+    longspan::detail::Crc32c sum;
+    const std::size_t header = 32 + 8 * 19;
+    sum.add(state.data(), header);
+    const std::uint32_t summed = sum.value();
+    std::memcpy(&state[header], &summed, 4);
+    return refused(stream, state);
+  };
+  for (const std::int64_t size : {std::int64_t{-1}, INT64_MAX, INT64_MAX - 3, (std::int64_t{1} << 53) + 1})
+    CHECK(forged(18, size).find("dilated_cache::load: the number of tokens is") != std::string::npos);
+  CHECK(forged(17, 61) == "longspan: dilated_cache::load: the least number of tokens is 61, wanted 0..60");
+  CHECK(forged(17, -1).find("the least number of tokens is -1") != std::string::npos);
+  CHECK(forged(18, std::int64_t{1} << 53).find("the payload is") != std::string::npos);
+  const dilated_attention endless{Branches{{Index{1} << 62, 1}, {1, 1}, {1, 1}}, causal{}};
+  auto long_stream = endless.stream(stream_shape(shape), {.rollback = 0});
+  std::ostringstream of_long;
+  long_stream.save(of_long);
+  std::string claims = of_long.str();
+  const Index tokens = Index{1} << 53;
+  std::memcpy(&claims[32 + 8 * 18], &tokens, 8);
+  longspan::detail::Crc32c sum;
+  sum.add(claims.data(), 32 + 8 * 19);
+  const std::uint32_t summed = sum.value();
+  std::memcpy(&claims[32 + 8 * 19], &summed, 4);
+  CHECK(refused(long_stream, claims).find("dilated_cache::load: the payload is") != std::string::npos);
 
   extend(stream, call, 60, 40);
   auto whole = attend.stream(stream_shape(shape));
   extend(whole, after, 0, 100);
   CHECK(after.same_outputs(call));
+}
+
+TEST_CASE("dilated_cache: a file of other options is refused by the name of the option", "[state][errors]") {
+  Random random(7);
+  Call<float> call(Shape{1, 2, 1, 60, 60, 4, 4}, Values::normal, random);
+  const longspan::rotary turn(longspan::Pairing::half_split, 1e4);
+  const auto attend = [&](const Branches& branches, const longspan::rotary& positions) {
+    return dilated_attention{branches, causal{}, positions};
+  };
+  auto stream = attend(three, turn).stream<bfloat16>({1, 2, 1, 4, 4});
+  extend(stream, call, 0, 60);
+  std::ostringstream file;
+  stream.save(file);
+  const auto said = [&](auto other) {
+    const std::string text = refused(other, file.str()), begin = "longspan: dilated_cache::load: ";
+    REQUIRE(text.substr(0, begin.size()) == begin);
+    CHECK(other.size() == 0);
+    return text.substr(begin.size());
+  };
+  const StreamShape shape{1, 2, 1, 4, 4};
+  CHECK(said(attend(three, turn).stream<Eigen::half>(shape)) ==
+        "the element type is bfloat16 in the file, wanted half as in this stream");
+  CHECK(said(attend(three, turn).stream<bfloat16>({1, 2, 2, 4, 4})) ==
+        "kv_heads is 1 in the file, wanted 2 as in this stream");
+  CHECK(said(attend({{16, 1}, {50, 3}, {64, 8}}, turn).stream<bfloat16>(shape)) ==
+        "the dilation of branch 2 is 4 in the file, wanted 8 as in this stream");
+  CHECK(said(attend({{16, 1}}, turn).stream<bfloat16>(shape)) ==
+        "the number of branches is 3 in the file, wanted 1 as in this stream");
+  CHECK(said(attend(three, longspan::rotary(longspan::Pairing::half_split, 5e5)).stream<bfloat16>(shape)) ==
+        "the base of the positions is 10000 in the file, wanted 500000 as in this stream");
+  CHECK(said(attend(three, longspan::rotary(longspan::Pairing::interleaved, 1e4)).stream<bfloat16>(shape)) ==
+        "the pairing of the positions is half_split in the file, wanted interleaved as in this stream");
+  CHECK(said(dilated_attention{three, causal{}}.stream<bfloat16>(shape)) ==
+        "the position encoding is rotary in the file, wanted none as in this stream");
+  auto options = attend(three, turn);
+  options.phase = longspan::Phase::blocked;
+  CHECK(said(options.stream<bfloat16>(shape)) ==
+        "phase is modulo in the file, wanted blocked as in this stream");
+  options.phase = longspan::Phase::modulo;
+  options.overlap = longspan::Overlap::set;
+  CHECK(said(options.stream<bfloat16>(shape)) ==
+        "overlap is multiset in the file, wanted set as in this stream");
+  options.overlap = longspan::Overlap::multiset;
+  options.scale = 0.25;
+  CHECK(said(options.stream<bfloat16>(shape)) == "scale is 0.5 in the file, wanted 0.25 as in this stream");
+}
+
+TEST_CASE("dilated_cache: without values it writes the lse of the one call", "[state]") {
+  Random random(8);
+  for (const Index head_dim : {0, 8}) {
+    const Shape shape{2, 4, 2, 70, 70, head_dim, 0};
+    Call<float> once(shape, Values::normal, random), chunks = once.unrun(), tokens = once.unrun();
+    const dilated_attention attend{three, causal{}};
+    once.run(attend);
+    auto in_chunks = attend.stream(stream_shape(shape)), one_by_one = in_chunks;
+    extend_in_chunks(in_chunks, chunks, random, 70, 30);
+    for (Index n = 0; n < 70; ++n) extend(one_by_one, tokens, n, 1);
+    for (std::size_t n = 0; n < once.lse.values.size(); ++n) {
+      const float wanted = once.lse.values[n];
+      REQUIRE((chunks.lse.values[n] == wanted || std::abs(chunks.lse.values[n] - wanted) < 1e-5f));
+      REQUIRE((tokens.lse.values[n] == wanted || std::abs(tokens.lse.values[n] - wanted) < 1e-5f));
+    }
+  }
+}
+
+TEST_CASE("dilated_cache: without a mask it runs the kernels of causal", "[bits]") {
+  Random random(9);
+  const Shape shape{1, 4, 2, 200, 200, 16, 16};
+  Call<float> with(shape, Values::normal, random), without = with.unrun();
+  auto masked = dilated_attention{three, causal{}}.stream(stream_shape(shape));
+  auto plain = dilated_attention{three}.stream(stream_shape(shape));
+  for (Index n = 0; n < 200; ++n) {
+    extend(masked, with, n, 1);
+    extend(plain, without, n, 1);
+  }
+  CHECK(without.same_outputs(with));
 }
 
 TEST_CASE("dilated_cache: what it refuses", "[errors]") {
@@ -253,4 +345,12 @@ TEST_CASE("dilated_cache: what it refuses", "[errors]") {
           stream.extend(uneven.q.view(), uneven.k.view(), uneven.v.view(), uneven.out.view());
         }).find("rows of k is 6, wanted 5") != std::string::npos);
   CHECK(stream.size() == 0);
+  dilated_attention shifted = attend;
+  shifted.first_query = 3;
+  CHECK(refusal([&] {
+          shifted.stream({1, 2, 2, 4, 4});
+        }) ==
+        "longspan: dilated_cache: first_query is 3, wanted unset: queries are at the positions after the "
+        "tokens "
+        "before");
 }

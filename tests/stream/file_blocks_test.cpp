@@ -1,5 +1,6 @@
 #include "longspan/stream/file_blocks.hpp"
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -148,8 +149,18 @@ TEST_CASE("file_blocks: a file that shrinks while it is read is refused, and the
         "longspan: file_blocks: the file " + files.k +
             " is one that breaks off, wanted the rows of tokens up to 1000");
   CHECK(refusal([&] { source.open(950, 51); }) ==
-        "longspan: file_blocks: the range of tokens is [950, 1001), wanted within [0, 1000)");
+        "longspan: file_blocks: the range of tokens is 51 from 950 on, wanted within [0, 1000)");
   CHECK(fs::file_size(files.out) == 0);
+
+  // After an error, and when the file is whole again.
+  CHECK_NOTHROW(source.open(0, 500));
+  write_rows(files.k, call.k);
+  const auto block = source.open(900, 100);
+  for (Index i = 0; i < 100; ++i)
+    CHECK(std::equal(block.k.row(0, 1, i), block.k.row(0, 1, i) + 8, call.k.row(0, 1, 900 + i)));
+  CHECK_NOTHROW(source.close(900, 100));
+  CHECK(refusal([&] { source.close(0, 101); }) ==
+        "longspan: file_blocks: the range of tokens is 101 from 0 on, wanted the block that is open");
 }
 
 TEST_CASE("file_blocks: a disk that is full is one sentence", "[errors]") {

@@ -1,11 +1,15 @@
 #include "longspan/stream/infini_memory.hpp"
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <limits>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "longspan/dilated_attention.hpp"
 #include "support/catch.hpp"
 #include "support/infini_oracle.hpp"
 #include "support/refusal.hpp"
@@ -48,6 +52,20 @@ infini_attention<> options(Index segment, InfiniRule rule = InfiniRule::linear) 
   attend.segment = segment;
   attend.rule = rule;
   return attend;
+}
+
+/// A saved state, one number of its payload replaced and the checksum made right again.
+template <class Number>
+std::string forged(std::string state, std::size_t offset, Number value) {
+  std::uint32_t numbers = 0;
+  std::memcpy(&numbers, &state[20], 4);
+  const std::size_t payload = 32 + 8 * numbers + 4;
+  std::memcpy(&state[payload + offset], &value, sizeof(value));
+  longspan::detail::Crc32c sum;
+  sum.add(&state[payload], state.size() - payload - 4);
+  const std::uint32_t summed = sum.value();
+  std::memcpy(&state[state.size() - 4], &summed, 4);
+  return state;
 }
 
 }  // namespace
@@ -211,8 +229,7 @@ TEST_CASE("infini_memory: a damaged file changes nothing", "[stream][file][infin
   CHECK(saved(target) == before);
   auto other = options(5).stream({1, 1, 1, 3, 2});
   CHECK(refusal([&] { load(other, whole); }) ==
-        "longspan: infini_memory::load: the file is a state of other shapes or options, wanted one of this "
-        "stream's");
+        "longspan: infini_memory::load: segment is 4 in the file, wanted 5 as in this stream");
 }
 
 TEST_CASE("infini_memory: what does not fit is refused", "[stream][errors][infini]") {
@@ -286,4 +303,232 @@ TEST_CASE("infini_memory: recall is the gate alone", "[stream][infini]") {
   auto empty = attend.stream(stream_shape(shape));
   empty.recall(token(std::as_const(call.q)), gated.view());
   CHECK(gated == before);
+}
+
+TEST_CASE("infini_memory: a state whose numbers cannot be is refused, rightly summed as it is",
+          "[stream][file][errors][infini]") {
+  Random random(23);
+  Call<float> call(Shape{1, 1, 1, 10, 10, 3, 2}, Values::normal, random);
+  auto stream = options(4).stream({1, 1, 1, 3, 2}, {.rollback = 3}), target = stream;
+  extend(stream, call, 0, 10);
+  extend(target, call, 0, 7);
+  const std::string whole = saved(stream), before = saved(target);
+  REQUIRE(refused(target, forged(whole, 0, std::int64_t{2})) == "");  // as it was
+  load(target, before);
+
+  const auto says = [&](const std::string& state, const std::string& what) {
+    const std::string text = refused(target, state);
+    CHECK(text.find("longspan: infini_memory::load: " + what) == 0);
+    CHECK(saved(target) == before);
+  };
+  // filled, written, tokens of the second memory and number of closed segments of the one batch row, then the
+  // lengths of these.
+  for (const std::int64_t x : {std::int64_t{-1}, std::int64_t{4}, INT64_MAX})
+    says(forged(whole, 0, x), "the number of open rows is");
+  for (const std::int64_t x : {std::int64_t{-1}, (std::int64_t{1} << 53) + 1, INT64_MAX, INT64_MIN})
+    says(forged(whole, 8, x), "the number of tokens is");
+  for (const std::int64_t x : {-1, 9})
+    says(forged(whole, 16, std::int64_t{x}), "the number of tokens in the second memory is");
+  for (const std::int64_t x : {std::int64_t{-1}, std::int64_t{0}, std::int64_t{9}, INT64_MAX})
+    says(forged(whole, 24, x), "the number of closed segments is");
+  says(forged(whole, 8, std::int64_t{1} << 53), "the payload is");
+  for (const std::int64_t x : {std::int64_t{0}, std::int64_t{-1}, std::int64_t{5}, INT64_MAX})
+    says(forged(whole, 32, x), "the length of a closed segment is");
+  says(forged(whole, 32, std::int64_t{3}), "the rows of the last closed segment is 1");
+
+  // The norms of both memories, each after an M of 3 x 2.
+  const float bad[] = {-1.0f, std::numeric_limits<float>::infinity(),
+                       std::numeric_limits<float>::quiet_NaN()};
+  const std::size_t memory = 40, numbers = sizeof(float);
+  REQUIRE(stream.can_truncate(7));
+  for (const float x : bad) {
+    says(forged(whole, memory + 6 * numbers, x), "a norm is");
+    says(forged(whole, memory + 8 * numbers, x), "a norm is");
+    says(forged(whole, memory + 15 * numbers, x), "a norm is");
+    CHECK(refused(target, forged(whole, memory + 3 * numbers, x)) == "");  // M may be negative
+    load(target, before);
+  }
+  auto endless = options(Index{1} << 62).stream({1, 1, 1, 3, 2});
+  says(forged(saved(endless), 0, Index{1} << 61), "segment is");
+  CHECK(refused(endless, forged(saved(endless), 0, Index{1} << 61)).find("the number of open rows is") !=
+        std::string::npos);
+  CHECK(refused(endless, forged(saved(endless), 0, Index{1} << 53)).find("the payload is") !=
+        std::string::npos);
+}
+
+TEST_CASE("infini_memory: a file of other options is refused by the name of the option",
+          "[stream][file][errors][infini]") {
+  Random random(24);
+  Call<float> call(Shape{1, 2, 1, 20, 20, 4, 4}, Values::normal, random);
+  const auto said = [](const auto& stream, auto other) {
+    const std::string text = refused(other, saved(stream)), begin = "longspan: infini_memory::load: ";
+    REQUIRE(text.substr(0, begin.size()) == begin);
+    CHECK(other.size() == 0);
+    return text.substr(begin.size());
+  };
+  const StreamShape shape{1, 2, 1, 4, 4};
+  auto stream = options(8).stream<bfloat16>(shape);
+  extend(stream, call, 0, 20);
+  CHECK(said(stream, options(8).stream<Eigen::half>(shape)) ==
+        "the element type is bfloat16 in the file, wanted half as in this stream");
+  CHECK(said(stream, options(8).stream<bfloat16>({1, 2, 2, 4, 4})) ==
+        "kv_heads is 1 in the file, wanted 2 as in this stream");
+  CHECK(said(stream, options(8, InfiniRule::delta).stream<bfloat16>(shape)) ==
+        "rule is linear in the file, wanted delta as in this stream");
+  auto attend = options(8);
+  attend.first = InfiniFirst::bypass;
+  CHECK(said(stream, attend.stream<bfloat16>(shape)) ==
+        "first is gate in the file, wanted bypass as in this stream");
+  attend = options(8);
+  attend.local.scale = 0.25;
+  CHECK(said(stream, attend.stream<bfloat16>(shape)) ==
+        "scale is 0.5 in the file, wanted 0.25 as in this stream");
+
+  const auto turned = [](double base) {
+    infini_attention turning{longspan::softmax_attention{
+        longspan::causal{}, longspan::rotary(longspan::Pairing::half_split, base)}};
+    turning.segment = 8;
+    return turning;
+  };
+  CHECK(said(stream, turned(1e4).stream<bfloat16>(shape)) ==
+        "the position encoding is none in the file, wanted rotary as in this stream");
+  auto of_turned = turned(1e4).stream(shape);
+  CHECK(said(of_turned, turned(5e5).stream(shape)) ==
+        "the base of the positions is 10000 in the file, wanted 500000 as in this stream");
+  auto positions = turned(1e4);
+  positions.memory_uses_positions = true;
+  CHECK(said(of_turned, positions.stream(shape)) ==
+        "memory_uses_positions is false in the file, wanted true as in this stream");
+
+  const auto dilated = [](Index segment) {
+    infini_attention attend_dilated{longspan::dilated_attention{{{2, 1}, {segment, 2}}, longspan::causal{}}};
+    attend_dilated.segment = 8;
+    return attend_dilated;
+  };
+  auto of_dilated = dilated(4).stream(shape);
+  CHECK(said(of_dilated, options(8).stream(shape)) ==
+        "the local attention is dilated_attention in the file, wanted softmax_attention as in this stream");
+  CHECK(said(of_dilated, dilated(8).stream(shape)) ==
+        "a segment of the local attention is 4 in the file, wanted 8 as in this stream");
+}
+
+TEST_CASE("infini_memory: M and z of a segment of more than one block of keys", "[stream][infini]") {
+  Random random(25);
+  for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
+    Call<float> call(Shape{1, 1, 1, 700, 700, 20, 12}, Values::normal, random);
+    const infini_attention attend = options(350, rule);
+    auto stream = attend.stream({1, 1, 1, 20, 12});
+    extend(stream, call, 0, 700);
+    longspan::reference::InfiniMemory exact(20, 12);
+    for (const Index first : {0, 350}) {
+      longspan::reference::write(
+          exact, longspan::MatrixView<const float>{call.k.row(0, 0, first), 350, 20, 20},
+          longspan::MatrixView<const float>{call.v.row(0, 0, first), 350, 12, 12}, rule, attend.feature);
+    }
+    for (Index c = 0; c < 20; ++c) {
+      CHECK(std::abs(double(stream.norm(0, 0, c)) / exact.z[static_cast<std::size_t>(c)] - 1) < 1e-6);
+      for (Index column = 0; column < 12; ++column)
+        CHECK(std::abs(double(stream.memory(0, 0, c, column)) - exact.at(c, column)) < 1e-3);
+    }
+  }
+}
+
+TEST_CASE("infini_memory: a norm below the least one counts as it", "[stream][infini]") {
+  // phi is exp(-30) = 9.4e-14: phi(q) z is 4 * 8 * 8.8e-27.
+  Tensor<float> x(1, 1, 4, 8, -30.0f), ones(1, 1, 4, 6, 1.0f), out(1, 1, 4, 6, 0.0f);
+  infini_attention attend = options(4);
+  const float beta = 100;
+  attend.beta = {&beta, 1, 1, 1};
+  auto stream = attend.stream({1, 1, 1, 8, 6});
+  stream.absorb(0, x.view(), ones.view());
+  stream.recall(x.view(), out.view());
+  const double phi = std::exp(-30.0), wanted = 4 * 8 * phi * phi / longspan::infini_least_norm;
+  for (const float got : out.values) CHECK(std::abs(double(got) / wanted - 1) < 1e-4);
+}
+
+TEST_CASE("infini_memory: batch rows of unequal lengths keep their open rows while these grow",
+          "[stream][infini]") {
+  Random random(26);
+  Call<float> call(Shape{3, 2, 2, 60, 60, 8, 4}, Values::normal, random);
+  auto stream = options(50).stream({3, 2, 2, 8, 4}), wanted = stream;
+  const auto absorb = [&](auto& into, Index b, Index first, Index count) {
+    const auto part = [&](const auto& x) {
+      return longspan::detail::batch_row(x.view(), b).slice_rows(first, count);
+    };
+    into.absorb(b, part(call.k), part(call.v));
+  };
+  const Index lengths[] = {3, 40, 0};
+  for (Index b = 0; b < 3; ++b) absorb(wanted, b, 0, lengths[b] + 5);
+  for (Index first = 0; first < 45; ++first) {  // one row at a time: the room grows
+    for (Index b = 0; b < 3; ++b)
+      if (first < lengths[b] + 5) absorb(stream, b, first, 1);
+  }
+  CHECK(saved(stream) == saved(wanted));
+}
+
+TEST_CASE("infini_memory: a stream of no batch rows has no tokens", "[stream][infini]") {
+  auto stream = options(4).stream({0, 2, 1, 8, 4}, {.rollback = 2});
+  Call<float> call(Shape{0, 2, 1, 5, 5, 8, 4});
+  extend(stream, call, 0, 5);
+  stream.flush();
+  CHECK(stream.size() == 0);
+  CHECK(stream.open_rows() == 0);
+  CHECK(stream.can_truncate(0));
+  stream.truncate(0);
+  CHECK_FALSE(stream.can_truncate(1));
+  load(stream, saved(stream));
+  stream.clear();
+  CHECK(stream.size(-1) == 0);
+  CHECK(refusal([&] { stream.reset(0); }) ==
+        "longspan: infini_memory::reset: the batch row is 0, wanted none: the batch is 0");
+}
+
+TEST_CASE("infini_memory: what a score throws leaves whole tokens, and peek as it was", "[stream][infini]") {
+  Random random(27);
+  bool armed = false;
+  const auto score = [&armed](float s, Index, Index, Index i, Index) {
+    if (armed && i == 5) throw std::runtime_error("score");
+    return s;
+  };
+  infini_attention attend{longspan::softmax_attention{longspan::causal{}, score}};
+  attend.segment = 8;
+  Call<float> call(Shape{1, 2, 1, 30, 30, 4, 4}, Values::normal, random);
+  auto stream = attend.stream({1, 2, 1, 4, 4});
+  extend(stream, call, 0, 11);
+  const std::string before = saved(stream);
+  const auto part = [&](const auto& x) { return std::as_const(x).view().slice_rows(11, 4); };
+  armed = true;
+  CHECK_THROWS_AS(stream.peek(part(call.q), part(call.k), part(call.v), call.out.view().slice_rows(11, 4)),
+                  std::runtime_error);
+  CHECK(saved(stream) == before);
+  CHECK_THROWS_AS(extend(stream, call, 11, 4), std::runtime_error);
+  CHECK(stream.size() == 11);
+  CHECK(saved(stream) == before);
+  armed = false;
+  extend(stream, call, 11, 5);
+  auto loaded = attend.stream({1, 2, 1, 4, 4});  // whose functor cannot be assigned
+  load(loaded, saved(stream));
+  CHECK(saved(loaded) == saved(stream));
+}
+
+TEST_CASE("infini_memory: a window that shows later keys is refused", "[stream][errors][infini]") {
+  const auto said = [](const auto& mask) {
+    return refusal([&] {
+      infini_attention attend{longspan::softmax_attention{mask}};
+      auto stream = attend.stream({1, 1, 1, 4, 4});
+    });
+  };
+  const std::string text =
+      "longspan: infini_memory: the mask of the local attention is one that shows later keys, wanted "
+      "causal{}, "
+      "causal{} & another, or window{.right = 0}: those keys have not come yet";
+  using longspan::causal;
+  using longspan::window;
+  CHECK(said(window{.left = 3, .right = 3}) == text);
+  CHECK(said(window{.left = 3}) == text);
+  CHECK(said(causal{} | window{.left = 3, .right = 1}) == text);
+  CHECK(said(window{.left = 3, .right = 0}) == "");
+  CHECK(said(causal{} & window{.left = 3}) == "");
+  CHECK(said(causal{} & (longspan::sinks{4} | window{.left = 3})) == "");
+  CHECK(said(causal{} | window{.left = 3, .right = 0}) == "");
 }

@@ -69,8 +69,8 @@ struct dilated_attention {
       if (overlap == Overlap::set && std::find(met.begin(), behind, j) != behind) continue;
       if (sees(mask, b, h, i, j)) met.push_back(j);
     }
-    if (!zero_pad_compat) return;
-    // torchscale: min(w, kv_len) rows to each segment, and these filled up to a multiple of r.
+    if (!zero_pad_compat || begin >= kv_len) return;
+    // torchscale: min(w, kv_len) rows to each segment that has a key, and these filled up to a multiple of r.
     const Index rows = (std::min(w, kv_len) + r - 1) / r;
     for (Index t = kept_rows(std::min(w, kv_len - begin), s, r); t < rows; ++t) {
       const Index j = begin + s + t * r;

@@ -39,8 +39,9 @@ template <class Stream, BlockSource Source, ExecutionLike E = openmp>
 void extend_by_blocks(Stream& stream, Source& source, Index length, Index rows_at_once, E&& execution = E{}) {
   if (rows_at_once < 1)
     detail::refuse("extend_by_blocks", "rows_at_once", std::to_string(rows_at_once), "at least 1");
-  for (Index first = stream.size(); first < length; first = stream.size()) {
-    const Index count = std::min(rows_at_once, length - first);
+  // Counted here: a stream of batch 0 has no row whose size rises.
+  for (Index first = stream.size(), count = 0; first < length; first += count) {
+    count = std::min(rows_at_once, length - first);
     auto block = source.open(first, count);
     stream.extend(block.q, block.k, block.v, block.out, execution);
     source.close(first, count);

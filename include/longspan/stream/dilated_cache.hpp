@@ -2,23 +2,25 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <istream>
 #include <iterator>
+#include <limits>
 #include <ostream>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "longspan/detail/call/causal_mask.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/detail/dilated/decode.hpp"
 #include "longspan/detail/dilated/forward.hpp"
 #include "longspan/detail/dilated/strands.hpp"
 #include "longspan/detail/storage/rows.hpp"
-#include "longspan/detail/storage/state_file.hpp"
 #include "longspan/dilated_attention.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/eigen.hpp"
@@ -26,24 +28,37 @@
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
+#include "longspan/options.hpp"
+#include "longspan/position.hpp"
+#include "longspan/score.hpp"
 #include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 LONGSPAN_BEGIN
 
-/// A causal dilated_attention carried from call to call: rows taken in by `extend` stand behind those of the
-/// calls before, and each gets what the one call over all rows would give it.
+/// What a dilated_cache keeps beyond the rows that later queries see.
+struct dilated_cache_options {
+  /// So many of the last tokens can always be taken back, counted from the largest size that the stream has
+  /// had: a segment that closes keeps its rows for that many tokens more. 16 cost at most one closed segment
+  /// and 16 / r rows for each branch (w, r).
+  Index rollback = 16;
+};
+
+/// A causal dilated_attention carried from call to call: `extend` appends rows after those of the calls
+/// before, and each query gets what the one call over all rows would write for it.
 ///
 ///   dilated_attention attend{geometric_branches_to({2048, 1}, 2, longest), causal{}};
 ///   auto stream = attend.stream({.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64});
 ///   stream.extend(q, k, v, out);  // a prompt, a chunk of one or a single token; lse and execution as ever
+///   stream.truncate(stream.size() - 3);  // the last 3 tokens were a draft that was rejected
 ///
 /// Shapes    those of dilated_attention with kv_len = q_len, which may be 0 and differ from call to call
 /// Types     rows are kept as T: float, double, Eigen::bfloat16, Eigen::half or std::int8_t; where keys are
 ///           position-encoded, they are in the arithmetic type unless T is std::int8_t. q, k, v and out are
 ///           any elements. Arithmetic is double where T is, else float, and so must q's be
-/// State     for each head at most sum_i w_i / r_i rows, those of the open segments that its offset keeps;
+/// State     for each head the rows of the open segments that its offset keeps, at most sum_i w_i / r_i, and
+///           as long as `rollback` tokens may be taken back the rows of the segments that were open then;
 ///           query heads that share KV head and offset share them. In int8 each has 8 bytes besides, the
 ///           scales of its key and its value. A copy is a stream of its own
 /// Cost      as dilated_attention; every row is copied once for each branch and offset that keeps it. One
@@ -51,11 +66,12 @@ LONGSPAN_BEGIN
 /// Scratch   2^14 / (batch heads) tokens, at least 1024, are taken in together
 /// Error     that of dilated_attention over the rows as they are kept. Keeping rounds each element of k and
 ///           v: bfloat16 by 2^-9 of it, half by 2^-12, int8 by 1 / 254 of the largest of its row
-/// Bits      do not depend on how rows are cut into calls of more than one token. One token, with no mask
-///           beside causal, no score and Overlap::multiset, has a kernel of its own
-/// Masked    a mask of the functor holds beside the causal one
-/// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws leaves a
-///           stream that has taken in some of the call's rows
+/// Bits      do not depend on how rows are cut into calls of more than one token, nor on tokens that were taken
+///           back. One token, with no mask but causal, no score and Overlap::multiset, has a kernel of its own
+/// Masked    the mask of the functor, and all keys after a query
+/// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws, and
+///           bad_alloc, leaves a stream that has appended the first size() tokens, perhaps some of the call's.
+///           An assignment or a load that throws changes nothing
 template <StoredElement T, Mask M, Score S, Position P>
 class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true> {
  public:
@@ -63,11 +79,21 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   /// A row is encoded once, when it comes: it would else be at every query.
   using Key = std::conditional_t<std::is_same_v<P, no_position> || std::is_same_v<T, std::int8_t>, T, Real>;
 
-  dilated_cache(dilated_attention<M, S, P> attend, const StreamShape& shape)
-      : attend_(std::move(attend)), shape_(shape) {
+  dilated_cache(dilated_attention<M, S, P> attend, const StreamShape& shape,
+                const dilated_cache_options& options = {})
+      : attend_(std::move(attend)),
+        mask_(detail::causal_mask(attend_.mask)),
+        shape_(shape),
+        options_(options) {
     detail::check_branches(function, attend_.branches);
     detail::check_stream_shape(function, shape_);
     detail::check_stream_parts(function, attend_, shape);
+    if (options.rollback < 0)
+      detail::refuse(function, "rollback", std::to_string(options.rollback), "at least 0 tokens");
+    if (attend_.first_query != queries_end_at_keys) {
+      detail::refuse(function, "first_query", std::to_string(attend_.first_query),
+                     "unset: queries are at the positions after the tokens before");
+    }
     const Index group = shape.kv_heads == 0 ? 1 : shape.heads / shape.kv_heads;
     for (std::size_t n = 0; n < attend_.branches.size(); ++n) {
       for (Index h = 0; h < shape.heads; ++h) {
@@ -81,14 +107,24 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     rows_.resize(static_cast<std::size_t>(shape.batch) * strands_.size());
   }
 
-  /// Tokens taken in.
+  dilated_cache(const dilated_cache&) = default;
+  dilated_cache(dilated_cache&&) = default;
+  dilated_cache& operator=(const dilated_cache& other)
+  requires std::is_move_assignable_v<dilated_attention<M, S, P>>
+  {
+    return *this = dilated_cache(other);
+  }
+  dilated_cache& operator=(dilated_cache&&) = default;
+
+  /// Tokens appended and not taken back.
   Index size() const noexcept { return size_; }
   const StreamShape& shape() const noexcept { return shape_; }
+  const dilated_cache_options& options() const noexcept { return options_; }
 
-  /// Rows of keys and values that are kept, of all heads and batch rows.
+  /// Rows of keys and values that are kept, of all heads and batch rows, those for a step back as well.
   Index rows() const noexcept {
     Index rows = 0;
-    for (const detail::Strand& strand : strands_) rows += kept(strand, size_);
+    for (const detail::Strand& strand : strands_) rows += rows_between(strand, least_, size_);
     return rows * shape_.batch;
   }
   /// Memory of the rows, with what they may grow into.
@@ -99,94 +135,53 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     return static_cast<Index>(bytes);
   }
 
-  void clear() noexcept { size_ = 0; }
+  void clear() noexcept { size_ = least_ = 0; }
 
-  /// Forgets the tokens from number `tokens` on. Refused where rows are gone that were open then.
+  /// Can the stream become the one that has had its first `tokens` tokens only? The last `rollback` tokens
+  /// before its largest size can always be taken back, and more where no segment has closed since.
+  bool can_truncate(Index tokens) const noexcept {
+    if (tokens < 0 || tokens > size_) return false;
+    return tokens >= least_ ||
+           std::all_of(attend_.branches.begin(), attend_.branches.end(), [&](const Branch& branch) {
+             return tokens % branch.segment == 0 || tokens / branch.segment == least_ / branch.segment;
+           });
+  }
+  /// Takes back the tokens from number `tokens` on. Throws Error, and changes nothing, unless
+  /// can_truncate(tokens).
   void truncate(Index tokens) {
-    constexpr std::string_view name = "dilated_cache::truncate";
-    if (tokens < 0 || tokens > size_)
-      detail::refuse(name, "the number of tokens", std::to_string(tokens), "0.." + std::to_string(size_));
-    for (const Branch& branch : attend_.branches) {
-      if (tokens % branch.segment != 0 && tokens / branch.segment != size_ / branch.segment) {
-        detail::refuse(name, "the number of tokens", std::to_string(tokens),
-                       "at least " + std::to_string(size_ / branch.segment * branch.segment) +
-                           ": a closed segment is forgotten");
-      }
+    if (!can_truncate(tokens)) {
+      Index first = 0;
+      for (const Branch& branch : attend_.branches)
+        first = std::max(first, least_ / branch.segment * branch.segment);
+      detail::refuse("dilated_cache::truncate", "the number of tokens", std::to_string(tokens),
+                     std::to_string(first) + ".." + std::to_string(size_) +
+                         (first == 0 ? "" : ": rows of the segments before are dropped"));
     }
     size_ = tokens;
+    least_ = std::min(least_, tokens);
   }
 
-  /// Writes the rows; a stream of the same functor, shape and T can load them.
-  void save(std::ostream& to) const {
-    const std::vector<std::int64_t> branches = branch_numbers();
-    detail::StateWriter writer(to, kind(), numbers(), payload_bytes(size_));
-    writer.array(branches.data(), std::ssize(branches));
-    for (std::size_t n = 0; n < rows_.size(); ++n) {
-      const Index count = kept(strands_[n % strands_.size()], size_);
-      for_arrays(rows_[n], [&](const auto& array, Index cols) { writer.array(array.data(), count * cols); });
-    }
-    writer.finish();
-  }
-
-  /// Takes over what `save` wrote. Throws Error, and changes nothing, where the file is damaged or belongs to
-  /// other branches, shapes or types.
-  void load(std::istream& from) {
-    Numbers found{};
-    detail::StateReader reader(from, kind(), found);
-    Numbers wanted = numbers();
-    const Index size = found.back();
-    wanted.back() = size;
-    if (found != wanted || size < 0)
-      detail::refuse(load_name, "the file", "a state of other shapes or options", "one of this stream's");
-    reader.expect_payload(payload_bytes(size));
-    const std::vector<std::int64_t> branches = branch_numbers();
-    if (reader.template array<std::int64_t>(std::ssize(branches)) != branches)
-      detail::refuse(load_name, "the file", "a state of other branches", "one of this stream's");
-    std::vector<Rows> loaded(rows_.size());
-    for (std::size_t n = 0; n < loaded.size(); ++n) {
-      const Index count = kept(strands_[n % strands_.size()], size);
-      for_arrays(loaded[n], [&](auto& array, Index cols) {
-        array = reader.template array<typename std::decay_t<decltype(array)>::value_type>(count * cols);
-      });
-    }
-    reader.finish();
-    rows_ = std::move(loaded);
-    size_ = size;
-  }
+  /// Writes the rows, those for a step back as well. A stream of the same functor, shape and T, and of no
+  /// larger rollback, can load them.
+  void save(std::ostream& to) const;
+  /// Takes over what `save` wrote. Throws Error, and changes nothing, if the file is damaged, or names the
+  /// first option in which the stream that wrote it was another.
+  void load(std::istream& from);
 
  private:
   friend detail::StreamCalls<dilated_cache, true>;
   using Rows = detail::StrandRows<Key, T>;
-  using Causal = std::conditional_t<std::is_same_v<M, causal>, causal, both<causal, M>>;
-  using Numbers = std::array<std::int64_t, 10>;
+  using Causal = detail::CausalMask<M>;
   static constexpr bool encodes = !std::is_same_v<P, no_position>, is_scaled = std::is_same_v<T, std::int8_t>;
-  static constexpr std::string_view function = "dilated_cache", save_name = "dilated_cache::save",
-                                    load_name = "dilated_cache::load";
+  static constexpr std::string_view function = "dilated_cache";
 
-  static constexpr detail::StateKind kind() { return {"dilated", 1, save_name, load_name}; }
-  Numbers numbers() const {
-    return {shape_.batch,
-            shape_.heads,
-            shape_.kv_heads,
-            shape_.head_dim,
-            shape_.value_dim,
-            sizeof(Key),
-            std::is_same_v<T, Eigen::half> ? 1 : 0,
-            static_cast<std::int64_t>(attend_.phase),
-            static_cast<std::int64_t>(attend_.branches.size()),
-            size_};
-  }
-  std::vector<std::int64_t> branch_numbers() const {
-    std::vector<std::int64_t> numbers;
-    for (const Branch& branch : attend_.branches)
-      numbers.insert(numbers.end(), {branch.segment, branch.dilation});
-    return numbers;
-  }
   Index row_bytes() const {
     return shape_.head_dim * static_cast<Index>(sizeof(Key)) +
            shape_.value_dim * static_cast<Index>(sizeof(T)) +
            (is_scaled ? 2 * static_cast<Index>(sizeof(float)) : 0);
   }
+  /// Of a state of `size` tokens that can go back to `least`.
+  Index payload_bytes(Index least, Index size) const;
   /// work(array, numbers of a row) for all that `rows` holds.
   template <class AnyRows, class Work>
   void for_arrays(AnyRows& rows, const Work& work) const {
@@ -198,32 +193,24 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     }
   }
 
-  /// `size` may come from a file: where it stands for more than any memory, an Index would overflow.
-  Index payload_bytes(Index size) const {
-    double rows = 0;
-    for (const detail::Strand& strand : strands_) rows += static_cast<double>(kept(strand, size));
-    const double bytes = rows * static_cast<double>(shape_.batch) * static_cast<double>(row_bytes());
-    if (bytes > 1e18) detail::refuse(load_name, "the number of tokens", std::to_string(size), "far fewer");
-    return 2 * std::ssize(attend_.branches) * static_cast<Index>(sizeof(std::int64_t)) +
-           static_cast<Index>(rows) * shape_.batch * row_bytes();
-  }
-
   /// At 8 heads of 64 and 32768 tokens 2048 at once reach 73 % of the FMA roof, 512 and 8192 only 68 and 70:
   /// fewer leave the tiles of thin branches narrow, more leave the cache.
   Index tokens_at_once() const {
     return std::max<Index>(1024, (Index{1} << 14) / std::max<Index>(1, shape_.batch * shape_.heads));
   }
 
-  /// Rows of a strand when `size` tokens have come: those of the segment that is open then.
-  Index kept(const detail::Strand& strand, Index size) const {
-    const Branch& branch = attend_.branches[strand.branch];
-    return kept_rows(size % branch.segment, strand.offset, branch.dilation);
-  }
   /// Rows of a strand from the segment that holds token `from` up to token `to`.
-  Index rows_between(const detail::Strand& strand, Index from, Index to) const {
+  Index rows_between(const detail::Strand& strand, Index from, Index to) const noexcept {
     const Branch& branch = attend_.branches[strand.branch];
     const Index segments = to / branch.segment - from / branch.segment;
-    return segments * kept_rows(branch.segment, strand.offset, branch.dilation) + kept(strand, to);
+    return segments * kept_rows(branch.segment, strand.offset, branch.dilation) +
+           kept_rows(to % branch.segment, strand.offset, branch.dilation);
+  }
+  /// The most rows that a strand has while single tokens are appended: a segment, and what follows while its
+  /// last token can be taken back.
+  Index most_rows(const detail::Strand& strand) const noexcept {
+    const Index segment = attend_.branches[strand.branch].segment, most = std::numeric_limits<Index>::max();
+    return rows_between(strand, 0, segment > most - options_.rollback ? most : segment + options_.rollback);
   }
 
   template <class Call, class E>
@@ -252,19 +239,21 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
             key_rows_.resize(static_cast<std::size_t>(where.workers() * shape_.head_dim));
           where.for_each(shape_.batch * strands, copy);
         });
-    if (!call.out.empty()) attend(call, end, executor, workspace);
-    for (std::size_t n = 0; n < rows_.size(); ++n) drop_closed(strands_[n % strands_.size()], end, rows_[n]);
+    // Without values there is an lse still.
+    if (call.q_len() > 0 && shape_.batch > 0 && shape_.heads > 0) attend(call, end, executor, workspace);
+    const Index least = std::max(least_, end - options_.rollback);
+    for (std::size_t n = 0; n < rows_.size(); ++n)
+      drop_before(least, strands_[n % strands_.size()], end, rows_[n]);
     size_ = end;
+    least_ = least;
   }
 
-  /// Room for the rows of all strands up to token `end`, and for as many again where a strand must grow, but
-  /// not for more than a segment holds: a stream of single tokens seldom allocates.
+  /// Room for the rows of all strands up to token `end`, and for as many again if a strand must grow, but not
+  /// for more than single tokens need: a stream of single tokens seldom allocates.
   void make_room(Index end) {
     for (std::size_t n = 0; n < rows_.size(); ++n) {
       const detail::Strand& strand = strands_[n % strands_.size()];
-      const Branch& branch = attend_.branches[strand.branch];
-      const Index needed = rows_between(strand, size_, end);
-      const Index twice = std::min(2 * needed, kept_rows(branch.segment, strand.offset, branch.dilation));
+      const Index needed = rows_between(strand, least_, end), twice = std::min(2 * needed, most_rows(strand));
       const auto grow = [&](auto& values, Index cols) {
         const auto wanted = static_cast<std::size_t>(needed * cols);
         if (values.capacity() < wanted)
@@ -275,12 +264,12 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     }
   }
 
-  /// Copies the rows of the call that a strand keeps behind those it has.
+  /// Copies the rows of the call that a strand keeps after those it has.
   template <class Call>
   void append(Index b, const detail::Strand& strand, const Call& call, Rows& rows, Real* encoded) const {
     const Branch& branch = attend_.branches[strand.branch];
     const Index end = size_ + call.q_len();
-    Index row = kept(strand, size_);
+    Index row = rows_between(strand, least_, size_);
     for (Index begin = size_ / branch.segment * branch.segment; begin < end;) {
       const Index past = std::max<Index>(0, size_ - begin);
       const Index length = branch.segment < end - begin ? branch.segment : end - begin;
@@ -343,7 +332,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         detail::Problem<Tq, Key, T, To>{q, k, v, call.out, call.lse, 0, 1}.at(function, size_, attend_.scale);
     const detail::StoredRows<Key, T> stored{
         &attend_.branches, &strand_of_,      &rows_, shape_.heads, static_cast<Index>(strands_.size()),
-        shape_.head_dim,   shape_.value_dim, size_};
+        shape_.head_dim,   shape_.value_dim, least_};
     const detail::Dilation dilation{attend_.branches, attend_.phase, attend_.overlap, false};
     if constexpr (std::is_same_v<Causal, causal> && std::is_same_v<S, unchanged>) {
       if (q.rows == 1 && attend_.overlap == Overlap::multiset && attend_.branches.size() <= 64)
@@ -354,47 +343,50 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
       keys += static_cast<double>(rows_between(strand, size_, end));
     const double flop =
         2 * keys * static_cast<double>(q.batch * q.rows * (shape_.head_dim + shape_.value_dim));
-    const Causal mask = causal_mask();
     detail::run_where_it_pays(flop, detail::least_parallel_tile_flop, executor, [&](const auto& where) {
-      detail::run_dilated<detail::FloatProducts<Real>>(problem, stored, dilation, mask, attend_.score,
+      detail::run_dilated<detail::FloatProducts<Real>>(problem, stored, dilation, mask_, attend_.score,
                                                        no_position{}, where, workspace);
     });
   }
 
-  Causal causal_mask() const {
-    if constexpr (std::is_same_v<M, causal>) {
-      return attend_.mask;
-    } else {
-      return causal{} & attend_.mask;
-    }
-  }
-
-  /// Drops the rows of segments that are closed when `end` tokens have come.
-  void drop_closed(const detail::Strand& strand, Index end, Rows& rows) const {
-    const Index count = kept(strand, end), closed = rows_between(strand, size_, end) - count;
-    if (closed == 0) return;
+  /// Drops the rows of segments before the one that holds token `least`; `end` tokens have come.
+  void drop_before(Index least, const detail::Strand& strand, Index end, Rows& rows) const {
+    const Index count = rows_between(strand, least, end), dropped = rows_between(strand, least_, end) - count;
+    if (dropped == 0) return;
     for_arrays(rows, [&](auto& array, Index cols) {
-      std::copy_n(array.begin() + closed * cols, count * cols, array.begin());
+      std::copy_n(array.begin() + dropped * cols, count * cols, array.begin());
     });
   }
 
   dilated_attention<M, S, P> attend_;
+  Causal mask_;
   StreamShape shape_;
+  dilated_cache_options options_;
   std::vector<detail::Strand> strands_;
   std::vector<std::size_t> strand_of_;  ///< [branches][heads]
   std::vector<Rows> rows_;              ///< [batch][strands]
   std::vector<Real> queries_;           ///< of one call, encoded
   std::vector<Real> key_rows_;          ///< [workers][head_dim], on their way to the strands
   Index size_ = 0;
+  Index least_ = 0;  ///< rows are those from the segments on that hold token number least_
 };
 
 template <Mask M, Score S, Position P>
-dilated_cache(dilated_attention<M, S, P>, StreamShape) -> dilated_cache<float, M, S, P>;
+dilated_cache(dilated_attention<M, S, P>, StreamShape, dilated_cache_options = {})
+    -> dilated_cache<float, M, S, P>;
 
 template <Mask M, Score S, Position P>
 template <StoredElement T>
 dilated_cache<T, M, S, P> dilated_attention<M, S, P>::stream(const StreamShape& shape) const {
   return {*this, shape};
 }
+template <Mask M, Score S, Position P>
+template <StoredElement T>
+dilated_cache<T, M, S, P> dilated_attention<M, S, P>::stream(const StreamShape& shape,
+                                                             const dilated_cache_options& options) const {
+  return {*this, shape, options};
+}
 
 LONGSPAN_END
+
+#include "longspan/stream/dilated_cache-inl.hpp"

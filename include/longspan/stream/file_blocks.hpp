@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <fstream>
 #include <ios>
+#include <iterator>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -33,8 +34,8 @@ struct SequenceFiles {
 /// Shapes  those of the stream, whose batch is 1
 /// State   the rows of one block
 /// Throws  Error, with the name of the file, for one that cannot be opened, that does not hold whole rows, as
-///         many as the others, or that breaks off while it is read; and where a disk takes no more. Outputs
-///         of blocks that were closed before are in the file
+///         many as the others, or that breaks off while it is read; and when a disk takes no more. Outputs
+///         of blocks that were closed before are in the file, and the source can go on after an error
 template <MutableElement T>
 class file_blocks {
  public:
@@ -69,7 +70,7 @@ class file_blocks {
   Block open(Index first, Index count) {
     if (first < 0 || count < 0 || first > length() - count) {
       detail::refuse(name, "the range of tokens",
-                     "[" + std::to_string(first) + ", " + std::to_string(first + count) + ")",
+                     std::to_string(count) + " from " + std::to_string(first) + " on",
                      "within [0, " + std::to_string(length()) + ")");
     }
     values_.resize(static_cast<std::size_t>(count * heads_ * value_dim_));
@@ -77,9 +78,15 @@ class file_blocks {
             token_major(values_.data(), heads_, count, value_dim_)};
   }
 
-  /// Writes the outputs of [first, first + count).
+  /// Writes the outputs of [first, first + count), the block that was opened last.
   void close(Index first, Index count) {
+    if (first < 0 || count < 0 || count * heads_ * value_dim_ > std::ssize(values_)) {
+      detail::refuse(name, "the range of tokens",
+                     std::to_string(count) + " from " + std::to_string(first) + " on",
+                     "the block that is open");
+    }
     const Index token = heads_ * value_dim_ * element;
+    out_.clear();  // of an error of the call before
     out_.seekp(static_cast<std::streamoff>(first * token));
     out_.write(reinterpret_cast<const char*>(values_.data()), static_cast<std::streamsize>(count * token));
     out_.flush();
@@ -135,6 +142,7 @@ class file_blocks {
     TensorView<const T> read(Index first, Index count) {
       const Index token = heads * cols;
       block.resize(static_cast<std::size_t>(count * token));
+      file.clear();  // of an error of the call before
       file.seekg(static_cast<std::streamoff>(header + first * token * element));
       file.read(reinterpret_cast<char*>(block.data()), static_cast<std::streamsize>(count * token * element));
       if (!file) {

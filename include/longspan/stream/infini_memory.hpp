@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <istream>
+#include <limits>
 #include <ostream>
 #include <string>
 #include <string_view>
@@ -16,21 +18,30 @@
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/detail/infini/open_rows.hpp"
 #include "longspan/detail/infini/pass.hpp"
-#include "longspan/detail/storage/state_file.hpp"
 #include "longspan/detail/tile/key_block.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/infini_attention.hpp"
+#include "longspan/infini_options.hpp"
 #include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 LONGSPAN_BEGIN
 
-/// infini_attention carried from call to call: rows taken in by `extend` stand behind those of the calls
-/// before. When a segment is full it is written to the memory and forgotten.
+/// What an infini_memory keeps beyond the memory and the open segment.
+struct infini_memory_options {
+  /// So many of the last tokens of a batch row can always be taken back, counted from the largest size that it
+  /// has had. Unless 0 the stream keeps a second memory, M and z as they were at a segment border that is at
+  /// least so old, and the rows since: 2 * segment + rollback of them at most. A segment is written a second
+  /// time, to that memory, if rollback is longer than a segment.
+  Index rollback = 0;
+};
+
+/// infini_attention carried from call to call: `extend` appends rows after those of the calls before. When a
+/// segment is full it is written to the memory and, but for `rollback`, forgotten.
 ///
 ///   infini_attention attend;
 ///   auto memory = attend.stream({.heads = 8, .kv_heads = 2, .head_dim = 128, .value_dim = 128});
@@ -39,21 +50,26 @@ LONGSPAN_BEGIN
 /// Shapes    q [batch, heads, n, head_dim]           k [batch, kv_heads, n, head_dim]
 ///           v [batch, kv_heads, n, value_dim]       out [batch, heads, n, value_dim], any n >= 0
 /// Local     answers the new queries over the rows of the open segment so far, and so has to hide later keys:
-///           softmax_attention, dilated_attention and landmark_attention with a causal mask, or a composition
-///           of them, do. Landmarks stand at `every` so many rows: a list would not fit an open segment.
-///           infini_attention, which wants a query for each key, is refused when it is compiled
+///           the mask of each softmax_attention, dilated_attention or landmark_attention in it is causal{},
+///           causal{} & another, or window{.right = 0}. Others are refused, when they are compiled or made.
+///           Landmarks are at `every` so many rows: a list would not fit an open segment. infini_attention,
+///           which wants a query for each key, is refused when it is compiled
 /// Types     rows of the open segment are kept as T. M and z, and all arithmetic, are double where T is, else
 ///           float, and so must q's be; k and v are any elements
 /// State     batch * kv_heads * (head_dim * (value_dim + 1) + segment * (head_dim + value_dim)) numbers,
-///           however many tokens have come. A copy is a stream of its own
+///           however many tokens have come, and what infini_memory_options says. A copy is a stream of its
+///           own
 /// Cost      that of local for the new queries over the open segment, and what infini_attention takes to read
 ///           and to write. For one token landmark_attention takes 3 times as long as softmax_attention, which
 ///           has a kernel for a few queries
 /// Equal     to the one call over all rows within the error bound, however the rows are cut into calls, by
 ///           both rules: a segment is written when it is full, from its own rows. M and z are the same to the
 ///           bit where T is the type of k and v; rows of `out` are where local attention gives them so
-/// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws leaves a
-///           stream that has taken in some of the call's rows
+/// Bits      of all tokens that stay, and of M and z, are those of a stream that never saw those taken back
+/// Throws    Error when shapes disagree, before anything changes. What a score throws, and bad_alloc, leaves a
+///           stream that has appended the first size(b) tokens of batch row b, perhaps some of the call's;
+///           what an executor or a feature map throws while a segment is written leaves M and z of no use
+///           until `clear`, `reset` or `load`. An assignment, a load or a truncate that throws changes nothing
 /// Source    that of infini_attention
 template <Element T, class Local, FeatureMap F>
 class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, false> {
@@ -61,20 +77,28 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
       detail::answers_last_queries<Local>,
       "longspan: the local attention of a stream cannot be infini_attention, which wants a query for "
       "each key");
-  static_assert(!detail::shows_later_keys<Local>,
-                "longspan: the local attention of a stream has to hide later keys: give it causal{}");
+  static_assert(detail::LocalHidesLaterKeys<Local>::known,
+                "longspan: the local attention of a stream has to hide later keys: give it causal{}, or "
+                "causal{} & your mask");
 
  public:
   using Real = Arithmetic<T>;
 
   /// `attend.lengths` must be empty: a row of a batch that has ended is reset or ignored.
-  infini_memory(infini_attention<Local, F> attend, const StreamShape& shape)
-      : attend_(std::move(attend)), shape_(shape), open_(shape) {
+  infini_memory(infini_attention<Local, F> attend, const StreamShape& shape,
+                const infini_memory_options& options = {})
+      : attend_(std::move(attend)), shape_(shape), options_(options), open_(shape) {
     detail::check_stream_shape(function, shape);
     attend_.check(function, shape.batch, shape.heads, shape.head_dim, shape.value_dim);
     attend_.check_segment(shape);
     if (!attend_.lengths.empty())
       detail::refuse(function, "lengths", "given", "none: a stream has no padding");
+    if (options.rollback < 0)
+      detail::refuse(function, "rollback", std::to_string(options.rollback), "at least 0 tokens");
+    if (!detail::LocalHidesLaterKeys<Local>::holds(attend_.local)) {
+      detail::refuse(function, "the mask of the local attention", "one that shows later keys",
+                     "causal{}, causal{} & another, or window{.right = 0}: those keys have not come yet");
+    }
     if constexpr (requires { attend_.local.at.fit_any_length(); }) {
       if (!attend_.local.at.fit_any_length()) {
         detail::refuse(function, "at of the local attention", "a list of landmarks",
@@ -84,18 +108,36 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
     const detail::MemoryView<Real> memory = view_of(0, shape.batch);
     m_.resize(static_cast<std::size_t>(memory.m_size()));
     z_.resize(static_cast<std::size_t>(memory.z_size()));
+    if (options.rollback > 0) {
+      base_m_.resize(m_.size());
+      base_z_.resize(z_.size());
+    }
     filled_.resize(static_cast<std::size_t>(shape.batch));
     written_.resize(static_cast<std::size_t>(shape.batch));
+    closed_.resize(static_cast<std::size_t>(shape.batch));
   }
 
+  infini_memory(const infini_memory&) = default;
+  infini_memory(infini_memory&&) = default;
+  infini_memory& operator=(const infini_memory& other)
+  requires std::is_move_assignable_v<infini_attention<Local, F>>
+  {
+    return *this = infini_memory(other);
+  }
+  infini_memory& operator=(infini_memory&&) = default;
+
   const StreamShape& shape() const noexcept { return shape_; }
-  /// Tokens taken in by batch row b since it was new, or reset.
-  Index size(Index b = 0) const noexcept { return written_[at(b)] + filled_[at(b)]; }
+  const infini_memory_options& options() const noexcept { return options_; }
+  /// Tokens appended to batch row b, and not taken back, since it was new or reset. 0 if there is no such row.
+  Index size(Index b = 0) const noexcept { return has(b) ? written_[at(b)] + filled_[at(b)] : 0; }
   /// Those of them in the open segment.
-  Index open_rows(Index b = 0) const noexcept { return filled_[at(b)]; }
-  /// Memory of M and z, and of the open segments.
+  Index open_rows(Index b = 0) const noexcept { return has(b) ? filled_[at(b)] : 0; }
+  /// Memory of M and z, of the open segments, and of what `rollback` keeps.
   Index bytes() const noexcept {
-    return static_cast<Index>((m_.capacity() + z_.capacity()) * sizeof(Real)) + open_.bytes();
+    const std::size_t numbers = m_.capacity() + z_.capacity() + base_m_.capacity() + base_z_.capacity();
+    std::size_t lengths = 0;
+    for (const detail::ClosedSegments& closed : closed_) lengths += closed.lengths.capacity();
+    return static_cast<Index>(numbers * sizeof(Real) + lengths * sizeof(Index)) + open_.bytes();
   }
   /// M[c][column] and z[c] of a KV head.
   Real memory(Index b, Index kv_head, Index c, Index column) const noexcept {
@@ -112,133 +154,88 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
   }
   void reset(Index b) {
     check_row("infini_memory::reset", b);
-    view_of(b, 1).clear();
+    view_of(m_, z_, b, 1).clear();
+    if (options_.rollback > 0) view_of(base_m_, base_z_, b, 1).clear();
     filled_[at(b)] = written_[at(b)] = 0;
+    closed_[at(b)].clear();
   }
-  /// Forgets the tokens of each batch row from number `tokens` on. Refused where some of them are in the
-  /// memory: nothing can be taken out of it.
-  void truncate(Index tokens) {
+
+  /// Can each batch row become the one that has had its first `tokens` tokens only? The tokens of the open
+  /// segment, and the last `rollback` before its largest size, can always be taken back.
+  bool can_truncate(Index tokens) const noexcept {
+    if (shape_.batch == 0) return tokens == 0;
     for (Index b = 0; b < shape_.batch; ++b) {
-      if (tokens < written_[at(b)] || tokens > size(b))
-        detail::refuse(
-            "infini_memory::truncate", "the number of tokens", std::to_string(tokens),
-            std::to_string(written_[at(b)]) + ".." + std::to_string(size(b)) + ", those of the open segment");
+      if (tokens < closed_[at(b)].begin || tokens > size(b)) return false;
     }
-    for (Index b = 0; b < shape_.batch; ++b) filled_[at(b)] = tokens - written_[at(b)];
+    return true;
   }
+  /// Takes back the tokens of each batch row from number `tokens` on. Throws Error, and changes nothing, unless
+  /// can_truncate(tokens). If a segment was closed since, M and z are computed from the second memory and the
+  /// segments closed before, in the same order.
+  template <ExecutionLike E = openmp>
+  void truncate(Index tokens, E&& execution = E{});
 
   /// What `extend` would give, the stream left as it is. Copies the stream if the rows would close a segment.
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E = openmp>
-  void peek(const Q& q, const K& k, const V& v, Out&& out, E&& execution = E{}) {
-    const auto filled = filled_;
-    const Index most = filled.empty() ? 0 : *std::max_element(filled.begin(), filled.end());
-    if (view(q).rows >= attend_.segment - most) {
-      infini_memory copy = *this;
-      return copy.extend(q, k, v, out, execution);
-    }
-    this->extend(q, k, v, out, execution);
-    filled_ = filled;
-  }
+  void peek(const Q& q, const K& k, const V& v, Out&& out, E&& execution = E{});
 
-  /// Takes rows k and v [1, kv_heads, n, ..] of batch row b that no query comes with.
+  /// Appends rows k and v [1, kv_heads, n, ..] to batch row b without queries.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
-  void absorb(Index b, const K& k, const V& v, E&& execution = E{}) {
-    check_row("infini_memory::absorb", b);
-    const auto keys = view(k);
-    const auto values = view(v);
-    detail::check_tokens("infini_memory::absorb", keys, values, 1, shape_);
-    make_room(keys.rows);
-    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-      for (Index first = 0, count = 0; first < keys.rows; first += count) {
-        count = std::min(attend_.segment - filled_[at(b)], keys.rows - first);
-        open_.append(keys.slice_rows(first, count), values.slice_rows(first, count), b, 1, filled_[at(b)]);
-        filled_[at(b)] += count;
-        if (filled_[at(b)] == attend_.segment) close(b, 1, executor, workspace);
-      }
-    });
-  }
+  void absorb(Index b, const K& k, const V& v, E&& execution = E{});
 
   /// out = g * what the memory gives for q + (1 - g) * out: for a local part that comes from elsewhere. The
   /// open segment is not seen. Where nothing has been written, `first` says what happens.
   template <TensorLike Q, TensorLike Out, ExecutionLike E = openmp>
-  void recall(const Q& q, Out&& out, E&& execution = E{}) {
-    static_assert(std::is_same_v<detail::LseOf<Q>, Real>, "longspan: q is of the arithmetic of the memory");
-    const auto queries = view(q);
-    const auto to = view(out);
-    const auto wanted = [&](const auto& x, const char* what, Index cols) {
-      detail::check_view("infini_memory::recall", what, x);
-      if (x.batch != shape_.batch || x.heads != shape_.heads || x.rows != queries.rows || x.cols != cols) {
-        detail::refuse("infini_memory::recall", what, detail::shape_text(x),
-                       detail::shape_text(shape_.batch, shape_.heads, queries.rows, cols));
-      }
-    };
-    wanted(queries, "q", shape_.head_dim);
-    wanted(to, "out", shape_.value_dim);
-    using Tq = std::remove_const_t<typename std::remove_cvref_t<decltype(queries)>::Element>;
-    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-      for_each_run_of_rows([&](Index b, Index rows) {
-        if (!knows(b)) return;
-        pass_with_gate(b, rows, workspace)
-            .recall(TensorView<const Tq>(detail::batch_rows(queries, b, rows)), 0,
-                    detail::batch_rows(to, b, rows), written_[at(b)], executor, workspace);
-      });
-    });
-  }
+  void recall(const Q& q, Out&& out, E&& execution = E{});
 
   /// Writes the open segments as they are, and begins new ones.
   template <ExecutionLike E = openmp>
-  void flush(E&& execution = E{}) {
-    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-      for_each_run_of_rows([&](Index b, Index rows) {
-        if (filled_[at(b)] > 0) close(b, rows, executor, workspace);
-      });
-    });
-  }
+  void flush(E&& execution = E{});
 
-  /// Writes the state; a stream of the same shape, segment, rule and T can load it.
+  /// Writes the state. A stream of the same functor, shape and T, and of no larger rollback, can load it.
   void save(std::ostream& to) const;
-  /// Takes over what `save` wrote. Throws Error, and changes nothing, where the file is damaged, belongs to
-  /// another stream, or holds a norm that is negative or not finite.
+  /// Takes over what `save` wrote. Throws Error, and changes nothing, if the file is damaged, holds a norm that
+  /// is negative or not finite, or names the first option in which the stream that wrote it was another.
   void load(std::istream& from);
 
  private:
   friend detail::StreamCalls<infini_memory, false>;
-  using Numbers = std::array<std::int64_t, 9>;
   static constexpr std::string_view function = "infini_memory";
-  static constexpr detail::StateKind kind{"infini", 1, "infini_memory::save", "infini_memory::load"};
 
   static std::size_t at(Index b) noexcept { return static_cast<std::size_t>(b); }
 
+  bool has(Index b) const noexcept { return b >= 0 && b < shape_.batch; }
   void check_row(std::string_view name, Index b) const {
-    if (b < 0 || b >= shape_.batch)
-      detail::refuse(name, "the batch row", std::to_string(b), "0.." + std::to_string(shape_.batch - 1));
+    if (has(b)) return;
+    detail::refuse(name, "the batch row", std::to_string(b),
+                   shape_.batch == 0 ? "none: the batch is 0" : "0.." + std::to_string(shape_.batch - 1));
   }
 
   /// The memories of batch rows [b, b + rows).
-  detail::MemoryView<Real> view_of(Index b, Index rows) {
-    detail::MemoryView<Real> view{m_.data(),       z_.data(),       rows,
+  detail::MemoryView<Real> view_of(Index b, Index rows) { return view_of(m_, z_, b, rows); }
+  detail::MemoryView<Real> view_of(std::vector<Real>& m, std::vector<Real>& z, Index b, Index rows) const {
+    detail::MemoryView<Real> view{m.data(),        z.data(),        rows,
                                   shape_.kv_heads, shape_.head_dim, shape_.value_dim};
     view.m += b * shape_.kv_heads * view.rows() * view.stride();
     view.z += b * shape_.kv_heads * view.rows();
     return view;
   }
 
-  /// Room for `more` rows in each open segment, as far as a segment goes.
-  void make_room(Index more) {
-    const Index most = filled_.empty() ? 0 : *std::max_element(filled_.begin(), filled_.end());
-    const Index wanted =
-        std::min(attend_.segment, more > attend_.segment - most ? attend_.segment : most + more);
-    if (wanted <= open_.room()) return;
-    open_.resize(std::min(attend_.segment, std::max<Index>(wanted, 2 * open_.room())), filled_);
-  }
+  /// Rows of batch row b in open_: those of closed segments, then those of the open one.
+  Index stored(Index b) const noexcept { return closed_[at(b)].rows + filled_[at(b)]; }
+
+  /// Room for `more` rows in each batch row, as far as a segment and what `rollback` keeps go.
+  void make_room(Index more);
 
   /// work(b, rows) for each run of batch rows that are equally far.
   template <class Work>
   void for_each_run_of_rows(const Work& work) {
     for (Index b = 0, end; b < shape_.batch; b = end) {
-      for (end = b + 1;
-           end < shape_.batch && filled_[at(end)] == filled_[at(b)] && written_[at(end)] == written_[at(b)];)
-        ++end;
+      const auto is_as_far = [&](Index other) {
+        return filled_[at(other)] == filled_[at(b)] && written_[at(other)] == written_[at(b)] &&
+               closed_[at(other)] == closed_[at(b)];
+      };
+      for (end = b + 1; end < shape_.batch && is_as_far(end);) ++end;
       work(b, end - b);
     }
   }
@@ -249,52 +246,46 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
         std::is_same_v<typename Call::Real, Real>,
         "longspan: the stream computes in double if its rows are double, else in float, and so must q");
     make_room(call.q_len());
-    if (call.q_len() > 0)
-      for_each_run_of_rows([&](Index b, Index rows) { check_local(call, b, rows, executor, workspace); });
+    check_local(call, executor, workspace);
     for_each_run_of_rows([&](Index b, Index rows) { take_in(call, b, rows, executor, workspace); });
   }
 
   template <class Call, class E>
-  void take_in(const Call& call, Index b, Index rows, const E& executor, Workspace& workspace) {
-    const auto part = [&](auto x, Index first, Index count) {
-      return detail::batch_rows(x, b, rows).slice_rows(first, count);
-    };
-    for (Index first = 0; first < call.q_len();) {
-      const Index filled = filled_[at(b)], count = std::min(attend_.segment - filled, call.q_len() - first);
-      const auto q = part(call.q, first, count);
-      const auto out = part(call.out, first, count);
-      if constexpr (std::is_same_v<typename Call::Key, T> && std::is_same_v<typename Call::Value, T>) {
-        // A whole segment is read where it lies: kept first, a long chunk took 20 % longer.
-        if (count == attend_.segment) {
-          const auto k = part(call.k, first, count), v = part(call.v, first, count);
-          attend(q, k, v, out, b, rows, executor, workspace);
-          write(k, v, b, rows, executor, workspace);
-          first += count;
-          continue;
-        }
-      }
-      open_.append(part(call.k, first, count), part(call.v, first, count), b, rows, filled);
-      attend(q, TensorView<const T>(open_.keys(b, rows, filled + count)),
-             TensorView<const T>(open_.values(b, rows, filled + count)), out, b, rows, executor, workspace);
-      for (Index row = b; row < b + rows; ++row) filled_[at(row)] += count;
-      if (filled + count == attend_.segment) close(b, rows, executor, workspace);
-      first += count;
-    }
+  void take_in(const Call& call, Index b, Index rows, const E& executor, Workspace& workspace);
+
+  /// Copies rows that fit into the open segment after those that it has, without counting them, and writes the
+  /// outputs of their queries.
+  template <class Tq, class Tk, class Tv, class To, class E>
+  void answer(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v, TensorView<To> out,
+              Index b, Index rows, const E& executor, Workspace& workspace) {
+    const Index begin = closed_[at(b)].rows, filled = filled_[at(b)];
+    open_.write(k, v, b, rows, begin + filled);
+    attend(q, TensorView<const T>(open_.keys(b, rows, begin, filled + k.rows)),
+           TensorView<const T>(open_.values(b, rows, begin, filled + k.rows)), out, b, rows, executor,
+           workspace);
   }
 
-  auto pass_over(Index b, Index rows) {
+  /// Counts `count` rows more in the open segments of batch rows [b, b + rows), and closes these if they are full.
+  template <class E>
+  void append_open(Index b, Index rows, Index count, const E& executor, Workspace& workspace) {
+    const Index filled = filled_[at(b)] + count;
+    if (filled == attend_.segment) return close(b, rows, filled, executor, workspace);
+    for (Index row = b; row < b + rows; ++row) filled_[at(row)] = filled;
+  }
+
+  auto pass_over(const detail::MemoryView<Real>& memory) const {
     return detail::InfiniPass<Real, Local, F>{attend_.local,
                                               attend_.feature,
                                               attend_.rule,
                                               attend_.memory_uses_positions,
                                               attend_.absolute_positions,
-                                              view_of(b, rows)};
+                                              memory};
   }
 
   bool knows(Index b) const noexcept { return written_[at(b)] > 0 || attend_.first == InfiniFirst::gate; }
 
   auto pass_with_gate(Index b, Index rows, Workspace& workspace) {
-    auto pass = pass_over(b, rows);
+    auto pass = pass_over(view_of(b, rows));
     const Index size = shape_.heads * pass.memory.stride();
     const auto take = [&](detail::Arena& arena) {
       return std::array<Real*, 2>{arena.take<Real>(size), arena.take<Real>(size)};
@@ -310,12 +301,7 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
 
   /// With the one key of a segment that has begun: what fits it fits all that come.
   template <class Call, class E>
-  void check_local(const Call& call, Index b, Index rows, const E& executor, Workspace& workspace) {
-    pass_over(b, rows).check(detail::batch_rows(call.q, b, rows), TensorView<const T>(open_.keys(b, rows, 1)),
-                             TensorView<const T>(open_.values(b, rows, 1)),
-                             detail::batch_rows(call.out, b, rows), executor, workspace,
-                             [](Index) { return Index{1}; });
-  }
+  void check_local(const Call& call, const E& executor, Workspace& workspace);
 
   template <class Tq, class To, class E>
   void attend(TensorView<const Tq> q, TensorView<const T> k, TensorView<const T> v, TensorView<To> out,
@@ -324,19 +310,42 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
         .attend(q, k, v, out, written_[at(b)], knows(b), executor, workspace, [&](Index) { return k.rows; });
   }
 
-  /// Writes the open segments of batch rows [b, b + rows) and begins new ones.
+  /// Writes the open segments of batch rows [b, b + rows), which have `filled` rows, and begins new ones.
   template <class E>
-  void close(Index b, Index rows, const E& executor, Workspace& workspace) {
-    const Index filled = filled_[at(b)];
-    write(TensorView<const T>(open_.keys(b, rows, filled)),
-          TensorView<const T>(open_.values(b, rows, filled)), b, rows, executor, workspace);
-    for (Index row = b; row < b + rows; ++row) filled_[at(row)] = 0;
+  void close(Index b, Index rows, Index filled, const E& executor, Workspace& workspace) {
+    if (options_.rollback > 0) {
+      for (Index row = b; row < b + rows; ++row) closed_[at(row)].make_room();
+    }
+    write(b, rows, closed_[at(b)].rows, filled, view_of(b, rows), written_[at(b)], executor, workspace);
+    count_closed(b, rows, filled);
+  }
+  void count_closed(Index b, Index rows, Index count) noexcept {
+    for (Index row = b; row < b + rows; ++row) {
+      filled_[at(row)] = 0;
+      written_[at(row)] += count;
+      if (options_.rollback > 0) {
+        closed_[at(row)].append(count);
+      } else {
+        closed_[at(row)].begin = written_[at(row)];
+      }
+    }
   }
 
+  /// Brings the second memory of batch row b up to the last border that is `rollback` tokens old.
   template <class E>
-  void write(TensorView<const T> k, TensorView<const T> v, Index b, Index rows, const E& executor,
-             Workspace& workspace) {
-    auto pass = pass_over(b, rows);
+  void settle(Index b, const E& executor, Workspace& workspace);
+
+  /// Writes rows [first, first + count) of open_, which are at `position` in the sequence, to a memory.
+  template <class E>
+  void write(Index b, Index rows, Index first, Index count, const detail::MemoryView<Real>& memory,
+             Index position, const E& executor, Workspace& workspace) {
+    write(TensorView<const T>(open_.keys(b, rows, first, count)),
+          TensorView<const T>(open_.values(b, rows, first, count)), memory, position, executor, workspace);
+  }
+  template <class E>
+  void write(TensorView<const T> k, TensorView<const T> v, const detail::MemoryView<Real>& memory,
+             Index position, const E& executor, Workspace& workspace) const {
+    auto pass = pass_over(memory);
     const auto take = [&](detail::Arena& arena) {
       return detail::InfiniScratch<Real>::take(arena, pass.memory, 0, k.rows, attend_.rule);
     };
@@ -348,38 +357,24 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
       pass.difference =
           detail::difference_shares(pass.memory.stride(), scratch.difference[0], scratch.difference[1]);
     }
-    pass.write(k, v, compact_view(scratch.change, rows, shape_.kv_heads, k.rows, shape_.value_dim),
-               written_[at(b)], executor, workspace, [&](Index) { return k.rows; });
-    for (Index row = b; row < b + rows; ++row) written_[at(row)] += k.rows;
+    pass.write(k, v, compact_view(scratch.change, k.batch, k.heads, k.rows, shape_.value_dim), position,
+               executor, workspace, [&](Index) { return k.rows; });
   }
 
-  Numbers numbers() const {
-    return {shape_.batch,
-            shape_.heads,
-            shape_.kv_heads,
-            shape_.head_dim,
-            shape_.value_dim,
-            attend_.segment,
-            static_cast<std::int64_t>(attend_.rule),
-            sizeof(T),
-            std::is_same_v<T, Eigen::half> ? 1 : 0};
-  }
-  /// Bytes of a payload whose batch rows hold `filled` open rows.
-  Index payload_bytes(const std::vector<std::int64_t>& filled) const {
-    Index open = 0;
-    for (const std::int64_t rows : filled) open += rows;
-    const Index heads = shape_.batch * shape_.kv_heads;
-    return 2 * shape_.batch * 8 +
-           heads * shape_.head_dim * (shape_.value_dim + 1) * static_cast<Index>(sizeof(Real)) +
-           open * shape_.kv_heads * (shape_.head_dim + shape_.value_dim) * static_cast<Index>(sizeof(T));
-  }
+  Index payload_bytes(Index options_of_local, bool has_base, const std::vector<std::int64_t>& stored,
+                      const std::vector<std::int64_t>& closed) const;
+  /// Drops what a rollback of 0 does not keep.
+  void keep_no_closed();
 
   infini_attention<Local, F> attend_;
   StreamShape shape_;
+  infini_memory_options options_;
   std::vector<Real> m_, z_;
-  detail::OpenRows<T> open_;
+  std::vector<Real> base_m_, base_z_;  ///< without closed_; empty if rollback is 0
+  detail::OpenRows<T> open_;           ///< of each batch row the rows of closed_, then its open segment
   std::vector<std::int64_t> filled_;   ///< rows of the open segment of each batch row
   std::vector<std::int64_t> written_;  ///< tokens that its memory has taken
+  std::vector<detail::ClosedSegments> closed_;  ///< that are in its memory and can be opened again
 };
 
 template <class Local, FeatureMap F>
@@ -387,7 +382,14 @@ template <Element T>
 auto infini_attention<Local, F>::stream(const StreamShape& shape) const {
   return infini_memory<T, Local, F>(*this, shape);
 }
+template <class Local, FeatureMap F>
+template <Element T>
+auto infini_attention<Local, F>::stream(const StreamShape& shape,
+                                        const infini_memory_options& options) const {
+  return infini_memory<T, Local, F>(*this, shape, options);
+}
 
 LONGSPAN_END
 
 #include "longspan/stream/infini_memory-inl.hpp"
+#include "longspan/stream/infini_memory_state-inl.hpp"

@@ -158,13 +158,15 @@ class Dilated {
     const BranchGroups groups(branch, end(), Source::joins_segments);
     const Index offset = head_offset(dilation_.phase, queries.head, call_.q.heads, branch.dilation);
     const Index from = std::max<Index>(0, call_.first_query + queries.first);
-    const Index to = std::min(call_.kv_len(), call_.first_query + queries.first + queries.count);
-    for (Index begin = from / groups.length * groups.length; begin < to; begin += groups.length) {
+    const Index to = call_.first_query + queries.first + queries.count;
+    // Queries after the last key see those of its segment; a segment without keys has nothing to add.
+    for (Index begin = from / groups.length * groups.length; begin < std::min(to, call_.kv_len());
+         begin += groups.length) {
       const Index length = std::min(groups.length, call_.kv_len() - begin);
       const DilatedRows rows{begin + offset, groups.step, groups.in_segment};
       const Index first_row = rows.row_from(std::max(from, begin));
-      const Index row_count =
-          std::min(rows.row_from(to), kept_rows(length, offset, groups.step)) - std::max<Index>(0, first_row);
+      const Index row_count = std::min(rows.row_from(to), kept_rows(groups.length, offset, groups.step)) -
+                              std::max<Index>(0, first_row);
       if (row_count > 0)
         absorb_group(n, groups, rows, std::max<Index>(0, first_row), row_count, length, queries, worker);
     }
@@ -209,6 +211,7 @@ class Dilated {
     const Index segment = std::min(groups.segment, call_.kv_len()), b = queries.batch, h = queries.head;
     for (Index lane = 0; lane < count; ++lane) {
       const Index t = first_row + lane, n = rows.position(t), begin = n / groups.segment * groups.segment;
+      if (begin >= call_.kv_len()) continue;  // no segment of the keys
       const Index offset = (n - begin) % groups.step;
       Index row = kept_rows(std::min(segment, call_.kv_len() - begin), offset, rows.step);
       for (; row < divide_up(segment, rows.step); ++row) {

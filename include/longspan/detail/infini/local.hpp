@@ -1,6 +1,7 @@
 // The attention within segments of infini_attention: what it can be told, and what can be asked of it.
 #pragma once
 
+#include <tuple>
 #include <type_traits>
 
 #include "longspan/infini_options.hpp"
@@ -64,10 +65,87 @@ inline constexpr bool answers_last_queries = true;
 template <class Local, FeatureMap F>
 inline constexpr bool answers_last_queries<infini_attention<Local, F>> = false;
 
-/// Does it have a mask, and that hides nothing?
+/// What is known of whether a mask hides every key after the query: `known` by its type, `holds` for its values.
+template <class M>
+struct HidesLaterKeys {
+  static constexpr bool known = false;
+  static constexpr bool holds(const M&) { return false; }
+};
+template <>
+struct HidesLaterKeys<causal> {
+  static constexpr bool known = true;
+  static constexpr bool holds(const causal&) { return true; }
+};
+template <>
+struct HidesLaterKeys<window> {
+  static constexpr bool known = true;
+  static constexpr bool holds(const window& mask) { return mask.right <= 0; }
+};
+template <class A, class B>
+struct HidesLaterKeys<both<A, B>> {
+  static constexpr bool known = HidesLaterKeys<A>::known || HidesLaterKeys<B>::known;
+  static constexpr bool holds(const both<A, B>& mask) {
+    return HidesLaterKeys<A>::holds(mask.a) || HidesLaterKeys<B>::holds(mask.b);
+  }
+};
+template <class A, class B>
+struct HidesLaterKeys<either<A, B>> {
+  static constexpr bool known = HidesLaterKeys<A>::known && HidesLaterKeys<B>::known;
+  static constexpr bool holds(const either<A, B>& mask) {
+    return HidesLaterKeys<A>::holds(mask.a) && HidesLaterKeys<B>::holds(mask.b);
+  }
+};
+
+/// The same of a local functor: of its mask, or of all functors that it is made of. One that has neither, which
+/// is not of this library, is taken at its word.
 template <class Local>
-inline constexpr bool shows_later_keys =
-    requires { requires std::is_same_v<decltype(Local::mask), everything>; };
+struct LocalHidesLaterKeys {
+  static constexpr bool known = true;
+  static constexpr bool holds(const Local&) { return true; }
+};
+template <class Local>
+requires requires(const Local& local) { local.mask; }
+struct LocalHidesLaterKeys<Local> {
+  using OfMask = HidesLaterKeys<decltype(Local::mask)>;
+  static constexpr bool known = OfMask::known;
+  static constexpr bool holds(const Local& local) { return OfMask::holds(local.mask); }
+};
+template <class... F>
+struct LocalHidesLaterKeys<std::tuple<F...>> {
+  static constexpr bool known = (LocalHidesLaterKeys<F>::known && ...);
+  static constexpr bool holds(const std::tuple<F...>& parts) {
+    return std::apply([](const F&... part) { return (LocalHidesLaterKeys<F>::holds(part) && ...); }, parts);
+  }
+};
+template <class Local>
+requires requires(const Local& local) { local.parts; }
+struct LocalHidesLaterKeys<Local> : LocalHidesLaterKeys<decltype(Local::parts)> {
+  static constexpr bool holds(const Local& local) {
+    return LocalHidesLaterKeys<decltype(Local::parts)>::holds(local.parts);
+  }
+};
+template <class Local>
+requires requires(const Local& local) { local.ranges; }
+struct LocalHidesLaterKeys<Local> : LocalHidesLaterKeys<decltype(Local::ranges)> {
+  static constexpr bool holds(const Local& local) {
+    return LocalHidesLaterKeys<decltype(Local::ranges)>::holds(local.ranges);
+  }
+};
+template <class Local>
+requires requires(const Local& local) { local.a, local.b; }
+struct LocalHidesLaterKeys<Local> {
+  using OfA = LocalHidesLaterKeys<decltype(Local::a)>;
+  using OfB = LocalHidesLaterKeys<decltype(Local::b)>;
+  static constexpr bool known = OfA::known && OfB::known;
+  static constexpr bool holds(const Local& local) { return OfA::holds(local.a) && OfB::holds(local.b); }
+};
+template <class Local>
+requires requires(const Local& local) { local.begin, local.end, local.attend; }
+struct LocalHidesLaterKeys<Local> : LocalHidesLaterKeys<decltype(Local::attend)> {
+  static constexpr bool holds(const Local& local) {
+    return LocalHidesLaterKeys<decltype(Local::attend)>::holds(local.attend);
+  }
+};
 
 }  // namespace detail
 LONGSPAN_END

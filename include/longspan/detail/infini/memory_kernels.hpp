@@ -62,6 +62,11 @@ struct MemoryView {
     std::fill_n(m, m_size(), Real(0));
     std::fill_n(z, z_size(), Real(0));
   }
+  /// Becomes what another memory of the same sizes is.
+  void copy(const MemoryView& from) const {
+    std::copy_n(from.m, m_size(), m);
+    std::copy_n(from.z, z_size(), z);
+  }
 };
 
 /// How much of what is read and of what was there goes into a result, for each column: [heads][columns], or

@@ -1,4 +1,4 @@
-// Keys and values of a segment that is not full yet, side by side for all batch rows.
+// Keys and values of the segment that is not full yet, and of closed ones that may be opened again, for all batch rows.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +16,40 @@
 LONGSPAN_BEGIN
 namespace detail {
 
+/// What a batch row keeps of the segments that were closed last, so that they can be opened again.
+struct ClosedSegments {
+  Index begin = 0;             ///< tokens before the first of them
+  Index rows = 0;              ///< of all of them
+  std::vector<Index> lengths;  ///< of each, the oldest first
+
+  bool operator==(const ClosedSegments&) const = default;
+
+  void clear() noexcept {
+    begin = rows = 0;
+    lengths.clear();
+  }
+  /// Memory for one more, so that `append` cannot fail.
+  void make_room() {
+    if (lengths.size() == lengths.capacity()) lengths.reserve(2 * lengths.size() + 4);
+  }
+  void append(Index length) noexcept {
+    lengths.push_back(length);
+    rows += length;
+  }
+  /// Drops the first `count` of them.
+  void drop(std::size_t count) noexcept {
+    for (std::size_t n = 0; n < count; ++n) {
+      begin += lengths[n];
+      rows -= lengths[n];
+    }
+    lengths.erase(lengths.begin(), lengths.begin() + static_cast<std::ptrdiff_t>(count));
+  }
+  /// Drops those that do not end before or at token `tokens`.
+  void drop_after(Index tokens) noexcept {
+    for (; !lengths.empty() && begin + rows > tokens; lengths.pop_back()) rows -= lengths.back();
+  }
+};
+
 template <class T>
 class OpenRows {
  public:
@@ -24,24 +58,24 @@ class OpenRows {
   Index room() const noexcept { return room_; }
   Index bytes() const noexcept { return static_cast<Index>((k_.capacity() + v_.capacity()) * sizeof(T)); }
 
-  /// The first `count` keys of batch rows [b, b + rows).
-  TensorView<T> keys(Index b, Index rows, Index count) {
+  /// Keys [first, first + count) of batch rows [b, b + rows).
+  TensorView<T> keys(Index b, Index rows, Index first, Index count) {
     return batch_rows(compact_view(k_.data(), shape_.batch, shape_.kv_heads, room_, shape_.head_dim), b, rows)
-        .slice_rows(0, count);
+        .slice_rows(first, count);
   }
-  TensorView<T> values(Index b, Index rows, Index count) {
+  TensorView<T> values(Index b, Index rows, Index first, Index count) {
     return batch_rows(compact_view(v_.data(), shape_.batch, shape_.kv_heads, room_, shape_.value_dim), b,
                       rows)
-        .slice_rows(0, count);
+        .slice_rows(first, count);
   }
 
-  /// Room for so many; of batch row b the first filled[b] are kept.
-  void resize(Index room, const std::vector<std::int64_t>& filled) {
+  /// Room for so many; of batch row b the first stored[b] are kept.
+  void resize(Index room, const std::vector<std::int64_t>& stored) {
     const auto moved = [&](const std::vector<T>& from, Index cols) {
       const Index heads = shape_.batch * shape_.kv_heads;
       std::vector<T> to(static_cast<std::size_t>(heads * room * cols));
       for (Index head = 0; head < heads; ++head) {
-        const Index rows = filled[static_cast<std::size_t>(head / shape_.kv_heads)];
+        const Index rows = stored[static_cast<std::size_t>(head / shape_.kv_heads)];
         std::copy_n(from.begin() + head * room_ * cols, rows * cols, to.begin() + head * room * cols);
       }
       return to;
@@ -52,11 +86,23 @@ class OpenRows {
     room_ = room;
   }
 
-  /// Rows behind the first `filled` of batch rows [b, b + rows).
+  /// Copies rows to those from `first` on of batch rows [b, b + rows).
   template <class Tk, class Tv>
-  void append(TensorView<Tk> k, TensorView<Tv> v, Index b, Index rows, Index filled) {
-    copy(k, keys(b, rows, filled + k.rows).slice_rows(filled, k.rows));
-    copy(v, values(b, rows, filled + v.rows).slice_rows(filled, v.rows));
+  void write(TensorView<Tk> k, TensorView<Tv> v, Index b, Index rows, Index first) {
+    copy(k, keys(b, rows, first, k.rows));
+    copy(v, values(b, rows, first, v.rows));
+  }
+
+  /// Drops the first `count` rows of batch row b, of which `kept` more follow.
+  void drop(Index b, Index count, Index kept) {
+    const auto move = [&](std::vector<T>& rows, Index cols) {
+      for (Index head = b * shape_.kv_heads; head < (b + 1) * shape_.kv_heads; ++head) {
+        const auto first = rows.begin() + head * room_ * cols;
+        std::copy(first + count * cols, first + (count + kept) * cols, first);
+      }
+    };
+    move(k_, shape_.head_dim);
+    move(v_, shape_.value_dim);
   }
 
  private:

@@ -1,0 +1,6 @@
+// expect: the local attention of a stream has to hide later keys: give it causal
+#include <longspan/longspan.hpp>
+
+// Queries before the sinks would see keys that have not come yet.
+longspan::infini_attention attend{longspan::softmax_attention{longspan::causal{} | longspan::sinks{4}}};
+auto memory = attend.stream({.heads = 2, .kv_heads = 1, .head_dim = 8, .value_dim = 8});
