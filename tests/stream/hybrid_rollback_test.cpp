@@ -34,9 +34,9 @@ void check_law(std::uint32_t seed) {
                              .window_blocks = random.between(0, 2),
                              .capacity = random.between(0, 3),
                              .evicted_at_once = random.between(1, 3),
+                             .rollback = rollback,
                              .rule = random.pick({InfiniRule::linear, InfiniRule::delta}),
-                             .first = random.pick({InfiniFirst::bypass, InfiniFirst::gate}),
-                             .rollback = rollback};
+                             .first = random.pick({InfiniFirst::bypass, InfiniFirst::gate})};
       options.beta = {logits.data(), 4, 1, 1};
       INFO("block " << options.block << " top_k " << options.top_k << " window " << options.window_blocks
                     << " capacity " << options.capacity << " evicted at once " << options.evicted_at_once

@@ -43,7 +43,7 @@ Options drawn_options(Random& random, Index rollback) {
 
 /// The law for caches that make(options) returns, for drawn options and each length of rollback.
 template <class Make>
-void check_law(const Make& make, std::uint32_t seed, bool is_saved = true, int cases = 4) {
+void check_law(const Make& make, std::uint32_t seed, bool is_saved = true, int cases = 8) {
   Random random(seed);
   for (const Index rollback : {0, 1, 16, 40}) {
     for (int n = 0; n < cases; ++n) {
@@ -89,7 +89,7 @@ struct TruncatedIndex : StrictIndex {
 
 TEST_CASE("landmark_cache: tokens taken back leave no bit behind", "[stream][rollback][bits]") {
   check_law([](const Options& options) { return landmark_cache<float>(stream_shape(sizes), options); }, 1,
-            true, 6);
+            true, 24);
 }
 
 TEST_CASE("landmark_cache: tokens taken back leave no bit behind, with positions",
@@ -115,7 +115,7 @@ TEST_CASE("landmark_cache: tokens taken back leave no bit behind in a file",
         options.file = folder.file("blocks" + std::to_string(++files));
         return landmark_cache<Eigen::bfloat16, rotary, exact_positions>(stream_shape(sizes), options, turned);
       },
-      4, false, 3);
+      4, false, 4);
 }
 
 TEST_CASE("landmark_cache: an index forgets blocks that are unsealed, and knows again those that return",
