@@ -38,7 +38,15 @@ struct landmark_cache_options {
   /// What is not sealed is one group: the tokens of its full blocks count by themselves like those of the
   /// open one, not by their landmarks. With local_blocks: a window kept exact.
   bool exact_window = false;
-  Index capacity = 0;             ///< sealed blocks that are kept, the oldest leave first; 0: all
+  Index capacity = 0;  ///< sealed blocks that can be retrieved, the oldest are dropped first; 0: all
+  /// The last `rollback` tokens before the largest size that the stream has had can be taken back: for that
+  /// long the rows of sealed blocks and the blocks that the capacity drops stay kept. Changes no result.
+  Index rollback = 16;
+  /// Cuts a chunk where a block ends, so that a query retrieves from all blocks before its own, as it does
+  /// when tokens come one by one. Off, as in the paper, where a chunk retrieves from what came before it.
+  /// With max_over_tokens and max_over_both the choice is one for the tokens of a piece, and cutting at
+  /// blocks does not make it that of single tokens.
+  bool split_at_blocks = false;
   std::optional<double> scale{};  ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index sample = 0;    ///< tokens of each block that `mass` is estimated from; 0: it is not asked for
   std::string file{};  ///< keeps the sealed blocks; empty: they are in memory
@@ -56,6 +64,7 @@ inline const StreamShape& checked(const StreamShape& shape, const landmark_cache
   at_least("top_k", options.top_k, 0);
   at_least("local_blocks", options.local_blocks, 0);
   at_least("capacity", options.capacity, 0);
+  at_least("rollback", options.rollback, 0);
   at_least("resident", options.resident, 0);
   at_least("sample", options.sample, 0);
   resolved_scale("landmark_cache", options.scale, shape.head_dim);
@@ -142,6 +151,9 @@ struct exact_positions {
 ///   add(b, kv_head, n, key)           block n has been sealed; key is its landmark, of head_dim numbers
 ///   drop(n)                           the blocks before n have left
 ///   clear()                           all have
+///   truncate(n)                       optional: the blocks from n on have been unsealed, and may be added
+///                                     again with other keys. Without it, and where dropped blocks come back,
+///                                     the cache clears the index before the next call and adds all blocks
 ///   candidates(b, kv_head, query)     numbers of blocks, in any order; called on several threads at one time
 ///
 /// Blocks are numbered from the start of the stream. A query has the encoding of the place that old blocks

@@ -53,6 +53,7 @@ TEST_CASE("landmark_cache: blocks in a file give the bits of blocks in memory", 
     for (const Index resident : {Index{0}, Index{1} << 26}) {
       const std::string path = folder.file("blocks");
       Options options{.block = 5, .top_k = 3, .local_blocks = 1, .capacity = capacity};
+      options.rollback = random.pick({0, 3, 16});
       Cache cache(shape, options, turned);
       options.file = path;
       options.resident = resident;
@@ -69,33 +70,126 @@ TEST_CASE("landmark_cache: blocks in a file give the bits of blocks in memory", 
   }
 }
 
-TEST_CASE("landmark_cache: a file that is opened again has every sealed block", "[stream][file]") {
+TEST_CASE("landmark_cache: a file that is opened again has every block that no truncation could reach",
+          "[stream][file]") {
   const TemporaryFolder folder;
   Random random(2);
   Call<float> call = drawn_call(random), own = call.unrun();
   for (const Index capacity : {0, 4}) {
-    const Options options{.block = 5, .top_k = 3, .capacity = capacity, .file = folder.file("blocks")};
+    for (const Index rollback : {0, 16}) {
+      const Options options{
+          .block = 5, .top_k = 3, .capacity = capacity, .rollback = rollback, .file = folder.file("blocks")};
+      {
+        Cache cache(shape, options, turned);
+        extend(cache, call, 0, 63);
+        extend(cache, call, 63, 27);
+      }
+      std::filesystem::remove(options.file);
+      { Cache(shape, options, turned); }
+      {
+        Cache cache(shape, options, turned);
+        extend(cache, own, 0, 63);
+      }
+      Cache cache(shape, options, turned);
+      const Index blocks = (63 - rollback) / 5;
+      CHECK(cache.size() == blocks * 5);
+      CHECK(cache.blocks() == (capacity == 0 ? blocks : 4));
+      CHECK(cache.dropped() == blocks - cache.blocks());
+      // The later tokens come again.
+      extend(cache, own, blocks * 5, 63 - blocks * 5);
+      extend(cache, own, 63, 27);
+      CHECK(same_rows(call, own, 63, 90));
+      std::filesystem::remove(options.file);
+    }
+  }
+}
+
+TEST_CASE("landmark_cache: tokens that were taken back are not in the file", "[stream][file][rollback]") {
+  const TemporaryFolder folder;
+  Random random(8);
+  Call<float> call = drawn_call(random), draft = drawn_call(random), own = call.unrun();
+  for (const Index capacity : {0, 4}) {
+    const Options options{
+        .block = 5, .top_k = 3, .local_blocks = 1, .capacity = capacity, .file = folder.file("blocks")};
     {
       Cache cache(shape, options, turned);
-      extend(cache, call, 0, 63);
-      extend(cache, call, 63, 27);
+      for (Index i = 0; i < 60; i += 4) {
+        extend(cache, call, i, 4);
+        extend(cache, draft, 0, 16);
+        cache.truncate(i + 4);
+      }
+      CHECK(refusal([&] { cache.truncate(30); }).find("the cache can go back to 60") != std::string::npos);
     }
-    std::filesystem::remove(options.file);
-    { Cache(shape, options, turned); }
-    {
-      Cache cache(shape, options, turned);
-      extend(cache, own, 0, 63);
-    }
-    Cache cache(shape, options, turned);
-    CHECK(cache.size() == 60);
-    CHECK(cache.blocks() == (capacity == 0 ? 12 : 4));
-    CHECK(cache.dropped() == 12 - cache.blocks());
-    // The open part was not sealed: its tokens come again.
-    extend(cache, own, 60, 3);
-    extend(cache, own, 63, 27);
-    CHECK(same_rows(call, own, 63, 90));
+    Cache reopened(shape, options, turned);
+    CHECK(reopened.size() == 55);  // of the 76 tokens that there were, 60 can not be taken back
+    Cache wanted(shape, {.block = 5, .top_k = 3, .local_blocks = 1, .capacity = capacity}, turned);
+    extend(wanted, call, 0, 60);
+    extend(reopened, own, 55, 5);
+    extend(wanted, call, 60, 30);
+    extend(reopened, own, 60, 30);
+    CHECK(same_rows(call, own, 60, 90));
     std::filesystem::remove(options.file);
   }
+}
+
+TEST_CASE("landmark_cache: an assigned cache does not write the file of the other", "[stream][file]") {
+  const TemporaryFolder folder;
+  Random random(9);
+  Call<float> call = drawn_call(random), other = drawn_call(random);
+  const Options options{.block = 5, .top_k = 3, .rollback = 0, .file = folder.file("blocks")};
+  Options elsewhere = options;
+  elsewhere.file = folder.file("elsewhere");
+  {
+    Cache cache(shape, options, turned), copy(shape, elsewhere, turned);
+    extend(copy, other, 0, 40);
+    extend(cache, call, 0, 40);
+    copy = std::as_const(cache);
+    const Index bytes = copy.bytes();
+    extend(copy, other, 0, 45);
+    CHECK(copy.bytes() > bytes);  // its own blocks are in memory
+    Cache& same = cache;
+    cache = std::as_const(same);
+    CHECK(cache.bytes() == bytes);
+    extend(cache, call, 40, 5);
+  }
+  Cache reopened(shape, options, turned), other_reopened(shape, elsewhere, turned);
+  CHECK(reopened.size() == 45);
+  CHECK(other_reopened.size() == 40);
+  Cache wanted(shape, {.block = 5, .top_k = 3}, turned);
+  Call<float> own = call.unrun();
+  extend(wanted, call, 0, 45);
+  extend(wanted, call, 45, 45);
+  extend(reopened, own, 45, 45);
+  CHECK(same_rows(call, own, 45, 90));
+}
+
+TEST_CASE("landmark_cache: where the file cannot be replaced, clear is an error that changes nothing",
+          "[stream][file][errors]") {
+  const TemporaryFolder folder;
+  Random random(10);
+  Call<float> call = drawn_call(random), own = call.unrun();
+  const Options options{.block = 5, .top_k = 3, .file = folder.file("blocks")};
+  Cache cache(shape, options, turned), wanted(shape, {.block = 5, .top_k = 3}, turned);
+  extend(cache, call, 0, 40);
+  extend(wanted, own, 0, 40);
+  std::filesystem::remove(options.file);
+  std::filesystem::create_directory(options.file);
+  CHECK(refusal([&] { cache.clear(); }).find("cannot replace") != std::string::npos);
+  std::filesystem::create_directory(options.file + ".new");
+  CHECK(refusal([&] { cache.clear(); }).find("cannot be opened") != std::string::npos);
+  CHECK(cache.size() == 40);
+  extend(cache, call, 40, 50);
+  extend(wanted, own, 40, 50);
+  CHECK(call.same_outputs(own));
+  std::filesystem::remove(options.file + ".new");
+  std::filesystem::remove(options.file);
+  cache.clear();
+  CHECK(cache.size() == 0);
+  CHECK_FALSE(std::filesystem::exists(options.file + ".new"));
+  Call<float> again = call.unrun();
+  extend(cache, again, 0, 40);
+  extend(cache, again, 40, 50);
+  CHECK(again.same_outputs(own));
 }
 
 TEST_CASE("landmark_cache: a process that ends between two writes loses no sealed block", "[stream][file]") {
@@ -103,7 +197,7 @@ TEST_CASE("landmark_cache: a process that ends between two writes loses no seale
   const TemporaryFolder folder;
   Random random(3);
   Call<float> call = drawn_call(random);
-  const Options options{.block = 5, .top_k = 3, .file = folder.file("blocks")};
+  const Options options{.block = 5, .top_k = 3, .rollback = 0, .file = folder.file("blocks")};
   std::string four, five;
   {
     Cache cache(shape, options, turned);
@@ -134,7 +228,7 @@ TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[strea
   const TemporaryFolder folder;
   Random random(4);
   Call<float> call = drawn_call(random);
-  const Options options{.block = 5, .top_k = 3, .file = folder.file("blocks")};
+  const Options options{.block = 5, .top_k = 3, .rollback = 0, .file = folder.file("blocks")};
   {
     Cache cache(shape, options, turned);
     extend(cache, call, 0, 20);
@@ -167,7 +261,13 @@ TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[strea
         }).find("block is 5 in the file, wanted 6") != std::string::npos);
   CHECK(refusal([&] {
           landmark_cache<float, rotary>(shape, options, turned);
-        }).find("as in the text is 1 in the file, wanted 0") != std::string::npos);
+        }).find("their positions in the text is yes in the file, wanted no") != std::string::npos);
+  CHECK(refusal([&] {
+          Cache(shape, options, rotary(Pairing::half_split, 500000));
+        }).find("the base of the positions is 10000 in the file, wanted 500000") != std::string::npos);
+  CHECK(refusal([&] {
+          landmark_cache<float, no_position, exact_positions>(shape, options);
+        }).find("the position encoding is rotary in the file, wanted none") != std::string::npos);
   CHECK(refusal([&] {
           Cache(shape, {.file = folder.file("no/such/folder")}, turned);
         }).find("one that cannot be opened") != std::string::npos);
@@ -179,7 +279,8 @@ TEST_CASE("landmark_cache: a disk that is full is an error that changes nothing"
   const TemporaryFolder folder;
   Random random(5);
   Call<float> call = drawn_call(random), own = call.unrun();
-  const Options options{.block = 5, .top_k = 3, .file = folder.file("blocks")};
+  const Index rollback = GENERATE(0, 16);
+  const Options options{.block = 5, .top_k = 3, .rollback = rollback, .file = folder.file("blocks")};
   Cache cache(shape, options, turned);
   extend(cache, call, 0, 33);
   const Index blocks = cache.blocks();
@@ -198,7 +299,7 @@ TEST_CASE("landmark_cache: a disk that is full is an error that changes nothing"
     cache.absorb(std::as_const(call.k).view().slice_rows(33, 7),
                  std::as_const(call.v).view().slice_rows(33, 7));
   });
-  extend(cache, call, 33, 1);  // seals nothing
+  extend(cache, call, 33, 1);  // writes nothing
   REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
   for (const std::string& text : {of_extend, of_absorb}) {
     CAPTURE(text);

@@ -112,7 +112,7 @@ TEST_CASE(
   Random random(1);
   const Shape shape{2, 6, 2, 120, 120, 24, 20};
   Call<float> call(shape, Values::normal, random), own = call.unrun();
-  const Options options{.block = 7, .top_k = 3, .capacity = 9};
+  const Options options{.block = 7, .top_k = 3, .capacity = 9, .rollback = 0};
   landmark_cache<float, rotary> wide(stream_shape(shape), options, turned);
   Cache narrow(stream_shape(shape), options, turned);
   for (Index i = 0; i < 120; i += 15) {
@@ -174,6 +174,7 @@ TEST_CASE("landmark_cache: blocks of int8 go on from a state, from a file and in
                                                    copy_call = call.unrun();
   const TemporaryFolder folder;
   Options options{.block = 5, .top_k = 2, .capacity = 6}, with_file = options;
+  with_file.rollback = 0;
   with_file.file = folder.file("blocks");
   Cache cache(stream_shape(shape), options, turned), loaded = cache;
   extend(cache, call, 0, 43);
@@ -185,7 +186,8 @@ TEST_CASE("landmark_cache: blocks of int8 go on from a state, from a file and in
     REQUIRE_FALSE(refused(loaded, bytes.substr(0, n)).empty());
   CHECK(loaded.size() == 0);
   landmark_cache<float, rotary> of_float(stream_shape(shape), options, turned);
-  CHECK(refused(of_float, bytes).find("in bits, is 7, wanted 24") != std::string::npos);
+  CHECK(refused(of_float, bytes).find("the element type is int8 in the file, wanted float") !=
+        std::string::npos);
   loaded.load(file);
   CHECK(loaded.size() == 43);
   auto copy = loaded;
@@ -202,7 +204,7 @@ TEST_CASE("landmark_cache: blocks of int8 go on from a state, from a file and in
   }
   CHECK(refusal([&] {
           landmark_cache<float, rotary>(stream_shape(shape), with_file, turned);
-        }).find("in bits, is 7 in the file") != std::string::npos);
+        }).find("the element type is int8 in the file, wanted float") != std::string::npos);
   Cache reopened(stream_shape(shape), with_file, turned);
   CHECK(reopened.size() == 40);
   reopened.absorb(std::as_const(call.k).view().slice_rows(40, 3),

@@ -46,7 +46,7 @@ void extend_in_chunks(Stream& stream, C& call, Random& random, Index end, Index 
   }
 }
 
-/// Are rows [first, end) of the outputs of both calls the same, to the bit?
+/// Are rows [first, end) of the outputs of both calls the same, to the bit? An lse that no stream wrote is NaN.
 template <class C>
 bool same_rows(const C& a, const C& b, Index first, Index end) {
   for (Index n = 0; n < a.out.batch * a.out.heads; ++n) {

@@ -31,6 +31,45 @@ class landmark_cache {
   template <class Tq, class Tk, class Tv, class To, class Tl>
   void extend(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v, TensorView<To> out,
               RowsView<Tl> lse) {
+    Index first = 0;
+    do {
+      const Index left = q.rows - first, to_landmark = options_.block - size_ % options_.block,
+                  count = options_.split_at_blocks ? std::min(to_landmark, left) : left;
+      RowsView<Tl> piece = lse;
+      if (lse.data != nullptr) piece.data += first * lse.row_stride;
+      extend_piece(q.slice_rows(first, count), k.slice_rows(first, count), v.slice_rows(first, count),
+                   out.slice_rows(first, count), piece);
+      first += count;
+    } while (first < q.rows);
+  }
+
+  /// Forgets all tokens but the first `tokens`. Nothing has really left, so any number can be taken back.
+  void truncate(Index tokens) {
+    for (Lane& rows : lanes_) {
+      rows.k.resize(at(tokens));
+      rows.v.resize(at(tokens));
+    }
+    size_ = tokens;
+    seal();
+  }
+
+  /// Of query i of the last call, from options.sample tokens of each block that was dropped.
+  const LandmarkMass& mass(Index b, Index h, Index i) const {
+    return masses_[at((b * shape_.heads + h) * chunk_ + i)];
+  }
+  const std::vector<Index>& retrieved(Index b, Index h, Index i) const {
+    return chosen_[at((b * shape_.heads + h) * chunk_ + i)];
+  }
+
+ private:
+  using Row = std::vector<double>;
+  struct Lane {
+    std::vector<Row> k, v;
+  };
+
+  template <class Tq, class Tk, class Tv, class To, class Tl>
+  void extend_piece(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v,
+                    TensorView<To> out, RowsView<Tl> lse) {
     held_ = {sealed_, dropped_, std::min(options_.top_k, sealed_), options_.top_k, options_.block};
     chunk_ = q.rows;
     first_ = size_ - (dropped_ + sealed_) * options_.block;
@@ -53,26 +92,15 @@ class landmark_cache {
         }
       }
     }
-    const Index full = (size_ - (dropped_ + sealed_) * options_.block) / options_.block;
-    sealed_ += std::max<Index>(0, full - options_.local_blocks);
-    const Index leave = options_.capacity > 0 ? std::max<Index>(0, sealed_ - options_.capacity) : 0;
-    sealed_ -= leave;
-    dropped_ += leave;
+    seal();
   }
 
-  /// Of query i of the last call, from options.sample tokens of each block that was dropped.
-  const LandmarkMass& mass(Index b, Index h, Index i) const {
-    return masses_[at((b * shape_.heads + h) * chunk_ + i)];
+  /// Blocks that are sealed, and those of them that have left, for the size.
+  void seal() {
+    const Index sealed = std::max<Index>(0, size_ / options_.block - options_.local_blocks);
+    dropped_ = options_.capacity > 0 ? std::max<Index>(0, sealed - options_.capacity) : 0;
+    sealed_ = sealed - dropped_;
   }
-  const std::vector<Index>& retrieved(Index b, Index h, Index i) const {
-    return chosen_[at((b * shape_.heads + h) * chunk_ + i)];
-  }
-
- private:
-  using Row = std::vector<double>;
-  struct Lane {
-    std::vector<Row> k, v;
-  };
 
   static std::size_t at(Index i) { return static_cast<std::size_t>(i); }
   Lane& lane(Index b, Index h) { return lanes_[at(b * shape_.kv_heads + h)]; }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <istream>
+#include <optional>
 #include <ostream>
 #include <string>
 #include <type_traits>
@@ -12,7 +13,10 @@
 #include <vector>
 
 #include "longspan/detail/call/functor_calls.hpp"
+#include "longspan/detail/landmark/block_counts.hpp"
 #include "longspan/detail/storage/rows.hpp"
+#include "longspan/detail/storage/state_fields.hpp"
+#include "longspan/detail/storage/state_file.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
@@ -33,6 +37,9 @@ struct hybrid_options {
   Index window_blocks = 8;     ///< full blocks that are attended token by token, beside the open one
   Index capacity = 1024;       ///< blocks outside the window that can be retrieved
   Index evicted_at_once = 32;  ///< blocks that go to the memory together, beyond the capacity until they do
+  Index rollback = 16;         ///< as in landmark_cache_options; costs a copy of the memory after an eviction
+  /// Multiplies q.k; 1 / sqrt(head_dim) unless set. The memory's features are of q and k as they come.
+  std::optional<double> scale{};
   MatrixView<const float> beta{};        ///< of the memory's gate: [1 or heads][1 or value_dim]; 0 unless set
   InfiniRule rule = InfiniRule::linear;  ///< how blocks are written to the memory
   InfiniFirst first = InfiniFirst::bypass;  ///< before anything is: the window and retrieval alone
@@ -55,12 +62,17 @@ struct hybrid_options {
 ///           and the window float
 /// State     bounded: batch * kv_heads * (head_dim + value_dim) * block * (1 + window_blocks + capacity +
 ///           evicted_at_once) elements of T, and M and z
+/// Rollback  truncate(n) takes back tokens, all outputs after it having the bits of a stream that never had
+///           them, as far as landmark_cache does. For `rollback` tokens after an eviction, in one call of
+///           every evicted_at_once * block / rollback, the evicted blocks and the memory from before it stay
+///           kept: bytes() counts them
 /// Cost      a token: that of landmark_cache with `capacity` blocks, and 4 head_dim * value_dim flop a head
 ///           for the memory. A chunk is cut where blocks end
 /// Equal     for all ways to cut the same rows into calls, within the error bound
 /// Error     g that of infini_attention's memory, 1 - g that of landmark_cache, over the rows as they are kept
 /// Bits      do not depend on the executor, nor on how many threads it has
-/// Throws    Error when shapes or options disagree, before anything changes
+/// Throws    Error when shapes or options disagree, before anything changes. What is thrown later, for want
+///           of memory too, leaves the stream as it was where the last block ended, or the call began
 /// Source    landmarks: Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 3.2; memory: Munkhdalai et al.
 ///           2024 (arXiv 2404.07143), eq. 6-10. That the second takes what the first evicts is in neither
 template <StoredElement T = float>
@@ -76,14 +88,32 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
         cache_(shape, {.block = options.block,
                        .top_k = options.top_k,
                        .local_blocks = options.window_blocks,
-                       .exact_window = true}),
-        memory_(memory_options(options), shape) {}
+                       .exact_window = true,
+                       .rollback = options.rollback,
+                       .scale = options.scale}),
+        memory_(memory_options(options), shape) {
+    cache_.store_ = cache_.empty_store(options.capacity, options.evicted_at_once);
+  }
+  hybrid_stream(const hybrid_stream&) = default;
+  hybrid_stream(hybrid_stream&&) = default;
+  ~hybrid_stream() = default;
+  hybrid_stream& operator=(hybrid_stream&&) = default;
+  /// Changes nothing if memory is short.
+  hybrid_stream& operator=(const hybrid_stream& other) {
+    if (this == &other) return *this;
+    hybrid_stream copy(other);
+    return *this = std::move(copy);
+  }
 
   const StreamShape& shape() const noexcept { return cache_.shape(); }
   const hybrid_options& options() const noexcept { return options_; }
   /// Tokens taken in, landmarks included.
   Index size() const noexcept { return cache_.size(); }
-  Index bytes() const noexcept { return cache_.bytes() + memory_.bytes(); }
+  Index bytes() const noexcept {
+    Index bytes = cache_.bytes() + memory_.bytes();
+    for (const Past& past : past_) bytes += past.memory.bytes();
+    return bytes;
+  }
   /// How many tokens come before the next landmark.
   Index tokens_to_landmark() const noexcept { return cache_.tokens_to_landmark(); }
   /// The window, the blocks that can be retrieved, what was retrieved; and the memory behind them.
@@ -93,25 +123,60 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   void clear() {
     cache_.clear();
     memory_.clear();
+    past_.clear();
   }
-  /// Forgets the tokens from number `tokens` on. Refused where some of them have left the window.
-  void truncate(Index tokens) { cache_.truncate(tokens); }
+  /// Can the stream forget all tokens but the first `tokens`?
+  bool can_truncate(Index tokens) const noexcept { return cache_.can_truncate(tokens); }
+  /// Forgets all tokens but the first `tokens`, which go on as if no others had come.
+  void truncate(Index tokens) {
+    if (!can_truncate(tokens)) {
+      const std::string least = std::to_string(counts().least());
+      detail::refuse("hybrid_stream::truncate", "the number of tokens", std::to_string(tokens),
+                     least + ".." + std::to_string(size()) + ": the stream can go back to " + least);
+    }
+    cache_.truncate(tokens);
+    const auto evicted_later = std::find_if(past_.begin(), past_.end(),
+                                            [&](const Past& x) { return x.evicted >= cache_.dropped(); });
+    if (evicted_later == past_.end()) return;
+    memory_ = std::move(evicted_later->memory);
+    past_.erase(evicted_later, past_.end());
+  }
 
   void save(std::ostream& to) const {
+    const auto numbers = detail::values_of(fields());
+    detail::StateWriter(to, state, numbers, 0).finish();
     cache_.save(to);
+    for (const Past& past : past_) past.memory.save(to);
     memory_.save(to);
   }
-  /// Takes the state of a stream of the same shape and options, and changes nothing where that fails.
+  /// Takes over the state of a stream of the same shape and options, but for beta and `rollback`, and changes
+  /// nothing if that fails.
   void load(std::istream& from) {
-    hybrid_stream loaded = *this;
+    const auto wanted = fields();
+    std::vector<std::int64_t> numbers(wanted.size());
+    detail::StateReader reader(from, state, numbers);
+    detail::check_fields(state.load, numbers, wanted);
+    reader.expect_payload(0);
+    reader.finish();
+    hybrid_stream loaded(shape(), options_);
     loaded.cache_.load(from);
-    loaded.memory_.load(from);
+    const Index evicted = loaded.cache_.dropped();
+    for (Index n = loaded.counts().gone(); n < evicted; n += options_.evicted_at_once)
+      loaded.past_.push_back({n, loaded.loaded_memory(from, n)});
+    loaded.memory_ = loaded.loaded_memory(from, evicted);
     *this = std::move(loaded);
   }
 
  private:
   friend detail::StreamCalls<hybrid_stream, false>;
   static constexpr const char* function = "hybrid_stream::extend";
+  static constexpr detail::StateKind state{"hybrid", 1, "hybrid_stream::save", "hybrid_stream::load"};
+
+  /// The memory as it was when only `evicted` blocks had been evicted.
+  struct Past {
+    Index evicted;
+    Memory memory;
+  };
 
   static const hybrid_options& checked(const StreamShape& shape, const hybrid_options& options) {
     detail::check_stream_shape("hybrid_stream", shape);
@@ -124,6 +189,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     at_least("window_blocks", options.window_blocks, 0);
     at_least("capacity", options.capacity, 0);
     at_least("evicted_at_once", options.evicted_at_once, 1);
+    at_least("rollback", options.rollback, 0);
     return options;
   }
 
@@ -137,38 +203,66 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     return attend;
   }
 
+  const detail::BlockCounts& counts() const noexcept { return cache_.store_.counts(); }
+  /// What the cache and the memory do not tell of themselves.
+  std::vector<detail::StateField> fields() const {
+    return {{"first", static_cast<std::int64_t>(options_.first), [](std::int64_t x) {
+               return std::string(x == static_cast<std::int64_t>(InfiniFirst::gate) ? "gate" : "bypass");
+             }}};
+  }
+  /// The memory of a state in which so many blocks had been evicted.
+  Memory loaded_memory(std::istream& from, Index evicted) const {
+    Memory memory(memory_options(options_), shape());
+    memory.load(from);
+    const Index wanted = evicted * (options_.block - 1);
+    for (Index b = 0; b < shape().batch; ++b) {
+      if (memory.size(b) != wanted || memory.open_rows(b) != 0) {
+        detail::refuse(state.load, "the number of tokens in the memory", std::to_string(memory.size(b)),
+                       std::to_string(wanted) + " for the blocks that have been evicted");
+      }
+    }
+    return memory;
+  }
+
   template <class Call, class E>
   void take(const Call& call, const E& executor, Workspace& workspace) {
     detail::ExecutionRef<E> inner{executor, workspace};
     for (Index first = 0, count = 0; first < call.q_len(); first += count) {
       count = std::min(cache_.tokens_to_landmark() + 1, call.q_len() - first);
       const auto part = detail::part_of(call, first, count);
-      cache_.extend(part.q, part.k, part.v, part.out, inner);
+      typename landmark_cache<T>::Undo undo(cache_);
+      cache_.append(part, executor, workspace);
       memory_.recall(part.q, part.out, inner);
       evict(inner);
+      cache_.settle(undo);
+      std::erase_if(past_, [&](const Past& x) { return x.evicted < counts().gone(); });
     }
   }
 
+  /// The blocks that are due go to the memory. What throws leaves the memory as it was.
   template <class E>
   void evict(E& execution) {
-    if (cache_.blocks() < options_.capacity + options_.evicted_at_once) return;
+    const Index count = counts().dropped_at(counts().sealed) - counts().dropped;
+    if (count == 0) return;
+    Memory next = memory_;
     for (Index b = 0; b < shape().batch; ++b) {
-      for (Index n = 0; n < options_.evicted_at_once; ++n) absorb_block(b, n, execution);
+      for (Index n = 0; n < count; ++n) absorb_block(b, n, next, execution);
     }
-    cache_.drop(options_.evicted_at_once);
+    past_.push_back({counts().dropped, std::move(next)});
+    std::swap(past_.back().memory, memory_);
   }
 
   template <class E>
-  void absorb_block(Index b, Index n, E& execution) {
+  void absorb_block(Index b, Index n, Memory& memory, E& execution) {
     if constexpr (Element<T>) {
-      memory_.absorb(b, cache_.block_keys(b, n), cache_.block_values(b, n), execution);
+      memory.absorb(b, cache_.block_keys(b, n), cache_.block_values(b, n), execution);
     } else {
       const Index heads = shape().kv_heads, rows = options_.block - 1, keys = heads * rows * shape().head_dim;
       decoded_.resize(static_cast<std::size_t>(keys + heads * rows * shape().value_dim));
       const auto k = compact_view(decoded_.data(), 1, heads, rows, shape().head_dim),
                  v = compact_view(decoded_.data() + keys, 1, heads, rows, shape().value_dim);
       cache_.decode_block(b, n, k, v);
-      memory_.absorb(b, k, v, execution);
+      memory.absorb(b, k, v, execution);
     }
   }
 
@@ -176,6 +270,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   std::vector<Real> decoded_;  ///< a block on its way from int8 to the memory
   landmark_cache<T> cache_;
   Memory memory_;
+  std::vector<Past> past_;  ///< rising, those that a truncation may bring back
 };
 
 LONGSPAN_END

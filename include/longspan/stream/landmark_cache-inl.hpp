@@ -184,7 +184,7 @@ void landmark_cache<T, P, Map, Finder>::write(const Call& call) const {
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& executor) {
-  const Index d = shape_.head_dim, open = store_.open_keys(), lanes = shape_.batch * shape_.kv_heads;
+  const Index d = shape_.head_dim, open = store_.counts().open(), lanes = shape_.batch * shape_.kv_heads;
   open_keys_.resize(at(lanes * open * d));
   executor.for_each(lanes, [&](Index lane, Index) {
     Real* keys = open_keys_.data() + lane * open * d;

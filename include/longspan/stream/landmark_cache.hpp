@@ -60,17 +60,24 @@ LONGSPAN_BEGIN
 /// Cost      for a token 2 * heads * head_dim flop for each sealed block, its landmarks read once for a KV
 ///           head; attention to top_k blocks, where they lie, and to the open part. Copies share the blocks.
 ///           Behind 32768 tokens a token takes 0.57 of the time of float with blocks of int8.
-/// File      with options.file sealed blocks lie there and are attended there; landmarks and the open part
-///           are in memory, and of the file about `resident` bytes beyond what one query retrieves. A cache that
-///           opens the file of an earlier one has all blocks that it sealed, size() tokens, whenever the
-///           process ended; the open part has to come again. (Not the processor: nothing is flushed to the
-///           disk.) Opening reads the file once, against its checksums, and locks it. The position is not
-///           told by the file. A copy shares the blocks, and keeps what it seals itself in memory.
+/// Rollback  truncate(n) takes back tokens, all outputs after it having the bits of a stream that never had
+///           them. That reaches back options.rollback tokens from the largest size so far, often more, and
+///           never before a block that `drop` removed; can_truncate(n) says it beforehand. Costs the rows of
+///           sealed blocks, and dropped blocks, for `rollback` tokens: bytes() counts them.
+/// File      with options.file, sealed blocks that no truncation reaches are written there and attended
+///           there; landmarks, the open part and the blocks of the last `rollback` tokens are in memory, and
+///           of the file about `resident` bytes beyond what one query retrieves. A cache that opens the file of
+///           an earlier one has all blocks that were sealed `rollback` tokens before its end, size() tokens,
+///           whenever the process ended; the later tokens have to come again. (Not when the machine stops:
+///           nothing is flushed to the disk.) Opening reads the file once, compares its checksums, and locks
+///           it. A copy shares the blocks, and keeps in memory what it seals itself.
 /// Error     that of landmark_attention over the rows as they are kept; int8 rounds each element of a sealed
 ///           row by 1 / 254 of the largest of the row.
 /// Bits      do not depend on the executor, nor on how many threads it has.
-/// Throws    Error when shapes or options disagree, or the disk has no space for what a call seals, before
-///           anything changes; and where a file is damaged, not one of this cache, or in use.
+/// Throws    Error when shapes or options disagree, or the disk has no space for what a call writes, before
+///           anything changes; and where a file is damaged, not one of this cache, or in use. A call that
+///           throws, for want of memory too, leaves the cache as it was; with split_at_blocks, with the
+///           pieces before the one that failed. Outputs may have been written.
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), sections 3.2 and 3.2.1.
 template <StoredElement T = float, Position P = no_position, PositionMap Map = stingy_positions,
           LandmarkIndex<detail::ArithmeticOf<T>> Finder = every_landmark>
@@ -85,35 +92,51 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
         position_(position),
         map_(map),
         finder_(finder),
-        store_(empty_store()),
+        store_(empty_store(options.capacity, options.capacity > 0 ? 1 : 0)),
         choice_(options.select, shape.batch, shape.heads, shape.kv_heads) {
     position_.check(shape.head_dim);
-    if (!options.file.empty()) open_file();
+    if (options.file.empty()) return;
+    detail::open_landmark_blocks(options.file, options.resident, row_fields(), store_);
+    index_blocks(0);
+  }
+  landmark_cache(const landmark_cache&) = default;
+  landmark_cache(landmark_cache&&) = default;
+  ~landmark_cache() = default;
+  landmark_cache& operator=(landmark_cache&&) = default;
+  /// Changes nothing if memory is short.
+  landmark_cache& operator=(const landmark_cache& other) {
+    if (this == &other) return *this;
+    landmark_cache copy(other);
+    return *this = std::move(copy);
   }
 
-  /// Takes tokens whose queries nobody asks for.
+  /// Appends tokens without queries.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void absorb(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
     const auto values = view(v);
     detail::check_tokens("landmark_cache::absorb", keys, values, shape_.batch, shape_);
-    store_.reserve(full_blocks(keys.rows));
+    Undo undo(*this);
+    store_.reserve(keys.rows);
     store_.append(keys, values);
     detail::with_executor(execution, [&](const auto& executor) { seal(executor); });
+    settle(undo);
   }
 
   const StreamShape& shape() const noexcept { return shape_; }
   /// Tokens so far, landmarks included.
-  Index size() const noexcept { return (dropped() + blocks()) * options_.block + store_.open_keys(); }
+  Index size() const noexcept { return store_.counts().tokens; }
   /// Sealed blocks that can be retrieved.
-  Index blocks() const noexcept { return store_.blocks(); }
+  Index blocks() const noexcept { return store_.counts().blocks(); }
   /// Sealed blocks that have left.
-  Index dropped() const noexcept { return store_.dropped(); }
+  Index dropped() const noexcept { return store_.counts().dropped; }
   /// How many tokens come before the next landmark.
   Index tokens_to_landmark() const noexcept { return options_.block - 1 - size() % options_.block; }
-  /// Memory of keys, values and landmarks, those shared with copies included, those in a file not.
+  /// Memory of keys, values and landmarks: those shared with copies and those kept for a truncation included,
+  /// those in a file not.
   Index bytes() const noexcept { return store_.bytes(); }
-  /// The blocks that query i of the last call retrieved, rising, counted from `retrieved_from()` on.
+  /// The blocks that query i of the last call retrieved, rising, counted from `retrieved_from()` on. With
+  /// split_at_blocks this, `mass` and `retrieved_from` are of the last piece of the call.
   std::span<const Index> retrieved(Index b, Index h, Index i) const {
     return held_.top_k == 0 ? std::span<const Index>() : choice_.of(b, h, i);
   }
@@ -126,7 +149,12 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   LandmarkMass mass(Index b, Index h, Index i) const {
     if (options_.sample == 0)
       detail::refuse("landmark_cache::mass", "the sample of the options", "0", "at least 1");
-    return masses_[at((b * shape_.heads + h) * chunk_ + i)];
+    const auto query = at((b * shape_.heads + h) * chunk_ + i);
+    if (i < 0 || i >= chunk_ || query >= masses_.size()) {
+      detail::refuse("landmark_cache::mass", "the query", std::to_string(i),
+                     "one of the " + std::to_string(chunk_) + " of the last call");
+    }
+    return masses_[query];
   }
   /// Blocks that had left before the last call.
   Index retrieved_from() const noexcept { return held_.dropped; }
@@ -163,7 +191,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
       }
     }
   }
-  /// Forgets the oldest sealed blocks.
+  /// Forgets the oldest sealed blocks, for good: no truncation goes back to where one of them was not sealed.
   void drop(Index count) {
     if (count < 0 || count > blocks())
       detail::refuse("landmark_cache::drop", "the number of blocks", std::to_string(count),
@@ -172,23 +200,32 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     finder_.drop(dropped());
   }
 
-  /// Forgets everything. A file is begun anew; copies go on with what they shared of it.
+  /// Forgets everything, or changes nothing. A file is replaced by an empty one, made under the name of the
+  /// file with ".new" after it; copies go on with what they shared of the old one.
   void clear() {
-    const bool has_file = store_.has_file();
-    if (has_file) store_.remove_file();
-    store_ = empty_store();
-    held_ = {};
-    finder_.clear();
-    if (has_file) open_file();
+    const detail::BlockCounts& counts = store_.counts();
+    auto empty = empty_store(counts.capacity, counts.drop_at_once);
+    if (store_.has_file())
+      detail::replace_landmark_blocks(options_.file, options_.resident, row_fields(), empty);
+    store_ = std::move(empty);
+    forget_last_call();
+    is_index_stale_ = finds;
   }
 
-  /// Forgets the tokens from number `tokens` on. Refused where some of them are in a sealed block.
+  /// Can the stream forget all tokens but the first `tokens`?
+  bool can_truncate(Index tokens) const noexcept {
+    return tokens >= store_.counts().least() && tokens <= size();
+  }
+  /// Forgets all tokens but the first `tokens`, which go on as if no others had come.
   void truncate(Index tokens) {
-    const Index sealed = size() - store_.open_keys();
-    if (tokens < sealed || tokens > size())
+    if (!can_truncate(tokens)) {
+      const std::string least = std::to_string(store_.counts().least());
       detail::refuse("landmark_cache::truncate", "the number of tokens", std::to_string(tokens),
-                     std::to_string(sealed) + ".." + std::to_string(size()) + ", those that are not sealed");
-    store_.truncate(tokens - sealed);
+                     least + ".." + std::to_string(size()) + ": the cache can go back to " + least);
+    }
+    const Index before = store_.counts().sealed, dropped_before = dropped();
+    store_.truncate(tokens);
+    if (finds && store_.counts().sealed < before) unindex_blocks(dropped() < dropped_before);
   }
 
   /// Batch row b becomes what row rows[b] was: the step of a beam search.
@@ -202,36 +239,71 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     }
     refuse_with_file(name);
     store_.reorder(rows);
-    finder_.clear();
-    index_blocks(0);
+    is_index_stale_ = finds;
   }
 
-  void save(std::ostream& to) const { detail::save_landmark_store(to, shape_, options_, store_); }
-  /// Takes the state of a cache of the same shape and options, and changes nothing where that fails.
+  void save(std::ostream& to) const { detail::save_landmark_store(to, fields(), store_); }
+  /// Takes over the state of a cache of the same shape, options and position; `rollback`, `sample`, `file` and
+  /// `resident` may differ. Changes nothing if that fails.
   void load(std::istream& from) {
     refuse_with_file("landmark_cache::load");
-    store_ = detail::loaded_landmark_store<T>(from, shape_, options_);
-    held_ = {};
-    finder_.clear();
-    index_blocks(0);
+    const detail::BlockCounts& counts = store_.counts();
+    store_ = detail::loaded_landmark_store(from, fields(), empty_store(counts.capacity, counts.drop_at_once));
+    forget_last_call();
+    is_index_stale_ = finds;
   }
 
  private:
   friend detail::StreamCalls<landmark_cache, true>;
+  template <StoredElement>
+  friend class hybrid_stream;
   static constexpr const char* function = "landmark_cache::extend";
   static constexpr bool encodes = !std::is_same_v<P, no_position>;
   static constexpr bool finds = !std::is_same_v<Finder, every_landmark>;
   static constexpr bool places_of_text = requires { Map::are_of_the_text; };
   static constexpr Index w = detail::lanes<Real>;
 
+  /// Undoes what a call that throws has appended and sealed.
+  struct Undo {
+    landmark_cache& cache;
+    detail::BlockCounts before;
+    bool is_done = false;
+
+    explicit Undo(landmark_cache& of) : cache(of), before(of.store_.counts()) {}
+    Undo(const Undo&) = delete;
+    Undo& operator=(const Undo&) = delete;
+    ~Undo() {
+      if (is_done) return;
+      cache.store_.go_back(before);
+      cache.forget_last_call();
+      cache.is_index_stale_ = finds;
+    }
+  };
+
   template <class Call, class E>
   void take(const Call& call, const E& executor, Workspace& workspace) {
     static_assert(std::is_same_v<typename Call::Real, Real>,
                   "longspan: a landmark_cache of double takes queries of double, others those of the others");
-    store_.reserve(full_blocks(call.q.rows));
+    Index first = 0;
+    do {
+      const Index left = call.q_len() - first,
+                  count = options_.split_at_blocks ? std::min(tokens_to_landmark() + 1, left) : left;
+      Undo undo(*this);
+      append(detail::part_of(call, first, count), executor, workspace);
+      settle(undo);
+      first += count;
+    } while (first < call.q_len());
+  }
+
+  /// Appends tokens, answers their queries and seals blocks; nothing is settled yet.
+  template <class Call, class E>
+  void append(const Call& call, const E& executor, Workspace& workspace) {
+    if (is_index_stale_) index_anew();
+    store_.reserve(call.q.rows);
+    const detail::BlockCounts& counts = store_.counts();
     held_ = {blocks(), dropped(), std::min(options_.top_k, blocks()), options_.top_k, options_.block};
     chunk_ = call.q.rows;
-    first_ = store_.open_keys();
+    first_ = counts.open();
     store_.append(call.k, call.v);
     if (call.q.batch * call.q.heads * call.q.rows > 0) {
       attend_open(call, executor, workspace);
@@ -272,12 +344,24 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
       detail::place_columns<Tk>(to + g * padded_head_dim(), shape_.head_dim);
   }
 
-  detail::LandmarkStore<T> empty_store() const {
-    return {shape_.batch, shape_.kv_heads, shape_.head_dim, shape_.value_dim, options_.block};
+  detail::LandmarkStore<T> empty_store(Index capacity, Index drop_at_once) const {
+    return {shape_,
+            {.block = options_.block,
+             .local_blocks = options_.local_blocks,
+             .capacity = capacity,
+             .drop_at_once = drop_at_once,
+             .rollback = options_.rollback}};
   }
-  void open_file() {
-    detail::open_landmark_blocks(shape_, options_, places_of_text, store_);
-    index_blocks(0);
+  std::vector<detail::StateField> row_fields() const {
+    return detail::landmark_row_fields<T>(shape_, options_.block, position_, places_of_text);
+  }
+  std::vector<detail::StateField> fields() const {
+    return detail::landmark_fields<T>(shape_, options_, store_.counts(), position_, places_of_text);
+  }
+  void forget_last_call() noexcept {
+    held_ = {};
+    chunk_ = 0;
+    masses_.clear();
   }
   void refuse_with_file(const char* name) const {
     if (store_.has_file()) detail::refuse(name, "the store of blocks", "a file", "memory");
@@ -300,19 +384,18 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   template <class Call, class E>
   void weigh_tokens(const Call& call, const E& executor);
 
-  /// Blocks to be sealed with `more` tokens: the full ones but the last local_blocks.
-  Index full_blocks(Index more) const noexcept {
-    return std::max<Index>(0, (store_.open_keys() + more) / options_.block - options_.local_blocks);
-  }
-
   template <class E>
   void seal(const E& executor) {
-    const Index full = full_blocks(0);
-    if (full > 0) {
-      store_.seal(full, position_, places_of_text, executor);
-      index_blocks(blocks() - full);
-    }
-    if (options_.capacity > 0 && blocks() > options_.capacity) drop(blocks() - options_.capacity);
+    const Index before = blocks();
+    store_.seal(position_, places_of_text, executor);
+    if (!is_index_stale_) index_blocks(before);
+  }
+  /// Drops what the capacity does not hold, and lets go what no truncation reaches.
+  void settle(Undo& undo) {
+    const Index before = dropped();
+    store_.settle();
+    undo.is_done = true;
+    if (dropped() > before) finder_.drop(dropped());
   }
 
   void check_block(const char* name, Index b, Index n) const {
@@ -346,12 +429,27 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
       }
     }
   }
+  void index_anew() {
+    finder_.clear();
+    index_blocks(0);
+    is_index_stale_ = false;
+  }
+  /// Tells the index that blocks are not sealed any more; `returns`: and that dropped ones are back.
+  void unindex_blocks(bool returns) {
+    const bool was_stale = std::exchange(is_index_stale_, true);
+    if constexpr (requires(Index n) { finder_.truncate(n); }) {
+      if (returns || was_stale) return;
+      finder_.truncate(store_.counts().sealed);
+      is_index_stale_ = false;
+    }
+  }
 
   StreamShape shape_;
   landmark_cache_options options_;
   P position_;
   Map map_;
   Finder finder_;
+  bool is_index_stale_ = false;  ///< before the next call the index has to be made anew
   detail::LandmarkStore<T> store_;
 
   // Of the last call.

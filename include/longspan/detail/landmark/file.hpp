@@ -5,102 +5,139 @@
 #include <cstdint>
 #include <istream>
 #include <iterator>
-#include <limits>
 #include <ostream>
 #include <string>
+#include <vector>
 
+#include "longspan/detail/landmark/block_counts.hpp"
 #include "longspan/detail/landmark/store.hpp"
+#include "longspan/detail/storage/state_fields.hpp"
 #include "longspan/detail/storage/state_file.hpp"
 #include "longspan/error.hpp"
 #include "longspan/landmark_retrieval.hpp"
+#include "longspan/options.hpp"
+#include "longspan/position.hpp"
 #include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 
 LONGSPAN_BEGIN
 namespace detail {
 
-inline constexpr StateKind landmark_state{"landmark", 1, "landmark_cache::save", "landmark_cache::load"};
+inline constexpr StateKind landmark_state{"landmark", 2, "landmark_cache::save", "landmark_cache::load"};
 
-/// What a file must agree in, and then the sizes of its own.
-template <StoredElement T>
-std::array<std::int64_t, 14> landmark_numbers(const StreamShape& shape, const landmark_cache_options& options,
-                                              const LandmarkStore<T>& store) {
-  return {std::numeric_limits<T>::digits,
-          shape.batch,
-          shape.heads,
-          shape.kv_heads,
-          shape.head_dim,
-          shape.value_dim,
-          options.block,
-          options.top_k,
-          static_cast<Index>(options.select),
-          options.local_blocks,
-          options.capacity,
-          store.blocks(),
-          store.dropped(),
-          store.open_keys()};
+inline StateField yes_or_no(std::string_view name, bool value) {
+  return {name, value, [](std::int64_t x) { return std::string(x == 0 ? "no" : "yes"); }};
 }
 
+/// What shaped the rows of sealed blocks.
+template <StoredElement T, Position P>
+std::vector<StateField> landmark_row_fields(const StreamShape& shape, Index block, const P& position,
+                                            bool as_in_text) {
+  std::vector<StateField> fields{
+      element_field<T>(),           {"batch", shape.batch},         {"kv_heads", shape.kv_heads},
+      {"head_dim", shape.head_dim}, {"value_dim", shape.value_dim}, {"block", block}};
+  for (const StateField& field : position_fields(position)) fields.push_back(field);
+  fields.push_back(yes_or_no("whether landmarks have their positions in the text", as_in_text));
+  return fields;
+}
+
+/// The same, and what decides how they are read.
+template <StoredElement T, Position P>
+std::vector<StateField> landmark_fields(const StreamShape& shape, const landmark_cache_options& options,
+                                        const BlockCounts& counts, const P& position, bool as_in_text) {
+  auto fields = landmark_row_fields<T>(shape, options.block, position, as_in_text);
+  const auto select_text = [](std::int64_t x) {
+    static constexpr const char* names[] = {"per_token_and_head", "max_over_heads", "max_over_tokens",
+                                            "max_over_both", "per_kv_group"};
+    return x >= 0 && x < std::ssize(names) ? std::string(names[x]) : "unknown (" + std::to_string(x) + ")";
+  };
+  const StateField more[] = {
+      {"heads", shape.heads},
+      {"top_k", options.top_k},
+      {"select", static_cast<std::int64_t>(options.select), select_text},
+      {"local_blocks", options.local_blocks},
+      yes_or_no("exact_window", options.exact_window),
+      yes_or_no("split_at_blocks", options.split_at_blocks),
+      {"capacity", counts.capacity},
+      {"the number of blocks that are dropped together", counts.drop_at_once},
+      real_field("scale", resolved_scale("landmark_cache", options.scale, shape.head_dim))};
+  fields.insert(fields.end(), std::begin(more), std::end(more));
+  return fields;
+}
+
+/// The fields, then the state of the counts.
 template <StoredElement T>
-void save_landmark_store(std::ostream& to, const StreamShape& shape, const landmark_cache_options& options,
+void save_landmark_store(std::ostream& to, const std::vector<StateField>& fields,
                          const LandmarkStore<T>& store) {
-  const auto numbers = landmark_numbers(shape, options, store);
-  StateWriter writer(to, landmark_state, numbers,
-                     store.payload_bytes(landmark_state.save, store.blocks(), store.open_keys()));
+  const BlockCounts& counts = store.counts();
+  std::vector<std::int64_t> numbers = values_of(fields);
+  numbers.insert(numbers.end(), {counts.tokens, counts.sealed, counts.settled, counts.opened, counts.let_go});
+  StateWriter writer(to, landmark_state, numbers, store.payload_bytes(landmark_state.save));
   store.save(writer);
   writer.finish();
 }
 
-template <StoredElement T>
-LandmarkStore<T> loaded_landmark_store(std::istream& from, const StreamShape& shape,
-                                       const landmark_cache_options& options) {
-  static constexpr const char* names[] = {"the significand of a number, in bits,",
-                                          "batch",
-                                          "heads",
-                                          "kv_heads",
-                                          "head_dim",
-                                          "value_dim",
-                                          "block",
-                                          "top_k",
-                                          "select",
-                                          "local_blocks",
-                                          "capacity"};
-  LandmarkStore<T> store(shape.batch, shape.kv_heads, shape.head_dim, shape.value_dim, options.block);
-  const auto wanted = landmark_numbers(shape, options, store);
-  std::array<std::int64_t, 14> numbers{};
-  StateReader reader(from, landmark_state, numbers);
-  for (std::size_t n = 0; n < std::size(names); ++n) {
-    if (numbers[n] != wanted[n])
-      refuse(landmark_state.load, names[n], std::to_string(numbers[n]), std::to_string(wanted[n]));
-  }
-  const Index blocks = numbers[11], dropped = numbers[12], open = numbers[13];
-  const Index most = (Index{1} << 48) / options.block;
-  if (blocks < 0 || blocks > most || dropped < 0 || dropped > most || open < 0 ||
-      open / options.block > options.local_blocks || (options.capacity > 0 && blocks > options.capacity)) {
-    refuse(landmark_state.load, "the number of blocks", std::to_string(blocks), "what its options allow");
-  }
-  reader.expect_payload(store.payload_bytes(landmark_state.load, blocks, open));
-  store.load(reader, blocks, dropped, open);
-  reader.finish();
-  return store;
+/// The counts of a file, if a stream with the options of `wanted` can have reached them.
+inline BlockCounts checked_counts(const BlockCounts& wanted, std::span<const std::int64_t> numbers) {
+  BlockCounts counts = wanted;
+  counts.tokens = numbers[0];
+  counts.sealed = numbers[1];
+  counts.settled = numbers[2];
+  counts.opened = numbers[3];
+  counts.let_go = numbers[4];
+  const auto wants = [](bool is_right, const char* what, Index got, const std::string& text) {
+    if (!is_right) refuse(landmark_state.load, what, std::to_string(got) + " in the file", text);
+  };
+  constexpr Index most = Index{1} << 48;
+  wants(counts.tokens >= 0 && counts.tokens <= most, "the number of tokens", counts.tokens,
+        "0.." + std::to_string(most));
+  wants(counts.opened >= 0 && counts.opened <= counts.tokens / counts.block,
+        "the number of blocks from a file", counts.opened,
+        "0.." + std::to_string(counts.tokens / counts.block) + " for its number of tokens");
+  wants(counts.sealed == counts.sealed_at(counts.tokens), "the number of sealed blocks", counts.sealed,
+        std::to_string(counts.sealed_at(counts.tokens)) + " for its number of tokens");
+  wants(counts.settled >= counts.opened && counts.settled <= counts.sealed, "the number of final blocks",
+        counts.settled, std::to_string(counts.opened) + ".." + std::to_string(counts.sealed));
+  wants(counts.let_go >= 0 && counts.let_go <= counts.settled, "the number of blocks dropped by hand",
+        counts.let_go, "0.." + std::to_string(counts.settled));
+  counts.dropped = counts.dropped_at(counts.sealed);
+  return counts;
 }
 
-/// Opens the file of the options for an empty store.
+/// The store in a state of the stream to which `empty` and the fields belong.
 template <StoredElement T>
-void open_landmark_blocks(const StreamShape& shape, const landmark_cache_options& options, bool as_in_text,
+LandmarkStore<T> loaded_landmark_store(std::istream& from, const std::vector<StateField>& fields,
+                                       LandmarkStore<T> empty) {
+  std::vector<std::int64_t> numbers(fields.size() + 5);
+  StateReader reader(from, landmark_state, numbers);
+  check_fields(landmark_state.load, numbers, fields);
+  empty.load(reader, checked_counts(empty.counts(), std::span(numbers).subspan(fields.size())));
+  reader.finish();
+  return empty;
+}
+
+/// Opens a file of blocks for an empty store.
+template <StoredElement T>
+void open_landmark_blocks(const std::string& path, Index resident, const std::vector<StateField>& fields,
                           LandmarkStore<T>& store) {
-  static constexpr const char* names[] = {
-      "the significand of a number, in bits,", "batch", "kv_heads", "head_dim", "value_dim", "block",
-      "whether landmarks stand as in the text"};
-  const std::array<std::int64_t, 7> numbers{std::numeric_limits<T>::digits,
-                                            shape.batch,
-                                            shape.kv_heads,
-                                            shape.head_dim,
-                                            shape.value_dim,
-                                            options.block,
-                                            as_in_text};
-  const StateKind kind{"blocks", 1, "landmark_cache", "landmark_cache"};
-  store.open(options.file, {kind, numbers, names, store.file_bytes()}, options.resident);
+  const StateKind kind{"blocks", 2, "landmark_cache", "landmark_cache"};
+  store.open(path, {kind, fields, store.file_bytes()}, resident);
+}
+
+/// The same with an empty file, which replaces the one of that name only when it is complete.
+template <StoredElement T>
+void replace_landmark_blocks(const std::string& path, Index resident, const std::vector<StateField>& fields,
+                             LandmarkStore<T>& store) {
+  struct TemporaryName {
+    std::string name;
+    explicit TemporaryName(const std::string& of) : name(of + ".new") { MappedFile::remove(name); }
+    TemporaryName(const TemporaryName&) = delete;
+    TemporaryName& operator=(const TemporaryName&) = delete;
+    ~TemporaryName() { MappedFile::remove(name); }
+  };
+  const TemporaryName temporary(path);
+  open_landmark_blocks(temporary.name, resident, fields, store);
+  store.rename_file(path);
 }
 
 }  // namespace detail

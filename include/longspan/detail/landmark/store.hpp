@@ -15,42 +15,56 @@
 #include <utility>
 #include <vector>
 
+#include "longspan/detail/landmark/block_counts.hpp"
 #include "longspan/detail/landmark/sealed_rows.hpp"
+#include "longspan/detail/landmark/unsealed_rows.hpp"
 #include "longspan/detail/storage/block_file.hpp"
 #include "longspan/detail/storage/rows.hpp"
 #include "longspan/detail/storage/state_file.hpp"
 #include "longspan/detail/tile/key_run.hpp"
 #include "longspan/position.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 LONGSPAN_BEGIN
 namespace detail {
 
+/// Blocks are sealed and dropped as BlockCounts says. Those that a truncation may bring back stay: the rows of
+/// sealed blocks that may be unsealed, and dropped blocks that may return. `settle` lets the others go and
+/// writes final blocks to the file.
 template <StoredElement T>
 class LandmarkStore {
  public:
   using Open = typename SealedRows<T>::Open;
 
-  LandmarkStore(Index batch, Index kv_heads, Index head_dim, Index value_dim, Index block)
-      : batch_(batch),
-        kv_heads_(kv_heads),
-        head_dim_(head_dim),
-        value_dim_(value_dim),
-        block_(block),
-        rows_{block, head_dim, value_dim} {
-    pages_.resize(at(batch));
-    landmarks_.resize(at(batch * kv_heads));
+  LandmarkStore(const StreamShape& shape, const BlockCounts& counts)
+      : batch_(shape.batch),
+        kv_heads_(shape.kv_heads),
+        head_dim_(shape.head_dim),
+        value_dim_(shape.value_dim),
+        counts_(counts),
+        rows_{counts.block, shape.head_dim, shape.value_dim},
+        unsealed_(shape.batch, shape.kv_heads, shape.head_dim, shape.value_dim) {
+    pages_.resize(at(batch_));
+    landmarks_.resize(at(batch_ * kv_heads_));
   }
+  LandmarkStore(const LandmarkStore&) = default;
+  LandmarkStore(LandmarkStore&&) noexcept = default;
+  LandmarkStore& operator=(const LandmarkStore&) = delete;  // copy, then move: memory may be short
+  LandmarkStore& operator=(LandmarkStore&&) noexcept = default;
+  ~LandmarkStore() = default;
 
-  /// Keeps blocks in a file from now on, after those that the file holds already. Of an empty store.
+  const BlockCounts& counts() const noexcept { return counts_; }
+
+  /// Keeps final blocks in a file from now on, after those that the file holds already. Of an empty store.
   void open(const std::string& path, const BlockFileKind& kind, Index resident);
   bool has_file() const noexcept { return writer_.file != nullptr; }
-  void remove_file() const { writer_.file->remove(); }
+  void rename_file(const std::string& path) { writer_.file->rename(path); }
 
-  /// Throws where the file has no space for `count` more blocks.
-  void reserve(Index count) {
-    if (has_file()) writer_.file->reserve(count);
+  /// Throws where the file has no space for the blocks that `tokens` more will make final.
+  void reserve(Index tokens) {
+    if (has_file()) writer_.file->reserve(counts_.settled_at(counts_.tokens + tokens) - counts_.settled);
   }
   /// Bytes of a block in a file.
   Index file_bytes() const {
@@ -71,90 +85,79 @@ class LandmarkStore {
     read_ += heads;
   }
 
-  /// Sealed blocks of each batch row, those that have left, and keys that are not sealed.
-  Index blocks() const noexcept { return blocks_; }
-  Index dropped() const noexcept { return dropped_; }
-  Index open_keys() const noexcept { return open_; }
   Index bytes() const noexcept {
-    const Index sealed = batch_ * (blocks_ - in_file_) * page_size(),
-                landmarks = batch_ * blocks_ * kv_heads_ * head_dim_;
-    return static_cast<Index>(sizeof(T)) * sealed +
-           static_cast<Index>(sizeof(Open)) * (landmarks + static_cast<Index>(k_.size() + v_.size()));
+    const Index kept = counts_.sealed - gone_, in_memory = counts_.sealed - std::max(gone_, filed_);
+    return static_cast<Index>(sizeof(T)) * batch_ * in_memory * page_size() +
+           static_cast<Index>(sizeof(Open)) * batch_ * kept * kv_heads_ * head_dim_ + unsealed_.bytes();
   }
 
-  /// Keys of a sealed block, the last its landmark, encoded as if the block stood at position 0; its values.
+  /// Keys of block n of those that can be retrieved, the last its landmark, encoded as if the block stood at
+  /// position 0; its values.
   KeyRun<T, T> rows(Index b, Index h, Index n) const {
-    return rows_.run(pages_[at(b)][at(n)].get() + h * rows_.size());
+    return rows_.run(pages_[at(b)][at(kept(n))].get() + h * rows_.size());
   }
   /// Landmarks of the blocks [first, first + count).
   MatrixView<const Open> landmarks(Index b, Index h, Index first, Index count) const {
-    return {landmarks_[at(b * kv_heads_ + h)].data() + first * head_dim_, count, head_dim_, head_dim_};
+    return {landmarks_[at(b * kv_heads_ + h)].data() + kept(first) * head_dim_, count, head_dim_, head_dim_};
   }
   /// Keys, without positions, and values that are not sealed.
-  TensorView<const Open> open_k() const { return open_rows(k_, head_dim_); }
-  TensorView<const Open> open_v() const { return open_rows(v_, value_dim_); }
+  TensorView<const Open> open_k() const { return unsealed_.k(sealed_rows()); }
+  TensorView<const Open> open_v() const { return unsealed_.v(sealed_rows()); }
 
-  /// Forgets keys that are not sealed, but for the first `open`.
-  void truncate(Index open) noexcept { open_ = open; }
-
+  /// Appends tokens, or changes nothing if memory is short.
   template <class Tk, class Tv>
   void append(TensorView<Tk> k, TensorView<Tv> v) {
-    if (open_ + k.rows > room_) make_room(std::max(2 * room_, open_ + k.rows));
-    for (Index n = 0; n < batch_ * kv_heads_; ++n) {
-      const auto copy = [&](const auto& from, std::vector<Open>& to) {
-        if (from.empty()) return;
-        copy_rows(from.row(n / kv_heads_, n % kv_heads_, 0), from.row_stride, from.rows, from.cols,
-                  to.data() + (n * room_ + open_) * from.cols);
-      };
-      copy(k, k_);
-      copy(v, v_);
-    }
-    open_ += k.rows;
+    unsealed_.append(k, v);
+    counts_.tokens += k.rows;
   }
 
-  /// The first `count` open blocks become pages; their landmarks are encoded as in a block at 0, or
-  /// `as_in_text` where they stand in the stream.
+  /// Open blocks become pages, as many as are due; their landmarks are encoded as in a block at 0, or
+  /// `as_in_text` where they stand in the stream. Can be undone until `settle`.
   template <Position P, class E>
-  void seal(Index count, const P& position, bool as_in_text, const E& executor);
+  void seal(const P& position, bool as_in_text, const E& executor);
 
+  /// Drops what is due, writes blocks that are final to the file, and forgets what no truncation brings back.
+  /// What throws changes nothing.
+  void settle() { settle(counts_); }
+  /// Drops the oldest blocks for good.
   void drop(Index count) {
-    if (has_file()) writer_.file->count(0, dropped_ + count);
-    for (auto& row : pages_) row.erase(row.begin(), row.begin() + count);
-    for (auto& list : landmarks_) list.erase(list.begin(), list.begin() + count * head_dim_);
-    blocks_ -= count;
-    dropped_ += count;
-    in_file_ -= std::min(in_file_, count);  // the oldest: a copy keeps later ones in memory
+    BlockCounts next = counts_;
+    next.let_go = counts_.dropped + count;
+    settle(next);
   }
 
-  /// Batch row b becomes what row rows[b] was.
+  /// Forgets the tokens from number `tokens` on: at least counts().least().
+  void truncate(Index tokens) noexcept {
+    BlockCounts to = counts_;
+    to.truncate(tokens);
+    go_back(to);
+  }
+  /// Undoes what happened since these were the counts, if nothing was settled.
+  void go_back(const BlockCounts& to) noexcept {
+    counts_ = to;
+    const Index kept = counts_.sealed - gone_;
+    for (auto& row : pages_) row.resize(at(kept));
+    for (auto& list : landmarks_) list.resize(at(kept * head_dim_));
+    unsealed_.truncate(counts_.tokens - counts_.settled * counts_.block);
+  }
+
+  /// Batch row b becomes what row rows[b] was, or nothing changes if memory is short.
   void reorder(std::span<const Index> rows) {
-    const LandmarkStore before = *this;
-    const auto copy_row = [&](const std::vector<Open>& from, std::vector<Open>& to, Index b, Index row) {
-      const Index count = static_cast<Index>(from.size()) / batch_;
-      std::copy_n(from.data() + row * count, count, to.data() + b * count);
-    };
-    for (Index b = 0; b < batch_; ++b) {
-      const Index row = rows[at(b)];
-      pages_[at(b)] = before.pages_[at(row)];
-      for (Index h = 0; h < kv_heads_; ++h)
-        landmarks_[at(b * kv_heads_ + h)] = before.landmarks_[at(row * kv_heads_ + h)];
-      copy_row(before.k_, k_, b, row);
-      copy_row(before.v_, v_, b, row);
+    std::vector<std::deque<Page>> pages;
+    std::vector<std::vector<Open>> landmarks;
+    for (const Index row : rows) {
+      pages.push_back(pages_[at(row)]);
+      for (Index h = 0; h < kv_heads_; ++h) landmarks.push_back(landmarks_[at(row * kv_heads_ + h)]);
     }
+    unsealed_ = unsealed_.reordered(rows);
+    pages_ = std::move(pages);
+    landmarks_ = std::move(landmarks);
   }
 
-  /// Bytes of a state of so many sealed blocks and open keys.
-  Index payload_bytes(std::string_view function, Index blocks, Index open) const {
-    const Index of_block = array_bytes<T>(function, batch_ * page_size()) +
-                           array_bytes<Open>(function, batch_ * kv_heads_ * head_dim_);
-    if (of_block > 0 && blocks > PTRDIFF_MAX / 2 / of_block)
-      refuse(function, "the number of blocks", std::to_string(blocks), "fewer");
-    return of_block * blocks +
-           array_bytes<Open>(function, batch_ * kv_heads_ * open * (head_dim_ + value_dim_));
-  }
   void save(StateWriter& writer) const;
-  /// Into an empty store.
-  void load(StateReader& reader, Index blocks, Index dropped, Index open);
+  Index payload_bytes(std::string_view function) const;
+  /// Into an empty store, with the counts of the file, which the caller has checked.
+  void load(StateReader& reader, const BlockCounts& counts);
 
  private:
   /// A sealed block of one batch row, never changed and shared by copies: SealedRows for each KV head.
@@ -167,11 +170,8 @@ class LandmarkStore {
     Writer() = default;
     ~Writer() = default;
     Writer(const Writer&) noexcept {}
-    Writer& operator=(const Writer& other) noexcept {
-      if (this != &other) file = nullptr;
-      return *this;
-    }
     Writer(Writer&&) noexcept = default;
+    Writer& operator=(const Writer&) = delete;
     Writer& operator=(Writer&&) noexcept = default;
   };
 
@@ -181,169 +181,83 @@ class LandmarkStore {
   }
   Index page_size() const noexcept { return kv_heads_ * rows_.size(); }
   Index file_page_bytes() const noexcept { return round_up(page_size() * static_cast<Index>(sizeof(T)), 64); }
+  /// The number among the kept blocks of number n of those that can be retrieved.
+  Index kept(Index n) const noexcept { return counts_.dropped - gone_ + n; }
+  /// Rows of sealed blocks that are kept because a truncation may unseal them.
+  Index sealed_rows() const noexcept { return (counts_.sealed - counts_.settled) * counts_.block; }
 
-  template <class Encode, class E>
-  void seal_in_memory(Index count, const Encode& encode, const E& executor);
-  template <class Encode, class E>
-  void seal_in_file(Index count, const Encode& encode, const E& executor);
-  void add_pages_of_file(Index number);
-  TensorView<const Open> open_rows(const std::vector<Open>& rows, Index cols) const {
-    return {rows.data(), batch_, kv_heads_, open_, cols, kv_heads_ * room_ * cols, room_ * cols, cols};
-  }
+  void settle(BlockCounts next);
+  void write_blocks(const BlockCounts& next);
+  std::vector<Page> pages_of_file(Index number) const;
 
-  void make_room(Index room) {
-    const auto grown = [&](const std::vector<Open>& rows, Index cols) {
-      std::vector<Open> to(at(batch_ * kv_heads_ * room * cols));
-      for (Index n = 0; n < batch_ * kv_heads_; ++n)
-        std::copy_n(rows.data() + n * room_ * cols, open_ * cols, to.data() + n * room * cols);
-      return to;
-    };
-    auto k = grown(k_, head_dim_), v = grown(v_, value_dim_);
-    k_ = std::move(k);
-    v_ = std::move(v);
-    room_ = room;
-  }
-
-  Index batch_, kv_heads_, head_dim_, value_dim_, block_;
-  Index blocks_ = 0, dropped_ = 0;
+  Index batch_, kv_heads_, head_dim_, value_dim_;
+  BlockCounts counts_;
+  Index gone_ = 0;   ///< blocks that are not kept any more; at most counts_.dropped
+  Index filed_ = 0;  ///< the blocks before are in the file; at most counts_.settled
   SealedRows<T> rows_;
-  std::vector<std::deque<Page>> pages_;       ///< of each batch row
+  std::vector<std::deque<Page>> pages_;       ///< of each batch row, from block gone_ on
   std::vector<std::vector<Open>> landmarks_;  ///< of each batch row and KV head, [blocks][head_dim]
-  std::vector<Open> k_, v_;                   ///< [batch][kv_heads][room][cols]
-  Index open_ = 0, room_ = 0;
+  UnsealedRows<Open> unsealed_;               ///< from block counts_.settled on
 
   Writer writer_;
   std::shared_ptr<BlockFile> of_file_;  ///< whose blocks are read, null where all are in memory
   std::vector<std::byte> written_;      ///< a block on its way into the file
-  Index in_file_ = 0;                   ///< of the blocks that are kept
   Index resident_ = 0, read_ = 0;       ///< bytes; heads of blocks since pages were released
 };
 
 template <StoredElement T>
 template <Position P, class E>
-void LandmarkStore<T>::seal(Index count, const P& position, bool as_in_text, const E& executor) {
-  for (auto& list : landmarks_) list.resize(at((blocks_ + count) * head_dim_));
-  const auto encode = [&](Index lane, Index n, T* rows) {
-    const Index first = lane * room_ + n * block_, place = as_in_text ? (dropped_ + blocks_ + n) * block_ : 0;
-    rows_.seal(k_.data() + first * head_dim_, v_.data() + first * value_dim_, position, rows);
-    Open* landmark = landmarks_[at(lane)].data() + (blocks_ + n) * head_dim_;
-    std::copy_n(k_.data() + (first + block_ - 1) * head_dim_, head_dim_, landmark);
-    rows_.encode(position, landmark, 1, place + block_ - 1);
-  };
-  if (has_file()) {
-    seal_in_file(count, encode, executor);
-  } else {
-    seal_in_memory(count, encode, executor);
-  }
-  const auto drop_front = [&](std::vector<Open>& rows, Index cols) {
-    for (Index lane = 0; lane < batch_ * kv_heads_; ++lane) {
-      Open* first = rows.data() + lane * room_ * cols;
-      std::copy(first + count * block_ * cols, first + open_ * cols, first);
-    }
-  };
-  drop_front(k_, head_dim_);
-  drop_front(v_, value_dim_);
-  open_ -= count * block_;
-  blocks_ += count;
-}
-
-template <StoredElement T>
-template <class Encode, class E>
-void LandmarkStore<T>::seal_in_memory(Index count, const Encode& encode, const E& executor) {
+void LandmarkStore<T>::seal(const P& position, bool as_in_text, const E& executor) {
+  const Index sealed = counts_.sealed_at(counts_.tokens), count = sealed - counts_.sealed;
+  if (count <= 0) return;
+  for (auto& list : landmarks_) list.resize(at((sealed - gone_) * head_dim_));
   std::vector<std::shared_ptr<T>> pages;
   for (Index n = 0; n < batch_ * count; ++n) {
     const auto bytes = at(page_size()) * sizeof(T);
     pages.emplace_back(static_cast<T*>(::operator new(bytes, std::align_val_t{64})),
                        [](T* page) { ::operator delete(page, std::align_val_t{64}); });
   }
+  const auto k = open_k(), v = open_v();
   executor.for_each(batch_ * kv_heads_ * count, [&](Index task, Index) {
-    const Index n = task % count, lane = task / count;
-    encode(lane, n, pages[at(lane / kv_heads_ * count + n)].get() + lane % kv_heads_ * rows_.size());
+    const Index n = task % count, head = task / count, b = head / kv_heads_, h = head % kv_heads_,
+                number = counts_.sealed + n, first = n * counts_.block;
+    rows_.seal(k.row(b, h, first), v.row(b, h, first), position,
+               pages[at(b * count + n)].get() + h * rows_.size());
+    Open* landmark = landmarks_[at(head)].data() + (number - gone_) * head_dim_;
+    std::copy_n(k.row(b, h, first + counts_.block - 1), head_dim_, landmark);
+    rows_.encode(position, landmark, 1, (as_in_text ? number * counts_.block : 0) + counts_.block - 1);
   });
   for (Index n = 0; n < batch_ * count; ++n) pages_[at(n / count)].push_back(std::move(pages[at(n)]));
+  counts_.sealed = sealed;
 }
 
-/// A block in the file: its pages, one for each batch row, and its landmarks.
 template <StoredElement T>
-template <class Encode, class E>
-void LandmarkStore<T>::seal_in_file(Index count, const Encode& encode, const E& executor) {
-  BlockFile& file = *writer_.file;
-  const Index first = file.blocks();
-  file.reserve(count);
-  written_.resize(at(file_bytes()));
-  for (Index n = 0; n < count; ++n) {
-    executor.for_each(batch_ * kv_heads_, [&](Index lane, Index) {
-      std::byte* page = written_.data() + lane / kv_heads_ * file_page_bytes();
-      encode(lane, n, reinterpret_cast<T*>(page) + lane % kv_heads_ * rows_.size());
-      const Open* landmark = landmarks_[at(lane)].data() + (blocks_ + n) * head_dim_;
-      const auto bytes = at(head_dim_) * sizeof(Open);
-      std::memcpy(written_.data() + at(batch_ * file_page_bytes()) + at(lane) * bytes, landmark, bytes);
-    });
-    file.write(n, written_.data());
+void LandmarkStore<T>::settle(BlockCounts next) {
+  next.settled = next.settled_at(next.tokens);
+  next.dropped = next.dropped_at(next.sealed);
+  if (has_file() && (next.settled > counts_.settled || next.gone() > gone_)) write_blocks(next);
+  // From here on nothing throws.
+  unsealed_.drop((next.settled - counts_.settled) * next.block);
+  if (const Index count = next.gone() - gone_; count > 0) {
+    for (auto& row : pages_) row.erase(row.begin(), row.begin() + count);
+    for (auto& list : landmarks_) list.erase(list.begin(), list.begin() + count * head_dim_);
+    gone_ += count;
   }
-  file.count(count, dropped_);
-  for (Index n = first; n < first + count; ++n) add_pages_of_file(n);
-}
-
-template <StoredElement T>
-void LandmarkStore<T>::add_pages_of_file(Index number) {
-  const std::shared_ptr<BlockFile> file = writer_.file;
-  const std::shared_ptr<const std::byte> block(file->block(number),
-                                               [file, number](const std::byte*) { file->give_back(number); });
-  for (Index b = 0; b < batch_; ++b)
-    pages_[at(b)].push_back(Page(block, reinterpret_cast<const T*>(block.get() + b * file_page_bytes())));
-  ++in_file_;
-}
-
-template <StoredElement T>
-void LandmarkStore<T>::open(const std::string& path, const BlockFileKind& kind, Index resident) {
-  writer_.file = std::make_shared<BlockFile>(path, kind, [&](Index, const std::byte* block) {
-    const auto* landmark = block + batch_ * file_page_bytes();
-    for (auto& list : landmarks_) {
-      list.resize(list.size() + at(head_dim_));
-      const auto bytes = at(head_dim_) * sizeof(Open);
-      if (bytes > 0) std::memcpy(list.data() + list.size() - at(head_dim_), landmark, bytes);
-      landmark += bytes;
-    }
-  });
-  of_file_ = writer_.file;
-  resident_ = resident;
-  dropped_ = of_file_->dropped();
-  blocks_ = of_file_->blocks() - dropped_;
-  for (Index n = 0; n < blocks_; ++n) add_pages_of_file(dropped_ + n);
+  counts_ = next;
 }
 
 template <StoredElement T>
 void LandmarkStore<T>::save(StateWriter& writer) const {
+  const std::vector<std::uint8_t> marks(at(counts_.sealed - gone_), std::uint8_t{1});
+  writer.array(marks.data(), std::ssize(marks));
   for (const auto& row : pages_) {
     for (const Page& page : row) writer.array(page.get(), page_size());
   }
-  for (const auto& list : landmarks_) writer.array(list.data(), blocks_ * head_dim_);
-  for (Index n = 0; n < batch_ * kv_heads_; ++n) {
-    writer.array(k_.data() + n * room_ * head_dim_, open_ * head_dim_);
-    writer.array(v_.data() + n * room_ * value_dim_, open_ * value_dim_);
-  }
-}
-
-template <StoredElement T>
-void LandmarkStore<T>::load(StateReader& reader, Index blocks, Index dropped, Index open) {
-  for (auto& row : pages_) {
-    for (Index n = 0; n < blocks; ++n) {
-      const auto page = std::make_shared<std::vector<T>>(reader.template array<T>(page_size()));
-      row.push_back(Page(page, page->data()));
-    }
-  }
-  for (auto& list : landmarks_) list = reader.template array<Open>(blocks * head_dim_);
-  for (Index n = 0; n < batch_ * kv_heads_; ++n) {
-    const auto k = reader.template array<Open>(open * head_dim_),
-               v = reader.template array<Open>(open * value_dim_);
-    k_.insert(k_.end(), k.begin(), k.end());
-    v_.insert(v_.end(), v.begin(), v.end());
-  }
-  blocks_ = blocks;
-  dropped_ = dropped;
-  open_ = room_ = open;
+  for (const auto& list : landmarks_) writer.array(list.data(), std::ssize(list));
+  unsealed_.save(writer);
 }
 
 }  // namespace detail
 LONGSPAN_END
+
+#include "longspan/detail/landmark/store-inl.hpp"

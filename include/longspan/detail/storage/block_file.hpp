@@ -22,6 +22,7 @@
 
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/storage/crc32c.hpp"
+#include "longspan/detail/storage/state_fields.hpp"
 #include "longspan/detail/storage/state_file.hpp"
 #include "longspan/error.hpp"
 #include "longspan/version.hpp"
@@ -37,11 +38,10 @@
 LONGSPAN_BEGIN
 namespace detail {
 
-/// What the blocks of a file are; a file of others is refused by the name of the first number that differs.
+/// What the blocks of a file are; a file of others is refused by the name of the first field that differs.
 struct BlockFileKind {
   StateKind kind;
-  std::span<const std::int64_t> numbers;
-  std::span<const char* const> names;
+  std::span<const StateField> fields;
   Index block_bytes = 0;
 };
 
@@ -51,7 +51,7 @@ class BlockFile {
   /// checksum, and then given to read(n, bytes).
   template <class Read>
   BlockFile(const std::string& path, const BlockFileKind& kind, const Read& read)
-      : file_(path, kind.kind.load), kind_(kind.kind), numbers_(kind.numbers.begin(), kind.numbers.end()) {
+      : file_(path, kind.kind.load), kind_(kind.kind), numbers_(values_of(kind.fields)) {
     bytes_ = kind.block_bytes;
     stride_ = round_up(bytes_ + checksum_bytes, page);
     at_once_ = std::max<Index>(1, mapped_at_once / stride_);
@@ -108,8 +108,8 @@ class BlockFile {
     const std::scoped_lock lock(mapping_);
     for (const auto& part : mapped_) part.release();
   }
-  /// The name may be given to a new file; this one lives until it is closed.
-  void remove() const { file_.remove(); }
+  /// Replaces the file of that name, if there is one; who has it open keeps what is in it.
+  void rename(const std::string& path) { file_.rename(path); }
 
  private:
   static constexpr Index page = 4096, checksum_bytes = 4;
@@ -177,11 +177,7 @@ class BlockFile {
       file_.damaged("damaged behind its header");
     std::vector<std::int64_t> numbers(numbers_.size() + 2);
     std::memcpy(numbers.data(), bytes.data() + sizeof(header), numbers.size() * sizeof(std::int64_t));
-    for (std::size_t n = 0; n < numbers_.size(); ++n) {
-      if (numbers[n] != numbers_[n])
-        refuse(kind_.load, kind.names[n], std::to_string(numbers[n]) + " in the file",
-               std::to_string(numbers_[n]));
-    }
+    check_fields(kind_.load, numbers, kind.fields);
     const Index blocks = numbers[numbers_.size()], dropped = numbers[numbers_.size() + 1];
     if (header.payload != wanted.payload || dropped < 0 || dropped > blocks)
       file_.damaged("damaged in its header");

@@ -11,6 +11,7 @@
 #include <array>
 #include <cerrno>
 #include <cstddef>
+#include <cstdio>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -133,7 +134,14 @@ class MappedFile {
     return mapping;
   }
 
-  void remove() const { ::unlink(path_.c_str()); }
+  /// The file of that name, if there is one, has no name any more.
+  static void remove(const std::string& path) noexcept { ::unlink(path.c_str()); }
+  /// Gives the file another name, and so replaces a file that has it.
+  void rename(const std::string& path) {
+    std::string to = path;
+    if (::rename(path_.c_str(), to.c_str()) != 0) fail("one that cannot replace " + to, "a file that can");
+    path_.swap(to);
+  }
 
   [[noreturn]] void damaged(const std::string& how) const {
     refuse(function_, name(), how, "an empty one, or one that a cache of the same shape has written");

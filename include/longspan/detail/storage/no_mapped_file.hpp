@@ -29,7 +29,8 @@ class MappedFile {
   void reserve(Index, Index) const {}
   void give_back(Index, Index) const noexcept {}
   Mapping map(Index, Index) const { return {}; }
-  void remove() const {}
+  static void remove(const std::string&) noexcept {}
+  void rename(const std::string&) {}
   [[noreturn]] void damaged(const std::string& how) const { raise(how); }
 };
 
