@@ -22,6 +22,9 @@
 
 LONGSPAN_BEGIN
 
+template <Element T, class Local, FeatureMap F>
+class infini_memory;
+
 /// The sequence is cut into segments of `segment` tokens. In each,
 ///
 ///   out = g * phi(q) M / (phi(q) z) + (1 - g) * local(q, k, v),   g = sigmoid(beta),
@@ -103,9 +106,16 @@ struct infini_attention {
         execution, [&](const auto& executor, Workspace& workspace) { run(call, executor, workspace); });
   }
 
-  /// A stream of this functor (stream/infini_memory.hpp), its open segment kept as T.
+  /// A stream of this functor: an infini_memory<T, Local, F>, which keeps its open segment as T. Include
+  /// longspan/stream/infini_memory.hpp before the call.
   template <Element T = float>
-  auto stream(const StreamShape& shape) const;
+  auto stream(const StreamShape& shape) const {
+    using Stream = infini_memory<T, Local, F>;
+    constexpr bool has_header = detail::Complete<Stream>;
+    static_assert(has_header,
+                  "longspan: infini_attention::stream needs #include <longspan/stream/infini_memory.hpp>");
+    if constexpr (has_header) return Stream(*this, shape);
+  }
 
   /// Throws Error unless the options fit tensors of these sizes.
   void check(std::string_view function, Index batch, Index heads, Index head_dim, Index value_dim) const {

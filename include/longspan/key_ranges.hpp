@@ -8,7 +8,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// The keys begin .. end - 1; empty when end <= begin.
 struct KeyRange {
@@ -18,16 +18,22 @@ struct KeyRange {
   Index begin = 0;
   Index end = 0;
 
-  static constexpr KeyRange everything() noexcept { return {lowest, highest}; }
+  LONGSPAN_INLINE static constexpr KeyRange everything() noexcept { return {lowest, highest}; }
 
-  constexpr bool empty() const noexcept { return end <= begin; }
-  constexpr bool contains(Index j) const noexcept { return begin <= j && j < end; }
-  constexpr bool contains(KeyRange inner) const noexcept { return begin <= inner.begin && inner.end <= end; }
-  constexpr bool overlaps(KeyRange other) const noexcept {
+  LONGSPAN_INLINE constexpr bool empty() const noexcept { return end <= begin; }
+  LONGSPAN_INLINE constexpr bool contains(Index j) const noexcept { return begin <= j && j < end; }
+  LONGSPAN_INLINE constexpr bool contains(KeyRange inner) const noexcept {
+    return begin <= inner.begin && inner.end <= end;
+  }
+  LONGSPAN_INLINE constexpr bool overlaps(KeyRange other) const noexcept {
     return std::max(begin, other.begin) < std::min(end, other.end);
   }
-  constexpr bool operator==(const KeyRange&) const = default;
+  LONGSPAN_INLINE constexpr bool operator==(const KeyRange&) const = default;
 };
+
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 
 /// At most `capacity` ranges, rising, with gaps between them. A range that would be one too many closes the
 /// narrowest gap: the set may then hold keys that were never put in, never fewer.

@@ -16,7 +16,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// For whom blocks are chosen. But for the first, the scores of the landmarks go through a softmax over the
 /// blocks, and the largest weight counts.
@@ -43,6 +43,10 @@ struct landmark_cache_options {
   Index resident = Index{1} << 26;  ///< bytes of the file that stay in memory between queries
 };
 
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
+
 namespace detail {
 
 inline const StreamShape& checked(const StreamShape& shape, const landmark_cache_options& options) {
@@ -61,6 +65,10 @@ inline const StreamShape& checked(const StreamShape& shape, const landmark_cache
 
 }  // namespace detail
 
+LONGSPAN_END
+
+LONGSPAN_VOCABULARY_BEGIN
+
 /// What a query attended and what it passed over, as logarithms of sums of exp(score) over tokens; landmarks
 /// are none.
 struct LandmarkMass {
@@ -68,7 +76,9 @@ struct LandmarkMass {
   double dropped = -std::numeric_limits<double>::infinity();
 
   /// Of the softmax over all these tokens, the part that was passed over.
-  double dropped_share() const { return dropped == attended ? 0.5 : 1 / (1 + std::exp(attended - dropped)); }
+  LONGSPAN_INLINE double dropped_share() const {
+    return dropped == attended ? 0.5 : 1 / (1 + std::exp(attended - dropped));
+  }
 };
 
 /// Tokens of a block, evenly spread about its middle: first, first + stride, ...
@@ -78,7 +88,7 @@ struct TokenSample {
   Index count = 0;
 
   /// At most `wanted` of `tokens`.
-  static constexpr TokenSample of(Index tokens, Index wanted) noexcept {
+  LONGSPAN_INLINE static constexpr TokenSample of(Index tokens, Index wanted) noexcept {
     const Index count = std::min(tokens, wanted), stride = count == 0 ? 1 : tokens / count;
     return {count == 0 ? 0 : (tokens - 1 - (count - 1) * stride) / 2, stride, count};
   }
@@ -92,6 +102,10 @@ struct Retrieval {
   Index wanted = 0;   ///< how many it would take of enough
   Index block = 0;    ///< keys of a block, landmark included
 };
+
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 
 /// Where blocks stand, as positions of their first keys. `local` is the position of the first key behind the
 /// blocks, `scored` where block n of them stands while landmarks are compared, `attended` where it stands as

@@ -15,7 +15,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// Which two coordinates of a row turn together. Published weights need the one they were trained with, and
 /// the wrong one fails silently, so there is no default.
@@ -26,6 +26,10 @@ enum class Pairing : std::uint8_t {
 
 /// What a row is for; xpos scales queries up and keys down.
 enum class Role : std::uint8_t { query, key };
+
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 
 /// A position encoding: `encode(rows, first_position, role)` changes rows of floats or doubles in place, row
 /// i at position first_position + i. `check(cols)` throws where rows of that length cannot be encoded.

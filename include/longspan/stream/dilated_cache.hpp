@@ -391,10 +391,4 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
 template <Mask M, Score S, Position P>
 dilated_cache(dilated_attention<M, S, P>, StreamShape) -> dilated_cache<float, M, S, P>;
 
-template <Mask M, Score S, Position P>
-template <StoredElement T>
-dilated_cache<T, M, S, P> dilated_attention<M, S, P>::stream(const StreamShape& shape) const {
-  return {*this, shape};
-}
-
 LONGSPAN_END

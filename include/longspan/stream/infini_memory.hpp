@@ -380,12 +380,6 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
   std::vector<std::int64_t> written_;  ///< tokens that its memory has taken
 };
 
-template <class Local, FeatureMap F>
-template <Element T>
-auto infini_attention<Local, F>::stream(const StreamShape& shape) const {
-  return infini_memory<T, Local, F>(*this, shape);
-}
-
 LONGSPAN_END
 
 #include "longspan/stream/infini_memory-inl.hpp"
