@@ -65,10 +65,6 @@ inline const StreamShape& checked(const StreamShape& shape, const landmark_cache
 
 }  // namespace detail
 
-LONGSPAN_END
-
-LONGSPAN_VOCABULARY_BEGIN
-
 /// What a query attended and what it passed over, as logarithms of sums of exp(score) over tokens; landmarks
 /// are none.
 struct LandmarkMass {
@@ -76,9 +72,7 @@ struct LandmarkMass {
   double dropped = -std::numeric_limits<double>::infinity();
 
   /// Of the softmax over all these tokens, the part that was passed over.
-  LONGSPAN_INLINE double dropped_share() const {
-    return dropped == attended ? 0.5 : 1 / (1 + std::exp(attended - dropped));
-  }
+  double dropped_share() const { return dropped == attended ? 0.5 : 1 / (1 + std::exp(attended - dropped)); }
 };
 
 /// Tokens of a block, evenly spread about its middle: first, first + stride, ...
@@ -88,7 +82,7 @@ struct TokenSample {
   Index count = 0;
 
   /// At most `wanted` of `tokens`.
-  LONGSPAN_INLINE static constexpr TokenSample of(Index tokens, Index wanted) noexcept {
+  static constexpr TokenSample of(Index tokens, Index wanted) noexcept {
     const Index count = std::min(tokens, wanted), stride = count == 0 ? 1 : tokens / count;
     return {count == 0 ? 0 : (tokens - 1 - (count - 1) * stride) / 2, stride, count};
   }
@@ -102,10 +96,6 @@ struct Retrieval {
   Index wanted = 0;   ///< how many it would take of enough
   Index block = 0;    ///< keys of a block, landmark included
 };
-
-LONGSPAN_VOCABULARY_END
-
-LONGSPAN_BEGIN
 
 /// Where blocks stand, as positions of their first keys. `local` is the position of the first key behind the
 /// blocks, `scored` where block n of them stands while landmarks are compared, `attended` where it stands as
