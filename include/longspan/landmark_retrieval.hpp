@@ -148,8 +148,8 @@ struct exact_positions {
 /// Blocks are numbered from the start of the stream. A query has the encoding of the place that old blocks
 /// share, so that its products with the keys rank them. The candidates and the last top_k blocks are scored
 /// exactly; where they are fewer than top_k, the oldest blocks fill up.
-template <class I, class Real>
-concept LandmarkIndex = requires(I& index, const I& constant, Index n, std::span<const Real> row) {
+template <class Finder, class Real>
+concept LandmarkIndex = requires(Finder& index, const Finder& constant, Index n, std::span<const Real> row) {
   index.add(n, n, n, row);
   index.drop(n);
   index.clear();

@@ -64,7 +64,9 @@ LONGSPAN_BEGIN
 ///           opens the file of an earlier one has all blocks that it sealed, size() tokens, whenever the
 ///           process ended; the open part has to come again. (Not the processor: nothing is flushed to the
 ///           disk.) Opening reads the file once, against its checksums, and locks it. The position is not
-///           told by the file. A copy shares the blocks, and keeps what it seals itself in memory.
+///           told by the file. A copy shares the blocks, and keeps what it seals itself in memory. If another
+///           process shortens the file, reading it raises SIGBUS. After fork() parent and child hold the same
+///           lock: only one of them may use the cache again.
 /// Error     that of landmark_attention over the rows as they are kept; int8 rounds each element of a sealed
 ///           row by 1 / 254 of the largest of the row.
 /// Bits      do not depend on the executor, nor on how many threads it has.
