@@ -24,7 +24,6 @@
 
 LONGSPAN_BEGIN
 
-struct dilated_cache_options;
 template <StoredElement T, Mask M, Score S, Position P>
 class dilated_cache;
 
@@ -84,12 +83,16 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
         score(detail::take_part<detail::ScorePart, S>(parts...)),
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
 
-  /// The same, causal, for rows that come in chunks or one by one: see stream/dilated_cache.hpp, which has to
-  /// be included. It keeps rows as T.
+  /// The same, causal, for rows that come in chunks or one by one: a dilated_cache<T, M, S, P>, which keeps rows
+  /// as T. Include longspan/stream/dilated_cache.hpp before the call.
   template <StoredElement T = float>
-  dilated_cache<T, M, S, P> stream(const StreamShape& shape) const;
-  template <StoredElement T = float>
-  dilated_cache<T, M, S, P> stream(const StreamShape& shape, const dilated_cache_options& options) const;
+  auto stream(const StreamShape& shape, const dilated_cache_options& options = {}) const {
+    using Stream = dilated_cache<T, M, S, P>;
+    constexpr bool has_header = detail::Complete<Stream>;
+    static_assert(has_header,
+                  "longspan: dilated_attention::stream needs #include <longspan/stream/dilated_cache.hpp>");
+    if constexpr (has_header) return Stream(*this, shape, options);
+  }
 
  private:
   friend detail::FunctorCalls<dilated_attention, true>;

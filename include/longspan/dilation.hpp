@@ -14,7 +14,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// The sequence is cut into segments of `segment` tokens, and of each segment every `dilation`-th token is
 /// kept: those whose place in the segment is the head's offset, plus a multiple of `dilation`.
@@ -22,7 +22,7 @@ struct Branch {
   Index segment = 1;
   Index dilation = 1;
 
-  constexpr bool operator==(const Branch&) const = default;
+  LONGSPAN_INLINE constexpr bool operator==(const Branch&) const = default;
 };
 
 /// How heads are spread over the `dilation` possible offsets.
@@ -36,6 +36,10 @@ enum class Overlap : std::uint8_t {
   multiset,  ///< once for each of these branches: the paper
   set,       ///< once
 };
+
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 
 /// The offset of head `h` of `heads` in the segments of a branch, in [0, dilation).
 constexpr Index head_offset(Phase phase, Index h, Index heads, Index dilation) noexcept {

@@ -6,16 +6,14 @@
 #include "longspan/detail/simd/eigen_core.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
-
-namespace detail {
-template <class T, class... Types>
-inline constexpr bool is_one_of = (std::is_same_v<T, Types> || ...);
-}  // namespace detail
+LONGSPAN_VOCABULARY_BEGIN
 
 /// float, double, Eigen::bfloat16 or Eigen::half. The 16-bit types are for storage only.
 template <class T>
-concept Element = detail::is_one_of<std::remove_const_t<T>, float, double, Eigen::bfloat16, Eigen::half>;
+concept Element =
+    std::is_same_v<std::remove_const_t<T>, float> || std::is_same_v<std::remove_const_t<T>, double> ||
+    std::is_same_v<std::remove_const_t<T>, Eigen::bfloat16> ||
+    std::is_same_v<std::remove_const_t<T>, Eigen::half>;
 
 /// An element type that can be written.
 template <class T>
@@ -25,4 +23,4 @@ concept MutableElement = Element<T> && !std::is_const_v<T>;
 template <Element T>
 using Arithmetic = std::conditional_t<std::is_same_v<std::remove_const_t<T>, double>, double, float>;
 
-LONGSPAN_END
+LONGSPAN_VOCABULARY_END

@@ -13,15 +13,20 @@
 #include <cstdlib>
 #endif
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// A shape, an option or a file that cannot be accepted. The text names function, argument, got and wanted.
-/// Thrown before anything is written. Values of tensors are never an error.
+/// Thrown before anything is written. Values of tensors are never an error. One type in all translation units,
+/// whatever their flags: what one throws another catches.
 class Error : public std::invalid_argument {
  public:
-  using std::invalid_argument::invalid_argument;
+  LONGSPAN_INLINE explicit Error(const std::string& text) : std::invalid_argument(text) {}
+  LONGSPAN_INLINE explicit Error(const char* text) : std::invalid_argument(text) {}
 };
 
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 namespace detail {
 
 /// Throws Error. Compiled with -fno-exceptions it calls LONGSPAN_ERROR_HANDLER(text) if the including program
@@ -78,5 +83,4 @@ std::string shape_text(const RowsView<T>& x) {
 }
 
 }  // namespace detail
-
 LONGSPAN_END

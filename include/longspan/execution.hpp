@@ -29,6 +29,10 @@ struct serial {
 ///
 /// Inside a parallel region, and in a program compiled without OpenMP, it runs on the caller's thread. It
 /// sets nothing: neither omp_set_num_threads nor any other global of the process.
+///
+/// A child of fork() does not have the threads of its parent. If the parent has run a parallel call before, the
+/// first one of the child hangs (GNU's OpenMP): pass `serial{}` in the child, fork before the first parallel call,
+/// or call exec in the child.
 struct openmp {
   Index threads = 0;
 

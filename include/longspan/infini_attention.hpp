@@ -23,7 +23,8 @@
 
 LONGSPAN_BEGIN
 
-struct infini_memory_options;
+template <Element T, class Local, FeatureMap F>
+class infini_memory;
 
 /// The sequence is cut into segments of `segment` tokens. In each,
 ///
@@ -102,11 +103,16 @@ struct infini_attention {
         execution, [&](const auto& executor, Workspace& workspace) { run(call, executor, workspace); });
   }
 
-  /// A stream of this functor (stream/infini_memory.hpp), its open segment kept as T.
+  /// A stream of this functor: an infini_memory<T, Local, F>, which keeps its open segment as T. Include
+  /// longspan/stream/infini_memory.hpp before the call.
   template <Element T = float>
-  auto stream(const StreamShape& shape) const;
-  template <Element T = float>
-  auto stream(const StreamShape& shape, const infini_memory_options& options) const;
+  auto stream(const StreamShape& shape, const infini_memory_options& options = {}) const {
+    using Stream = infini_memory<T, Local, F>;
+    constexpr bool has_header = detail::Complete<Stream>;
+    static_assert(has_header,
+                  "longspan: infini_attention::stream needs #include <longspan/stream/infini_memory.hpp>");
+    if constexpr (has_header) return Stream(*this, shape, options);
+  }
 
   /// For functors made of this one: throws what a call refuses.
   template <class Call>

@@ -10,7 +10,7 @@
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// How a segment is written to the memory.
 enum class InfiniRule : std::uint8_t {
@@ -23,6 +23,10 @@ enum class InfiniFirst : std::uint8_t {
   gate,    ///< the memory gives 0, and the gate holds: (1 - sigmoid(beta)) * local
   bypass,  ///< local alone, as in lucidrains' code
 };
+
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 
 /// A sum phi(q).z below it counts as it, so that no quotient is infinite.
 inline constexpr double infini_least_norm = 1e-10;

@@ -8,7 +8,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// The keys begin .. end - 1; empty when end <= begin. Whatever is outside of [lowest, highest] counts as these.
 struct KeyRange {
@@ -18,17 +18,22 @@ struct KeyRange {
   Index begin = 0;
   Index end = 0;
 
-  static constexpr KeyRange everything() noexcept { return {lowest, highest}; }
+  LONGSPAN_INLINE static constexpr KeyRange everything() noexcept { return {lowest, highest}; }
 
-  constexpr bool empty() const noexcept { return end <= begin; }
-  constexpr bool contains(Index j) const noexcept { return begin <= j && j < end; }
-  constexpr bool contains(KeyRange inner) const noexcept { return begin <= inner.begin && inner.end <= end; }
-  constexpr bool overlaps(KeyRange other) const noexcept {
+  LONGSPAN_INLINE constexpr bool empty() const noexcept { return end <= begin; }
+  LONGSPAN_INLINE constexpr bool contains(Index j) const noexcept { return begin <= j && j < end; }
+  LONGSPAN_INLINE constexpr bool contains(KeyRange inner) const noexcept {
+    return begin <= inner.begin && inner.end <= end;
+  }
+  LONGSPAN_INLINE constexpr bool overlaps(KeyRange other) const noexcept {
     return std::max(begin, other.begin) < std::min(end, other.end);
   }
-  constexpr bool operator==(const KeyRange&) const = default;
+  LONGSPAN_INLINE constexpr bool operator==(const KeyRange&) const = default;
 };
 
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 namespace detail {
 
 /// x + y, kept between KeyRange::lowest and KeyRange::highest, whatever x and y are.

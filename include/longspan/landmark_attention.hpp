@@ -22,7 +22,7 @@
 #include "longspan/score.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// What landmarks do.
 enum class LandmarkSoftmax : unsigned char {
@@ -30,6 +30,10 @@ enum class LandmarkSoftmax : unsigned char {
   plain,    ///< nothing: tokens like all others
   ignored   ///< they are hidden, and the others are one group
 };
+
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 
 /// out[i] = sum_j g_ij v[j] + sum_m g_im o_m over the tokens j of i's own block and the other blocks m, with
 /// o_m = sum_t softmax_t(s_it) v[t] over the tokens t of block m, and g the softmax over the scores s_ij of

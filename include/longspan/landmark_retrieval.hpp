@@ -18,7 +18,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// For whom blocks are chosen. But for the first, the scores of the landmarks go through a softmax over the
 /// blocks, and the largest weight counts.
@@ -52,6 +52,10 @@ struct landmark_cache_options {
   std::string file{};  ///< keeps the sealed blocks; empty: they are in memory
   Index resident = Index{1} << 26;  ///< bytes of the file that stay in memory between queries
 };
+
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 
 namespace detail {
 
@@ -159,8 +163,8 @@ struct exact_positions {
 /// Blocks are numbered from the start of the stream. A query has the encoding of the place that old blocks
 /// share, so that its products with the keys rank them. The candidates and the last top_k blocks are scored
 /// exactly; where they are fewer than top_k, the oldest blocks fill up.
-template <class I, class Real>
-concept LandmarkIndex = requires(I& index, const I& constant, Index n, std::span<const Real> row) {
+template <class Finder, class Real>
+concept LandmarkIndex = requires(Finder& index, const Finder& constant, Index n, std::span<const Real> row) {
   index.add(n, n, n, row);
   index.drop(n);
   index.clear();

@@ -14,7 +14,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// Does a landmark also stand behind a block that ends the text?
 enum class LastLandmark : unsigned char {
@@ -28,6 +28,10 @@ enum class LandmarkLoss : unsigned char {
   skips,    ///< a landmark predicts nothing, and the token before it predicts the one behind it
   includes  ///< a landmark is predicted by the token before it and predicts the one behind it
 };
+
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 
 namespace detail {
 

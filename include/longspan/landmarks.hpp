@@ -85,6 +85,10 @@ class landmarks {
   std::span<const std::span<const Index>> lists_;
 };
 
+LONGSPAN_END
+
+LONGSPAN_VOCABULARY_BEGIN
+
 /// Controlled landmarks: an extra token (the CMT) joins the group of each query, and what weight it takes is
 /// shared among the controlled blocks by their own landmarks.
 struct landmark_control {
@@ -93,4 +97,4 @@ struct landmark_control {
   double cutoff = 0;                         ///< a CMT weight below it counts as 0
 };
 
-LONGSPAN_END
+LONGSPAN_VOCABULARY_END

@@ -20,7 +20,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// How much of a tile is seen: no pair of it, every pair, or perhaps some.
 enum class Seen : std::uint8_t { none, some, all };
@@ -37,9 +37,13 @@ struct Tile {
   Index first_key = 0;
   Index keys = 0;
 
-  constexpr Index last_query() const noexcept { return first_query + queries - 1; }
-  constexpr KeyRange key_range() const noexcept { return {first_key, first_key + keys}; }
+  LONGSPAN_INLINE constexpr Index last_query() const noexcept { return first_query + queries - 1; }
+  LONGSPAN_INLINE constexpr KeyRange key_range() const noexcept { return {first_key, first_key + keys}; }
 };
+
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 
 // ----------------------------------------------------------------------------------------------------------
 // What a mask may offer. The least is `sees`; the rest makes it faster, and a mask that leaves it out is slow

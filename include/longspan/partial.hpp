@@ -26,7 +26,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// The result of attention over some of the keys: out [batch, heads, q_len, value_dim], lse [batch, heads,
 /// q_len]. Owns nothing.
@@ -37,12 +37,16 @@ struct Partial {
   TensorView<T> out;
   RowsView<Real> lse;
 
-  operator Partial<const T>() const noexcept
+  LONGSPAN_INLINE operator Partial<const T>() const noexcept
   requires(!std::is_const_v<T>)
   {
     return {out, lse};
   }
 };
+
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 
 /// A partial of two tensors; a constant one if either of them is constant.
 template <TensorLike Out, RowsLike Lse>

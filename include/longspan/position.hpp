@@ -19,7 +19,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// Which two coordinates of a row turn together. Published weights need the one they were trained with, and
 /// the wrong one fails silently, so there is no default.
@@ -31,6 +31,9 @@ enum class Pairing : std::uint8_t {
 /// What a row is for; xpos scales queries up and keys down.
 enum class Role : std::uint8_t { query, key };
 
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 /// Numbers that tell encodings apart: two encodings with the same numbers write the same rows. The first one is
 /// the kind: 0 none, 1 rotary, 2 xpos; encodings of a user's own use 100 or more.
 using PositionIdentity = std::array<double, 6>;

@@ -22,7 +22,6 @@ LONGSPAN_BEGIN
 
 template <StoredElement T, Mask M, Score S, Position P>
 class kv_cache;
-struct kv_cache_options;
 
 /// out[i] = sum_j p_ij v[j],  p_ij = exp(s_ij - lse[i]),  s_ij = score(scale * q[i].k[j]),
 /// lse[i] = log sum_j exp(s_ij), over the keys j that the mask lets query i see.
@@ -86,11 +85,16 @@ struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
 
   /// The same for rows that come in chunks or one by one, causal where the mask does not limit the keys after a
-  /// query: see stream/kv_cache.hpp, which has to be included. It keeps rows as T.
+  /// query: a kv_cache<T, M, S, P>, which keeps rows as T. Include longspan/stream/kv_cache.hpp
+  /// before the call.
   template <StoredElement T = float>
-  kv_cache<T, M, S, P> stream(const StreamShape& shape) const;
-  template <StoredElement T = float>
-  kv_cache<T, M, S, P> stream(const StreamShape& shape, const kv_cache_options& options) const;
+  auto stream(const StreamShape& shape, const kv_cache_options& options = {}) const {
+    using Stream = kv_cache<T, M, S, P>;
+    constexpr bool has_header = detail::Complete<Stream>;
+    static_assert(has_header,
+                  "longspan: softmax_attention::stream needs #include <longspan/stream/kv_cache.hpp>");
+    if constexpr (has_header) return Stream(*this, shape, options);
+  }
 
  private:
   friend detail::FunctorCalls<softmax_attention, true>;

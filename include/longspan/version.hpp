@@ -1,5 +1,14 @@
-// The version of the library, and the namespace that keeps differently compiled kernels apart.
+// The version of the library, and the two namespaces that let translation units with different flags be linked.
 #pragma once
+
+// A missing header is the one error after which every compiler stops: without C++20 thousands of others would
+// follow the sentence.
+#if defined(_MSVC_LANG) ? _MSVC_LANG < 202002L : __cplusplus < 202002L
+#error "longspan: this library needs C++20: compile with -std=c++20 or /std:c++20"
+#include "longspan/compile_with_std_c++20"
+#endif
+
+#include "longspan/detail/simd/instruction_sets.hpp"
 
 #define LONGSPAN_VERSION_MAJOR 0
 #define LONGSPAN_VERSION_MINOR 1
@@ -7,37 +16,87 @@
 #define LONGSPAN_VERSION \
   (LONGSPAN_VERSION_MAJOR * 10000 + LONGSPAN_VERSION_MINOR * 100 + LONGSPAN_VERSION_PATCH)
 
-// Two translation units of one program may be compiled for different instruction sets, or one with OpenMP and
-// one without. Their kernels are different functions and must have different names, or the linker keeps one
-// of the two for both. So the inline namespace carries what changes the code.
+// ----------------------------------------------------------------------------------------------------------
+// Two translation units of one program may be compiled for different instruction sets, or one with OpenMP and one
+// without. The linker keeps one of two functions of the same name. So code is in an inline namespace whose name
+// tells all that changes code, for instance v0_1_x3_omp (x86-64-v3, OpenMP).
+//
+// Views, errors and options are in another inline namespace, v0_1, and are the same types in all units: they can
+// stand in the signature of a function that one unit defines and another calls. Their members are compiled into
+// their callers (LONGSPAN_INLINE), so that the linker has none to choose from.
+
+// What a program of several units may set for one of them.
 #if defined(EIGEN_DONT_VECTORIZE)
-#define LONGSPAN_ABI_ISA scalar
-#elif defined(__AVX512BF16__)
-#define LONGSPAN_ABI_ISA avx512bf16
-#elif defined(__AVX512F__)
-#define LONGSPAN_ABI_ISA avx512
-#elif defined(__AVX2__)
-#define LONGSPAN_ABI_ISA avx2
-#elif defined(__AVX__)
-#define LONGSPAN_ABI_ISA avx
+#define LONGSPAN_ABI_VECTORS _scalar
 #else
-#define LONGSPAN_ABI_ISA base
+#define LONGSPAN_ABI_VECTORS
 #endif
-
+#if defined(EIGEN_FAST_MATH) && EIGEN_FAST_MATH + 0 == 0
+#define LONGSPAN_ABI_EIGEN _slow  // Eigen's tanh is then that of the C library
+#else
+#define LONGSPAN_ABI_EIGEN
+#endif
+#if defined(__FAST_MATH__)
+#define LONGSPAN_ABI_MATH _fast
+#elif defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ + 0 != 0
+#define LONGSPAN_ABI_MATH _finite
+#elif defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
+#define LONGSPAN_ABI_MATH _inexact
+#else
+#define LONGSPAN_ABI_MATH
+#endif
+#if defined(__cpp_exceptions) || defined(_CPPUNWIND)
+#define LONGSPAN_ABI_ERRORS
+#elif defined(LONGSPAN_ERROR_HANDLER)
+#define LONGSPAN_ABI_ERRORS _handler
+#else
+#define LONGSPAN_ABI_ERRORS _abort
+#endif
 #if defined(_OPENMP)
-#define LONGSPAN_ABI_THREADS openmp
+#define LONGSPAN_ABI_THREADS _omp
 #else
-#define LONGSPAN_ABI_THREADS serial
+#define LONGSPAN_ABI_THREADS
+#endif
+#if defined(_GLIBCXX_DEBUG)
+#define LONGSPAN_ABI_CONTAINERS _debug  // std::vector has another layout then
+#else
+#define LONGSPAN_ABI_CONTAINERS
 #endif
 
-#define LONGSPAN_ABI_JOIN(major, minor, isa, threads) v##major##_##minor##_##isa##_##threads
-#define LONGSPAN_ABI_EXPAND(major, minor, isa, threads) LONGSPAN_ABI_JOIN(major, minor, isa, threads)
-#define LONGSPAN_ABI \
-  LONGSPAN_ABI_EXPAND(LONGSPAN_VERSION_MAJOR, LONGSPAN_VERSION_MINOR, LONGSPAN_ABI_ISA, LONGSPAN_ABI_THREADS)
+#define LONGSPAN_VOCABULARY_PASTE(major, minor) v##major##_##minor
+#define LONGSPAN_VOCABULARY_JOIN(major, minor) LONGSPAN_VOCABULARY_PASTE(major, minor)
+#define LONGSPAN_VOCABULARY LONGSPAN_VOCABULARY_JOIN(LONGSPAN_VERSION_MAJOR, LONGSPAN_VERSION_MINOR)
+#define LONGSPAN_ABI                                                                                 \
+  LONGSPAN_ABI_JOIN(LONGSPAN_VOCABULARY, LONGSPAN_ABI_ISA, LONGSPAN_ABI_VECTORS, LONGSPAN_ABI_EIGEN, \
+                    LONGSPAN_ABI_MATH, LONGSPAN_ABI_ERRORS,                                          \
+                    LONGSPAN_ABI_JOIN(LONGSPAN_ABI_THREADS, LONGSPAN_ABI_CONTAINERS, , , , , , ), )
 
+/// Code, and every type with a member that is not LONGSPAN_INLINE.
 #define LONGSPAN_BEGIN \
   namespace longspan { \
   inline namespace LONGSPAN_ABI {
 #define LONGSPAN_END \
   }                  \
   }
+
+/// Types that are the same in all translation units of a version. No `detail` here: it would be a second one.
+#define LONGSPAN_VOCABULARY_BEGIN \
+  namespace longspan {            \
+  inline namespace LONGSPAN_VOCABULARY {
+#define LONGSPAN_VOCABULARY_END \
+  }                             \
+  }
+
+// ----------------------------------------------------------------------------------------------------------
+// How functions are compiled
+
+#if defined(__GNUC__) || defined(__clang__)
+#define LONGSPAN_INLINE inline __attribute__((always_inline))
+#define LONGSPAN_NOINLINE __attribute__((noinline))
+#elif defined(_MSC_VER)
+#define LONGSPAN_INLINE __forceinline
+#define LONGSPAN_NOINLINE __declspec(noinline)
+#else
+#define LONGSPAN_INLINE inline
+#define LONGSPAN_NOINLINE
+#endif

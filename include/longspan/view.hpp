@@ -6,7 +6,7 @@
 
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 /// Every size, stride, position and offset: 64 bits, signed, counted in elements.
 using Index = std::ptrdiff_t;
@@ -19,8 +19,8 @@ struct MatrixView {
   Index cols = 0;
   Index row_stride = 0;
 
-  constexpr T* row(Index i) const noexcept { return data + i * row_stride; }
-  constexpr operator MatrixView<const T>() const noexcept
+  LONGSPAN_INLINE constexpr T* row(Index i) const noexcept { return data + i * row_stride; }
+  LONGSPAN_INLINE constexpr operator MatrixView<const T>() const noexcept
   requires(!std::is_const_v<T>)
   {
     return {data, rows, cols, row_stride};
@@ -43,21 +43,23 @@ struct TensorView {
   Index head_stride = 0;
   Index row_stride = 0;
 
-  constexpr T* row(Index b, Index h, Index i) const noexcept {
+  LONGSPAN_INLINE constexpr T* row(Index b, Index h, Index i) const noexcept {
     return data + b * batch_stride + h * head_stride + i * row_stride;
   }
-  constexpr MatrixView<T> matrix(Index b, Index h) const noexcept {
+  LONGSPAN_INLINE constexpr MatrixView<T> matrix(Index b, Index h) const noexcept {
     return {row(b, h, 0), rows, cols, row_stride};
   }
-  constexpr bool empty() const noexcept { return batch == 0 || heads == 0 || rows == 0 || cols == 0; }
+  LONGSPAN_INLINE constexpr bool empty() const noexcept {
+    return batch == 0 || heads == 0 || rows == 0 || cols == 0;
+  }
   /// Rows [first, first + count) of every head.
-  constexpr TensorView slice_rows(Index first, Index count) const noexcept {
+  LONGSPAN_INLINE constexpr TensorView slice_rows(Index first, Index count) const noexcept {
     TensorView part = *this;
     part.data = empty() ? data : row(0, 0, first);
     part.rows = count;
     return part;
   }
-  constexpr operator TensorView<const T>() const noexcept
+  LONGSPAN_INLINE constexpr operator TensorView<const T>() const noexcept
   requires(!std::is_const_v<T>)
   {
     return {data, batch, heads, rows, cols, batch_stride, head_stride, row_stride};
@@ -77,10 +79,10 @@ struct RowsView {
   Index head_stride = 0;
   Index row_stride = 1;
 
-  constexpr T& operator()(Index b, Index h, Index i) const noexcept {
+  LONGSPAN_INLINE constexpr T& operator()(Index b, Index h, Index i) const noexcept {
     return data[b * batch_stride + h * head_stride + i * row_stride];
   }
-  constexpr operator RowsView<const T>() const noexcept
+  LONGSPAN_INLINE constexpr operator RowsView<const T>() const noexcept
   requires(!std::is_const_v<T>)
   {
     return {data, batch, heads, rows, batch_stride, head_stride, row_stride};
@@ -89,14 +91,16 @@ struct RowsView {
 
 /// A compact [batch, heads, rows, cols] buffer, last dimension fastest.
 template <class T>
-constexpr TensorView<T> compact_view(T* data, Index batch, Index heads, Index rows, Index cols) noexcept {
+LONGSPAN_INLINE constexpr TensorView<T> compact_view(T* data, Index batch, Index heads, Index rows,
+                                                     Index cols) noexcept {
   return {data, batch, heads, rows, cols, heads * rows * cols, rows * cols, cols};
 }
 
 /// A compact [batch, heads, rows] buffer.
 template <class T>
-constexpr RowsView<T> compact_rows_view(T* data, Index batch, Index heads, Index rows) noexcept {
+LONGSPAN_INLINE constexpr RowsView<T> compact_rows_view(T* data, Index batch, Index heads,
+                                                        Index rows) noexcept {
   return {data, batch, heads, rows, heads * rows, rows, 1};
 }
 
-LONGSPAN_END
+LONGSPAN_VOCABULARY_END

@@ -37,14 +37,6 @@
 
 LONGSPAN_BEGIN
 
-/// What a dilated_cache keeps beyond the rows that later queries see.
-struct dilated_cache_options {
-  /// So many of the last tokens can always be taken back, counted from the largest size that the stream has
-  /// had: a segment that closes keeps its rows for that many tokens more. 16 cost at most one closed segment
-  /// and 16 / r rows for each branch (w, r).
-  Index rollback = 16;
-};
-
 /// A causal dilated_attention carried from call to call: `extend` appends rows after those of the calls
 /// before, and each query gets what the one call over all rows would write for it.
 ///
@@ -374,18 +366,6 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
 template <Mask M, Score S, Position P>
 dilated_cache(dilated_attention<M, S, P>, StreamShape, dilated_cache_options = {})
     -> dilated_cache<float, M, S, P>;
-
-template <Mask M, Score S, Position P>
-template <StoredElement T>
-dilated_cache<T, M, S, P> dilated_attention<M, S, P>::stream(const StreamShape& shape) const {
-  return {*this, shape};
-}
-template <Mask M, Score S, Position P>
-template <StoredElement T>
-dilated_cache<T, M, S, P> dilated_attention<M, S, P>::stream(const StreamShape& shape,
-                                                             const dilated_cache_options& options) const {
-  return {*this, shape, options};
-}
 
 LONGSPAN_END
 

@@ -29,7 +29,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_VOCABULARY_BEGIN
 
 struct hybrid_options {
   Index block = 64;            ///< keys of a block: every block-th key of the stream is a landmark
@@ -44,6 +44,10 @@ struct hybrid_options {
   InfiniRule rule = InfiniRule::linear;  ///< how blocks are written to the memory
   InfiniFirst first = InfiniFirst::bypass;  ///< before anything is: the window and retrieval alone
 };
+
+LONGSPAN_VOCABULARY_END
+
+LONGSPAN_BEGIN
 
 /// With A what a landmark_cache with an exact window gives, tokens of the window and landmarks of retrieved
 /// blocks in one softmax, and M, z an Infini memory of all tokens evicted before the block of the query,

@@ -31,15 +31,6 @@
 
 LONGSPAN_BEGIN
 
-/// What an infini_memory keeps beyond the memory and the open segment.
-struct infini_memory_options {
-  /// So many of the last tokens of a batch row can always be taken back, counted from the largest size that it
-  /// has had. Unless 0 the stream keeps a second memory, M and z as they were at a segment border that is at
-  /// least so old, and the rows since: 2 * segment + rollback of them at most. A segment is written a second
-  /// time, to that memory, if rollback is longer than a segment.
-  Index rollback = 0;
-};
-
 /// infini_attention carried from call to call: `extend` appends rows after those of the calls before. When a
 /// segment is full it is written to the memory and, but for `rollback`, forgotten.
 ///
@@ -376,18 +367,6 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
   std::vector<std::int64_t> written_;  ///< tokens that its memory has taken
   std::vector<detail::ClosedSegments> closed_;  ///< that are in its memory and can be opened again
 };
-
-template <class Local, FeatureMap F>
-template <Element T>
-auto infini_attention<Local, F>::stream(const StreamShape& shape) const {
-  return infini_memory<T, Local, F>(*this, shape);
-}
-template <class Local, FeatureMap F>
-template <Element T>
-auto infini_attention<Local, F>::stream(const StreamShape& shape,
-                                        const infini_memory_options& options) const {
-  return infini_memory<T, Local, F>(*this, shape, options);
-}
 
 LONGSPAN_END
 

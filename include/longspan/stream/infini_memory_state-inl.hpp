@@ -49,6 +49,11 @@ std::vector<StateField> options_of_local(const Local& local) {
   return fields;
 }
 
+template <class Local>
+inline constexpr bool is_softmax_attention = false;
+template <class M, class S, class P>
+inline constexpr bool is_softmax_attention<softmax_attention<M, S, P>> = true;
+
 /// What an infini_memory and a file have to share: what shaped M, z and the rows, and what decides how they are
 /// read.
 template <class T, class Attend>
@@ -56,7 +61,7 @@ std::vector<StateField> infini_fields(const Attend& attend, const StreamShape& s
   const auto yes_or_no = [](std::int64_t x) { return std::string(x == 0 ? "false" : "true"); };
   const auto& local = attend.local;
   std::int64_t kind = 99;
-  if (fits_any_segment<std::remove_cvref_t<decltype(local)>>) kind = 1;
+  if (is_softmax_attention<std::remove_cvref_t<decltype(local)>>) kind = 1;
   if constexpr (requires { local.branches, local.phase; }) kind = 2;
   if constexpr (requires { local.at, local.leak; }) kind = 3;
   std::vector<StateField> fields{

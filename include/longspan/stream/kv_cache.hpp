@@ -35,22 +35,6 @@
 
 LONGSPAN_BEGIN
 
-/// How a kv_cache keeps its rows.
-struct kv_cache_options {
-  /// Tokens in a page. 0: all tokens in one array, which grows by doubling. The kernels take every page by
-  /// itself: a token against 32768 (float, 32 heads on 8 of 128) costs 5 to 20 % more with pages of 256 than
-  /// with an array, 5 to 30 % with 64 and 15 to 50 % with 16; a chunk of 512 against 4096 1, 5 and 13 %.
-  Index page = 0;
-  /// Evict a page when the mask will show none of its keys again: with `causal{} & window{W}`, or
-  /// `causal{} & (window{W} | sinks{4})`, a ring of about (W + rollback) / page + 2 pages remains: 38 MB and
-  /// 1.1 ms for a token (W 4096, page 256, sizes as above, one thread) after 2^22 tokens as after 2^13. An
-  /// array keeps everything.
-  bool forget = true;
-  /// The last `rollback` tokens before the largest size that the stream has had can be taken back: pages are
-  /// evicted that much later. Tokens that stay have the results and bits of a stream that never saw the others.
-  Index rollback = 16;
-};
-
 /// softmax_attention carried from call to call: `extend` appends rows after those of the calls before, and each
 /// query sees what one call over all rows would show it.
 ///
@@ -345,18 +329,6 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   std::tuple<std::vector<float>, std::vector<double>> queries_;  ///< of one call, encoded
   Index full_pages_ = 0;                                         ///< when pages were last evicted
 };
-
-template <Mask M, Score S, Position P>
-template <StoredElement T>
-kv_cache<T, M, S, P> softmax_attention<M, S, P>::stream(const StreamShape& shape) const {
-  return {*this, shape};
-}
-template <Mask M, Score S, Position P>
-template <StoredElement T>
-kv_cache<T, M, S, P> softmax_attention<M, S, P>::stream(const StreamShape& shape,
-                                                        const kv_cache_options& options) const {
-  return {*this, shape, options};
-}
 
 LONGSPAN_END
 

@@ -70,7 +70,9 @@ LONGSPAN_BEGIN
 ///           an earlier one has all blocks that were sealed `rollback` tokens before its end, size() tokens,
 ///           whenever the process ended; the later tokens have to come again. (Not when the machine stops:
 ///           nothing is flushed to the disk.) Opening reads the file once, compares its checksums, and locks
-///           it. A copy shares the blocks, and keeps in memory what it seals itself.
+///           it. A copy shares the blocks, and keeps in memory what it seals itself. If another
+///           process shortens the file, reading it raises SIGBUS. After fork() parent and child hold the same
+///           lock: only one of them may use the cache again.
 /// Error     that of landmark_attention over the rows as they are kept; int8 rounds each element of a sealed
 ///           row by 1 / 254 of the largest of the row.
 /// Bits      do not depend on the executor, nor on how many threads it has.

@@ -20,13 +20,6 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__GNUC__) || defined(__clang__)
-#define LONGSPAN_INLINE inline __attribute__((always_inline))
-#define LONGSPAN_NOINLINE __attribute__((noinline))
-#else
-#define LONGSPAN_INLINE inline
-#define LONGSPAN_NOINLINE
-#endif
 #if defined(__clang__)
 #define LONGSPAN_UNROLL _Pragma("clang loop unroll(full)")
 #define LONGSPAN_UNROLL_BY_2 _Pragma("clang loop unroll_count(2)")
