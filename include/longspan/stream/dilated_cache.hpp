@@ -356,8 +356,8 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         2 * keys * static_cast<double>(q.batch * q.rows * (shape_.head_dim + shape_.value_dim));
     const Causal mask = causal_mask();
     detail::run_where_it_pays(flop, detail::least_parallel_tile_flop, executor, [&](const auto& where) {
-      detail::run_dilated<detail::FloatProducts<Real>>(problem, stored, dilation, mask, attend_.score,
-                                                       no_position{}, where, workspace);
+      detail::run_dilated<detail::FloatArithmetic<Real>>(problem, stored, dilation, mask, attend_.score,
+                                                         no_position{}, where, workspace);
     });
   }
 

@@ -114,11 +114,11 @@ void landmark_cache<T, P, Map, Finder>::score_candidates(Index b, Index kv_head,
                                                          const ScoresOf& scores_of) const {
   for (Index g = 0; g < queries.rows; ++g) {
     Real* of_query = scores_of(g);
-    std::fill(of_query + blocks.begin, of_query + blocks.end, detail::FloatProducts<Real>::hidden);
+    std::fill(of_query + blocks.begin, of_query + blocks.end, detail::FloatArithmetic<Real>::masked_score);
     const MatrixView<const Real> query{queries.row(g), 1, queries.cols, queries.row_stride};
     std::vector<Real> plain(at(query.cols));
     for (Index c = 0; c < query.cols; ++c)
-      plain[at(c)] = query.row(0)[detail::place_of<Real, T>(c, query.cols)];
+      plain[at(c)] = query.row(0)[detail::interleaved_index<Real, T>(c, query.cols)];
     for (const Index number : finder_.candidates(b, kv_head, std::span<const Real>(plain))) {
       const Index n = number - held_.dropped;
       if (!blocks.contains(n)) continue;

@@ -269,7 +269,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     detail::encode_alike(position_, MatrixView<Real>{to, group(), shape_.head_dim, padded_head_dim()}, place,
                          Role::query);
     for (Index g = 0; g < group(); ++g)
-      detail::place_columns<Tk>(to + g * padded_head_dim(), shape_.head_dim);
+      detail::interleave_columns<Tk>(to + g * padded_head_dim(), shape_.head_dim);
   }
 
   detail::LandmarkStore<T> empty_store() const {

@@ -247,7 +247,7 @@ TEMPLATE_TEST_CASE("sums_of_rows: the bits of sum_in_pairs, row by row", "[simd]
 TEMPLATE_TEST_CASE("held: the packet as it is, NaN and -0 too", "[simd]", float, double) {
   test::Random random(11);
   const Lanes<TestType> x = random_lanes<TestType>(random, true);
-  CHECK(same(lanes_of(detail::held(packet(x))), x));
+  CHECK(same(lanes_of(detail::in_register(packet(x))), x));
 }
 
 TEST_CASE("prefetch: of memory that is not there does nothing", "[simd]") {

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "longspan/detail/call/arena.hpp"
-#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
 #include "support/catch.hpp"
 #include "support/masks.hpp"
 #include "support/random.hpp"
@@ -40,7 +40,7 @@ using detail::TileMask;
 namespace {
 
 template <class Real>
-inline constexpr Index keys_in_block = detail::FloatProducts<Real>::keys_in_block;
+inline constexpr Index keys_in_block = detail::FloatArithmetic<Real>::keys_in_block;
 
 /// A block of keys as the kernel meets it.
 struct Block {

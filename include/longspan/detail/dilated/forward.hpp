@@ -74,13 +74,13 @@ struct TensorRows {
   }
 };
 
-template <class Products, class Source, class Tq, class To, Mask M, Score S, Position P, bool unmet>
+template <class Policy, class Source, class Tq, class To, Mask M, Score S, Position P, bool unmet>
 class Dilated {
  public:
   using Tk = typename Source::Key;
   using Tv = typename Source::Value;
   using Call = Problem<Tq, Tk, Tv, To>;
-  using Real = typename Products::Real;
+  using Real = typename Policy::Real;
 
   /// Of the keys and values in `call` only the shapes are read.
   Dilated(const Call& call, const Source& source, const Dilation& dilation, const M& mask, const S& score,
@@ -118,7 +118,7 @@ class Dilated {
   using TilePosition = decltype(dilated_position(std::declval<const P&>(), {}));
 
   struct Worker {
-    RowTiles<Products, Tk, Tv, TileMask, TileScore, TilePosition> tiles;
+    RowTiles<Policy, Tk, Tv, TileMask, TileScore, TilePosition> tiles;
     RowAccumulator<Real> rows;
   };
 
@@ -221,10 +221,10 @@ class Dilated {
   void add_key_of_zeros(const Accumulator<Real>& seen, Index lane, Index b, Index h, Index n,
                         Index key) const {
     const Real s = static_cast<Real>(score_(ScoreValue<S, Real>(0), b, h, n, key)) * score_unit<Real>;
-    const Real top = std::max(seen.top[lane], s);
-    const Real kept = std::exp((seen.top[lane] - top) / score_unit<Real>);
-    seen.top[lane] = top;
-    seen.sum[lane] = seen.sum[lane] * kept + std::exp((s - top) / score_unit<Real>);
+    const Real row_max = std::max(seen.row_max[lane], s);
+    const Real kept = std::exp((seen.row_max[lane] - row_max) / score_unit<Real>);
+    seen.row_max[lane] = row_max;
+    seen.sum[lane] = seen.sum[lane] * kept + std::exp((s - row_max) / score_unit<Real>);
     for (Index c = 0; c < seen.columns; ++c) seen.o[c * seen.stride + lane] *= kept;
   }
 
@@ -239,12 +239,12 @@ class Dilated {
 };
 
 /// Runs the pass whose kind of mask the call needs.
-template <class Products, class Source, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P,
+template <class Policy, class Source, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P,
           class E>
 void run_dilated(const Problem<Tq, Tk, Tv, To>& call, const Source& source, const Dilation& dilation,
                  const M& mask, const S& score, const P& position, const E& executor, Workspace& workspace) {
   const auto run = [&]<bool unmet>(std::bool_constant<unmet>) {
-    using Pass = Dilated<Products, Source, Tq, To, M, S, P, unmet>;
+    using Pass = Dilated<Policy, Source, Tq, To, M, S, P, unmet>;
     Pass(call, source, dilation, mask, score, position, executor.workers()).run(executor, workspace);
   };
   if constexpr (RangeMask<M>) {
@@ -262,15 +262,15 @@ void dilated_forward(const Problem<Tq, Tk, Tv, To>& call, const Dilation& dilati
                                    call.head_dim(), call.value_dim(), false, dilation.phase);
   const TensorRows<Tk, Tv> source{call.k, call.v, call.group()};
   run_where_it_pays(flop, least_parallel_tile_flop, executor, [&](const auto& where) {
-#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
     constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
     if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
       if (bf16_products && static_cast<float>(call.scale) > 1e-30f && call.head_dim() % 2 == 0)
-        return run_dilated<Bf16Products>(call, source, dilation, mask, score, position, where, workspace);
+        return run_dilated<Bf16Arithmetic>(call, source, dilation, mask, score, position, where, workspace);
     }
 #endif
-    run_dilated<FloatProducts<Arithmetic<Tq>>>(call, source, dilation, mask, score, position, where,
-                                               workspace);
+    run_dilated<FloatArithmetic<Arithmetic<Tq>>>(call, source, dilation, mask, score, position, where,
+                                                 workspace);
   });
 }
 

@@ -11,7 +11,7 @@
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/simd/packet.hpp"
-#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
 #include "longspan/detail/tile/key_block.hpp"
 #include "longspan/detail/tile/microkernel.hpp"
 #include "longspan/detail/tile/query_lanes.hpp"
@@ -130,7 +130,7 @@ class MemoryRead {
       quotients<wide>(memory_.norm(kv_head), scratch.phi, by);
       value_rows<wide>(static_cast<const Real*>(memory_.matrix(kv_head)), memory_.stride(),
                        round_up(memory_.value_dim, tile_rows), static_cast<const Real*>(scratch.phi), stride,
-                       q_.cols, scratch.read, stride, Into::fresh, unscaled<Real>);
+                       q_.cols, scratch.read, stride, Accumulate::overwrite, unscaled<Real>);
     });
     const Real* shares_of_memory = shares_.memory + h * shares_.head_stride;
     const Real* shares_of_other = shares_.other + h * shares_.head_stride;
@@ -162,7 +162,7 @@ class MemoryRead {
           return static_cast<const Real*>(scratch.rows + row * q_.cols);
         }
       };
-      FloatProducts<Real>::pack(row_of, q_.cols, Real(1), scratch.phi + lane, stride);
+      FloatArithmetic<Real>::pack(row_of, q_.cols, Real(1), scratch.phi + lane, stride);
     }
     for (Index at = 0; at < q_.cols * stride; at += w) {
       store(scratch.phi + at, feature_of(feature_, load<Real>(scratch.phi + at)));
@@ -302,7 +302,8 @@ class MemoryWrite {
         values = v_.row(b, h, first);
         values_stride = v_.row_stride;
       }
-      multiply(values, values_stride, rows, in_block, first == 0 ? Into::fresh : Into::continued, scratch);
+      multiply(values, values_stride, rows, in_block, first == 0 ? Accumulate::overwrite : Accumulate::add,
+               scratch);
     }
     Real* m = memory_.matrix(head) + first_row * stride;
     for (Index at = 0; at < rows * stride; at += w)
@@ -349,7 +350,7 @@ class MemoryWrite {
     }
   }
 
-  void multiply(const Real* values, Index values_stride, Index rows, Index keys, Into into,
+  void multiply(const Real* values, Index values_stride, Index rows, Index keys, Accumulate into,
                 const Scratch& scratch) const {
     const Index stride = memory_.stride();
     for (Index column = 0; column < stride; column += tile_packets * w) {

@@ -153,7 +153,7 @@ class LandmarkStore {
            array_bytes<Open>(function, batch_ * kv_heads_ * open * (head_dim_ + value_dim_));
   }
   void save(StateWriter& writer) const;
-  /// Into an empty store.
+  /// Accumulate an empty store.
   void load(StateReader& reader, Index blocks, Index dropped, Index open);
 
  private:

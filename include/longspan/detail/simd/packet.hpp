@@ -218,7 +218,7 @@ LONGSPAN_INLINE void prefetch(const void* from, Index bytes, Index ahead = 0) {
 /// take 12 GB/s, held 36. (Before AVX an instruction overwrites a register that it reads: there copies would cost
 /// more than reading again.)
 template <class Real>
-LONGSPAN_INLINE Packet<Real> held(Packet<Real> x) {
+LONGSPAN_INLINE Packet<Real> in_register(Packet<Real> x) {
 #if (defined(__GNUC__) || defined(__clang__)) && defined(EIGEN_VECTORIZE_AVX)
   asm("" : "+v"(x.raw));
 #endif

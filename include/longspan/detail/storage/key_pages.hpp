@@ -283,7 +283,7 @@ void KeyPages<T>::save(StateWriter& writer) const {
   }
 }
 
-/// Into an empty object, which is thrown away where the file ends early. Memory is taken part by part, as the
+/// Accumulate an empty object, which is thrown away where the file ends early. Memory is taken part by part, as the
 /// parts before arrive.
 template <StoredElement T>
 void KeyPages<T>::load(StateReader& reader, Index size) {
