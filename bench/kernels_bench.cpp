@@ -103,7 +103,7 @@ void run_values(benchmark::State& state, Index keys, Index value_dim) {
   const auto call = [&] {
     longspan::detail::value_rows<packets>(v.view().data, value_dim, value_dim, p.view().data, of_tile,
                                           std::span(&all, 1), o.view().data, of_tile,
-                                          longspan::detail::Into::rescaled, scale.view().data);
+                                          longspan::detail::Accumulate::rescale, scale.view().data);
   };
   call();
   double worst = 0;
@@ -136,7 +136,7 @@ void run_weights(benchmark::State& state, Index keys) {
   const auto call = [&] {
     std::copy(scores.values().begin(), scores.values().end(), p.values().begin());
     std::fill(total.values().begin(), total.values().end(), 0.0f);
-    longspan::detail::weigh_rows<packets>(p.view().data, stride, keys, shift.view().data, total.view().data);
+    longspan::detail::exp_rows<packets>(p.view().data, stride, keys, shift.view().data, total.view().data);
   };
   call();
   double worst = 0;
@@ -163,12 +163,12 @@ void add_tiles() {
     add("score_rows" + shape, [d](benchmark::State& state) { run_scores<packets>(state, 128, d); });
     add("value_rows" + shape, [d](benchmark::State& state) { run_values<packets>(state, 128, d); });
   }
-  add("weigh_rows" + tile + "/keys:128", [](benchmark::State& state) { run_weights<packets>(state, 128); });
+  add("exp_rows" + tile + "/keys:128", [](benchmark::State& state) { run_weights<packets>(state, 128); });
 }
 
 void add_all() {
   add("weight/n:2048", [](benchmark::State& state) {
-    run_exponential(state, 2, 2, [](Packet<float> x) { return longspan::detail::weight(x); });
+    run_exponential(state, 2, 2, [](Packet<float> x) { return longspan::detail::exp_score(x); });
   });
   // Eigen's own exponential, for comparison.
   add("eigen_exp/n:2048", [](benchmark::State& state) {

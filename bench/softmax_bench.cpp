@@ -209,7 +209,7 @@ constexpr double storage_rounding() {
 
 template <class Mask, class T>
 void run_softmax(benchmark::State& state, LastData& last, Data<T>& data, Index threads, bool products) {
-#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
   const bool uses_products = products && std::is_same_v<T, Eigen::bfloat16>;
 #else
   const bool uses_products = false;

@@ -68,11 +68,11 @@ template <class Real>
   Packet<Real> sum[fma_chains];
   LONGSPAN_UNROLL
   for (int c = 0; c < fma_chains; ++c) sum[c] = longspan::detail::load(start + c);
-  const Packet<Real> shrink = broadcast(start[0]), add = broadcast(start[1]);
+  const Packet<Real> rescale = broadcast(start[0]), add = broadcast(start[1]);
   LONGSPAN_NO_UNROLL
   for (Index n = 0; n < rounds; ++n) {
     LONGSPAN_UNROLL
-    for (int c = 0; c < fma_chains; ++c) sum[c] = longspan::detail::fma(sum[c], shrink, add);
+    for (int c = 0; c < fma_chains; ++c) sum[c] = longspan::detail::fma(sum[c], rescale, add);
   }
   LONGSPAN_UNROLL
   for (int c = 1; c < fma_chains; ++c) sum[0] = sum[0] + sum[c];

@@ -6,7 +6,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// What a call of a functor needs of its mask and its score: positions first_query .. first_query + q_len - 1 of
 /// the queries, keys 0 .. kv_len - 1, query heads 0 .. heads - 1, batch rows 0 .. batch - 1. `function` names the
@@ -40,4 +40,4 @@ void check_parts(const Functor& attend, const CallSizes& sizes) {
 
 }  // namespace detail
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

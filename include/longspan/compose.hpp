@@ -17,7 +17,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// Softmax attention over the keys of all parts together:
 ///
@@ -237,4 +237,4 @@ struct per_head : detail::FunctorCalls<per_head<F...>, (PartialFunctor<F> && ...
 template <class... F>
 per_head(for_heads<F>...) -> per_head<F...>;
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

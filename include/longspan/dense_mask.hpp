@@ -18,7 +18,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 template <class T>
@@ -52,7 +52,7 @@ struct MaskRows {
   std::uint64_t bits(Index b, Index h, Index i, Index first, std::uint64_t asked, const Read& read) const {
     const Word* of_query = row(b, h, i);
     const Index from = std::max<Index>(first, 0);
-    const Index end = std::min(keys, first + (64 - std::countl_zero(asked)));
+    const Index end = (std::min)(keys, first + (64 - std::countl_zero(asked)));
     if (of_query == nullptr || end <= from) return 0;
     return read(of_query, from, end - from) << (from - first);
   }
@@ -186,4 +186,4 @@ class bit_mask {
 template <class Word, class... Sizes>
 bit_mask(TensorView<Word>, Sizes...) -> bit_mask<std::remove_const_t<Word>>;
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

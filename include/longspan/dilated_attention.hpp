@@ -22,7 +22,7 @@
 #include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 template <StoredElement T, Mask M, Score S, Position P>
 class dilated_cache;
@@ -128,4 +128,4 @@ dilated_attention(std::vector<Branch>, Parts...)
                          detail::PartOf<detail::ScorePart, unchanged, Parts...>,
                          detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -39,7 +39,7 @@ enum class Overlap : std::uint8_t {
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// The offset of head `h` of `heads` in the segments of a branch, in [0, dilation).
 constexpr Index head_offset(Phase phase, Index h, Index heads, Index dilation) noexcept {
@@ -80,15 +80,15 @@ inline Index padded_length(std::span<const Branch> branches, Index kv_len) {
   Index longest = kv_len;
   for (const Branch& branch : branches) {
     if (kv_len == 0) break;
-    const Index segment = std::min(branch.segment, kv_len), step = std::min(branch.dilation, segment);
-    longest = std::max(longest, (kv_len - 1) / segment * segment + (segment + step - 1) / step * step);
+    const Index segment = (std::min)(branch.segment, kv_len), step = (std::min)(branch.dilation, segment);
+    longest = (std::max)(longest, (kv_len - 1) / segment * segment + (segment + step - 1) / step * step);
   }
   return longest;
 }
 
 /// The branch (segment, dilation) times `ratio`, each at most the largest Index.
 constexpr Branch times(const Branch& branch, Index ratio) noexcept {
-  constexpr Index most = std::numeric_limits<Index>::max();
+  constexpr Index most = (std::numeric_limits<Index>::max)();
   return {branch.segment > most / ratio ? most : branch.segment * ratio,
           branch.dilation > most / ratio ? most : branch.dilation * ratio};
 }
@@ -180,7 +180,7 @@ inline double dilated_path_length(Index first_segment, Index ratio, Index length
   if (ratio < 2) detail::refuse("dilated_path_length", "the ratio", std::to_string(ratio), "at least 2");
   const double reach = static_cast<double>(length) * static_cast<double>(ratio - 1) /
                        static_cast<double>(std::max<Index>(1, first_segment));
-  return std::max(1.0, std::log(reach) / std::log(static_cast<double>(ratio)));
+  return (std::max)(1.0, std::log(reach) / std::log(static_cast<double>(ratio)));
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -12,7 +12,7 @@
 #include "longspan/error.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 namespace detail {
 
@@ -133,4 +133,4 @@ auto rows_view(X&& x) {
       x.data(), 1, 1, static_cast<Index>(x.size()), 0, 0, static_cast<Index>(x.innerStride())};
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -26,7 +26,7 @@ class Error : public std::invalid_argument {
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Throws Error. Compiled with -fno-exceptions it calls LONGSPAN_ERROR_HANDLER(text) if the including program
@@ -83,4 +83,4 @@ std::string shape_text(const RowsView<T>& x) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

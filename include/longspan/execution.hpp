@@ -13,7 +13,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// Runs on the caller's thread.
 struct serial {
@@ -157,4 +157,4 @@ void with_executor(E& execution, const Work& work) {
 
 }  // namespace detail
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

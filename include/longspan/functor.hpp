@@ -5,7 +5,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// Called with q, k, v and out, of T, and an execution if wanted.
 template <class F, class T = float>
@@ -24,4 +24,4 @@ concept PartialFunctor =
       attend(in, in, in, out, lse, execution);
     };
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

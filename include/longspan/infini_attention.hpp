@@ -21,7 +21,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 template <Element T, class Local, FeatureMap F>
 class infini_memory;
@@ -129,7 +129,7 @@ struct infini_attention {
 
   /// Throws Error unless the local functor fits a whole segment of a stream of that shape.
   void check_segment(const StreamShape& shape) const {
-    const Index rows = std::min(segment, Index{1} << 60);
+    const Index rows = (std::min)(segment, Index{1} << 60);
     const auto of = [&](Index heads, Index cols) {
       return compact_view<const float>(nullptr, shape.batch, heads, rows, cols);
     };
@@ -171,7 +171,7 @@ struct infini_attention {
   template <class Call, class Work>
   void for_each_segment(const Call& call, const Work& work) const {
     for (Index begin = 0; begin < call.kv_len();) {
-      const auto part = detail::part_of(call, begin, std::min(segment, call.kv_len() - begin));
+      const auto part = detail::part_of(call, begin, (std::min)(segment, call.kv_len() - begin));
       work(part, begin, [&](Index b) {
         return lengths.empty()
                    ? part.kv_len()
@@ -186,7 +186,7 @@ struct infini_attention {
     using Real = typename Call::Real;
     detail::MemoryView<Real> memory{nullptr,      nullptr,         call.k.batch,
                                     call.k.heads, call.head_dim(), call.value_dim()};
-    const Index rows = std::min(segment, call.kv_len());
+    const Index rows = (std::min)(segment, call.kv_len());
     const auto take = [&](detail::Arena& arena) {
       memory.m = arena.take<Real>(memory.m_size());
       memory.z = arena.take<Real>(memory.z_size());
@@ -225,4 +225,4 @@ template <class Local, FeatureMap F = elu_plus_one>
 infini_attention(Local, F = {}) -> infini_attention<Local, F>;
 infini_attention() -> infini_attention<>;
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

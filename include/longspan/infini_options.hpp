@@ -26,7 +26,7 @@ enum class InfiniFirst : std::uint8_t {
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// A sum phi(q).z below it counts as it, so that no quotient is infinite.
 inline constexpr double infini_least_norm = 1e-10;
@@ -50,4 +50,4 @@ concept FeatureMap = std::is_object_v<F> && requires(const F& feature, double x)
   { feature(x) } -> std::convertible_to<double>;
 };
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

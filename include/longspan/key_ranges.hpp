@@ -12,7 +12,7 @@ LONGSPAN_VOCABULARY_BEGIN
 
 /// The keys begin .. end - 1; empty when end <= begin. Whatever is outside of [lowest, highest] counts as these.
 struct KeyRange {
-  static constexpr Index highest = std::numeric_limits<Index>::max() / 4;  // room to add two of them
+  static constexpr Index highest = (std::numeric_limits<Index>::max)() / 4;  // room to add two of them
   static constexpr Index lowest = -highest;
 
   Index begin = 0;
@@ -26,25 +26,26 @@ struct KeyRange {
     return begin <= inner.begin && inner.end <= end;
   }
   LONGSPAN_INLINE constexpr bool overlaps(KeyRange other) const noexcept {
-    return std::max(begin, other.begin) < std::min(end, other.end);
+    return (std::max)(begin, other.begin) < (std::min)(end, other.end);
   }
   LONGSPAN_INLINE constexpr bool operator==(const KeyRange&) const = default;
 };
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// x + y, kept between KeyRange::lowest and KeyRange::highest, whatever x and y are.
 constexpr Index saturating_sum(Index x, Index y) noexcept {
-  if (y > 0) return x > KeyRange::highest - y ? KeyRange::highest : std::max(KeyRange::lowest, x + y);
-  return x < KeyRange::lowest - y ? KeyRange::lowest : std::min(KeyRange::highest, x + y);
+  if (y > 0) return x > KeyRange::highest - y ? KeyRange::highest : (std::max)(KeyRange::lowest, x + y);
+  return x < KeyRange::lowest - y ? KeyRange::lowest : (std::min)(KeyRange::highest, x + y);
 }
 /// x - y, kept likewise.
 constexpr Index saturating_difference(Index x, Index y) noexcept {
   // The negative of the lowest Index is none. One more or less is the same beyond these bounds.
-  return saturating_sum(x, y < -std::numeric_limits<Index>::max() ? std::numeric_limits<Index>::max() : -y);
+  return saturating_sum(x,
+                        y < -(std::numeric_limits<Index>::max)() ? (std::numeric_limits<Index>::max)() : -y);
 }
 
 constexpr KeyRange within_bounds(KeyRange range) noexcept {
@@ -75,7 +76,8 @@ class KeyRanges {
     while (first < count_ && ranges_[at(first)].end < range.begin) ++first;
     int last = first;  // ranges [first, last) touch the new one and become part of it
     for (; last < count_ && ranges_[at(last)].begin <= range.end; ++last) {
-      range = {std::min(range.begin, ranges_[at(last)].begin), std::max(range.end, ranges_[at(last)].end)};
+      range = {(std::min)(range.begin, ranges_[at(last)].begin),
+               (std::max)(range.end, ranges_[at(last)].end)};
     }
     if (last == first) {
       std::move_backward(ranges_.begin() + first, ranges_.begin() + count_, ranges_.begin() + count_ + 1);
@@ -114,9 +116,9 @@ constexpr KeyRanges united(KeyRanges a, const KeyRanges& b) {
 constexpr KeyRanges intersection(const KeyRanges& a, const KeyRanges& b) {
   KeyRanges common;
   for (const KeyRange& x : a) {
-    for (const KeyRange& y : b) common.add({std::max(x.begin, y.begin), std::min(x.end, y.end)});
+    for (const KeyRange& y : b) common.add({(std::max)(x.begin, y.begin), (std::min)(x.end, y.end)});
   }
   return common;
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

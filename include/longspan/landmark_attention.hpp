@@ -33,7 +33,7 @@ enum class LandmarkSoftmax : unsigned char {
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// out[i] = sum_j g_ij v[j] + sum_m g_im o_m over the tokens j of i's own block and the other blocks m, with
 /// o_m = sum_t softmax_t(s_it) v[t] over the tokens t of block m, and g the softmax over the scores s_ij of
@@ -119,7 +119,7 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
     }
     Index blocks = 0;
     for (Index b = 0; b < (at.same_in_all_rows() ? 1 : call.k.batch); ++b)
-      blocks = std::max(blocks, at.count(b, call.kv_len()));
+      blocks = (std::max)(blocks, at.count(b, call.kv_len()));
     if (gate_keep.data != nullptr) detail::check_view(name, "gate_keep", gate_keep);
     if (gate_keep.data != nullptr && (gate_keep.batch != call.q.batch || gate_keep.heads != call.q.heads ||
                                       gate_keep.rows != call.q.rows || gate_keep.cols < blocks)) {
@@ -152,4 +152,4 @@ landmark_attention(landmarks, Parts...)
                           detail::PartOf<detail::ScorePart, unchanged, Parts...>,
                           detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -55,7 +55,7 @@ struct landmark_cache_options {
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 namespace detail {
 
@@ -95,7 +95,7 @@ struct TokenSample {
 
   /// At most `wanted` of `tokens`.
   static constexpr TokenSample of(Index tokens, Index wanted) noexcept {
-    const Index count = std::min(tokens, wanted), stride = count == 0 ? 1 : tokens / count;
+    const Index count = (std::min)(tokens, wanted), stride = count == 0 ? 1 : tokens / count;
     return {count == 0 ? 0 : (tokens - 1 - (count - 1) * stride) / 2, stride, count};
   }
 };
@@ -183,4 +183,4 @@ struct every_landmark {
   }
 };
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -31,7 +31,7 @@ enum class LandmarkLoss : unsigned char {
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 namespace detail {
 
@@ -186,4 +186,4 @@ inline Index landmark_chunk_length(Index context, Index block, Index top_k) {
   return (blocks - top_k - 1) * block;
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -10,7 +10,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// A landmark is the last key of its block: block m holds the keys behind landmark m - 1 up to landmark m,
 /// and the keys behind the last landmark are a block without one. Owns nothing.
@@ -40,7 +40,7 @@ class landmarks {
   /// behind the keys are in the open block at the end, positions before them in none, which is -1.
   constexpr Index block_of(Index b, Index j, Index kv_len) const noexcept {
     if (j < 0) return -1;
-    if (regular_) return std::min(j, kv_len) / length_;
+    if (regular_) return (std::min)(j, kv_len) / length_;
     const auto keys = list(b);
     return std::lower_bound(keys.begin(), keys.end(), j) - keys.begin();
   }
@@ -85,7 +85,7 @@ class landmarks {
   std::span<const std::span<const Index>> lists_;
 };
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END
 
 LONGSPAN_VOCABULARY_BEGIN
 

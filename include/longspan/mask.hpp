@@ -14,8 +14,8 @@
 #include <utility>
 
 #include "longspan/call_sizes.hpp"
-#include "longspan/error.hpp"
 #include "longspan/detail/simd/byte_bits.hpp"
+#include "longspan/error.hpp"
 #include "longspan/key_ranges.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -43,7 +43,7 @@ struct Tile {
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 // ----------------------------------------------------------------------------------------------------------
 // What a mask may offer. The least is `sees`; the rest makes it faster, and a mask that leaves it out is slow
@@ -299,7 +299,7 @@ struct both {
   constexpr Seen classify(const Tile& tile) const {
     const Seen of_a = longspan::classify(a, tile);
     if (of_a == Seen::none) return Seen::none;
-    return std::min(of_a, longspan::classify(b, tile));
+    return (std::min)(of_a, longspan::classify(b, tile));
   }
   constexpr KeyRanges key_ranges(const Tile& tile) const {
     return intersection(longspan::key_ranges(a, tile), longspan::key_ranges(b, tile));
@@ -308,7 +308,7 @@ struct both {
   requires(RangeMask<A> && RangeMask<B>)
   {
     const KeyRange of_a = a.keys(batch, i), of_b = b.keys(batch, i);
-    return {std::max(of_a.begin, of_b.begin), std::min(of_a.end, of_b.end)};
+    return {(std::max)(of_a.begin, of_b.begin), (std::min)(of_a.end, of_b.end)};
   }
   void check(const CallSizes& sizes) const {
     detail::check_part(a, sizes);
@@ -332,7 +332,7 @@ struct either {
   constexpr Seen classify(const Tile& tile) const {
     const Seen of_a = longspan::classify(a, tile);
     if (of_a == Seen::all) return Seen::all;
-    return std::max(of_a, longspan::classify(b, tile));
+    return (std::max)(of_a, longspan::classify(b, tile));
   }
   constexpr KeyRanges key_ranges(const Tile& tile) const {
     return united(longspan::key_ranges(a, tile), longspan::key_ranges(b, tile));
@@ -385,4 +385,4 @@ constexpr inverse<A> operator!(A a) {
   return {std::move(a)};
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

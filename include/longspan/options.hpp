@@ -13,10 +13,10 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// `first_query` of a functor: the last query is at the position of the last key.
-inline constexpr Index queries_end_at_keys = std::numeric_limits<Index>::min();
+inline constexpr Index queries_end_at_keys = (std::numeric_limits<Index>::min)();
 
 namespace detail {
 
@@ -38,4 +38,4 @@ inline double resolved_scale(std::string_view function, std::optional<double> sc
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -46,7 +46,7 @@ struct Partial {
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// A partial of two tensors; a constant one if either of them is constant.
 template <TensorLike Out, RowsLike Lse>
@@ -90,7 +90,7 @@ void for_each_row(const TensorView<T>& like, const E& executor, const Work& work
   const Index chunks = (like.rows + rows_in_task - 1) / rows_in_task;
   executor.for_each(like.batch * like.heads * chunks, [&](Index task, Index) {
     const Index head = task / chunks, first = task % chunks * rows_in_task;
-    for (Index i = first; i < std::min(like.rows, first + rows_in_task); ++i) {
+    for (Index i = first; i < (std::min)(like.rows, first + rows_in_task); ++i) {
       work(head / like.heads, head % like.heads, i);
     }
   });
@@ -152,7 +152,7 @@ void merge(std::type_identity_t<std::span<const Partial<const T>>> parts, const 
     for (std::size_t n = 0; n < parts.size(); ++n) {
       weights[n] = parts[n].lse(b, h, i);
       rows[n] = parts[n].out.row(b, h, i);
-      top = std::max(top, weights[n]);  // a NaN does not raise it, and makes the sum NaN
+      top = (std::max)(top, weights[n]);  // a NaN does not raise it, and makes the sum NaN
     }
     Real sum = 0;
     for (std::size_t n = 0; n < parts.size(); ++n) {
@@ -242,4 +242,4 @@ void gate(MatrixView<const Real> beta, const A& a, const B& b, Out&& out, E&& ex
                         [&](const auto& executor) { detail::for_each_row(to, executor, gate_row); });
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -33,7 +33,7 @@ enum class Role : std::uint8_t { query, key };
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 /// Numbers that tell encodings apart: two encodings with the same numbers write the same rows. The first one is
 /// the kind: 0 none, 1 rotary, 2 xpos; encodings of a user's own use 100 or more.
 using PositionIdentity = std::array<double, 6>;
@@ -130,7 +130,7 @@ void rotate_rows(MatrixView<Real> x, Index first_position, Index advance, Index 
   const bool neighbours = pairing == Pairing::interleaved;
   const Index step = neighbours ? 2 : 1, partner = neighbours ? 1 : pairs;
   for (Index first_pair = 0; first_pair < pairs; first_pair += PairTurns::capacity) {
-    const Index count = std::min(PairTurns::capacity, pairs - first_pair);
+    const Index count = (std::min)(PairTurns::capacity, pairs - first_pair);
     PairTurns turns;
     for (Index p = 0; p < count; ++p) {
       const double exponent = -2.0 * static_cast<double>(first_pair + p) / static_cast<double>(turned);
@@ -140,7 +140,7 @@ void rotate_rows(MatrixView<Real> x, Index first_position, Index advance, Index 
       const Index position = first_position + i * advance;
       const Index behind = ((position % stretch) + stretch) % stretch;
       if (i == 0 || (behind == 0 && advance != 0)) turns.start_at(position - behind, count);
-      for (Index t = 0; t < (i == 0 ? behind : std::min(behind, advance)); ++t) turns.turn();
+      for (Index t = 0; t < (i == 0 ? behind : (std::min)(behind, advance)); ++t) turns.turn();
       Real* row = x.row(i) + first_pair * step;
       for (Index p = 0; p < count; ++p) {
         const Real cosine = static_cast<Real>(turns.c[static_cast<std::size_t>(p)]);
@@ -258,4 +258,4 @@ void encode_positions(X&& x, const P& encoding, Index first_position, Role role)
   }
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

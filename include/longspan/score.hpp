@@ -15,14 +15,14 @@
 #include "longspan/detail/call/check_view.hpp"
 #include "longspan/detail/call/finite.hpp"
 #include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/simd/score_strip.hpp"
 #include "longspan/error.hpp"
 #include "longspan/key_ranges.hpp"
-#include "longspan/detail/simd/score_strip.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// A score function: takes s = scale * q.k of head h in batch row b, for the query at position i and key j,
 /// and returns what the softmax is to see instead. A lambda will do:
@@ -180,7 +180,7 @@ inline std::vector<float> alibi_slopes(Index heads) {
   std::vector<float> slopes;
   Index power = 1;
   while (power <= heads / 2) power *= 2;
-  for (Index n = 1; n <= std::min(power, heads); ++n) {
+  for (Index n = 1; n <= (std::min)(power, heads); ++n) {
     slopes.push_back(
         static_cast<float>(std::exp2(-8.0 * static_cast<double>(n) / static_cast<double>(power))));
   }
@@ -304,4 +304,4 @@ constexpr piped<A, B> operator|(A a, B b) {
   return {std::move(a), std::move(b)};
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

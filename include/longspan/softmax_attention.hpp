@@ -18,7 +18,7 @@
 #include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 template <StoredElement T, Mask M, Score S, Position P>
 class kv_cache;
@@ -119,4 +119,4 @@ softmax_attention(Parts...) -> softmax_attention<detail::PartOf<detail::MaskPart
                                                  detail::PartOf<detail::ScorePart, unchanged, Parts...>,
                                                  detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

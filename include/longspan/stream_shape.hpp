@@ -58,7 +58,7 @@ struct infini_memory_options {
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Has the definition of a class been read? Functors make streams whose headers they do not include.
@@ -121,4 +121,4 @@ Call part_of(const Call& call, Index first, Index count) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -72,11 +72,11 @@
                     LONGSPAN_ABI_JOIN(LONGSPAN_ABI_THREADS, LONGSPAN_ABI_CONTAINERS, , , , , , ), )
 
 /// Code, and every type with a member that is not LONGSPAN_INLINE.
-#define LONGSPAN_BEGIN \
-  namespace longspan { \
+#define LONGSPAN_NAMESPACE_BEGIN \
+  namespace longspan {           \
   inline namespace LONGSPAN_ABI {
-#define LONGSPAN_END \
-  }                  \
+#define LONGSPAN_NAMESPACE_END \
+  }                            \
   }
 
 /// Types that are the same in all translation units of a version. No `detail` here: it would be a second one.

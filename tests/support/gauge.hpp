@@ -40,7 +40,7 @@ inline Shape draw_shape(Random& random) {
 /// as is their sum.
 template <class Tq, class Tk, class Tv, class To>
 Allowance allowance_of([[maybe_unused]] bool bf16_products) {
-#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
   if (bf16_products && longspan::detail::is_all<Eigen::bfloat16, Tq, Tk, Tv, To>)
     return {0x1p-8 + 1.5e-4, 1e-4};
 #endif

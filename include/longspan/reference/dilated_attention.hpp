@@ -17,7 +17,7 @@
 #include "longspan/score.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
 /// longspan::dilated_attention with the same parts and options: for each query the keys of every branch that
@@ -71,10 +71,10 @@ struct dilated_attention {
     }
     if (!zero_pad_compat || begin >= kv_len) return;
     // torchscale: min(w, kv_len) rows to each segment that has a key, and these filled up to a multiple of r.
-    const Index rows = (std::min(w, kv_len) + r - 1) / r;
-    for (Index t = kept_rows(std::min(w, kv_len - begin), s, r); t < rows; ++t) {
+    const Index rows = ((std::min)(w, kv_len) + r - 1) / r;
+    for (Index t = kept_rows((std::min)(w, kv_len - begin), s, r); t < rows; ++t) {
       const Index j = begin + s + t * r;
-      if (sees(mask, b, h, i, j)) met.push_back(std::max(j, kv_len));
+      if (sees(mask, b, h, i, j)) met.push_back((std::max)(j, kv_len));
     }
   }
 };
@@ -88,4 +88,4 @@ dilated_attention(std::vector<Branch>, Parts...)
                          detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 }  // namespace reference
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -9,7 +9,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
 /// The memory of one KV head: m [head_dim][value_dim] and z [head_dim].
@@ -45,7 +45,7 @@ inline std::vector<double> read(const InfiniMemory& memory, const std::vector<do
       out[static_cast<std::size_t>(column)] += phi[static_cast<std::size_t>(c)] * memory.at(c, column);
     }
   }
-  for (double& x : out) x = norm == 0 ? 0 : x / std::max(norm, infini_least_norm);
+  for (double& x : out) x = norm == 0 ? 0 : x / (std::max)(norm, infini_least_norm);
   return out;
 }
 
@@ -76,7 +76,7 @@ InfiniMemory infini_attention(MatrixView<const T> q, MatrixView<const Tk> k, Mat
                               MatrixView<double> out) {
   InfiniMemory memory(k.cols, v.cols);
   for (Index begin = 0; begin < q.rows; begin += segment) {
-    const Index rows = std::min(segment, q.rows - begin);
+    const Index rows = (std::min)(segment, q.rows - begin);
     for (Index i = begin; i < begin + rows; ++i) {
       const std::vector<double> known = read(memory, features(q.row(i), q.cols, feature));
       for (Index c = 0; c < v.cols; ++c) {
@@ -94,4 +94,4 @@ InfiniMemory infini_attention(MatrixView<const T> q, MatrixView<const Tk> k, Mat
 }
 
 }  // namespace reference
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

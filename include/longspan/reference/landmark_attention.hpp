@@ -13,7 +13,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
 /// longspan::landmark_attention with its options: `landmark_attention exact{attend}`. Outputs and lse of any
@@ -151,4 +151,4 @@ struct landmark_attention {
 };
 
 }  // namespace reference
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -14,7 +14,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
 template <Position P = no_position, PositionMap Map = stingy_positions>
@@ -34,7 +34,7 @@ class landmark_cache {
     Index first = 0;
     do {
       const Index left = q.rows - first, to_landmark = options_.block - size_ % options_.block,
-                  count = options_.split_at_blocks ? std::min(to_landmark, left) : left;
+                  count = options_.split_at_blocks ? (std::min)(to_landmark, left) : left;
       RowsView<Tl> piece = lse;
       if (lse.data != nullptr) piece.data += first * lse.row_stride;
       extend_piece(q.slice_rows(first, count), k.slice_rows(first, count), v.slice_rows(first, count),
@@ -70,7 +70,7 @@ class landmark_cache {
   template <class Tq, class Tk, class Tv, class To, class Tl>
   void extend_piece(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v,
                     TensorView<To> out, RowsView<Tl> lse) {
-    held_ = {sealed_, dropped_, std::min(options_.top_k, sealed_), options_.top_k, options_.block};
+    held_ = {sealed_, dropped_, (std::min)(options_.top_k, sealed_), options_.top_k, options_.block};
     chunk_ = q.rows;
     first_ = size_ - (dropped_ + sealed_) * options_.block;
     for (Index b = 0; b < k.batch; ++b) {
@@ -165,7 +165,7 @@ class landmark_cache {
           for (Index other_i = 0; other_i < chunk_; ++other_i) {
             if (!together(h, i, other_h, other_i)) continue;
             const Row& row = weights[at(other_h * chunk_ + other_i)];
-            for (std::size_t n = 0; n < row.size(); ++n) highest[n] = std::max(highest[n], row[n]);
+            for (std::size_t n = 0; n < row.size(); ++n) highest[n] = (std::max)(highest[n], row[n]);
           }
         }
         std::vector<Index> order(highest.size());
@@ -241,7 +241,7 @@ class landmark_cache {
   /// The log-sum-exp of log-weights, and the mean under them.
   std::pair<double, Row> mean(const std::vector<std::pair<double, Row>>& parts) const {
     double top = -std::numeric_limits<double>::infinity(), sum = 0;
-    for (const auto& part : parts) top = std::max(top, part.first);
+    for (const auto& part : parts) top = (std::max)(top, part.first);
     Row o(at(shape_.value_dim));
     for (const auto& part : parts) {
       const double p = std::exp(part.first - top);
@@ -264,4 +264,4 @@ class landmark_cache {
 };
 
 }  // namespace reference
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -9,7 +9,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
 /// longspan::merge in double. `into` is none of the parts.
@@ -57,4 +57,4 @@ inline void gate(MatrixView<const double> beta, TensorView<const double> a, Tens
 }
 
 }  // namespace reference
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -8,7 +8,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
 /// Coordinates (first, second) of a row turned by an angle and stretched.
@@ -57,4 +57,4 @@ std::vector<double> encoded(MatrixView<T> x, const P& encoding, Index first_posi
 }
 
 }  // namespace reference
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -14,7 +14,7 @@
 #include "longspan/score.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
 /// longspan::softmax_attention with the same parts and options. Outputs and lse of any type, arithmetic in
@@ -59,4 +59,4 @@ softmax_attention(Parts...) -> softmax_attention<detail::PartOf<detail::MaskPart
                                                  detail::PartOf<detail::PositionPart, no_position, Parts...>>;
 
 }  // namespace reference
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -16,7 +16,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
 /// out and lse of all queries, each over the keys that keys_of(b, h, i) lists for position i, as often as they
@@ -72,4 +72,4 @@ void softmax_rows(const Parts& parts, const Q& queries, const K& keys, const V& 
 }
 
 }  // namespace reference
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -11,7 +11,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// Where rows come from and outputs go: a file, a mapping, a generator.
 ///
@@ -41,11 +41,11 @@ void extend_by_blocks(Stream& stream, Source& source, Index length, Index rows_a
     detail::refuse("extend_by_blocks", "rows_at_once", std::to_string(rows_at_once), "at least 1");
   // Counted here: a stream of batch 0 has no row whose size rises.
   for (Index first = stream.size(), count = 0; first < length; first += count) {
-    count = std::min(rows_at_once, length - first);
+    count = (std::min)(rows_at_once, length - first);
     auto block = source.open(first, count);
     stream.extend(block.q, block.k, block.v, block.out, execution);
     source.close(first, count);
   }
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -25,7 +25,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 inline constexpr StateKind dilated_state{"dilated", 2, "dilated_cache::save", "dilated_cache::load"};
@@ -136,4 +136,4 @@ void dilated_cache<T, M, S, P>::load(std::istream& from) {
   least_ = least;
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -35,7 +35,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// A causal dilated_attention carried from call to call: `extend` appends rows after those of the calls
 /// before, and each query gets what the one call over all rows would write for it.
@@ -144,13 +144,13 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     if (!can_truncate(tokens)) {
       Index first = 0;
       for (const Branch& branch : attend_.branches)
-        first = std::max(first, least_ / branch.segment * branch.segment);
+        first = (std::max)(first, least_ / branch.segment * branch.segment);
       detail::refuse("dilated_cache::truncate", "the number of tokens", std::to_string(tokens),
                      std::to_string(first) + ".." + std::to_string(size_) +
                          (first == 0 ? "" : ": rows of the segments before are dropped"));
     }
     size_ = tokens;
-    least_ = std::min(least_, tokens);
+    least_ = (std::min)(least_, tokens);
   }
 
   /// Writes the rows, those for a step back as well. A stream of the same functor, shape and T, and of no
@@ -201,7 +201,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   /// The most rows that a strand has while single tokens are appended: a segment, and what follows while its
   /// last token can be taken back.
   Index most_rows(const detail::Strand& strand) const noexcept {
-    const Index segment = attend_.branches[strand.branch].segment, most = std::numeric_limits<Index>::max();
+    const Index segment = attend_.branches[strand.branch].segment, most = (std::numeric_limits<Index>::max)();
     return rows_between(strand, 0, segment > most - options_.rollback ? most : segment + options_.rollback);
   }
 
@@ -212,7 +212,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         "longspan: the stream computes in double if its rows are double, else in float, and so must q");
     const Index most = tokens_at_once();
     for (Index first = 0; first < call.q_len(); first += most)
-      take_in(detail::part_of(call, first, std::min(most, call.q_len() - first)), executor, workspace);
+      take_in(detail::part_of(call, first, (std::min)(most, call.q_len() - first)), executor, workspace);
   }
 
   template <class Call, class E>
@@ -233,7 +233,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         });
     // Without values there is an lse still.
     if (call.q_len() > 0 && shape_.batch > 0 && shape_.heads > 0) attend(call, end, executor, workspace);
-    const Index least = std::max(least_, end - options_.rollback);
+    const Index least = (std::max)(least_, end - options_.rollback);
     for (std::size_t n = 0; n < rows_.size(); ++n)
       drop_before(least, strands_[n % strands_.size()], end, rows_[n]);
     size_ = end;
@@ -245,11 +245,12 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   void make_room(Index end) {
     for (std::size_t n = 0; n < rows_.size(); ++n) {
       const detail::Strand& strand = strands_[n % strands_.size()];
-      const Index needed = rows_between(strand, least_, end), twice = std::min(2 * needed, most_rows(strand));
+      const Index needed = rows_between(strand, least_, end),
+                  twice = (std::min)(2 * needed, most_rows(strand));
       const auto grow = [&](auto& values, Index cols) {
         const auto wanted = static_cast<std::size_t>(needed * cols);
         if (values.capacity() < wanted)
-          values.reserve(static_cast<std::size_t>(std::max(needed, twice) * cols));
+          values.reserve(static_cast<std::size_t>((std::max)(needed, twice) * cols));
         if (values.size() < wanted) values.resize(wanted);
       };
       for_arrays(rows_[n], grow);
@@ -336,8 +337,8 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     const double flop =
         2 * keys * static_cast<double>(q.batch * q.rows * (shape_.head_dim + shape_.value_dim));
     detail::run_where_it_pays(flop, detail::least_parallel_tile_flop, executor, [&](const auto& where) {
-      detail::run_dilated<detail::FloatProducts<Real>>(problem, stored, dilation, mask_, attend_.score,
-                                                       no_position{}, where, workspace);
+      detail::run_dilated<detail::FloatArithmetic<Real>>(problem, stored, dilation, mask_, attend_.score,
+                                                         no_position{}, where, workspace);
     });
   }
 
@@ -367,6 +368,6 @@ template <Mask M, Score S, Position P>
 dilated_cache(dilated_attention<M, S, P>, StreamShape, dilated_cache_options = {})
     -> dilated_cache<float, M, S, P>;
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END
 
 #include "longspan/stream/dilated_cache-inl.hpp"

@@ -15,7 +15,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// The files of a sequence: elements in the order of this machine, [tokens, heads, head_dim] in q, [tokens,
 /// kv_heads, head_dim] in k, [tokens, kv_heads, value_dim] in v, [tokens, heads, value_dim] in out.
@@ -160,4 +160,4 @@ class file_blocks {
   std::vector<T> values_;
 };
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -47,7 +47,7 @@ struct hybrid_options {
 
 LONGSPAN_VOCABULARY_END
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// With A what a landmark_cache with an exact window gives, tokens of the window and landmarks of retrieved
 /// blocks in one softmax, and M, z an Infini memory of all tokens evicted before the block of the query,
@@ -232,7 +232,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   void take(const Call& call, const E& executor, Workspace& workspace) {
     detail::ExecutionRef<E> inner{executor, workspace};
     for (Index first = 0, count = 0; first < call.q_len(); first += count) {
-      count = std::min(cache_.tokens_to_landmark() + 1, call.q_len() - first);
+      count = (std::min)(cache_.tokens_to_landmark() + 1, call.q_len() - first);
       const auto part = detail::part_of(call, first, count);
       typename landmark_cache<T>::Undo undo(cache_);
       cache_.append(part, executor, workspace);
@@ -277,4 +277,4 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   std::vector<Past> past_;  ///< rising, those that a truncation may bring back
 };
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

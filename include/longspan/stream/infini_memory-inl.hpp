@@ -18,7 +18,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 template <Element T, class Local, FeatureMap F>
 template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E>
@@ -53,7 +53,7 @@ void infini_memory<T, Local, F>::absorb(Index b, const K& k, const V& v, E&& exe
   detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
     for (Index first = 0, count = 0; first < keys.rows; first += count) {
       settle(b, executor, workspace);
-      count = std::min(attend_.segment - filled_[at(b)], keys.rows - first);
+      count = (std::min)(attend_.segment - filled_[at(b)], keys.rows - first);
       open_.write(keys.slice_rows(first, count), values.slice_rows(first, count), b, 1, stored(b));
       append_open(b, 1, count, executor, workspace);
     }
@@ -92,8 +92,8 @@ void infini_memory<T, Local, F>::truncate(Index tokens, E&& execution) {
   if (!can_truncate(tokens)) {
     Index least = 0, most = size();
     for (Index b = 0; b < shape_.batch; ++b) {
-      least = std::max(least, closed_[at(b)].begin);
-      most = std::min(most, size(b));
+      least = (std::max)(least, closed_[at(b)].begin);
+      most = (std::min)(most, size(b));
     }
     detail::refuse("infini_memory::truncate", "the number of tokens", std::to_string(tokens),
                    least > most ? std::string("one that all batch rows can go back to: there is none")
@@ -161,17 +161,17 @@ void infini_memory<T, Local, F>::flush(E&& execution) {
 
 template <Element T, class Local, FeatureMap F>
 void infini_memory<T, Local, F>::make_room(Index more) {
-  constexpr Index highest = std::numeric_limits<Index>::max();
+  constexpr Index highest = (std::numeric_limits<Index>::max)();
   const auto sum = [](Index x, Index y) { return x > highest - y ? highest : x + y; };
   const Index segment = attend_.segment, rollback = options_.rollback;
   const Index limit = rollback == 0 ? segment : sum(sum(segment, segment), rollback);
   Index most = 0;
-  for (Index b = 0; b < shape_.batch; ++b) most = std::max(most, stored(b));
-  const Index wanted = std::min(limit, sum(most, more));
+  for (Index b = 0; b < shape_.batch; ++b) most = (std::max)(most, stored(b));
+  const Index wanted = (std::min)(limit, sum(most, more));
   if (wanted <= open_.room()) return;
   std::vector<std::int64_t> rows;
   for (Index b = 0; b < shape_.batch; ++b) rows.push_back(stored(b));
-  open_.resize(std::min(limit, std::max(wanted, sum(open_.room(), open_.room()))), rows);
+  open_.resize((std::min)(limit, (std::max)(wanted, sum(open_.room(), open_.room()))), rows);
 }
 
 template <Element T, class Local, FeatureMap F>
@@ -183,7 +183,7 @@ void infini_memory<T, Local, F>::take_in(const Call& call, Index b, Index rows, 
   };
   for (Index first = 0; first < call.q_len();) {
     for (Index row = b; row < b + rows; ++row) settle(row, executor, workspace);
-    const Index filled = filled_[at(b)], count = std::min(attend_.segment - filled, call.q_len() - first);
+    const Index filled = filled_[at(b)], count = (std::min)(attend_.segment - filled, call.q_len() - first);
     const auto q = part(call.q, first, count);
     const auto out = part(call.out, first, count);
     if constexpr (std::is_same_v<typename Call::Key, T> && std::is_same_v<typename Call::Value, T>) {
@@ -215,4 +215,4 @@ void infini_memory<T, Local, F>::check_local(const Call& call, const E& executor
   });
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -29,7 +29,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// infini_attention carried from call to call: `extend` appends rows after those of the calls before. When a
 /// segment is full it is written to the memory and, but for `rollback`, forgotten.
@@ -368,7 +368,7 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
   std::vector<detail::ClosedSegments> closed_;  ///< that are in its memory and can be opened again
 };
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END
 
 #include "longspan/stream/infini_memory-inl.hpp"
 #include "longspan/stream/infini_memory_state-inl.hpp"

@@ -26,7 +26,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 inline constexpr StateKind infini_state{"infini", 2, "infini_memory::save", "infini_memory::load"};
@@ -206,7 +206,7 @@ void infini_memory<T, Local, F>::load(std::istream& from) {
     closed.rows = loaded.written_[at(b)] - closed.begin;
     Index left = closed.rows;
     for (const Index length : closed.lengths) {
-      check("the length of a closed segment", length, 1, std::min(left, attend_.segment));
+      check("the length of a closed segment", length, 1, (std::min)(left, attend_.segment));
       left -= length;
     }
     check("the rows of the last closed segment", left, 0, 0);
@@ -219,7 +219,7 @@ void infini_memory<T, Local, F>::load(std::istream& from) {
       }
       const auto norm = reader.template array<Real>(shape_.head_dim);
       for (const Real x : norm) {
-        if (!(x >= 0 && x <= std::numeric_limits<Real>::max()))
+        if (!(x >= 0 && x <= (std::numeric_limits<Real>::max)()))
           detail::refuse(name, "a norm", std::to_string(x), "a finite number of at least 0");
       }
       std::copy(norm.begin(), norm.end(), memory.norm(head));
@@ -266,4 +266,4 @@ void infini_memory<T, Local, F>::keep_no_closed() {
   base_z_ = {};
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -20,7 +20,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 template <StoredElement T, Mask M, Score S, Position P>
 const StreamShape& kv_cache<T, M, S, P>::checked(const StreamShape& shape, const kv_cache_options& options,
@@ -87,4 +87,4 @@ void kv_cache<T, M, S, P>::load(std::istream& from) {
   full_pages_ = 0;
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

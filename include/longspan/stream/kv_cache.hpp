@@ -33,7 +33,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// softmax_attention carried from call to call: `extend` appends rows after those of the calls before, and each
 /// query sees what one call over all rows would show it.
@@ -231,7 +231,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     for (Index i = first; i < end; ++i) {
       if (i >= first + most && reach <= i) return i;
       for (Index b = 0; b < shape_.batch; ++b)
-        reach = std::max(reach, detail::reach_of(mask_, b, shape_.heads, i));
+        reach = (std::max)(reach, detail::reach_of(mask_, b, shape_.heads, i));
     }
     return end;
   }
@@ -330,6 +330,6 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   Index full_pages_ = 0;                                         ///< when pages were last evicted
 };
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END
 
 #include "longspan/stream/kv_cache-inl.hpp"

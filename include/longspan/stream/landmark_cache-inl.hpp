@@ -16,7 +16,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Keys that do not close a block.
@@ -68,11 +68,12 @@ void landmark_cache<T, P, Map, Finder>::choose(const Call& call, const E& execut
   worker_rows_.resize(at(executor.workers() * q_room));
   const Index at_once = choice_.tokens_at_once();
   for (Index first = 0; first < chunk_; first += at_once) {
-    const Index count = std::min(at_once, chunk_ - first), tasks = detail::divide_up(count, tokens);
+    const Index count = (std::min)(at_once, chunk_ - first), tasks = detail::divide_up(count, tokens);
     executor.for_each(shape_.batch * shape_.kv_heads * tasks, [&](Index task, Index worker) {
       const Index i = task % tasks * tokens, h = task / tasks % shape_.kv_heads,
                   b = task / tasks / shape_.kv_heads;
-      score_blocks(call, b, h, first + i, std::min(tokens, count - i), worker_rows_.data() + worker * q_room,
+      score_blocks(call, b, h, first + i, (std::min)(tokens, count - i),
+                   worker_rows_.data() + worker * q_room,
                    [&](Index g, Index token) { return choice_.scores(b, h * group() + g, i + token); });
     });
     choice_.take(first, count, executor);
@@ -114,11 +115,11 @@ void landmark_cache<T, P, Map, Finder>::score_candidates(Index b, Index kv_head,
                                                          const ScoresOf& scores_of) const {
   for (Index g = 0; g < queries.rows; ++g) {
     Real* of_query = scores_of(g);
-    std::fill(of_query + blocks.begin, of_query + blocks.end, detail::FloatProducts<Real>::hidden);
+    std::fill(of_query + blocks.begin, of_query + blocks.end, detail::FloatArithmetic<Real>::masked_score);
     const MatrixView<const Real> query{queries.row(g), 1, queries.cols, queries.row_stride};
     std::vector<Real> plain(at(query.cols));
     for (Index c = 0; c < query.cols; ++c)
-      plain[at(c)] = query.row(0)[detail::place_of<Real, T>(c, query.cols)];
+      plain[at(c)] = query.row(0)[detail::interleaved_index<Real, T>(c, query.cols)];
     for (const Index number : finder_.candidates(b, kv_head, std::span<const Real>(plain))) {
       const Index n = number - held_.dropped;
       if (!blocks.contains(n)) continue;
@@ -161,8 +162,8 @@ void landmark_cache<T, P, Map, Finder>::attend_blocks(const Call& call, const E&
   };
   const Index tasks = shape_.batch * shape_.kv_heads * chunk_, of_task = group() * held_.top_k,
               at_once = std::max<Index>(1, store_.heads_at_once() / of_task);
-  for (Index first = 0; first < tasks; first += std::min(at_once, tasks - first)) {
-    const Index count = std::min(at_once, tasks - first);
+  for (Index first = 0; first < tasks; first += (std::min)(at_once, tasks - first)) {
+    const Index count = (std::min)(at_once, tasks - first);
     store_.expect_reading(count * of_task);
     executor.for_each(count, [&](Index task, Index worker) { attend(first + task, worker); });
   }
@@ -195,8 +196,8 @@ void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& 
 
   const Index q_room = group() * padded_head_dim(), most_places = held_.top_k + 1,
               room = detail::round_up(options_.block, w) + w + (1 + most_places) * q_room;
-  worker_rows_.resize(std::max(worker_rows_.size(), at(executor.workers() * room)));
-  worker_places_.resize(std::max(worker_places_.size(), at(executor.workers() * most_places)));
+  worker_rows_.resize((std::max)(worker_rows_.size(), at(executor.workers() * room)));
+  worker_places_.resize((std::max)(worker_places_.size(), at(executor.workers() * most_places)));
   masses_.resize(at(shape_.batch * shape_.heads * chunk_));
   const auto weigh = [&](Index task, Index worker) {
     const Index i = task % chunk_, kv_head = task / chunk_ % shape_.kv_heads,
@@ -217,7 +218,7 @@ void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& 
     for (Index g = 0; g < group(); ++g) {
       detail::ScoreMass<Real> attended, dropped;
       for (Index j = 0; j <= first_ + i; j += options_.block) {
-        const Index tokens = std::min(options_.block - 1, first_ + i + 1 - j);
+        const Index tokens = (std::min)(options_.block - 1, first_ + i + 1 - j);
         detail::add_sample<Real>(open_queries + g * padded_head_dim(), padded_head_dim(),
                                  {{open_rows.row(j), open - j, d, d}, {}, true},
                                  TokenSample::of(tokens, tokens), tokens, scores, attended);
@@ -238,11 +239,11 @@ void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& 
   };
   const Index tasks = lanes * chunk_, of_task = std::max<Index>(1, held_.blocks),
               at_once = std::max<Index>(1, store_.heads_at_once() / of_task);
-  for (Index first = 0; first < tasks; first += std::min(at_once, tasks - first)) {
-    const Index count = std::min(at_once, tasks - first);
+  for (Index first = 0; first < tasks; first += (std::min)(at_once, tasks - first)) {
+    const Index count = (std::min)(at_once, tasks - first);
     store_.expect_reading(count * of_task);
     executor.for_each(count, [&](Index task, Index worker) { weigh(first + task, worker); });
   }
 }
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

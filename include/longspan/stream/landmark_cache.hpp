@@ -34,7 +34,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// Landmark attention over an unbounded stream. A query attends to what is not sealed yet (the open block and
 /// its own chunk, whose full blocks count by their landmarks) and to the top_k sealed blocks whose landmarks
@@ -289,7 +289,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     Index first = 0;
     do {
       const Index left = call.q_len() - first,
-                  count = options_.split_at_blocks ? std::min(tokens_to_landmark() + 1, left) : left;
+                  count = options_.split_at_blocks ? (std::min)(tokens_to_landmark() + 1, left) : left;
       Undo undo(*this);
       append(detail::part_of(call, first, count), executor, workspace);
       settle(undo);
@@ -303,7 +303,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     if (is_index_stale_) index_anew();
     store_.reserve(call.q.rows);
     const detail::BlockCounts& counts = store_.counts();
-    held_ = {blocks(), dropped(), std::min(options_.top_k, blocks()), options_.top_k, options_.block};
+    held_ = {blocks(), dropped(), (std::min)(options_.top_k, blocks()), options_.top_k, options_.block};
     chunk_ = call.q.rows;
     first_ = counts.open();
     store_.append(call.k, call.v);
@@ -343,7 +343,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     detail::encode_alike(position_, MatrixView<Real>{to, group(), shape_.head_dim, padded_head_dim()}, place,
                          Role::query);
     for (Index g = 0; g < group(); ++g)
-      detail::place_columns<Tk>(to + g * padded_head_dim(), shape_.head_dim);
+      detail::interleave_columns<Tk>(to + g * padded_head_dim(), shape_.head_dim);
   }
 
   detail::LandmarkStore<T> empty_store(Index capacity, Index drop_at_once) const {
@@ -466,6 +466,6 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   std::vector<Index> worker_places_;
 };
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END
 
 #include "longspan/stream/landmark_cache-inl.hpp"

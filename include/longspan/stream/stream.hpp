@@ -10,7 +10,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// A functor carried from call to call, for queries of T. A copy is a stream of its own.
 ///
@@ -49,4 +49,4 @@ concept PartialStream = Stream<S, T> && requires(S stream, TensorView<const T> i
   stream.extend(in, in, in, out, lse, executor);
 };
 
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -23,7 +23,7 @@ using longspan::alibi;
 using longspan::causal;
 using longspan::softcap;
 using longspan::softmax_attention;
-using longspan::detail::FloatProducts;
+using longspan::detail::FloatArithmetic;
 using longspan::detail::lanes;
 using longspan::detail::Packet;
 using longspan::detail::QueryLanes;
@@ -113,7 +113,7 @@ TEST_CASE("change_scores: a score of -infinity is a finite one that counts as hi
   const auto hide_second = [](float s, Index, Index, Index, Index j) { return j == 1 ? -infinite : s; };
   const auto [s, hides] = changed(hide_second);
   CHECK(hides);
-  CHECK(s[std::size_t(count)] == FloatProducts<float>::hidden);
+  CHECK(s[std::size_t(count)] == FloatArithmetic<float>::masked_score);
   CHECK(s[0] > 1);
   CHECK_FALSE(changed(softcap{2}).second);
   CHECK_FALSE(changed([](float x, Index, Index, Index, Index) { return x; }).second);
@@ -126,7 +126,7 @@ TEST_CASE("change_scores: a score of -infinity is a finite one that counts as hi
 
 namespace {
 
-/// Every number of queries that the kernel takes, in one head and in groups, around its blocks and stretches.
+/// Every number of queries that the kernel takes, in one head and in groups, around its blocks and chunks.
 template <class Real, class S>
 void check_few_queries(const S& score, const decltype(Definition::score)& function, int rounds) {
   const auto past = [](Index, Index, Index i, Index j) { return j <= i; };

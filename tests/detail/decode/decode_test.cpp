@@ -11,7 +11,7 @@
 namespace {
 
 using namespace test;
-using longspan::detail::keys_in_stretch;
+using longspan::detail::keys_in_chunk;
 using longspan::detail::most_decode_queries;
 
 /// The number of rounds of tasks that a call asks for.
@@ -27,7 +27,7 @@ struct CountRounds {
 
 }  // namespace
 
-TEST_CASE("decode: every number of queries, in one head and in groups, around blocks and stretches",
+TEST_CASE("decode: every number of queries, in one head and in groups, around blocks and chunks",
           "[decode]") {
   const auto past = [](Index, Index, Index i, Index j) { return j <= i; };
   for_each_case(2, [&](Random& random) {
@@ -35,7 +35,7 @@ TEST_CASE("decode: every number of queries, in one head and in groups, around bl
       for (Index q_len = 1; q_len <= queries; ++q_len) {
         if (queries % q_len != 0) continue;
         const Index kv_len =
-            random.pick<Index>({1, 7, 127, 128, 129, 256, 257, keys_in_stretch, keys_in_stretch + 1});
+            random.pick<Index>({1, 7, 127, 128, 129, 256, 257, keys_in_chunk, keys_in_chunk + 1});
         const Shape shape{1,
                           2 * queries / q_len,
                           2,
@@ -53,10 +53,10 @@ TEST_CASE("decode: every number of queries, in one head and in groups, around bl
 
 TEST_CASE("decode: takes calls of up to 8 queries to a KV head", "[decode]") {
   Random random(1);
-  // One worker never splits keys among tiles: two rounds are decode's stretches and their merge.
+  // One worker never splits keys among tiles: two rounds are decode's chunks and their merge.
   for (const Index heads : {1, 2, 4}) {
     for (Index q_len = 1; q_len <= 10; ++q_len) {
-      Call<float> call(Shape{1, heads, 1, q_len, 2 * keys_in_stretch, 32, 32}, Values::normal, random);
+      Call<float> call(Shape{1, heads, 1, q_len, 2 * keys_in_chunk, 32, 32}, Values::normal, random);
       int rounds = 0;
       call.run(longspan::softmax_attention{}, CountRounds{&rounds});
       INFO("heads=" << heads << " q_len=" << q_len);
@@ -79,20 +79,20 @@ TEST_CASE("decode: states merge as sums of exponentials do", "[decode]") {
   Random random(2);
   const auto randomise = [&](const State& state) {
     for (Index g = 0; g < 3; ++g) {
-      state.top[g] = static_cast<float>(4 * random.normal());
+      state.row_max[g] = static_cast<float>(4 * random.normal());
       state.sum[g] = static_cast<float>(1 + random.uniform());
       for (Index c = 0; c < 5; ++c) state.o[g * state.stride + c] = static_cast<float>(random.normal());
     }
   };
-  const auto scaled = [](float x, float top) { return double(x) * std::exp2(double(top)); };
+  const auto scaled = [](float x, float row_max) { return double(x) * std::exp2(double(row_max)); };
   const auto share = [&](const State& state, Index g, float x) {
-    return scaled(x, state.top[g] * (1.44269504088896340736f / longspan::detail::score_unit<float>));
+    return scaled(x, state.row_max[g] * (1.44269504088896340736f / longspan::detail::score_unit<float>));
   };
   randomise(states[0]);
   randomise(states[1]);
   states[2].merge(states[0]);  // into the empty one: exact
   for (Index g = 0; g < 3; ++g) {
-    CHECK(states[2].top[g] == states[0].top[g]);
+    CHECK(states[2].row_max[g] == states[0].row_max[g]);
     CHECK(states[2].sum[g] == states[0].sum[g]);
     for (Index c = 0; c < 5; ++c)
       CHECK(states[2].o[g * states[2].stride + c] == states[0].o[g * states[0].stride + c]);

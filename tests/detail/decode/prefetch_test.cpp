@@ -12,7 +12,7 @@ using namespace longspan::detail;
 using longspan::Index;
 
 /// The columns that the walk hands out, as a kernel sees them.
-template <class Real, class T, RowsAhead ahead>
+template <class Real, class T, PrefetchHint hint>
 std::vector<Index> columns_seen(const std::vector<T>& row, Index row_stride) {
   constexpr Index w = lanes<Real>, step = loads_in_pairs<Real, T> ? 2 * w : w;
   const Index columns = static_cast<Index>(row.size());
@@ -30,8 +30,8 @@ std::vector<Index> columns_seen(const std::vector<T>& row, Index row_stride) {
       if (lane[c - column] != wanted) seen.push_back(-1);
     }
   };
-  for_each_column<Real, T, 3, ahead>(columns, {row.data(), columns, row_stride, 3, 4, row.data()}, whole,
-                                     packet);
+  for_each_column<Real, T, 3, hint>(columns, {row.data(), columns, row_stride, 3, 4, row.data()}, whole,
+                                    packet);
   return seen;
 }
 
@@ -45,9 +45,9 @@ void check_columns() {
       wanted.push_back(c);
     }
     INFO("columns=" << columns);
-    CHECK(columns_seen<Real, T, RowsAhead::not_asked_for>(row, columns) == wanted);
-    CHECK(columns_seen<Real, T, RowsAhead::read_once>(row, columns) == wanted);
-    CHECK(columns_seen<Real, T, RowsAhead::read_again>(row, 5 * columns + 1) == wanted);
+    CHECK(columns_seen<Real, T, PrefetchHint::none>(row, columns) == wanted);
+    CHECK(columns_seen<Real, T, PrefetchHint::streaming>(row, columns) == wanted);
+    CHECK(columns_seen<Real, T, PrefetchHint::reused>(row, 5 * columns + 1) == wanted);
   }
 }
 

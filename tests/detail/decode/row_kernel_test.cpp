@@ -54,8 +54,9 @@ bool scores_are_right(Index keys, Index head_dim, Index gap, Random& random) {
     const Index j = std::min(static_cast<Index>(n) / queries, keys - 1), g = static_cast<Index>(n) % queries;
     double wanted = 0, size = 0;
     for (Index c = 0; c < head_dim; ++c) {
-      const double x = static_cast<double>(k.data()[j * k_stride + c]) *
-                       double(q[static_cast<std::size_t>(g * q_stride + place_of<Real, Tk>(c, head_dim))]);
+      const double x =
+          static_cast<double>(k.data()[j * k_stride + c]) *
+          double(q[static_cast<std::size_t>(g * q_stride + interleaved_index<Real, Tk>(c, head_dim))]);
       wanted += x;
       size += std::abs(x);
     }
@@ -91,11 +92,11 @@ bool values_are_right(Index keys, Index last_columns, Random& random) {
   fill(scale.data(), queries, random);
   fill(o.data(), queries * o_stride, random);
   const std::vector<Real> before = o;
-  add_values<queries, packets, RowsAhead::read_again>(v.data(), v_stride, last_columns, keys, p.data(),
-                                                      p_stride, o.data(), o_stride, scale.data());
+  add_values<queries, packets, PrefetchHint::reused>(v.data(), v_stride, last_columns, keys, p.data(),
+                                                     p_stride, o.data(), o_stride, scale.data());
   for (Index g = 0; g < queries; ++g) {
     for (Index c = 0; c < columns; ++c) {
-      const Index place = last_columns == w && packets % 2 == 0 ? place_of<Real, Tv>(c, columns) : c;
+      const Index place = last_columns == w && packets % 2 == 0 ? interleaved_index<Real, Tv>(c, columns) : c;
       const auto at = static_cast<std::size_t>(g * o_stride + place);
       double wanted = double(scale[static_cast<std::size_t>(g)]) * double(before[at]),
              size = std::abs(wanted);
@@ -139,18 +140,18 @@ bool long_values_are_right(Index keys, Index columns, Index gap, Random& random)
   fill(scale.data(), queries, random);
   fill(o.data(), queries * o_stride, random);
   std::vector<Real> wanted = o, sum(static_cast<std::size_t>(queries * round_up(columns, w)));
-  add_long_values<queries, RowsAhead::read_once>(v.data(), v_stride, columns, keys, p.data(), sum.data(),
-                                                 o.data(), o_stride, scale.data());
+  add_long_values<queries, PrefetchHint::streaming>(v.data(), v_stride, columns, keys, p.data(), sum.data(),
+                                                    o.data(), o_stride, scale.data());
   constexpr Index pair = loads_in_pairs<Real, Tv> ? 2 : 1;
   Index c = 0;
   for (; c + pair * w <= columns; c += pair * w) {
-    add_values<queries, pair, RowsAhead::not_asked_for>(v.data() + c, v_stride, w, keys, p.data(), queries,
-                                                        wanted.data() + c, o_stride, scale.data());
+    add_values<queries, pair, PrefetchHint::none>(v.data() + c, v_stride, w, keys, p.data(), queries,
+                                                  wanted.data() + c, o_stride, scale.data());
   }
   for (; c < columns; c += w) {
-    add_values<queries, 1, RowsAhead::read_once>(v.data() + c, v_stride, std::min(w, columns - c), keys,
-                                                 p.data(), queries, wanted.data() + c, o_stride,
-                                                 scale.data());
+    add_values<queries, 1, PrefetchHint::streaming>(v.data() + c, v_stride, std::min(w, columns - c), keys,
+                                                    p.data(), queries, wanted.data() + c, o_stride,
+                                                    scale.data());
   }
   return std::memcmp(o.data(), wanted.data(), o.size() * sizeof(Real)) == 0;
 }

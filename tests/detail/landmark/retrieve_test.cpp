@@ -104,7 +104,7 @@ TEMPLATE_TEST_CASE("score_landmarks: the same bits whichever queries are scored 
           double wanted = 0, size = 0;
           for (Index c = 0; c < cols; ++c) {
             const double x =
-                double(q[static_cast<std::size_t>(g * stride + place_of<Real, TestType>(c, cols))]) *
+                double(q[static_cast<std::size_t>(g * stride + interleaved_index<Real, TestType>(c, cols))]) *
                 static_cast<double>(k[static_cast<std::size_t>(j * cols + c)]);
             wanted += x;
             size += std::abs(x);

@@ -83,14 +83,14 @@ TEMPLATE_TEST_CASE("load_part: zeros behind, nothing read there", "[element_pack
   }
 }
 
-TEMPLATE_TEST_CASE("place_of, column_at: inverse of one another, and the order of load_pairs",
+TEMPLATE_TEST_CASE("interleaved_index, column_of_index: inverse of one another, and the order of load_pairs",
                    "[element_packets]", float, Eigen::bfloat16) {
   constexpr Index w = lanes<float>;
   for (Index columns = 0; columns <= 5 * w; ++columns) {
     bool right = true;
     for (Index c = 0; c < columns; ++c) {
-      const Index place = detail::place_of<float, TestType>(c, columns);
-      right &= place >= 0 && place < columns && detail::column_at<float, TestType>(place, columns) == c;
+      const Index place = detail::interleaved_index<float, TestType>(c, columns);
+      right &= place >= 0 && place < columns && detail::column_of_index<float, TestType>(place, columns) == c;
     }
     INFO("columns=" << columns);
     CHECK(right);
@@ -102,7 +102,7 @@ TEMPLATE_TEST_CASE("place_of, column_at: inverse of one another, and the order o
     detail::load_pairs(row.data(), packets[0], packets[1]);
     bool right = true;
     for (Index c = 0; c < 2 * w; ++c) {
-      const Index place = detail::place_of<float, TestType>(c, 2 * w);
+      const Index place = detail::interleaved_index<float, TestType>(c, 2 * w);
       right &= lanes_of(packets[place / w])[static_cast<std::size_t>(place % w)] == static_cast<float>(c);
     }
     CHECK(right);

@@ -13,8 +13,8 @@
 #include "support/ulp.hpp"
 
 using longspan::Index;
+using longspan::detail::exp_score;
 using longspan::detail::lanes;
-using longspan::detail::weight;
 
 namespace {
 
@@ -25,7 +25,7 @@ void weigh(std::vector<Real>& x) {
   const auto width = static_cast<std::size_t>(lanes<Real>);
   x.resize((x.size() + width - 1) / width * width);
   for (std::size_t i = 0; i < x.size(); i += width) {
-    longspan::detail::store(x.data() + i, weight(longspan::detail::load<Real>(x.data() + i)));
+    longspan::detail::store(x.data() + i, exp_score(longspan::detail::load<Real>(x.data() + i)));
   }
 }
 

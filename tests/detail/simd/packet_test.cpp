@@ -85,7 +85,7 @@ TEMPLATE_TEST_CASE("max: the first where either is NaN", "[simd]", float, double
   const auto of_lanes = [](Real a, Real b) { return std::isnan(a) || std::isnan(b) || a >= b ? a : b; };
   // Zeros of two signs are equal, and either may come.
   const auto without_sign_of_zero = [](auto x) { return x + detail::broadcast(Real(0)); };
-  CHECK(agree<Real>([&](auto a, auto b) { return without_sign_of_zero(detail::max(a, b)); },
+  CHECK(agree<Real>([&](auto a, auto b) { return without_sign_of_zero(detail::lane_max(a, b)); },
                     [&](Real a, Real b) { return of_lanes(a, b) + Real(0); }));
 }
 
@@ -247,7 +247,7 @@ TEMPLATE_TEST_CASE("sums_of_rows: the bits of sum_in_pairs, row by row", "[simd]
 TEMPLATE_TEST_CASE("held: the packet as it is, NaN and -0 too", "[simd]", float, double) {
   test::Random random(11);
   const Lanes<TestType> x = random_lanes<TestType>(random, true);
-  CHECK(same(lanes_of(detail::held(packet(x))), x));
+  CHECK(same(lanes_of(detail::in_register(packet(x))), x));
 }
 
 TEST_CASE("prefetch: of memory that is not there does nothing", "[simd]") {

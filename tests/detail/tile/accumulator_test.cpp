@@ -33,29 +33,29 @@ struct Owned {
   void randomise(Random& random) {
     for (Index i = 0; i < columns * stride; ++i) state.o[i] = static_cast<Real>(random.normal());
     for (Index i = 0; i < stride; ++i) {
-      state.top[i] = static_cast<Real>(10 * random.normal());
+      state.row_max[i] = static_cast<Real>(10 * random.normal());
       state.sum[i] = static_cast<Real>(1 + random.uniform());
     }
   }
   void copy(const Owned& other) {
     std::copy_n(other.state.o, columns * stride, state.o);
-    std::copy_n(other.state.top, stride, state.top);
+    std::copy_n(other.state.row_max, stride, state.row_max);
     std::copy_n(other.state.sum, stride, state.sum);
   }
   bool operator==(const Owned& other) const {
     return std::equal(state.o, state.o + columns * stride, other.state.o) &&
-           std::equal(state.top, state.top + stride, other.state.top) &&
+           std::equal(state.row_max, state.row_max + stride, other.state.row_max) &&
            std::equal(state.sum, state.sum + stride, other.state.sum);
   }
   /// exp of the scores in units, summed: what sum and o mean, in double.
-  double sum_at(Index lane, double top) const { return double(state.sum[lane]) * scaled(lane, top); }
-  double o_at(Index column, Index lane, double top) const {
-    return double(state.o[column * stride + lane]) * scaled(lane, top);
+  double sum_at(Index lane, double row_max) const { return double(state.sum[lane]) * scaled(lane, row_max); }
+  double o_at(Index column, Index lane, double row_max) const {
+    return double(state.o[column * stride + lane]) * scaled(lane, row_max);
   }
 
  private:
-  double scaled(Index lane, double top) const {
-    return std::exp((double(state.top[lane]) - top) / double(score_unit<Real>));
+  double scaled(Index lane, double row_max) const {
+    return std::exp((double(state.row_max[lane]) - row_max) / double(score_unit<Real>));
   }
 };
 
@@ -63,12 +63,12 @@ template <class Real>
 double worst_difference(const Owned<Real>& got, const Owned<Real>& a, const Owned<Real>& b) {
   double worst = 0;
   for (Index lane = 0; lane < Owned<Real>::stride; ++lane) {
-    const double top = double(got.state.top[lane]);
-    if (got.state.top[lane] != std::max(a.state.top[lane], b.state.top[lane])) return INFINITY;
-    const double sum = a.sum_at(lane, top) + b.sum_at(lane, top);
+    const double row_max = double(got.state.row_max[lane]);
+    if (got.state.row_max[lane] != std::max(a.state.row_max[lane], b.state.row_max[lane])) return INFINITY;
+    const double sum = a.sum_at(lane, row_max) + b.sum_at(lane, row_max);
     worst = std::max(worst, std::abs(double(got.state.sum[lane]) - sum) / sum);
     for (Index column = 0; column < Owned<Real>::columns; ++column) {
-      const double x = a.o_at(column, lane, top), y = b.o_at(column, lane, top);
+      const double x = a.o_at(column, lane, row_max), y = b.o_at(column, lane, row_max);
       worst = std::max(worst, std::abs(double(got.state.o[column * Owned<Real>::stride + lane]) - (x + y)) /
                                   (std::abs(x) + std::abs(y)));
     }
@@ -118,7 +118,7 @@ TEMPLATE_TEST_CASE("accumulator: NaN in a lane stays in that lane", "[accumulato
     b.randomise(random);
     clean.copy(a);
     clean.state.merge(b.state);
-    (in_other ? b : a).state.top[1] = std::numeric_limits<TestType>::quiet_NaN();
+    (in_other ? b : a).state.row_max[1] = std::numeric_limits<TestType>::quiet_NaN();
     a.state.merge(b.state);
     for (Index lane = 0; lane < a.stride; ++lane) {
       CHECK((lane == 1 ? std::isnan(a.state.sum[lane]) : a.state.sum[lane] == clean.state.sum[lane]));
@@ -128,7 +128,7 @@ TEMPLATE_TEST_CASE("accumulator: NaN in a lane stays in that lane", "[accumulato
 }
 
 TEMPLATE_TEST_CASE("accumulator: log-sum-exp of a lane", "[accumulator]", float, double) {
-  CHECK(lse_of<TestType>(nothing_seen<TestType>, 0) == -std::numeric_limits<TestType>::infinity());
+  CHECK(lse_of<TestType>(empty_max<TestType>, 0) == -std::numeric_limits<TestType>::infinity());
   CHECK(lse_of<TestType>(0, 1) == 0);
   CHECK(lse_of<TestType>(0, 8) == static_cast<TestType>(std::log(8.0)));
   CHECK(std::abs(lse_of<TestType>(3 * score_unit<TestType>, 1) - 3) <=
@@ -137,7 +137,7 @@ TEMPLATE_TEST_CASE("accumulator: log-sum-exp of a lane", "[accumulator]", float,
 
 namespace {
 
-/// A number for each key, absorbed key block by key block as a tile does: sums at top 0, so that all is
+/// A number for each key, absorbed key block by key block as a tile does: sums at row_max 0, so that all is
 /// exact.
 struct Levels {
   std::vector<std::byte> memory = std::vector<std::byte>(std::size_t{1} << 16);
@@ -153,7 +153,7 @@ struct Levels {
   void absorb(Index first_key, float value) {
     const Accumulator<float>& now = state.at_key(first_key);
     for (Index lane = 0; lane < now.stride; ++lane) {
-      now.top[lane] = 0;
+      now.row_max[lane] = 0;
       now.sum[lane] += 1;
       now.o[lane] += value;
     }
@@ -163,8 +163,8 @@ struct Levels {
 }  // namespace
 
 TEST_CASE("accumulator: every block of keys arrives in the whole once", "[accumulator]") {
-  for (const Index kv_len : {Index{1}, Index{128}, keys_in_stretch, keys_in_stretch + 1, 3 * keys_in_stretch,
-                             keys_in_span, keys_in_span + 1, 2 * keys_in_span + keys_in_stretch + 5}) {
+  for (const Index kv_len : {Index{1}, Index{128}, keys_in_chunk, keys_in_chunk + 1, 3 * keys_in_chunk,
+                             keys_in_span, keys_in_span + 1, 2 * keys_in_span + keys_in_chunk + 5}) {
     for (const Index step : {Index{128}, Index{640}, Index{5 * 2048}, Index{1 << 17}}) {  // masks skip blocks
       INFO("kv_len=" << kv_len << " step=" << step);
       Levels levels(kv_len);
@@ -178,26 +178,26 @@ TEST_CASE("accumulator: every block of keys arrives in the whole once", "[accumu
       const Accumulator<float>& whole = levels.state.whole();
       CHECK(whole.sum[0] == blocks);
       CHECK(whole.o[lanes<float> - 1] == values);
-      CHECK(whole.top[0] == 0);
+      CHECK(whole.row_max[0] == 0);
     }
   }
 }
 
-TEST_CASE("accumulator: stretches are summed alone, then together", "[accumulator]") {
-  // 2^24 + 1 is 2^24 in float: a 1 is lost beside 2^24 in the same stretch, and not in the next one, where
+TEST_CASE("accumulator: chunks are summed alone, then together", "[accumulator]") {
+  // 2^24 + 1 is 2^24 in float: a 1 is lost beside 2^24 in the same chunk, and not in the next one, where
   // ones meet first.
-  Levels levels(2 * keys_in_stretch);
+  Levels levels(2 * keys_in_chunk);
   levels.absorb(0, 0x1p24f);
   levels.absorb(128, 1);
   levels.absorb(256, 1);
-  levels.absorb(keys_in_stretch, 1);
-  levels.absorb(keys_in_stretch + 128, 1);
+  levels.absorb(keys_in_chunk, 1);
+  levels.absorb(keys_in_chunk + 128, 1);
   CHECK(levels.state.whole().o[0] == 0x1p24f + 2);
 
   Levels spans(2 * keys_in_span);
   spans.absorb(0, 0x1p24f);
-  spans.absorb(keys_in_stretch, 1);
+  spans.absorb(keys_in_chunk, 1);
   spans.absorb(keys_in_span, 1);
-  spans.absorb(keys_in_span + keys_in_stretch, 1);
+  spans.absorb(keys_in_span + keys_in_chunk, 1);
   CHECK(spans.state.whole().o[0] == 0x1p24f + 2);
 }

@@ -82,7 +82,7 @@ TEST_CASE("forward: few queries to several workers are split by keys, and joined
     std::vector<Index> rounds;
     alone.run(softmax_attention{}, OneTask{0, 4, &rounds});
     REQUIRE(rounds.size() == 2);
-    CHECK(rounds[0] >= 9000 / longspan::detail::keys_in_stretch);
+    CHECK(rounds[0] >= 9000 / longspan::detail::keys_in_chunk);
     CHECK(rounds[1] < rounds[0]);
   }
 }

@@ -76,8 +76,8 @@ namespace {
 /// Blocks of k and v against the rows that they stand for.
 template <class Real, class Tk, class Tv>
 void check_blocks(Index head_dim, Index value_dim) {
-  using Products = FloatProducts<Real>;
-  using Blocks = KeyBlocks<Products, Tk, Tv, no_position>;
+  using Policy = FloatArithmetic<Real>;
+  using Blocks = KeyBlocks<Policy, Tk, Tv, no_position>;
   Random random(2);
   const Index kv_len = 300;
   std::vector<Tk> k_memory(static_cast<std::size_t>(kv_len * (head_dim + 2)));
@@ -89,7 +89,7 @@ void check_blocks(Index head_dim, Index value_dim) {
   Memory memory;
   const Blocks blocks = Blocks::take(memory.arena, head_dim, value_dim);
   for (const Index first : {0, 128, 256}) {
-    const Index keys = std::min(Products::keys_in_block, kv_len - first);
+    const Index keys = std::min(Policy::keys_in_block, kv_len - first);
     const auto block = blocks.block(k, v, no_position{}, first, keys);
     INFO("first=" << first << " head_dim=" << head_dim << " value_dim=" << value_dim);
     CHECK(block.first_key == first);
@@ -136,7 +136,7 @@ TEST_CASE("key_block: keys are encoded at their own positions", "[key_block][pos
   const longspan::rotary position(longspan::Pairing::half_split);
   Memory memory;
   const auto blocks =
-      KeyBlocks<FloatProducts<float>, float, float, longspan::rotary>::take(memory.arena, 8, 8);
+      KeyBlocks<FloatArithmetic<float>, float, float, longspan::rotary>::take(memory.arena, 8, 8);
   const auto block = blocks.block(k, v, position, 128, 128);
   std::vector<float> wanted(k_memory.begin() + 128 * 8, k_memory.begin() + 256 * 8);
   position.encode(MatrixView<float>{wanted.data(), 128, 8, 8}, 128, longspan::Role::key);

@@ -49,7 +49,7 @@ void check_score_rows() {
       score_rows<packets>(k.data(), k_stride, rows, q.data(), head_dim, s.data(), highest.data(), width);
       bool right = true;
       for (Index lane = 0; lane < width; ++lane) {
-        Real top = before[std::size_t(lane)];
+        Real row_max = before[std::size_t(lane)];
         for (Index r = 0; r <= written; ++r) {
           const Real got = s[std::size_t(r * width + lane)];
           if (lane >= used || r == written) {
@@ -64,9 +64,9 @@ void check_score_rows() {
             size += std::abs(x);
           }
           right = right && std::abs(double(got) - wanted) <= double(head_dim + 2) * u<Real> * size;
-          top = std::max(top, got);
+          row_max = std::max(row_max, got);
         }
-        right = right && highest[std::size_t(lane)] == top;
+        right = right && highest[std::size_t(lane)] == row_max;
       }
       INFO("packets=" << packets << " rows=" << rows << " head_dim=" << head_dim);
       CHECK(right);
@@ -84,7 +84,7 @@ void check_weigh_rows() {
     for (Real& x : s) x = -std::abs(x) * 5;
     if (keys > 2) s[std::size_t(2 * width)] = std::numeric_limits<Real>::lowest();
     const std::vector<Real> scores = s, totals = total;
-    weigh_rows<packets>(s.data(), width, keys, shift.data(), total.data());
+    exp_rows<packets>(s.data(), width, keys, shift.data(), total.data());
     bool right = true;
     for (Index lane = 0; lane < width; ++lane) {
       double sum = double(totals[std::size_t(lane)]), size = std::abs(sum);
@@ -114,7 +114,7 @@ void check_value_rows() {
                   v_stride = columns + 3;
   Random random(3);
   for (const Index keys : {0, 1, 2, 9, 128}) {
-    for (const Into into : {Into::fresh, Into::continued, Into::rescaled}) {
+    for (const Accumulate into : {Accumulate::overwrite, Accumulate::add, Accumulate::rescale}) {
       const auto v = normals<Real>((keys + 1) * v_stride, random),
                  p = normals<Real>((keys + 1) * width, random);
       const auto scale = normals<Real>(width, random), before = normals<Real>(columns * width, random);
@@ -126,9 +126,9 @@ void check_value_rows() {
         for (Index lane = 0; lane < width; ++lane) {
           const auto at = std::size_t(r * width + lane);
           const double old = double(before[at]);
-          double wanted = into == Into::fresh       ? 0
-                          : into == Into::continued ? old
-                                                    : old * double(scale[std::size_t(lane)]);
+          double wanted = into == Accumulate::overwrite ? 0
+                          : into == Accumulate::add     ? old
+                                                        : old * double(scale[std::size_t(lane)]);
           double size = std::abs(wanted);
           for (Index j = 0; j < keys; ++j) {
             const double x =
@@ -156,18 +156,18 @@ void check_tile_stride() {
   Random random(5);
   const auto k = normals<Real>(keys * head_dim, random), q = normals<Real>(head_dim * stride, random),
              v = normals<Real>(keys * columns, random), scale = normals<Real>(stride, random);
-  std::vector<Real> s(std::size_t(keys * stride)), s_known = s, top(std::size_t(stride), Real(-1)),
-                                                   top_known = top;
-  score_rows<packets>(k.data(), head_dim, keys, q.data(), head_dim, s.data(), top.data(), stride);
+  std::vector<Real> s(std::size_t(keys * stride)), s_known = s, row_max(std::size_t(stride), Real(-1)),
+                                                   top_known = row_max;
+  score_rows<packets>(k.data(), head_dim, keys, q.data(), head_dim, s.data(), row_max.data(), stride);
   score_rows<packets>(k.data(), head_dim, keys, q.data(), head_dim, s_known.data(), top_known.data(), known);
   CHECK(s == s_known);
-  CHECK(top == top_known);
+  CHECK(row_max == top_known);
   std::vector<Real> o = normals<Real>(columns * stride, random), o_known = o;
   const RowRun all{keys, 0, packets};
   value_rows<packets>(v.data(), columns, columns, s.data(), stride, std::span(&all, 1), o.data(), stride,
-                      Into::rescaled, scale.data());
+                      Accumulate::rescale, scale.data());
   value_rows<packets>(v.data(), columns, columns, s.data(), known, std::span(&all, 1), o_known.data(), known,
-                      Into::rescaled, scale.data());
+                      Accumulate::rescale, scale.data());
   CHECK(o == o_known);
 }
 
@@ -187,7 +187,7 @@ void check_value_runs() {
     const auto v = normals<Real>((rows + 1) * v_stride, random),
                p = normals<Real>((rows + 1) * width, random);
     const auto scale = normals<Real>(width, random), before = normals<Real>(tile_rows * width, random);
-    for (const Into into : {Into::fresh, Into::continued, Into::rescaled}) {
+    for (const Accumulate into : {Accumulate::overwrite, Accumulate::add, Accumulate::rescale}) {
       std::vector<Real> o = before, wanted = before;
       value_rows<packets>(v.data(), v_stride, tile_rows, p.data(), width, runs, o.data(), width, into,
                           scale.data());
@@ -261,8 +261,8 @@ TEMPLATE_TEST_CASE("microkernel: NaN in a score stays in its lane", "[microkerne
   std::vector<TestType> highest(std::size_t(width), TestType(-1)), total(std::size_t(width), TestType(0));
   q[std::size_t(width - 1)] = std::numeric_limits<TestType>::quiet_NaN();
   score_rows<1>(k.data(), 2, tile_rows, q.data(), 2, s.data(), highest.data(), width);
-  weigh_rows<1>(s.data(), width, tile_rows, std::vector<TestType>(std::size_t(width), TestType(50)).data(),
-                total.data());
+  exp_rows<1>(s.data(), width, tile_rows, std::vector<TestType>(std::size_t(width), TestType(50)).data(),
+              total.data());
   for (Index lane = 0; lane < width; ++lane)
     CHECK(std::isnan(total[std::size_t(lane)]) == (lane == width - 1));
 }

@@ -24,19 +24,19 @@ struct Memory {
 template <class Real, class M, class S, class P>
 void run_tile(Call<Real>& call, const detail::QueryLanes& queries, const M& mask, const S& score,
               const P& position) {
-  using Products = detail::FloatProducts<Real>;
+  using Policy = detail::FloatArithmetic<Real>;
   const Index head_dim = call.q.cols, value_dim = call.v.cols;
   const Index padded = detail::round_up(value_dim, detail::tile_rows);
   Memory memory;
-  const auto scratch = detail::TileScratch<Products>::take(memory.arena, head_dim, padded, true);
-  const auto blocks = detail::KeyBlocks<Products, Real, Real, P>::take(memory.arena, head_dim, value_dim);
-  auto tile = detail::QueryTile<Products, M, S>::take(memory.arena, head_dim, padded, call.k.rows);
+  const auto scratch = detail::TileScratch<Policy>::take(memory.arena, head_dim, padded, true);
+  const auto blocks = detail::KeyBlocks<Policy, Real, Real, P>::take(memory.arena, head_dim, value_dim);
+  auto tile = detail::QueryTile<Policy, M, S>::take(memory.arena, head_dim, padded, call.k.rows);
   REQUIRE(memory.arena.used() < memory.bytes.size() - 64);
   tile.start(queries, mask, score, std::as_const(call.q).view(), 1 / std::sqrt(double(head_dim)), position,
              scratch);
   const auto k = std::as_const(call.k).view().matrix(0, 0), v = std::as_const(call.v).view().matrix(0, 0);
-  for (Index first = 0; first < call.k.rows; first += Products::keys_in_block) {
-    const Index keys = std::min(Products::keys_in_block, call.k.rows - first);
+  for (Index first = 0; first < call.k.rows; first += Policy::keys_in_block) {
+    const Index keys = std::min(Policy::keys_in_block, call.k.rows - first);
     tile.absorb(blocks.block(k, v, position, first, keys), scratch);
   }
   tile.finish(call.out.view(), call.lse.view());
@@ -86,7 +86,7 @@ TEMPLATE_TEST_CASE("tile: any number of lanes, from any row, of one head or seve
   }
 }
 
-TEST_CASE("tile: a mask that only has `sees`, a score and more keys than a stretch", "[tile]") {
+TEST_CASE("tile: a mask that only has `sees`, a score and more keys than a chunk", "[tile]") {
   struct Odd {
     bool sees(Index, Index h, Index i, Index j) const { return (i + j + h) % 3 != 0; }
   };
@@ -102,15 +102,15 @@ TEST_CASE("tile: a mask that only has `sees`, a score and more keys than a stret
 
 TEST_CASE("tile: keys may be absorbed in pieces of blocks", "[tile]") {
   // As where keys are split among tasks: cuts that are no multiples of a block.
-  using Products = detail::FloatProducts<float>;
-  using Tile = detail::QueryTile<Products, longspan::everything, longspan::unchanged>;
+  using Policy = detail::FloatArithmetic<float>;
+  using Tile = detail::QueryTile<Policy, longspan::everything, longspan::unchanged>;
   Random random(3);
   Call<float> call(Shape{1, 1, 1, 20, 200, 8, 8}, Values::normal, random);
   const detail::QueryLanes queries{0, 0, 1, 0, std::min(20, detail::tile_lanes<float>), 180};
   Memory memory;
-  const auto scratch = detail::TileScratch<Products>::take(memory.arena, 8, 8, false);
+  const auto scratch = detail::TileScratch<Policy>::take(memory.arena, 8, 8, false);
   const auto blocks =
-      detail::KeyBlocks<Products, float, float, longspan::no_position>::take(memory.arena, 8, 8);
+      detail::KeyBlocks<Policy, float, float, longspan::no_position>::take(memory.arena, 8, 8);
   Tile tile = Tile::take(memory.arena, 8, 8, 200);
   const longspan::everything mask;
   const longspan::unchanged score;

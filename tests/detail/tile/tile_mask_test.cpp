@@ -10,7 +10,7 @@
 
 #include "longspan/dense_mask.hpp"
 #include "longspan/detail/call/arena.hpp"
-#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
 #include "support/catch.hpp"
 #include "support/masks.hpp"
 #include "support/random.hpp"
@@ -41,7 +41,7 @@ using detail::TileMask;
 namespace {
 
 template <class Real>
-inline constexpr Index keys_in_block = detail::FloatProducts<Real>::keys_in_block;
+inline constexpr Index keys_in_block = detail::FloatArithmetic<Real>::keys_in_block;
 
 /// A block of keys as the kernel meets it.
 struct Block {

@@ -8,7 +8,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 constexpr Index round_up(Index x, Index multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -22,7 +22,7 @@ class Arena {
 
   template <class T>
   T* take(Index count) {
-    constexpr std::size_t most = static_cast<std::size_t>(std::numeric_limits<Index>::max()) / 2;
+    constexpr std::size_t most = static_cast<std::size_t>((std::numeric_limits<Index>::max)()) / 2;
     if (static_cast<std::size_t>(count) > (most - used_) / sizeof(T)) {
       raise("longspan: the scratch memory of a call would be larger than the address space");
     }
@@ -38,4 +38,4 @@ class Arena {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

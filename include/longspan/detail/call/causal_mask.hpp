@@ -7,7 +7,7 @@
 #include "longspan/mask.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// M without the keys after a query. A type of its own only if it must be, so that a stream runs the kernels that calls
@@ -29,4 +29,4 @@ constexpr CausalMask<M> causal_mask(const M& mask) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

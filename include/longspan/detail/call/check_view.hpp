@@ -10,7 +10,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// The most elements of a view. Sizes of 0 count as 1 here, so that no size exceeds it either, and neither bytes
@@ -36,7 +36,7 @@ std::string shape_text(const MatrixView<T>& x) {
 /// What is wrong with a view: its sizes, or that it has elements and no memory. Null if nothing is.
 constexpr const char* fault_of_view(const void* data, std::initializer_list<Index> sizes) noexcept {
   if (const char* fault = fault_of_sizes(sizes); fault != nullptr) return fault;
-  const bool empty = std::min(sizes) == 0;
+  const bool empty = (std::min)(sizes) == 0;
   return data == nullptr && !empty ? "memory for its elements, not null" : nullptr;
 }
 template <class T>
@@ -64,4 +64,4 @@ void check_view(std::string_view function, std::string_view argument, const View
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

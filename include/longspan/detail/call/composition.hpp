@@ -9,7 +9,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Runs take(arena) twice: to count, and to hand out.
@@ -57,4 +57,4 @@ void move_output(const TensorView<Real>& from, const TensorView<T>& out, const E
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// While one lives, this thread reads denormal numbers as 0 and writes 0 for them; then its mode is what it was. (On
@@ -101,4 +101,4 @@ void run_without_denormals(const E& executor, const Work& work) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -7,7 +7,7 @@
 
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 constexpr bool is_finite(double x) noexcept {
@@ -20,4 +20,4 @@ constexpr bool is_finite(float x) noexcept {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -12,7 +12,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Throws what a functor refuses of the options and sizes of a call, if it can tell without being called.
@@ -111,4 +111,4 @@ struct StreamCalls {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -13,7 +13,7 @@
 #include <exception>
 #endif
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// How many threads a team of `wanted` (0: OpenMP's own default) can have here.
@@ -67,7 +67,7 @@ class FirstFailure {
 template <class Task>
 void parallel_for([[maybe_unused]] Index threads, Index tasks, Task& task) {
 #if defined(_OPENMP)
-  if (const Index team = std::min(threads, tasks); team > 1) {
+  if (const Index team = (std::min)(threads, tasks); team > 1) {
     FirstFailure failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(team))
     for (Index t = 0; t < tasks; ++t) {
@@ -81,4 +81,4 @@ void parallel_for([[maybe_unused]] Index threads, Index tasks, Task& task) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

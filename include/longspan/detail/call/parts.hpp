@@ -9,7 +9,7 @@
 #include "longspan/score.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 struct MaskPart {
@@ -78,4 +78,4 @@ Part take_part(const Parts&... parts) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -17,7 +17,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 namespace detail {
 
@@ -66,7 +66,7 @@ template <class Q>
 using LseOf = Arithmetic<typename decltype(view(std::declval<const Q&>()))::Element>;
 
 /// Means "no lse wanted": a size that no view of a user has.
-inline constexpr Index no_size = std::numeric_limits<Index>::min();
+inline constexpr Index no_size = (std::numeric_limits<Index>::min)();
 template <class Real>
 constexpr RowsView<Real> no_rows() {
   return {nullptr, no_size, no_size, no_size, 0, 0, 1};
@@ -130,4 +130,4 @@ auto checked_problem(std::string_view function, TensorView<Tq> q, TensorView<Tk>
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

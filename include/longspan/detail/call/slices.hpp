@@ -4,7 +4,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Batch rows [first, first + count) of a TensorView or RowsView.
@@ -24,4 +24,4 @@ View slice_heads(View x, Index first, Index count) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

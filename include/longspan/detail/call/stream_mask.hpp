@@ -12,7 +12,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Does M hide all keys after a query?
@@ -82,7 +82,7 @@ struct CausalWhereUnlimited {
     Index end = KeyRange::lowest;
     for_each_query(tile, [&](const Tile& query) {
       const KeyRanges of_query = longspan::key_ranges(mask, query);
-      end = std::max(end, is_limited(of_query) ? end_of(of_query) : query.first_query + 1);
+      end = (std::max)(end, is_limited(of_query) ? end_of(of_query) : query.first_query + 1);
     });
     return intersection(ranges, KeyRanges({KeyRange::lowest, end}));
   }
@@ -122,7 +122,7 @@ constexpr StreamMask<M> stream_mask(const M& mask) {
 /// The end of the keys that the query at position i may see under the mask of a stream, itself included.
 template <Mask M>
 constexpr Index reach_of(const M& mask, Index batch, Index heads, Index i) {
-  return std::max(i + 1, end_of(key_ranges(mask, Tile{batch, 0, heads, i, 1, 0, 0})));
+  return (std::max)(i + 1, end_of(key_ranges(mask, Tile{batch, 0, heads, i, 1, 0, 0})));
 }
 
 /// Refuses a chunk of tokens [first, end) in which a query may see a key that comes after the chunk.
@@ -194,4 +194,4 @@ constexpr KeyRanges later_keys(const M& mask, Index batch, Index first) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

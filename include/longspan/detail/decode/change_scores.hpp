@@ -6,14 +6,14 @@
 
 #include "longspan/detail/simd/exp2.hpp"
 #include "longspan/detail/simd/packet.hpp"
-#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
 #include "longspan/detail/tile/query_lanes.hpp"
 #include "longspan/key_ranges.hpp"
 #include "longspan/score.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// The scores of some queries and a run of keys: s[j * count + g] is that of query `first` + g and key
@@ -24,7 +24,7 @@ namespace detail {
 template <class Real>
 struct ScoreBlock {
   static constexpr Index w = lanes<Real>;
-  static constexpr Real hidden = FloatProducts<Real>::hidden;
+  static constexpr Real hidden = FloatArithmetic<Real>::masked_score;
 
   Real* s = nullptr;           ///< whole packets
   const bool* seen = nullptr;  ///< the same shape, or null: all are seen
@@ -35,7 +35,7 @@ struct ScoreBlock {
 
   Index size() const { return (keys.end - keys.begin) * count; }
   /// Slots after the last query repeat it, and nothing reads them.
-  Index real_queries() const { return std::min(count, queries.count - first); }
+  Index real_queries() const { return (std::min)(count, queries.count - first); }
   Index query(Index lane) const { return first + lane % count; }
   Index key(Index at) const { return keys.begin + at / count; }
 };
@@ -43,11 +43,11 @@ struct ScoreBlock {
 /// Where a change of scores ends: in score units, ready for the softmax, or as the next score function needs them.
 enum class ScoreEnd : bool { in_units, for_next };
 
-/// A score of -infinity hides its key, in a finite way: as FloatProducts::hidden.
+/// A score of -infinity hides its key, in a finite way: as FloatArithmetic::masked_score.
 template <ScoreEnd end, class Real>
 LONGSPAN_INLINE Packet<Real> ended(Packet<Real> s) {
   if constexpr (end == ScoreEnd::for_next) return s;
-  return max(s * broadcast(score_unit<Real>), broadcast(FloatProducts<Real>::hidden));
+  return lane_max(s * broadcast(score_unit<Real>), broadcast(FloatArithmetic<Real>::masked_score));
 }
 
 /// s = f(s, distance of each lane) for all packets of a block. Is one of them hidden now?
@@ -55,7 +55,7 @@ template <ScoreEnd end, class Real, class F>
 LONGSPAN_NOINLINE bool change_packets(const ScoreBlock<Real>& block, const F& f) {
   constexpr Index w = lanes<Real>;
   constexpr auto exact = Index{1} << std::numeric_limits<Real>::digits;
-  const Packet<Real> hidden = broadcast(FloatProducts<Real>::hidden), one = broadcast(Real(1));
+  const Packet<Real> hidden = broadcast(FloatArithmetic<Real>::masked_score), one = broadcast(Real(1));
   Packet<Real> hides = broadcast(Real(0));
   alignas(64) Real of_lane[std::size_t(w)];
   const auto distances_at = [&](Index at) {
@@ -112,7 +112,7 @@ class HeadByHead {
 /// A score function called once for each key that query g sees. Does it hide one?
 template <ScoreEnd end, bool masked, class Real, class S>
 LONGSPAN_NOINLINE bool change_each(const ScoreBlock<Real>& block, const S& score, Index g) {
-  constexpr Real hidden = FloatProducts<Real>::hidden;
+  constexpr Real hidden = FloatArithmetic<Real>::masked_score;
   const Index b = block.queries.batch, h = block.queries.head(block.first + g),
               i = block.queries.position(block.first + g), count = block.count, end_key = block.keys.end;
   Real* s = block.s + g;
@@ -126,8 +126,8 @@ LONGSPAN_NOINLINE bool change_each(const ScoreBlock<Real>& block, const S& score
     }
     Real changed = static_cast<Real>(score(static_cast<ScoreValue<S, Real>>(*s), b, h, i, j));
     if constexpr (end == ScoreEnd::in_units) {
-      changed = std::max(changed * score_unit<Real>, hidden);  // in this order NaN stays NaN
-      lowest = std::min(lowest, changed);
+      changed = (std::max)(changed * score_unit<Real>, hidden);  // in this order NaN stays NaN
+      lowest = (std::min)(lowest, changed);
     }
     *s = changed;
   }
@@ -165,4 +165,4 @@ bool change_scores(const ScoreBlock<Real>& block, const S& score) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

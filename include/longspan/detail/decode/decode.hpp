@@ -16,7 +16,7 @@
 #include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/detail/tile/accumulator.hpp"
-#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
 #include "longspan/detail/tile/key_run.hpp"
 #include "longspan/detail/tile/query_lanes.hpp"
 #include "longspan/execution.hpp"
@@ -26,7 +26,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Up to so many queries (q_len times the heads of a group) take this path; more are as fast in the lanes.
@@ -48,7 +48,7 @@ class Decode {
         score_(score),
         queries_(call.q_len() * call.group()),
         slots_(static_cast<Index>(std::bit_ceil(std::size_t(queries_)))) {
-    find_stretches();
+    find_chunks();
   }
 
   template <class E>
@@ -57,29 +57,29 @@ class Decode {
     Arena counting;
     cut_worker(counting);
     const Index worker_bytes = static_cast<Index>(counting.used()), parts_at = worker_bytes * workers;
-    cut_parts(counting, kv_heads * stretches_);
+    cut_parts(counting, kv_heads * chunks_);
     std::byte* memory = workspace.reserve(static_cast<std::size_t>(parts_at) + counting.used());
 
     Arena arena(memory + parts_at);
-    RowAccumulator<Real>* parts = cut_parts(arena, kv_heads * stretches_);
-    executor.for_each(kv_heads * stretches_, [&](Index part, Index worker_index) {
+    RowAccumulator<Real>* parts = cut_parts(arena, kv_heads * chunks_);
+    executor.for_each(kv_heads * chunks_, [&](Index part, Index worker_index) {
       Arena own(memory + worker_index * worker_bytes);
       const Worker worker = cut_worker(own);
-      absorb_stretch(part / stretches_, stretch(part % stretches_), worker, parts[part]);
-      if (stretches_ == 1) write(part, parts[part]);
+      absorb_chunk(part / chunks_, chunk(part % chunks_), worker, parts[part]);
+      if (chunks_ == 1) write(part, parts[part]);
     });
-    if (stretches_ > 1) {
-      executor.for_each(kv_heads, [&](Index kv_head, Index) { join(kv_head, parts + kv_head * stretches_); });
+    if (chunks_ > 1) {
+      executor.for_each(kv_heads, [&](Index kv_head, Index) { join(kv_head, parts + kv_head * chunks_); });
     }
   }
 
  private:
   /// Rows are in no cache, and nobody reads them again before the next call, unless in a pass for more slots.
-  static constexpr RowsAhead rows_ahead =
-      w >= most_decode_queries ? RowsAhead::read_once : RowsAhead::read_again;
+  static constexpr PrefetchHint hint =
+      w >= most_decode_queries ? PrefetchHint::streaming : PrefetchHint::reused;
   static constexpr bool is_scaled = std::is_same_v<Tk, std::int8_t>;
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
-  /// One query reads K and V fastest in long stretches of each (256 keys: 88 % of the stream rate, 64: 83 %), and
+  /// One query reads K and V fastest in long chunks of each (256 keys: 88 % of the stream rate, 64: 83 %), and
   /// more queries are as fast. Being the same for all, a query's bits do not tell how many others there are.
   static constexpr Index block_keys = 256;
 
@@ -90,21 +90,21 @@ class Decode {
     Real* value_sums = nullptr;  ///< as large as the rows of o of all slots
   };
 
-  /// Only stretches that somebody sees are work: the last token of 2^20 under a window of 2^12 would else
+  /// Only chunks that somebody sees are work: the last token of 2^20 under a window of 2^12 would else
   /// take 2.3 ms, where that of 2^13 takes 1.1.
-  void find_stretches() {
-    if (call_.kv_len() <= keys_in_stretch) return seen_.add({0, 1});
+  void find_chunks() {
+    if (call_.kv_len() <= keys_in_chunk) return seen_.add({0, 1});
     for (Index kv_head = 0; kv_head < call_.k.batch * call_.k.heads; ++kv_head) {
       const KeyRanges seen = intersection(key_ranges(mask_, queries_of(kv_head).tile(0, queries_, {0, 0})),
                                           KeyRanges(KeyRange{0, call_.kv_len()}));
       for (const KeyRange& keys : seen)
-        seen_.add({keys.begin / keys_in_stretch, divide_up(keys.end, keys_in_stretch)});
+        seen_.add({keys.begin / keys_in_chunk, divide_up(keys.end, keys_in_chunk)});
     }
     if (seen_.empty()) return seen_.add({0, 1});
-    stretches_ = 0;
-    for (const KeyRange& range : seen_) stretches_ += range.end - range.begin;
+    chunks_ = 0;
+    for (const KeyRange& range : seen_) chunks_ += range.end - range.begin;
   }
-  Index stretch(Index n) const {
+  Index chunk(Index n) const {
     const KeyRange* range = seen_.begin();
     for (; n >= range->end - range->begin; ++range) n -= range->end - range->begin;
     return range->begin + n;
@@ -145,19 +145,19 @@ class Decode {
       Real* to = q + g * q_stride();
       Index c = 0;
       for (; c < columns_in_pairs<Tk>(call_.head_dim()); ++c) {
-        to[place_of<Real, Tk>(c, call_.head_dim())] = static_cast<Real>(row[c]) * factor;
+        to[interleaved_index<Real, Tk>(c, call_.head_dim())] = static_cast<Real>(row[c]) * factor;
       }
       for (; c + w <= call_.head_dim(); c += w) store(to + c, load_as<Real>(row + c) * broadcast(factor));
       if (c < q_stride()) store(to + c, load_part<Real>(row + c, call_.head_dim() - c) * broadcast(factor));
     }
   }
 
-  void absorb_stretch(Index kv_head, Index stretch, const Worker& worker,
-                      const RowAccumulator<Real>& state) const {
+  void absorb_chunk(Index kv_head, Index chunk, const Worker& worker,
+                    const RowAccumulator<Real>& state) const {
     const QueryLanes queries = queries_of(kv_head);
     state.clear();
     pack_queries(queries, worker.q);
-    const Index from = stretch * keys_in_stretch, to = std::min(call_.kv_len(), from + keys_in_stretch);
+    const Index from = chunk * keys_in_chunk, to = (std::min)(call_.kv_len(), from + keys_in_chunk);
     // A run is taken in when the next is known, whose keys are then asked for in time.
     Run run;
     KeyRange run_keys;
@@ -166,10 +166,10 @@ class Decode {
     };
     Index done = from;
     for (const KeyRange& range : key_ranges(mask_, queries.tile(0, queries_, {0, 0}))) {
-      const Index end = std::min(range.end, to);
-      Index first = std::max(done, std::max(range.begin, from) / block_keys * block_keys);
+      const Index end = (std::min)(range.end, to);
+      Index first = (std::max)(done, (std::max)(range.begin, from) / block_keys * block_keys);
       for (; first < end; first += block_keys) {
-        KeyRange left{first, std::min(first + block_keys, to)};
+        KeyRange left{first, (std::min)(first + block_keys, to)};
         while (!left.empty()) {
           const Run next = keys_.run(queries.batch, kv_head % call_.k.heads, left);
           const Index begin = std::exchange(left.begin, left.begin + next.k.rows);
@@ -213,21 +213,20 @@ class Decode {
     const Index keys = run.k.rows;
     // Arrays are as fast, or faster with 8 queries, where the rows behind the block are asked for.
     const bool is_short = keys < block_keys;
-    score_keys<count, rows_ahead>(run.k.data, run.k.row_stride, keys, worker.q + first * q_stride(),
-                                  q_stride(), call_.head_dim(), worker.scores,
-                                  is_short ? run.v.data : nullptr);
+    score_keys<count, hint>(run.k.data, run.k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
+                            call_.head_dim(), worker.scores, is_short ? run.v.data : nullptr);
     if constexpr (is_scaled) scale_scores<count>(worker.scores, run.k_scale, keys);
     const Index scores = round_up(keys, w) * count;
     if (seen == Seen::some) hide<count>(queries, first, range, worker);
     if constexpr (changes_score) seen = change<count>(queries, first, range, seen, worker);
-    std::fill(worker.scores + keys * count, worker.scores + scores, FloatProducts<Real>::hidden);
+    std::fill(worker.scores + keys * count, worker.scores + scores, FloatArithmetic<Real>::masked_score);
 
-    alignas(64) Real shrink[std::size_t(w)];
-    state.template weigh<count>(worker.scores, scores, first, shrink);
+    alignas(64) Real rescale[std::size_t(w)];
+    state.template weigh<count>(worker.scores, scores, first, rescale);
     if constexpr (is_scaled) scale_scores<count>(worker.scores, run.v_scale, keys);
     const bool plain = seen == Seen::all || all_finite(run);
-    if (!plain) return add_seen_values<count>(run.v, worker, first, state, shrink);
-    add_values_of_pass<count>(run.v, worker, first, state, shrink, is_short ? next_keys : nullptr);
+    if (!plain) return add_seen_values<count>(run.v, worker, first, state, rescale);
+    add_values_of_pass<count>(run.v, worker, first, state, rescale, is_short ? next_keys : nullptr);
   }
 
   /// Accumulators of add_values: as many as leave registers for the rows.
@@ -236,12 +235,12 @@ class Decode {
 
   template <int count>
   void add_values_of_pass(MatrixView<const Tv> v, const Worker& worker, Index first,
-                          const RowAccumulator<Real>& state, const Real* shrink, const Tk* next_keys) const {
+                          const RowAccumulator<Real>& state, const Real* rescale, const Tk* next_keys) const {
     Real* o = state.o + first * state.stride;
     if constexpr (count > 1) {
       if (!fits_registers<count>(state.stride / w)) {
-        return add_long_values<count, rows_ahead>(v.data, v.row_stride, v.cols, v.rows, worker.scores,
-                                                  worker.value_sums, o, state.stride, shrink, next_keys);
+        return add_long_values<count, hint>(v.data, v.row_stride, v.cols, v.rows, worker.scores,
+                                            worker.value_sums, o, state.stride, rescale, next_keys);
       }
     }
     const Index in_pairs = columns_in_pairs<Tv>(v.cols);
@@ -251,9 +250,9 @@ class Decode {
           std::min<Index>(most_value_packets, static_cast<Index>(std::bit_floor(std::size_t(left / w))));
       with_queries(packets, [&]<int wide>() {
         if constexpr (wide <= most_value_packets && wide * count <= value_accumulators) {
-          add_values<count, wide, rows_ahead>(v.data + column, v.row_stride,
-                                              std::min(w, v.cols - column - (wide - 1) * w), v.rows,
-                                              worker.scores, count, o + column, state.stride, shrink);
+          add_values<count, wide, hint>(v.data + column, v.row_stride,
+                                        (std::min)(w, v.cols - column - (wide - 1) * w), v.rows,
+                                        worker.scores, count, o + column, state.stride, rescale);
         }
       });
       column += packets * w;
@@ -272,12 +271,12 @@ class Decode {
     for (int g = 0; g < count; ++g) {
       const Index head = queries.head(first + g), position = queries.position(first + g);
       for (Index j = keys.begin; j < keys.end; j += 64) {
-        const Index end = std::min(keys.end, j + 64);
+        const Index end = (std::min)(keys.end, j + 64);
         std::uint64_t bits = seen_bits(mask_, queries.batch, head, position, j, low_bits(end - j));
         for (Index at = (j - keys.begin) * count + g; at < (end - keys.begin) * count;
              at += count, bits >>= 1) {
           worker.seen[at] = (bits & 1) != 0;
-          if (!worker.seen[at]) worker.scores[at] = FloatProducts<Real>::hidden;
+          if (!worker.seen[at]) worker.scores[at] = FloatArithmetic<Real>::masked_score;
         }
       }
     }
@@ -291,9 +290,10 @@ class Decode {
         ScoreBlock<Real>{worker.scores, masked ? worker.seen : nullptr, queries, first, count, keys}, score_);
     if (!masked && !hides) return Seen::all;
     for (Index at = 0; at < (keys.end - keys.begin) * count; ++at) {
-      const bool sees = (!masked || worker.seen[at]) && worker.scores[at] != FloatProducts<Real>::hidden;
+      const bool sees =
+          (!masked || worker.seen[at]) && worker.scores[at] != FloatArithmetic<Real>::masked_score;
       worker.seen[at] = sees;
-      if (!sees) worker.scores[at] = FloatProducts<Real>::hidden;
+      if (!sees) worker.scores[at] = FloatArithmetic<Real>::masked_score;
     }
     return Seen::some;
   }
@@ -305,7 +305,7 @@ class Decode {
     for (Index j = 0; j < run.v.rows; ++j) {
       const Tv* row = run.v.row(j);
       Real zero = 0;
-      const Real by = opaque(zero);  // as in FloatProducts::values_finite
+      const Real by = opaque(zero);  // as in FloatArithmetic::values_finite
       for (Index c = 0; c < run.v.cols; ++c) zero += static_cast<Real>(row[c]) * by;
       if (!is_finite(zero)) return false;
     }
@@ -315,7 +315,7 @@ class Decode {
   /// A weight of 0 does not hide a value that is NaN or infinite: here hidden pairs are left out one by one.
   template <int count>
   void add_seen_values(MatrixView<const Tv> v, const Worker& worker, Index first,
-                       const RowAccumulator<Real>& state, const Real* shrink) const {
+                       const RowAccumulator<Real>& state, const Real* rescale) const {
     for (int g = 0; g < count; ++g) {
       Real* o = state.o + (first + g) * state.stride;
       for (Index c = 0; c < state.stride; c += w) {
@@ -324,21 +324,21 @@ class Decode {
           const Index at = j * count + g;
           if (!worker.seen[at]) continue;
           alignas(64) Real row[std::size_t(w)] = {};
-          for (Index i = 0; i < std::min(w, call_.value_dim() - c); ++i)
-            row[i] = static_cast<Real>(v.row(j)[column_at<Real, Tv>(c + i, call_.value_dim())]);
+          for (Index i = 0; i < (std::min)(w, call_.value_dim() - c); ++i)
+            row[i] = static_cast<Real>(v.row(j)[column_of_index<Real, Tv>(c + i, call_.value_dim())]);
           sum = fma(broadcast(worker.scores[at]), load<Real>(row), sum);
         }
-        store(o + c, fma(broadcast(shrink[g]), load<Real>(o + c), sum));
+        store(o + c, fma(broadcast(rescale[g]), load<Real>(o + c), sum));
       }
     }
   }
 
-  /// Stretches to spans, spans to the whole, as everywhere (see keys_in_stretch).
+  /// Chunks to spans, spans to the whole, as everywhere (see keys_in_chunk).
   void join(Index kv_head, RowAccumulator<Real>* parts) const {
-    constexpr Index in_span = keys_in_span / keys_in_stretch;
-    for (Index first = 0, next = 0; first < stretches_; first = next) {
-      const auto same_span = [&](Index n) { return stretch(n) / in_span == stretch(first) / in_span; };
-      for (next = first + 1; next < stretches_ && same_span(next); ++next) parts[first].merge(parts[next]);
+    constexpr Index in_span = keys_in_span / keys_in_chunk;
+    for (Index first = 0, next = 0; first < chunks_; first = next) {
+      const auto same_span = [&](Index n) { return chunk(n) / in_span == chunk(first) / in_span; };
+      for (next = first + 1; next < chunks_ && same_span(next); ++next) parts[first].merge(parts[next]);
       if (first > 0) parts[0].merge(parts[first]);
     }
     write(kv_head, parts[0]);
@@ -352,12 +352,12 @@ class Decode {
       const Real* o = state.o + g * state.stride;
       Index c = 0;
       for (; c < columns_in_pairs<Tv>(call_.value_dim()); ++c) {
-        row[c] = static_cast<To>(o[place_of<Real, Tv>(c, call_.value_dim())] * factor);
+        row[c] = static_cast<To>(o[interleaved_index<Real, Tv>(c, call_.value_dim())] * factor);
       }
       for (; c + w <= call_.value_dim(); c += w) store_as(row + c, load(o + c) * broadcast(factor));
       for (; c < call_.value_dim(); ++c) row[c] = static_cast<To>(o[c] * factor);
       if (call_.lse.data != nullptr) {
-        call_.lse(queries.batch, queries.head(g), queries.row(g)) = lse_of(state.top[g], state.sum[g]);
+        call_.lse(queries.batch, queries.head(g), queries.row(g)) = lse_of(state.row_max[g], state.sum[g]);
       }
     }
   }
@@ -370,9 +370,9 @@ class Decode {
   /// The queries up to a power of two: those behind repeat the last one, so that rows are read once. Seven heads to
   /// a KV head take 0.76 of the time of passes of 4, 2 and 1.
   Index slots_;
-  KeyRanges seen_;  ///< numbers of stretches
-  Index stretches_ = 1;
+  KeyRanges seen_;  ///< numbers of chunks
+  Index chunks_ = 1;
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -11,7 +11,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// The running softmax of the queries of one KV head, one row of `o` to a query. As Accumulator, turned.
@@ -20,7 +20,7 @@ struct RowAccumulator {
   static constexpr Index w = lanes<Real>;
 
   Real* o = nullptr;  ///< [queries][stride]
-  Real* top = nullptr;
+  Real* row_max = nullptr;
   Real* sum = nullptr;
   Index queries = 0;
   Index stride = 0;
@@ -30,22 +30,23 @@ struct RowAccumulator {
     a.queries = queries;
     a.stride = round_up(value_dim, lanes<Real>);
     a.o = arena.take<Real>(queries * a.stride);
-    a.top = arena.take<Real>(queries);
+    a.row_max = arena.take<Real>(queries);
     a.sum = arena.take<Real>(queries);
     return a;
   }
 
   void clear() const {
     std::fill_n(o, queries * stride, Real(0));
-    std::fill_n(top, queries, nothing_seen<Real>);
+    std::fill_n(row_max, queries, empty_max<Real>);
     std::fill_n(sum, queries, Real(0));
   }
 
   /// As Accumulator::merge.
   void merge(const RowAccumulator& other) const {
     for (Index g = 0; g < queries; ++g) {
-      const Packet<Real> mine = broadcast(top[g]), others = broadcast(other.top[g]), both = max(mine, others);
-      const Packet<Real> my_share = weight(mine - both), other_share = weight(others - both);
+      const Packet<Real> mine = broadcast(row_max[g]), others = broadcast(other.row_max[g]),
+                         both = lane_max(mine, others);
+      const Packet<Real> my_share = exp_score(mine - both), other_share = exp_score(others - both);
       for (Index c = 0; c < stride; c += lanes<Real>) {
         Real* to = o + g * stride + c;
         store(to, fma(load<Real>(to), my_share, load<Real>(other.o + g * stride + c) * other_share));
@@ -55,27 +56,27 @@ struct RowAccumulator {
       store<Real>(of_lane, total);
       sum[g] = of_lane[0];
       store<Real>(of_lane, both);
-      top[g] = of_lane[0];
+      row_max[g] = of_lane[0];
     }
   }
 
-  /// Takes scores [keys][count] of the queries from `first` on: raises their tops to them, turns them into weights and
-  /// adds these to the sums. What o has before is to be multiplied by `shrink`. `size` is a multiple of w * count.
+  /// Takes scores [keys][count] of the queries from `first` on: raises their maxima to them, turns them into weights and
+  /// adds these to the sums. What o has before is to be multiplied by `rescale`. `size` is a multiple of w * count.
   template <int count>
-  void weigh(Real* scores, Index size, Index first, Real* shrink) const {
-    Real* const tops = top + first;
+  void weigh(Real* scores, Index size, Index first, Real* rescale) const {
+    Real* const maxima = row_max + first;
     Real* const sums = sum + first;
     alignas(64) Real of_lane[std::size_t(w)];
-    for (int i = 0; i < w; ++i) of_lane[i] = tops[i % count];
+    for (int i = 0; i < w; ++i) of_lane[i] = maxima[i % count];
     const Packet<Real> before = load<Real>(of_lane);
     Packet<Real> raised = before;
-    for (Index i = 0; i < size; i += w) raised = max(raised, load<Real>(scores + i));
+    for (Index i = 0; i < size; i += w) raised = lane_max(raised, load<Real>(scores + i));
     store<Real>(of_lane, raised);
     fold<count>(of_lane, larger);
     for (int i = count; i < w; ++i) of_lane[i] = of_lane[i % count];
     raised = load<Real>(of_lane);
-    store(shrink, weight(before - raised));
-    std::copy_n(of_lane, count, tops);
+    store(rescale, exp_score(before - raised));
+    std::copy_n(of_lane, count, maxima);
 
     // A lane of total[n] has every w-th key, whatever `count` is: added up from the farthest apart to the next, the
     // sum of a query is the same beside any others.
@@ -85,7 +86,7 @@ struct RowAccumulator {
     for (Index i = 0; i < size; i += w * count) {
       LONGSPAN_UNROLL
       for (int n = 0; n < count; ++n) {
-        const Packet<Real> p = weight(load<Real>(scores + i + n * w) - raised);
+        const Packet<Real> p = exp_score(load<Real>(scores + i + n * w) - raised);
         total[n] = total[n] + p;
         store(scores + i + n * w, p);
       }
@@ -97,7 +98,7 @@ struct RowAccumulator {
     }
     store<Real>(of_lane, total[0]);
     fold<count>(of_lane, std::plus<>());
-    for (int g = 0; g < count; ++g) sums[g] = sums[g] * shrink[g] + of_lane[g];
+    for (int g = 0; g < count; ++g) sums[g] = sums[g] * rescale[g] + of_lane[g];
   }
 
  private:
@@ -116,4 +117,4 @@ struct RowAccumulator {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

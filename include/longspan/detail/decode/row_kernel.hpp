@@ -13,7 +13,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// sum[j * queries + g] += over 2 packets of columns, k[j] * q[g]. Few keys are held while the queries pass,
@@ -30,7 +30,7 @@ LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index co
     for (int half = 0; half < 2; ++half) {
       LONGSPAN_UNROLL
       for (int g = 0; g < queries; ++g) {
-        const Packet<Real> of_query = held(load(q + g * q_stride + half * w));
+        const Packet<Real> of_query = in_register(load(q + g * q_stride + half * w));
         LONGSPAN_UNROLL
         for (int j = 0; j < keys; ++j)
           sum[j * queries + g] = fma(of_key[half][j], of_query, sum[j * queries + g]);
@@ -40,8 +40,8 @@ LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index co
     Packet<Real> of_query[2][std::size_t(queries)];
     LONGSPAN_UNROLL
     for (int g = 0; g < queries; ++g) {
-      of_query[0][g] = held(load(q + g * q_stride));
-      of_query[1][g] = held(load(q + g * q_stride + w));
+      of_query[0][g] = in_register(load(q + g * q_stride));
+      of_query[1][g] = in_register(load(q + g * q_stride + w));
     }
     LONGSPAN_UNROLL
     for (int j = 0; j < keys; ++j) {
@@ -57,18 +57,18 @@ LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index co
 }
 
 /// sum[j * queries + g] += k[j] * q[g], to be summed over the lanes.
-template <int queries, int keys, RowsAhead ahead, class Real, class Tk>
+template <int queries, int keys, PrefetchHint hint, class Real, class Tk>
 LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Real* q, Index q_stride,
-                              Index head_dim, LinesAhead lines,
+                              Index head_dim, Prefetcher lines,
                               Packet<Real> (&sum)[std::size_t(queries * keys)]) {
   const auto add_packet = [&](const auto& load_key, Index column) {
     Packet<Real> of_query[std::size_t(queries)];
     LONGSPAN_UNROLL
-    for (int g = 0; g < queries; ++g) of_query[g] = held(load(q + g * q_stride + column));
+    for (int g = 0; g < queries; ++g) of_query[g] = in_register(load(q + g * q_stride + column));
     LONGSPAN_UNROLL
     for (int j = 0; j < keys; ++j) {
       const Packet<Real> loaded = load_key(k[j] + column);
-      const Packet<Real> of_key = queries > 1 ? held(loaded) : loaded;
+      const Packet<Real> of_key = queries > 1 ? in_register(loaded) : loaded;
       LONGSPAN_UNROLL
       for (int g = 0; g < queries; ++g) sum[j * queries + g] = fma(of_key, of_query[g], sum[j * queries + g]);
     }
@@ -80,7 +80,7 @@ LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Rea
       add_packet([](const Tk* from) { return load_as<Real>(from); }, column);
     }
   };
-  for_each_column<Real, Tk, keys, ahead>(head_dim, lines, add_whole, add_packet);
+  for_each_column<Real, Tk, keys, hint>(head_dim, lines, add_whole, add_packet);
 }
 
 /// As score_keys for fewer keys than a packet holds, one by one: the same bits. (By itself, since inlined there
@@ -95,8 +95,8 @@ LONGSPAN_NOINLINE void score_few_keys(const Tk* k, Index k_stride, Index keys, c
       const Tk* const row[1] = {k + j * k_stride};
       Packet<Real> sum[std::size_t(queries)];
       for (int g = 0; g < queries; ++g) sum[g] = broadcast(Real(0));
-      add_rows<queries, 1, RowsAhead::not_asked_for>(row, q, q_stride, head_dim,
-                                                     {row[0], 0, 0, 1, 0, nullptr}, sum);
+      add_rows<queries, 1, PrefetchHint::none>(row, q, q_stride, head_dim, {row[0], 0, 0, 1, 0, nullptr},
+                                               sum);
       for (int g = 0; g < queries; ++g) of_key[g] = sum_in_pairs(sum[g]);
     }
     std::copy_n(of_key, queries, s + j * queries);
@@ -105,19 +105,19 @@ LONGSPAN_NOINLINE void score_few_keys(const Tk* k, Index k_stride, Index keys, c
 
 /// s[j * queries + g] = k[j].q[g] for `keys` keys and a power of two of queries, at most `lanes`.
 ///
-/// q [queries][q_stride], columns at their `place_of`, zero behind head_dim up to whole packets. Whole
+/// q [queries][q_stride], columns at their `interleaved_index`, zero behind head_dim up to whole packets. Whole
 /// packets of s are written: sums behind the last key are those of the last key again. `then` is what is read next,
 /// where that is not behind the keys.
-template <int queries, RowsAhead rows_ahead = RowsAhead::read_again, class Real, class Tk>
+template <int queries, PrefetchHint wanted_hint = PrefetchHint::reused, class Real, class Tk>
 void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride, Index head_dim,
                 Real* s, const void* then = nullptr) {
   constexpr int w = lanes<Real>, keys_at_once = w / queries;
   // Pointers to 16 rows leave no register for anything else: 8 at a time take a fifth less time with clang++.
-  constexpr int together = std::min(keys_at_once, 8);
+  constexpr int together = (std::min)(keys_at_once, 8);
   // For one query the loads of 8 float rows let the processor run ahead by themselves, 5-10 % faster.
   constexpr bool asks = queries > 1 || together < 8 || sizeof(Tk) < sizeof(float);
-  constexpr RowsAhead ahead = asks ? rows_ahead : RowsAhead::not_asked_for;
-  LinesAhead lines(k, head_dim, k_stride, together, keys, then);
+  constexpr PrefetchHint hint = asks ? wanted_hint : PrefetchHint::none;
+  Prefetcher lines(k, head_dim, k_stride, together, keys, then);
   for (Index first = 0; first < keys; first += keys_at_once, s += w) {
     // Of one key in 16, half the time would go to repeating it.
     if ((keys - first) * queries <= w / 4) {
@@ -128,12 +128,12 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
     for (int part = 0; part < keys_at_once; part += together) {
       const Tk* row[std::size_t(together)];
       LONGSPAN_UNROLL
-      for (int j = 0; j < together; ++j) row[j] = k + std::min(first + part + j, keys - 1) * k_stride;
+      for (int j = 0; j < together; ++j) row[j] = k + (std::min)(first + part + j, keys - 1) * k_stride;
       Packet<Real> of_rows[std::size_t(together * queries)];
       LONGSPAN_UNROLL
       for (int i = 0; i < together * queries; ++i) of_rows[i] = broadcast(Real(0));
       lines.go_to(first + part);
-      add_rows<queries, together, ahead>(row, q, q_stride, head_dim, lines, of_rows);
+      add_rows<queries, together, hint>(row, q, q_stride, head_dim, lines, of_rows);
       LONGSPAN_UNROLL
       for (int i = 0; i < together * queries; ++i) sum[part * queries + i] = of_rows[i];
     }
@@ -163,10 +163,10 @@ LONGSPAN_INLINE void load_whole(const T* from, Packet<Real> (&to)[std::size_t(pa
 
 /// o[g][c] = scale[g] * o[g][c] + sum_j p[j * p_stride + g] * v[j][c], for `queries` rows of o and `packets`
 /// packets of columns; of the last packet, `last_columns` columns exist. Where none is missing and packets
-/// are even, columns of o stand at their `place_of`.
+/// are even, columns of o stand at their `interleaved_index`.
 ///
 /// Where g++ inlines it, its sums go through memory: a step of four heads to a KV head takes 14 % longer.
-template <int queries, int packets, RowsAhead ahead, class Real, class Tv>
+template <int queries, int packets, PrefetchHint hint, class Real, class Tv>
 LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, const Real* p,
                                   Index p_stride, Real* o, Index o_stride, const Real* scale) {
   constexpr int w = lanes<Real>;
@@ -190,9 +190,9 @@ LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_column
     LONGSPAN_UNROLL_BY_2
     for (Index j = 0; j < keys; ++j) {
       const Tv* row = v + j * v_stride;
-      if constexpr (ahead != RowsAhead::not_asked_for) {
-        prefetch<ahead == RowsAhead::read_once>(row, packets * w * static_cast<Index>(sizeof(Tv)),
-                                                prefetch_ahead);
+      if constexpr (hint != PrefetchHint::none) {
+        prefetch<hint == PrefetchHint::streaming>(row, packets * w * static_cast<Index>(sizeof(Tv)),
+                                                  prefetch_distance);
       }
       add(row, p + j * p_stride, [](const Tv* from, Packet<Real>(&to)[std::size_t(packets)]) {
         load_whole<packets, Real>(from, to);
@@ -219,9 +219,9 @@ LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_column
 
 /// sum[c][g] += p[j][g] * v[j][c] for `keys` rows v[j] together and `queries` of `all` queries, where sum[c][g] is a
 /// packet of columns: the sums are in the first cache, the weights in registers.
-template <int all, int queries, int keys, RowsAhead ahead, class Real, class Tv>
+template <int all, int queries, int keys, PrefetchHint hint, class Real, class Tv>
 LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, const Real* p, Real* sum,
-                                    const LinesAhead& lines) {
+                                    const Prefetcher& lines) {
   constexpr int w = lanes<Real>;
   Packet<Real> weight_of[std::size_t(keys * queries)];
   LONGSPAN_UNROLL
@@ -253,47 +253,47 @@ LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, 
       add(even, column);
       add(odd, column + w);
     } else {
-      add_packet([](const Tv* from) { return held(load_as<Real>(from)); }, column);
+      add_packet([](const Tv* from) { return in_register(load_as<Real>(from)); }, column);
     }
   };
-  for_each_column<Real, Tv, keys, ahead>(columns, lines, add_whole, add_packet);
+  for_each_column<Real, Tv, keys, hint>(columns, lines, add_whole, add_packet);
 }
 
 /// add_value_rows for all queries, four at a time: the weights of four rows for eight leave the registers, and
 /// clang++ then takes 60 % longer.
-template <int all, int keys, RowsAhead ahead, class Real, class Tv>
+template <int all, int keys, PrefetchHint hint, class Real, class Tv>
 LONGSPAN_INLINE void add_value_rows_of_all(const Tv* v, Index v_stride, Index columns, const Real* p,
-                                           Real* sum, const LinesAhead& lines) {
-  constexpr int some = std::min(all, 4);
-  add_value_rows<all, some, keys, ahead>(v, v_stride, columns, p, sum, lines);
+                                           Real* sum, const Prefetcher& lines) {
+  constexpr int some = (std::min)(all, 4);
+  add_value_rows<all, some, keys, hint>(v, v_stride, columns, p, sum, lines);
   if constexpr (some < all) {
-    add_value_rows<all, all - some, keys, RowsAhead::not_asked_for>(v, v_stride, columns, p + some,
-                                                                    sum + some * lanes<Real>, lines);
+    add_value_rows<all, all - some, keys, PrefetchHint::none>(v, v_stride, columns, p + some,
+                                                              sum + some * lanes<Real>, lines);
   }
 }
 
 /// o[g][c] = scale[g] * o[g][c] + sum_j p[j * queries + g] * v[j][c], as add_values, for rows of any length: each is
 /// read once for all queries. `sum` is room for `queries` rows of o_stride. The sums are those of add_values, bit
-/// for bit; columns of o stand at their `place_of`.
+/// for bit; columns of o stand at their `interleaved_index`.
 ///
 /// Where the sums of whole rows leave the registers (8 packets, 4 queries) this takes 110 GB/s from the first caches
 /// and 87 % of the stream rate from DRAM; rows read twice, for two queries each, took 84 and 79 %.
-template <int queries, RowsAhead ahead, class Real, class Tv>
+template <int queries, PrefetchHint hint, class Real, class Tv>
 LONGSPAN_NOINLINE void add_long_values(const Tv* v, Index v_stride, Index columns, Index keys, const Real* p,
                                        Real* sum, Real* o, Index o_stride, const Real* scale,
                                        const void* then = nullptr) {
   constexpr int w = lanes<Real>, keys_together = vector_registers == 32 ? 4 : 2;
   std::fill_n(sum, queries * round_up(columns, w), Real(0));
-  LinesAhead lines(v, columns, v_stride, keys_together, keys, then);
+  Prefetcher lines(v, columns, v_stride, keys_together, keys, then);
   Index j = 0;
   for (; j + keys_together <= keys; j += keys_together) {
     lines.go_to(j);
-    add_value_rows_of_all<queries, keys_together, ahead>(v + j * v_stride, v_stride, columns, p + j * queries,
-                                                         sum, lines);
+    add_value_rows_of_all<queries, keys_together, hint>(v + j * v_stride, v_stride, columns, p + j * queries,
+                                                        sum, lines);
   }
   for (; j < keys; ++j) {
-    add_value_rows_of_all<queries, 1, RowsAhead::not_asked_for>(v + j * v_stride, v_stride, columns,
-                                                                p + j * queries, sum, lines);
+    add_value_rows_of_all<queries, 1, PrefetchHint::none>(v + j * v_stride, v_stride, columns,
+                                                          p + j * queries, sum, lines);
   }
   for (Index c = 0; c < columns; c += w) {
     for (int g = 0; g < queries; ++g, sum += w) {
@@ -305,4 +305,4 @@ LONGSPAN_NOINLINE void add_long_values(const Tv* v, Index v_stride, Index column
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

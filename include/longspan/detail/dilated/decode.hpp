@@ -19,7 +19,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// The keys that a causal query sees in each branch, counted from the first of its segment: what Decode asks
@@ -42,7 +42,7 @@ class BranchKeys {
 
   /// The longest run that begins with the first of `keys`, and ends with the last of them at most.
   KeyRun<Key, Value> run(Index n, Index h, KeyRange keys) const {
-    const Index count = std::min(keys.end, seen(n, h)) - keys.begin, wanted = keys.end - keys.begin;
+    const Index count = (std::min)(keys.end, seen(n, h)) - keys.begin, wanted = keys.end - keys.begin;
     if (count <= 0) return {{nullptr, wanted, head_dim_, 0}, {nullptr, wanted, value_dim_, 0}, false};
     const Branch& branch = branch_of(n);
     const Index first = position_ / branch.segment * branch.segment + offset(n, h);
@@ -54,7 +54,7 @@ class BranchKeys {
   Index most() const {
     Index most = 0;
     for (const Branch& branch : dilation_.branches)
-      most = std::max(most, position_ % branch.segment / branch.dilation + 1);
+      most = (std::max)(most, position_ % branch.segment / branch.dilation + 1);
     return most;
   }
 
@@ -122,4 +122,4 @@ void decode_dilated(const Problem<Tq, Tk, Tv, To>& call, const Source& source, c
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

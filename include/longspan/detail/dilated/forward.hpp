@@ -20,7 +20,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// The options of a call.
@@ -42,10 +42,10 @@ struct BranchGroups {
 
   /// No position reaches `end`: longer segments and steps are the same as these.
   BranchGroups(const Branch& branch, Index end, bool shares_tiles)
-      : segment(std::min(branch.segment, end)), step(std::min(branch.dilation, end)), length(segment) {
+      : segment((std::min)(branch.segment, end)), step((std::min)(branch.dilation, end)), length(segment) {
     constexpr Index most_tokens = 2048, most_rows = 256;
     if (shares_tiles && branch.segment % branch.dilation == 0 &&
-        branch.segment <= std::min(most_tokens, end) && branch.segment / branch.dilation <= most_rows) {
+        branch.segment <= (std::min)(most_tokens, end) && branch.segment / branch.dilation <= most_rows) {
       length = segment * (2 * most_tokens / segment);
       in_segment = segment / step;
     } else {
@@ -74,13 +74,13 @@ struct TensorRows {
   }
 };
 
-template <class Products, class Source, class Tq, class To, Mask M, Score S, Position P, bool unmet>
+template <class Policy, class Source, class Tq, class To, Mask M, Score S, Position P, bool unmet>
 class Dilated {
  public:
   using Tk = typename Source::Key;
   using Tv = typename Source::Value;
   using Call = Problem<Tq, Tk, Tv, To>;
-  using Real = typename Products::Real;
+  using Real = typename Policy::Real;
 
   /// Of the keys and values in `call` only the shapes are read.
   Dilated(const Call& call, const Source& source, const Dilation& dilation, const M& mask, const S& score,
@@ -94,7 +94,7 @@ class Dilated {
     while (tiles > 4 && tiles * width * call.value_dim() > Index{1} << 16) tiles /= 2;
     const Index heads = call.q.batch * call.q.heads;
     while (tiles > 4 && heads * divide_up(call.q_len(), tiles * width) < 4 * workers) tiles /= 2;
-    rows_in_task_ = std::min(tiles * width, call.q_len());
+    rows_in_task_ = (std::min)(tiles * width, call.q_len());
     tasks_in_head_ = divide_up(call.q_len(), rows_in_task_);
   }
 
@@ -118,7 +118,7 @@ class Dilated {
   using TilePosition = decltype(dilated_position(std::declval<const P&>(), {}));
 
   struct Worker {
-    RowTiles<Products, Tk, Tv, TileMask, TileScore, TilePosition> tiles;
+    RowTiles<Policy, Tk, Tv, TileMask, TileScore, TilePosition> tiles;
     RowAccumulator<Real> rows;
   };
 
@@ -127,13 +127,13 @@ class Dilated {
     Index batch, head, first, count;
   };
 
-  Index end() const { return std::max(call_.kv_len(), call_.first_query + call_.q_len()) + 1; }
+  Index end() const { return (std::max)(call_.kv_len(), call_.first_query + call_.q_len()) + 1; }
 
   Worker cut_worker(Arena& arena) const {
     Index most_keys = 0;
     for (const Branch& branch : dilation_.branches) {
       const BranchGroups groups(branch, end(), Source::joins_segments);
-      most_keys = std::max(most_keys, kept_rows(std::min(groups.length, call_.kv_len()), 0, groups.step));
+      most_keys = (std::max)(most_keys, kept_rows((std::min)(groups.length, call_.kv_len()), 0, groups.step));
     }
     Worker worker;
     worker.tiles = decltype(worker.tiles)::take(arena, call_.head_dim(), call_.value_dim(), most_keys);
@@ -146,7 +146,7 @@ class Dilated {
     const Index head = task / tasks_in_head_, chunk = tasks_in_head_ - 1 - task % tasks_in_head_;
     const Index first = chunk * rows_in_task_;
     const Queries queries{head / call_.q.heads, head % call_.q.heads, first,
-                          std::min(rows_in_task_, call_.q_len() - first)};
+                          (std::min)(rows_in_task_, call_.q_len() - first)};
     worker.rows.queries = queries.count;
     worker.rows.clear();
     for (std::size_t n = 0; n < dilation_.branches.size(); ++n) absorb_branch(n, queries, worker);
@@ -160,12 +160,12 @@ class Dilated {
     const Index from = std::max<Index>(0, call_.first_query + queries.first);
     const Index to = call_.first_query + queries.first + queries.count;
     // Queries after the last key see those of its segment; a segment without keys has nothing to add.
-    for (Index begin = from / groups.length * groups.length; begin < std::min(to, call_.kv_len());
+    for (Index begin = from / groups.length * groups.length; begin < (std::min)(to, call_.kv_len());
          begin += groups.length) {
-      const Index length = std::min(groups.length, call_.kv_len() - begin);
+      const Index length = (std::min)(groups.length, call_.kv_len() - begin);
       const DilatedRows rows{begin + offset, groups.step, groups.in_segment};
-      const Index first_row = rows.row_from(std::max(from, begin));
-      const Index row_count = std::min(rows.row_from(to), kept_rows(groups.length, offset, groups.step)) -
+      const Index first_row = rows.row_from((std::max)(from, begin));
+      const Index row_count = (std::min)(rows.row_from(to), kept_rows(groups.length, offset, groups.step)) -
                               std::max<Index>(0, first_row);
       if (row_count > 0)
         absorb_group(n, groups, rows, std::max<Index>(0, first_row), row_count, length, queries, worker);
@@ -208,12 +208,12 @@ class Dilated {
   /// does not mask: keys of score 0 that add to the sum and not to the output.
   void add_zero_keys(const BranchGroups& groups, const DilatedRows& rows, Index first_row, Index count,
                      const Queries& queries, const Accumulator<Real>& seen) const {
-    const Index segment = std::min(groups.segment, call_.kv_len()), b = queries.batch, h = queries.head;
+    const Index segment = (std::min)(groups.segment, call_.kv_len()), b = queries.batch, h = queries.head;
     for (Index lane = 0; lane < count; ++lane) {
       const Index t = first_row + lane, n = rows.position(t), begin = n / groups.segment * groups.segment;
       if (begin >= call_.kv_len()) continue;  // no segment of the keys
       const Index offset = (n - begin) % groups.step;
-      Index row = kept_rows(std::min(segment, call_.kv_len() - begin), offset, rows.step);
+      Index row = kept_rows((std::min)(segment, call_.kv_len() - begin), offset, rows.step);
       for (; row < divide_up(segment, rows.step); ++row) {
         const Index key = begin + offset + row * rows.step;
         if (sees(mask_, b, h, n, key)) add_key_of_zeros(seen, lane, b, h, n, key);
@@ -224,10 +224,10 @@ class Dilated {
   void add_key_of_zeros(const Accumulator<Real>& seen, Index lane, Index b, Index h, Index n,
                         Index key) const {
     const Real s = static_cast<Real>(score_(ScoreValue<S, Real>(0), b, h, n, key)) * score_unit<Real>;
-    const Real top = std::max(seen.top[lane], s);
-    const Real kept = std::exp((seen.top[lane] - top) / score_unit<Real>);
-    seen.top[lane] = top;
-    seen.sum[lane] = seen.sum[lane] * kept + std::exp((s - top) / score_unit<Real>);
+    const Real row_max = (std::max)(seen.row_max[lane], s);
+    const Real kept = std::exp((seen.row_max[lane] - row_max) / score_unit<Real>);
+    seen.row_max[lane] = row_max;
+    seen.sum[lane] = seen.sum[lane] * kept + std::exp((s - row_max) / score_unit<Real>);
     for (Index c = 0; c < seen.columns; ++c) seen.o[c * seen.stride + lane] *= kept;
   }
 
@@ -242,12 +242,12 @@ class Dilated {
 };
 
 /// Runs the pass whose kind of mask the call needs.
-template <class Products, class Source, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P,
+template <class Policy, class Source, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P,
           class E>
 void run_dilated(const Problem<Tq, Tk, Tv, To>& call, const Source& source, const Dilation& dilation,
                  const M& mask, const S& score, const P& position, const E& executor, Workspace& workspace) {
   const auto run = [&]<bool unmet>(std::bool_constant<unmet>) {
-    using Pass = Dilated<Products, Source, Tq, To, M, S, P, unmet>;
+    using Pass = Dilated<Policy, Source, Tq, To, M, S, P, unmet>;
     Pass(call, source, dilation, mask, score, position, executor.workers()).run(executor, workspace);
   };
   if constexpr (RangeMask<M>) {
@@ -265,17 +265,17 @@ void dilated_forward(const Problem<Tq, Tk, Tv, To>& call, const Dilation& dilati
                                    call.head_dim(), call.value_dim(), false, dilation.phase);
   const TensorRows<Tk, Tv> source{call.k, call.v, call.group()};
   run_where_it_pays(flop, least_parallel_tile_flop, executor, [&](const auto& where) {
-#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
     constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
     if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
       if (bf16_products && static_cast<float>(call.scale) > 1e-30f && call.head_dim() % 2 == 0)
-        return run_dilated<Bf16Products>(call, source, dilation, mask, score, position, where, workspace);
+        return run_dilated<Bf16Arithmetic>(call, source, dilation, mask, score, position, where, workspace);
     }
 #endif
-    run_dilated<FloatProducts<Arithmetic<Tq>>>(call, source, dilation, mask, score, position, where,
-                                               workspace);
+    run_dilated<FloatArithmetic<Arithmetic<Tq>>>(call, source, dilation, mask, score, position, where,
+                                                 workspace);
   });
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

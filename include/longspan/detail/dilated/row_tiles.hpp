@@ -17,7 +17,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Adds lane i of a tile to row first + i * step, for `count` lanes: Accumulator::merge, lanes to rows.
@@ -26,16 +26,16 @@ void merge_lanes(const Accumulator<Real>& tile, Index count, Index value_dim,
                  const RowAccumulator<Real>& rows, Index first, Index step) {
   constexpr Index w = lanes<Real>;
   for (Index lane = 0; lane < count; lane += w) {
-    const Index used = std::min(w, count - lane);
+    const Index used = (std::min)(w, count - lane);
     const auto row_of = [&](Index i) { return first + (lane + i) * step; };
     alignas(64) Real before[std::size_t(w)]{}, share[std::size_t(w)];
-    for (Index i = 0; i < used; ++i) before[i] = rows.top[row_of(i)];
-    const Packet<Real> mine = load<Real>(before), others = load<Real>(tile.top + lane),
-                       both = max(mine, others);
-    const Packet<Real> other_share = weight(others - both);
-    store<Real>(share, weight(mine - both));
+    for (Index i = 0; i < used; ++i) before[i] = rows.row_max[row_of(i)];
+    const Packet<Real> mine = load<Real>(before), others = load<Real>(tile.row_max + lane),
+                       both = lane_max(mine, others);
+    const Packet<Real> other_share = exp_score(others - both);
+    store<Real>(share, exp_score(mine - both));
     store<Real>(before, both);
-    for (Index i = 0; i < used; ++i) rows.top[row_of(i)] = before[i];
+    for (Index i = 0; i < used; ++i) rows.row_max[row_of(i)] = before[i];
     store<Real>(before, load<Real>(tile.sum + lane) * other_share);
     for (Index i = 0; i < used; ++i) rows.sum[row_of(i)] = rows.sum[row_of(i)] * share[i] + before[i];
 
@@ -75,7 +75,7 @@ void write_rows(const RowAccumulator<Real>& rows, Index count, Index batch, Inde
     for (; column + w <= out.cols; column += w)
       store_as(to + column, load<Real>(from + column) * broadcast(by));
     for (; column < out.cols; ++column) to[column] = static_cast<To>(from[column] * by);
-    if (lse.data != nullptr) lse(batch, head, first + i) = lse_of(rows.top[i], rows.sum[i]);
+    if (lse.data != nullptr) lse(batch, head, first + i) = lse_of(rows.row_max[i], rows.sum[i]);
   }
 }
 
@@ -91,17 +91,17 @@ struct RowsToAttend {
 };
 
 /// The tiles of one worker.
-template <class Products, class Tk, class Tv, Mask M, Score S, Position P>
+template <class Policy, class Tk, class Tv, Mask M, Score S, Position P>
 class RowTiles {
  public:
-  using Real = typename Products::Real;
-  using Queries = QueryTile<Products, M, S>;
+  using Real = typename Policy::Real;
+  using Queries = QueryTile<Policy, M, S>;
 
   static RowTiles take(Arena& arena, Index head_dim, Index value_dim, Index most_keys) {
     const Index padded_value_dim = round_up(value_dim, tile_rows);
     RowTiles tiles;
     tiles.scratch_ =
-        TileScratch<Products>::take(arena, head_dim, padded_value_dim, !std::is_same_v<P, no_position>);
+        TileScratch<Policy>::take(arena, head_dim, padded_value_dim, !std::is_same_v<P, no_position>);
     tiles.blocks_ = Blocks::take(arena, head_dim, value_dim);
     for (Queries& tile : tiles.tiles_) tile = Queries::take(arena, head_dim, padded_value_dim, most_keys);
     return tiles;
@@ -113,10 +113,11 @@ class RowTiles {
               double scale, const Done& done) {
     constexpr Index width = tile_lanes<Real>;
     for (Index first = 0; first < rows.count; first += tiles_in_task * width) {
-      const Index tiles = std::min(tiles_in_task, divide_up(rows.count - first, width));
+      const Index tiles = (std::min)(tiles_in_task, divide_up(rows.count - first, width));
       const auto lanes_of = [&](Index t) {
         const Index row = first + t * width;
-        return QueryLanes{rows.batch, rows.head, 1, row, std::min(width, rows.count - row), rows.first_query};
+        return QueryLanes{rows.batch,      rows.head, 1, row, (std::min)(width, rows.count - row),
+                          rows.first_query};
       };
       KeyRanges ranges;
       for (Index t = 0; t < tiles; ++t) {
@@ -130,26 +131,26 @@ class RowTiles {
   }
 
  private:
-  using Blocks = KeyBlocks<Products, Tk, Tv, P>;
+  using Blocks = KeyBlocks<Policy, Tk, Tv, P>;
 
   void absorb(Index tiles, const KeyRanges& ranges, const KeyRun<Tk, Tv>& run, const P& position) {
-    constexpr Index keys_in_block = Products::keys_in_block;
+    constexpr Index keys_in_block = Policy::keys_in_block;
     Index done = 0;  // a block that two ranges touch is visited once
     for (const KeyRange& range : ranges) {
-      Index first = std::max(done, range.begin / keys_in_block * keys_in_block);
+      Index first = (std::max)(done, range.begin / keys_in_block * keys_in_block);
       for (; first < range.end; first += keys_in_block) {
-        const Index keys = std::min(keys_in_block, run.k.rows - first);
-        const KeyBlock<Products> block = blocks_.block(slice_rows(run, first, keys), position, first);
+        const Index keys = (std::min)(keys_in_block, run.k.rows - first);
+        const KeyBlock<Policy> block = blocks_.block(slice_rows(run, first, keys), position, first);
         for (Index t = 0; t < tiles; ++t) tiles_[t].absorb(block, scratch_);
       }
       done = first;
     }
   }
 
-  TileScratch<Products> scratch_;
+  TileScratch<Policy> scratch_;
   Blocks blocks_;
   Queries tiles_[tiles_in_task];
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

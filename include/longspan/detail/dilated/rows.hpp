@@ -14,7 +14,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 constexpr Index floor_divide(Index x, Index by) { return x >= 0 ? x / by : -divide_up(-x, by); }
@@ -51,7 +51,7 @@ struct SegmentMask {
 
   KeyRange keys(Index b, Index t) const {
     const KeyRange own = rows.segment(t), seen = within_bounds(mask->keys(b, rows.position(t)));
-    return {std::max(own.begin, rows.row_from(seen.begin)), std::min(own.end, rows.row_from(seen.end))};
+    return {(std::max)(own.begin, rows.row_from(seen.begin)), (std::min)(own.end, rows.row_from(seen.end))};
   }
 };
 
@@ -80,8 +80,8 @@ struct UnmetMask {
     const KeyRange keys = tile.key_range();
     if (!KeyRange{first.begin, last.end}.overlaps(keys)) return Seen::none;
     Seen seen = longspan::classify(*mask, rows.spread(tile));
-    if (!KeyRange{last.begin, first.end}.contains(keys)) seen = std::min(seen, Seen::some);
-    for (const Branch& branch : earlier) seen = std::min(seen, unmet(branch, rows.spread(tile)));
+    if (!KeyRange{last.begin, first.end}.contains(keys)) seen = (std::min)(seen, Seen::some);
+    for (const Branch& branch : earlier) seen = (std::min)(seen, unmet(branch, rows.spread(tile)));
     return seen;
   }
   KeyRanges key_ranges(const Tile& tile) const {
@@ -157,4 +157,4 @@ auto dilated_position(const P& position, const DilatedRows& rows) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

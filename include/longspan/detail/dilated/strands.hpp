@@ -11,7 +11,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// What the heads of one KV head with one offset keep of one branch: rows of its open segment.
@@ -72,4 +72,4 @@ struct StoredRows {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

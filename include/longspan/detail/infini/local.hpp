@@ -12,7 +12,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 template <class Local, FeatureMap F>
 struct infini_attention;
@@ -148,4 +148,4 @@ struct LocalHidesLaterKeys<Local> : LocalHidesLaterKeys<decltype(Local::attend)>
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

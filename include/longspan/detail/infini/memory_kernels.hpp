@@ -11,7 +11,7 @@
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/simd/packet.hpp"
-#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
 #include "longspan/detail/tile/key_block.hpp"
 #include "longspan/detail/tile/microkernel.hpp"
 #include "longspan/detail/tile/query_lanes.hpp"
@@ -21,7 +21,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 template <class Real, FeatureMap F>
@@ -105,7 +105,7 @@ class MemoryRead {
     executor.for_each(q_.batch * q_.heads * tiles_, [&](Index task, Index worker) {
       Arena arena(scratch + worker * worker_bytes);
       const Index head = task / tiles_, first = task % tiles_ * width;
-      read_tile(head / q_.heads, head % q_.heads, first, std::min(width, q_.rows - first), take(arena));
+      read_tile(head / q_.heads, head % q_.heads, first, (std::min)(width, q_.rows - first), take(arena));
     });
   }
 
@@ -138,13 +138,13 @@ class MemoryRead {
         return static_cast<void>(std::fill_n(scratch.read, memory_.stride() * stride, Real(0)));
       value_rows<wide>(static_cast<const Real*>(memory_.matrix(kv_head)), memory_.stride(),
                        round_up(memory_.value_dim, tile_rows), static_cast<const Real*>(scratch.phi), stride,
-                       q_.cols, scratch.read, stride, Into::fresh, unscaled<Real>);
+                       q_.cols, scratch.read, stride, Accumulate::overwrite, unscaled<Real>);
     });
     const Real* shares_of_memory = shares_.memory + h * shares_.head_stride;
     const Real* shares_of_other = shares_.other + h * shares_.head_stride;
     for (Index lane = 0; lane < count; lane += w) {
-      write_packet(b, h, first + lane, std::min(w, count - lane), load<Real>(by + lane), scratch.read + lane,
-                   stride, shares_of_memory, shares_of_other);
+      write_packet(b, h, first + lane, (std::min)(w, count - lane), load<Real>(by + lane),
+                   scratch.read + lane, stride, shares_of_memory, shares_of_other);
     }
   }
 
@@ -163,14 +163,14 @@ class MemoryRead {
     }
     for (Index lane = 0; lane < stride; lane += w) {
       const auto row_of = [&](Index i) {
-        const Index row = std::min(lane + i, count - 1);
+        const Index row = (std::min)(lane + i, count - 1);
         if constexpr (std::is_same_v<P, no_position>) {
           return q_.row(b, h, first + row);
         } else {
           return static_cast<const Real*>(scratch.rows + row * q_.cols);
         }
       };
-      FloatProducts<Real>::pack(row_of, q_.cols, Real(1), scratch.phi + lane, stride);
+      FloatArithmetic<Real>::pack(row_of, q_.cols, Real(1), scratch.phi + lane, stride);
     }
     for (Index at = 0; at < q_.cols * stride; at += w) {
       store(scratch.phi + at, feature_of(feature_, load<Real>(scratch.phi + at)));
@@ -191,7 +191,7 @@ class MemoryRead {
     }
     LONGSPAN_UNROLL
     for (int n = 0; n < packets; ++n) {
-      const Packet<Real> bounded = max(sum[n], broadcast(static_cast<Real>(infini_least_norm)));
+      const Packet<Real> bounded = lane_max(sum[n], broadcast(static_cast<Real>(infini_least_norm)));
       store(by + n * w, select(equal(sum[n], zero), zero, broadcast(Real(1)) / bounded));
     }
   }
@@ -295,10 +295,10 @@ class MemoryWrite {
   /// Rows [first_row, first_row + chunk_rows) of one head's M and z.
   void write_chunk(Index head, Index first_row, Index keys, const Scratch& scratch) const {
     const Index b = head / memory_.kv_heads, h = head % memory_.kv_heads, stride = memory_.stride();
-    const Index rows = std::min(chunk_rows, memory_.rows() - first_row);
+    const Index rows = (std::min)(chunk_rows, memory_.rows() - first_row);
     std::fill_n(scratch.norm, chunk_rows, Real(0));
     for (Index first = 0; first < keys; first += block_keys) {
-      const Index in_block = std::min(block_keys, keys - first);
+      const Index in_block = (std::min)(block_keys, keys - first);
       feature_block(b, h, first, in_block, first_row, scratch);
       add_norms(in_block, scratch);
       const Real* values;
@@ -310,7 +310,8 @@ class MemoryWrite {
         values = v_.row(b, h, first);
         values_stride = v_.row_stride;
       }
-      multiply(values, values_stride, rows, in_block, first == 0 ? Into::fresh : Into::continued, scratch);
+      multiply(values, values_stride, rows, in_block, first == 0 ? Accumulate::overwrite : Accumulate::add,
+               scratch);
     }
     Real* m = memory_.matrix(head) + first_row * stride;
     for (Index at = 0; at < rows * stride; at += w)
@@ -321,7 +322,7 @@ class MemoryWrite {
   /// phi of columns [first_row, first_row + chunk_rows) of the keys of a block; 0 behind head_dim.
   void feature_block(Index b, Index h, Index first, Index keys, Index first_row,
                      const Scratch& scratch) const {
-    const Index columns = std::min(chunk_rows, k_.cols - first_row);
+    const Index columns = (std::min)(chunk_rows, k_.cols - first_row);
     for (Index j = 0; j < keys; ++j) {
       Real* to = scratch.phi + j * chunk_rows;
       const Tk* from = k_.row(b, h, first + j);
@@ -357,7 +358,7 @@ class MemoryWrite {
     }
   }
 
-  void multiply(const Real* values, Index values_stride, Index rows, Index keys, Into into,
+  void multiply(const Real* values, Index values_stride, Index rows, Index keys, Accumulate into,
                 const Scratch& scratch) const {
     const Index stride = memory_.stride();
     for (Index column = 0; column < stride; column += tile_packets * w) {
@@ -379,4 +380,4 @@ class MemoryWrite {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -13,7 +13,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// What a batch row keeps of the segments that were closed last, so that they can be opened again.
@@ -130,4 +130,4 @@ class OpenRows {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

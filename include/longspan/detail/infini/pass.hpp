@@ -17,7 +17,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// One batch row of a tensor.
@@ -67,7 +67,7 @@ struct InfiniPass {
   template <class Tq, class Tk, class Tv, class To, class E, class RowsOf>
   void check(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v, TensorView<To> out,
              const E& executor, Workspace& workspace, const RowsOf& rows_of) const {
-    const Index queries = std::min(q.rows, k.rows);
+    const Index queries = (std::min)(q.rows, k.rows);
     const Problem<Tq, Tk, Tv, To> call{q.slice_rows(0, queries), k, v, out.slice_rows(0, queries), {}};
     if constexpr (requires { local.check_call(call); }) {
       check_sizes(local, call, rows_of);
@@ -219,4 +219,4 @@ struct InfiniScratch {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -6,7 +6,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Blocks are numbered from the start of the stream. What can be retrieved, [dropped, sealed), depends on the
@@ -31,15 +31,15 @@ struct BlockCounts {
   Index open() const noexcept { return tokens - sealed * block; }
 
   /// Blocks that are sealed in a stream of `size` tokens.
-  Index sealed_at(Index size) const noexcept { return std::max(opened, size / block - local_blocks); }
+  Index sealed_at(Index size) const noexcept { return (std::max)(opened, size / block - local_blocks); }
   /// Blocks that are dropped where `count` are sealed.
   Index dropped_at(Index count) const noexcept {
     const bool is_full = drop_at_once > 0 && count - drop_at_once >= capacity;
-    return std::max(let_go, is_full ? (count - capacity) / drop_at_once * drop_at_once : 0);
+    return (std::max)(let_go, is_full ? (count - capacity) / drop_at_once * drop_at_once : 0);
   }
   /// Blocks that are final, since a truncation reaches back at most to `size` - rollback tokens.
   Index settled_at(Index size) const noexcept {
-    return std::max({settled, let_go, sealed_at(std::max<Index>(0, size - rollback))});
+    return (std::max)({settled, let_go, sealed_at(std::max<Index>(0, size - rollback))});
   }
   /// Blocks that are not needed any more, for any size that the stream can be truncated to.
   Index gone() const noexcept { return dropped_at(settled); }
@@ -56,4 +56,4 @@ struct BlockCounts {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -10,7 +10,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Scores come for some tokens at a time, so that a long chunk over a long stream fits into memory.
@@ -106,7 +106,7 @@ class LandmarkChoice {
     return (b * kv_heads_ + h / (heads_ / kv_heads_)) * tokens_ + i;
   }
   void raise(T* to, const T* from) const {
-    for (Index n = 0; n < blocks_; ++n) to[n] = std::max(to[n], from[n]);
+    for (Index n = 0; n < blocks_; ++n) to[n] = (std::max)(to[n], from[n]);
   }
   void choose(const T* weights, Index list) {
     choose_highest(weights, blocks_, k_, chosen_.data() + list * k_, best_.data() + list * k_);
@@ -120,4 +120,4 @@ class LandmarkChoice {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

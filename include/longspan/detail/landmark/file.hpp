@@ -20,7 +20,7 @@
 #include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 inline constexpr StateKind landmark_state{"landmark", 2, "landmark_cache::save", "landmark_cache::load"};
@@ -141,4 +141,4 @@ void replace_landmark_blocks(const std::string& path, Index resident, const std:
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -16,7 +16,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P>
@@ -24,9 +24,9 @@ class LandmarkForward {
  public:
   using Call = Problem<Tq, Tk, Tv, To>;
   using Real = typename Call::Real;
-  using Products = FloatProducts<Real>;
+  using Policy = FloatArithmetic<Real>;
   using Queries = LandmarkTile<Real, M, S>;
-  using Blocks = KeyBlocks<Products, Tk, Tv, P>;
+  using Blocks = KeyBlocks<Policy, Tk, Tv, P>;
 
   LandmarkForward(const Call& call, const LandmarkOptions& options, const M& mask, const S& score,
                   const P& position, Index workers)
@@ -42,7 +42,7 @@ class LandmarkForward {
     for (Index b = 0; b < (options.at.same_in_all_rows() ? 1 : call.k.batch); ++b) {
       for (Index m = 0; m <= options.at.count(b, call.kv_len()); ++m) {
         const LandmarkBlock block = landmark_block(options.at, b, m, call.kv_len());
-        widest_ = std::max(widest_, block.end() - block.tokens.begin);
+        widest_ = (std::max)(widest_, block.end() - block.tokens.begin);
       }
     }
   }
@@ -66,14 +66,14 @@ class LandmarkForward {
 
  private:
   struct Worker {
-    TileScratch<Products> scratch;
+    TileScratch<Policy> scratch;
     Blocks blocks;
     Queries tiles[tiles_in_task];
   };
 
   LandmarkPlan take_plan(Arena& arena) const {
     const bool same_in_all_rows = options_.at.same_in_all_rows() && !options_.has_controlled();
-    return LandmarkPlan::take(arena, options_.at, call_.k.batch, call_.kv_len(), Products::keys_in_block,
+    return LandmarkPlan::take(arena, options_.at, call_.k.batch, call_.kv_len(), Policy::keys_in_block,
                               same_in_all_rows,
                               [&](Index b, Index m) { return options_.is_controlled(b, m); });
   }
@@ -81,8 +81,8 @@ class LandmarkForward {
   Worker cut_worker(Arena& arena) const {
     const Index padded_value_dim = round_up(call_.value_dim(), tile_rows);
     Worker worker;
-    worker.scratch = TileScratch<Products>::take(arena, call_.head_dim(), padded_value_dim,
-                                                 !std::is_same_v<P, no_position>);
+    worker.scratch =
+        TileScratch<Policy>::take(arena, call_.head_dim(), padded_value_dim, !std::is_same_v<P, no_position>);
     worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
     for (Index t = 0; t < per_task_; ++t) {
       worker.tiles[t] = Queries::take(arena, call_.head_dim(), padded_value_dim, call_.kv_len(), widest_,
@@ -128,19 +128,19 @@ class LandmarkForward {
     const Index kv_head = lanes.first_head / call_.group();
     const auto k = call_.k.matrix(lanes.batch, kv_head);
     const auto v = call_.v.matrix(lanes.batch, kv_head);
-    if (chunk.length() <= Products::keys_in_block) {
+    if (chunk.length() <= Policy::keys_in_block) {
       const auto keys = worker.blocks.block(k, v, position_, chunk.keys.begin, chunk.length());
       for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb_chunk(chunk, keys, worker.scratch);
       return;
     }
     const LandmarkBlock block = landmark_block(options_.at, lanes.batch, chunk.first_block, chunk.keys.end);
     for (Index t = 0; t < tiles; ++t) worker.tiles[t].start_wide();
-    for (Index first = block.tokens.begin; first < block.tokens.end; first += Products::keys_in_block) {
-      const Index count = std::min(Products::keys_in_block, block.tokens.end - first);
+    for (Index first = block.tokens.begin; first < block.tokens.end; first += Policy::keys_in_block) {
+      const Index count = (std::min)(Policy::keys_in_block, block.tokens.end - first);
       const auto keys = worker.blocks.block(k, v, position_, first, count);
       for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb_piece(keys, worker.scratch);
     }
-    KeyBlock<Products> landmark;
+    KeyBlock<Policy> landmark;
     if (block.closed) landmark = worker.blocks.block(k, v, position_, block.landmark(), 1);
     for (Index t = 0; t < tiles; ++t) worker.tiles[t].finish_wide(chunk, landmark, worker.scratch);
   }
@@ -171,4 +171,4 @@ void landmark_forward(const Problem<Tq, Tk, Tv, To>& call, const LandmarkOptions
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

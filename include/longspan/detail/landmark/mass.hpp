@@ -15,30 +15,30 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// The sum of exp(score) over scores as they come.
 template <class Real>
 struct ScoreMass {
-  Real top = nothing_seen<Real>;
+  Real row_max = empty_max<Real>;
   Real sum = 0;
 
   /// Each of the scores stands for `times` equal ones.
   void add(const Real* scores, Index count, Real times) {
     constexpr Index w = lanes<Real>;
-    const Real now = std::max(top, *std::max_element(scores, scores + count));
+    const Real now = (std::max)(row_max, *std::max_element(scores, scores + count));
     alignas(64) Real p[std::size_t(w)];
-    store<Real>(p, weight(broadcast(top - now)));
+    store<Real>(p, exp_score(broadcast(row_max - now)));
     sum *= p[0];
     for (Index j = 0; j < count; j += w) {
-      const Index used = std::min(w, count - j);
-      store<Real>(p, weight(load_part<Real>(scores + j, used) - broadcast(now)));
+      const Index used = (std::min)(w, count - j);
+      store<Real>(p, exp_score(load_part<Real>(scores + j, used) - broadcast(now)));
       for (Index i = 0; i < used; ++i) sum += times * p[i];
     }
-    top = now;
+    row_max = now;
   }
-  double lse() const { return static_cast<double>(lse_of(top, sum)); }
+  double lse() const { return static_cast<double>(lse_of(row_max, sum)); }
 };
 
 /// Adds the products of a query with sampled keys, which stand for `tokens` keys. `scores` has room for a
@@ -56,4 +56,4 @@ void add_sample(const Real* q, Index q_stride, const KeyRun<T, T>& keys, const T
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -10,7 +10,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// What grouped softmax is told beside q, k and v. Views of null memory stand for options that are not used.
@@ -110,4 +110,4 @@ class LandmarkPlan {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -13,12 +13,12 @@
 #include "longspan/detail/simd/exp2.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/detail/tile/accumulator.hpp"
-#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
 #include "longspan/detail/tile/key_run.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Calls work.template operator()<count>() with a power of two of at most 8.
@@ -32,13 +32,13 @@ void with_count(Index count, const Work& work) {
 
 /// The columns of a row go where score_keys wants them for keys of T.
 template <class T, class Real>
-void place_columns([[maybe_unused]] Real* row, [[maybe_unused]] Index cols) {
+void interleave_columns([[maybe_unused]] Real* row, [[maybe_unused]] Index cols) {
   if constexpr (loads_in_pairs<Real, T>) {
     constexpr Index together = 2 * lanes<Real>;
     for (Index first = 0; first + together <= cols; first += together) {
       Real plain[std::size_t(together)];
       std::copy_n(row + first, together, plain);
-      for (Index c = 0; c < together; ++c) row[first + place_of<Real, T>(c, together)] = plain[c];
+      for (Index c = 0; c < together; ++c) row[first + interleaved_index<Real, T>(c, together)] = plain[c];
     }
   }
 }
@@ -54,9 +54,9 @@ void score_landmarks(MatrixView<const Tk> k, MatrixView<const Real> q, const Sco
   constexpr Index w = lanes<Real>, keys_at_once = 256, most_queries = queries_to_a_landmark<Real>;
   alignas(64) Real piece[std::size_t(keys_at_once * most_queries + w)];
   for (Index first = 0; first < k.rows; first += keys_at_once) {
-    const Index keys = std::min(keys_at_once, k.rows - first);
+    const Index keys = (std::min)(keys_at_once, k.rows - first);
     for (Index g = 0; g < q.rows;) {
-      const auto left = static_cast<std::size_t>(std::min(most_queries, q.rows - g));
+      const auto left = static_cast<std::size_t>((std::min)(most_queries, q.rows - g));
       const Index together = static_cast<Index>(std::bit_floor(left));
       with_count(together, [&]<int count>() {
         if constexpr (count <= most_queries) {
@@ -76,12 +76,12 @@ void score_landmarks(MatrixView<const Tk> k, MatrixView<const Real> q, const Sco
 template <class Real>
 void softmax_row(Real* s, Index count) {
   constexpr Index w = lanes<Real>;
-  Real top = nothing_seen<Real>, sum = 0;
-  for (Index j = 0; j < count; ++j) top = std::max(top, s[j]);
+  Real row_max = empty_max<Real>, sum = 0;
+  for (Index j = 0; j < count; ++j) row_max = (std::max)(row_max, s[j]);
   for (Index j = 0; j < count; j += w) {
-    const Index used = std::min(w, count - j);
+    const Index used = (std::min)(w, count - j);
     alignas(64) Real p[std::size_t(w)];
-    store<Real>(p, weight(load_part<Real>(s + j, used) - broadcast(top)));
+    store<Real>(p, exp_score(load_part<Real>(s + j, used) - broadcast(row_max)));
     for (Index i = 0; i < used; ++i) sum += s[j + i] = p[i];
   }
   for (Index j = 0; j < count; ++j) s[j] /= sum;
@@ -145,7 +145,7 @@ template <class Real>
 struct RetrievedRow {
   Real* o;       ///< [padded columns]
   Real* scores;  ///< [keys of a block + packet]
-  Real top = nothing_seen<Real>;
+  Real row_max = empty_max<Real>;
   Real sum = 0;
 
   /// Adds a block under the score of its landmark, its last key, which has no value. q holds whole packets.
@@ -159,29 +159,29 @@ struct RetrievedRow {
     const Index tokens = k.rows - 1;
     if (tokens == 0) return;
     const Real logit = scores[tokens];
-    std::fill(scores + tokens, scores + round_up(tokens, w), FloatProducts<Real>::hidden);
-    Packet<Real> highest = broadcast(nothing_seen<Real>), total = broadcast(Real(0));
-    for (Index j = 0; j < tokens; j += w) highest = max(highest, load<Real>(scores + j));
+    std::fill(scores + tokens, scores + round_up(tokens, w), FloatArithmetic<Real>::masked_score);
+    Packet<Real> highest = broadcast(empty_max<Real>), total = broadcast(Real(0));
+    for (Index j = 0; j < tokens; j += w) highest = lane_max(highest, load<Real>(scores + j));
     const Packet<Real> block_top = broadcast(max_of_lanes(highest));
     for (Index j = 0; j < tokens; j += w) {
-      const Packet<Real> p = weight(load<Real>(scores + j) - block_top);
+      const Packet<Real> p = exp_score(load<Real>(scores + j) - block_top);
       total = total + p;
       store(scores + j, p);
     }
-    const Real now = std::max(top, logit);
-    const Real shrink = one_weight(top - now), share = one_weight(logit - now);
+    const Real now = (std::max)(row_max, logit);
+    const Real rescale = exp_score_of(row_max - now), share = exp_score_of(logit - now);
     const Packet<Real> factor = broadcast(share / sum_in_pairs(total));
     for (Index j = 0; j < tokens; j += w) store(scores + j, load<Real>(scores + j) * factor);
     if constexpr (is_scaled) scale_scores<1>(scores, block.v_scale, tokens);
-    add_rows_of_values(v, tokens, shrink);
-    top = now;
-    sum = sum * shrink + share;
+    add_rows_of_values(v, tokens, rescale);
+    row_max = now;
+    sum = sum * rescale + share;
   }
 
   /// Merges with the other part of the row, a normalised output and its natural log-sum-exp.
   void merge_into(Real* out, Real& lse, Index cols) const {
     if (sum == Real(0)) return;
-    const Real own = lse_of(top, sum), highest = std::max(lse, own);
+    const Real own = lse_of(row_max, sum), highest = (std::max)(lse, own);
     const Real of_local = std::exp(lse - highest), of_blocks = std::exp(own - highest);
     const Real total = of_local + of_blocks;
     for (Index c = 0; c < cols; ++c)
@@ -190,32 +190,32 @@ struct RetrievedRow {
   }
 
  private:
-  /// o = shrink * o + the rows of v under their weights, several packets of columns at a time: one sum of a
+  /// o = rescale * o + the rows of v under their weights, several packets of columns at a time: one sum of a
   /// row alone waits for itself.
   template <class T>
-  void add_rows_of_values(MatrixView<const T> v, Index rows, Real shrink) {
+  void add_rows_of_values(MatrixView<const T> v, Index rows, Real rescale) {
     constexpr Index w = lanes<Real>;
     constexpr int together =
         loads_in_pairs<Real, T> ? 3 : 4;  // an even number would come in pairs, out of order
     for (Index column = 0, packets = 0; column < v.cols; column += packets * w) {
       packets = divide_up(v.cols - column, w) >= together ? together : 1;
-      const Index last = std::min(w, v.cols - column - (packets - 1) * w);
+      const Index last = (std::min)(w, v.cols - column - (packets - 1) * w);
       if (packets == together) {
-        add_values<1, together, RowsAhead::not_asked_for>(v.data + column, v.row_stride, last, rows, scores,
-                                                          1, o + column, 0, &shrink);
+        add_values<1, together, PrefetchHint::none>(v.data + column, v.row_stride, last, rows, scores, 1,
+                                                    o + column, 0, &rescale);
       } else {
-        add_values<1, 1, RowsAhead::not_asked_for>(v.data + column, v.row_stride, last, rows, scores, 1,
-                                                   o + column, 0, &shrink);
+        add_values<1, 1, PrefetchHint::none>(v.data + column, v.row_stride, last, rows, scores, 1, o + column,
+                                             0, &rescale);
       }
     }
   }
 
-  static Real one_weight(Real x) {
+  static Real exp_score_of(Real x) {
     alignas(64) Real lane[std::size_t(lanes<Real>)];
-    store<Real>(lane, weight(broadcast(x)));
+    store<Real>(lane, exp_score(broadcast(x)));
     return lane[0];
   }
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -16,7 +16,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Rows of one type into rows of another, back to back.
@@ -106,4 +106,4 @@ struct SealedRows {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -18,7 +18,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Blocks that become final go into the file: a block in the file is its pages, one for each batch row, and
@@ -121,4 +121,4 @@ void LandmarkStore<T>::load(StateReader& reader, const BlockCounts& counts) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -27,7 +27,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Blocks are sealed and dropped as BlockCounts says. Those that a truncation may bring back stay: the rows of
@@ -86,7 +86,7 @@ class LandmarkStore {
   }
 
   Index bytes() const noexcept {
-    const Index kept = counts_.sealed - gone_, in_memory = counts_.sealed - std::max(gone_, filed_);
+    const Index kept = counts_.sealed - gone_, in_memory = counts_.sealed - (std::max)(gone_, filed_);
     return static_cast<Index>(sizeof(T)) * batch_ * in_memory * page_size() +
            static_cast<Index>(sizeof(Open)) * batch_ * kept * kv_heads_ * head_dim_ + unsealed_.bytes();
   }
@@ -156,7 +156,7 @@ class LandmarkStore {
 
   void save(StateWriter& writer) const;
   Index payload_bytes(std::string_view function) const;
-  /// Into an empty store, with the counts of the file, which the caller has checked.
+  /// Accumulate an empty store, with the counts of the file, which the caller has checked.
   void load(StateReader& reader, const BlockCounts& counts);
 
  private:
@@ -258,6 +258,6 @@ void LandmarkStore<T>::save(StateWriter& writer) const {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END
 
 #include "longspan/detail/landmark/store-inl.hpp"

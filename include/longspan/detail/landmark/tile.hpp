@@ -6,7 +6,7 @@
 
 #include "longspan/detail/landmark/plan.hpp"
 #include "longspan/detail/tile/accumulator.hpp"
-#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
 #include "longspan/detail/tile/key_block.hpp"
 #include "longspan/detail/tile/microkernel.hpp"
 #include "longspan/detail/tile/query_tile.hpp"
@@ -15,7 +15,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// highest[lane] = max(highest[lane], S[j][lane] for the keys j).
@@ -29,14 +29,14 @@ void highest_rows(const Real* s, Index stride, Index keys, Real* highest) {
   for (; j + 2 <= keys; j += 2, s += 2 * stride) {
     LONGSPAN_UNROLL
     for (int c = 0; c < packets; ++c) {
-      even[c] = max(even[c], load(s + c * w));
-      odd[c] = max(odd[c], load(s + stride + c * w));
+      even[c] = lane_max(even[c], load(s + c * w));
+      odd[c] = lane_max(odd[c], load(s + stride + c * w));
     }
   }
   LONGSPAN_UNROLL
   for (int c = 0; c < packets; ++c) {
-    if (j < keys) even[c] = max(even[c], load(s + c * w));
-    store(highest + c * w, max(even[c], odd[c]));
+    if (j < keys) even[c] = lane_max(even[c], load(s + c * w));
+    store(highest + c * w, lane_max(even[c], odd[c]));
   }
 }
 
@@ -61,12 +61,12 @@ struct LandmarkLanes {
 };
 
 template <class Real, Mask M, Score S>
-class LandmarkTile : public QueryTile<FloatProducts<Real>, M, S> {
+class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
  public:
-  using Base = QueryTile<FloatProducts<Real>, M, S>;
-  using Products = FloatProducts<Real>;
-  using Block = KeyBlock<Products>;
-  using Scratch = TileScratch<Products>;
+  using Base = QueryTile<FloatArithmetic<Real>, M, S>;
+  using Policy = FloatArithmetic<Real>;
+  using Block = KeyBlock<Policy>;
+  using Scratch = TileScratch<Policy>;
   using Base::most_lanes;
   using Base::w;
 
@@ -77,7 +77,7 @@ class LandmarkTile : public QueryTile<FloatProducts<Real>, M, S> {
     const auto state_for = [&](Index keys) {
       return LeveledAccumulator<Real>::take(arena, padded_value_dim, most_lanes, keys);
     };
-    if (widest > Products::keys_in_block) tile.wide_ = state_for(widest);
+    if (widest > Policy::keys_in_block) tile.wide_ = state_for(widest);
     if (has_controlled) tile.controlled_ = state_for(kv_len);
     return tile;
   }
@@ -161,9 +161,9 @@ class LandmarkTile : public QueryTile<FloatProducts<Real>, M, S> {
 
   void score_runs(const Block& keys, const Runs& runs, const Scratch& scratch) const {
     // Pairs outside every run are hidden ones.
-    if (!all_of_it(runs, keys.keys)) std::fill_n(scratch.scores, keys.keys * stride_, Products::hidden);
+    if (!all_of_it(runs, keys.keys)) std::fill_n(scratch.scores, keys.keys * stride_, Policy::masked_score);
     alignas(64) Real unused[std::size_t(most_lanes)];
-    std::fill_n(unused, stride_, Products::hidden);
+    std::fill_n(unused, stride_, Policy::masked_score);
     for (const Run& run : runs) score_run(keys, run, scratch.scores, unused);
   }
 
@@ -192,8 +192,8 @@ class LandmarkTile : public QueryTile<FloatProducts<Real>, M, S> {
 
   void absorb_block(const LandmarkBlock& block, const Block& keys, const Runs& runs, LandmarkLanes taken,
                     const Scratch& scratch, LeveledAccumulator<Real>& into) const;
-  void add_part(const LandmarkBlock& block, const Reach& reach, const Real* landmark, const Real* top,
-                const Real* sum, const Accumulator<Real>& state, Real* shrink, Real* factor) const;
+  void add_part(const LandmarkBlock& block, const Reach& reach, const Real* landmark, const Real* row_max,
+                const Real* sum, const Accumulator<Real>& state, Real* rescale, Real* factor) const;
   void add_values_past_hidden(const Block& keys, const Run& run, const Reach& reach, const Real* weights,
                               Real* o) const;
   void add_wide(const LandmarkBlock& block, const Accumulator<Real>& tokens, LandmarkLanes taken,
@@ -222,43 +222,43 @@ void LandmarkTile<Real, M, S>::absorb_block(const LandmarkBlock& block, const Bl
   const Accumulator<Real>& state = into.at_key(keys.first_key);
 
   Real* weights = scratch.scores + rows.begin * stride_;
-  alignas(64) Real top[std::size_t(most_lanes)], sum[std::size_t(most_lanes)],
-      shrink[std::size_t(most_lanes)], factor[std::size_t(most_lanes)];
-  std::fill_n(top, stride_, nothing_seen<Real>);
+  alignas(64) Real row_max[std::size_t(most_lanes)], sum[std::size_t(most_lanes)],
+      rescale[std::size_t(most_lanes)], factor[std::size_t(most_lanes)];
+  std::fill_n(row_max, stride_, empty_max<Real>);
   std::fill_n(sum, stride_, Real(0));
   with_packets(packets_, [&]<int packets>() {
-    highest_rows<packets>(weights, stride_, count, top);
-    Products::template weigh_rows<packets>(weights, count, Real(1), top, sum, weights, stride_);
+    highest_rows<packets>(weights, stride_, count, row_max);
+    Policy::template exp_rows<packets>(weights, count, Real(1), row_max, sum, weights, stride_);
   });
-  add_part(block, reach, scratch.scores + rows.end * stride_, top, sum, state, shrink, factor);
+  add_part(block, reach, scratch.scores + rows.end * stride_, row_max, sum, state, rescale, factor);
   with_packets(packets_, [&]<int packets>() { scale_rows<packets>(weights, stride_, count, factor); });
 
   std::array<Run, Runs::capacity> of_block;
   std::size_t count_of_runs = 0;
   for (Run run : runs) {
-    run.begin = std::max(run.begin, rows.begin);
-    run.end = std::min(run.end, rows.end);
+    run.begin = (std::max)(run.begin, rows.begin);
+    run.end = (std::min)(run.end, rows.end);
     if (run.begin < run.end) of_block[count_of_runs++] = run;
   }
   const bool hides = runs.any_partial() || !reach.none_shut || Base::changes_score;
-  const bool finite = !hides || Products::values_finite(keys.v + rows.begin * keys.v_stride, keys.v_stride,
-                                                        count, state.columns);
+  const bool finite = !hides || Policy::values_finite(keys.v + rows.begin * keys.v_stride, keys.v_stride,
+                                                      count, state.columns);
   add_values(
-      keys, {of_block.data(), count_of_runs}, scratch, state, shrink, [&](const Run&) { return !finite; },
+      keys, {of_block.data(), count_of_runs}, scratch, state, rescale, [&](const Run&) { return !finite; },
       [&](const Run& run, const Real* from, Real* o) { add_values_past_hidden(keys, run, reach, from, o); });
 }
 
 /// Adds a block to the state, its output apart: the block's own queries take it under its log-sum-exp
-/// (`top`, `sum`), the others under the logit of its landmark. The block's weights are to be multiplied by
-/// `factor`, the output so far by `shrink`.
+/// (`row_max`, `sum`), the others under the logit of its landmark. The block's weights are to be multiplied by
+/// `factor`, the output so far by `rescale`.
 template <class Real, Mask M, Score S>
 void LandmarkTile<Real, M, S>::add_part(const LandmarkBlock& block, const Reach& reach, const Real* landmark,
-                                        const Real* top, const Real* sum, const Accumulator<Real>& state,
-                                        Real* shrink, Real* factor) const {
+                                        const Real* row_max, const Real* sum, const Accumulator<Real>& state,
+                                        Real* rescale, Real* factor) const {
   const Packet<Real> zero = broadcast(Real(0)), one = broadcast(Real(1)),
-                     nothing = broadcast(nothing_seen<Real>);
+                     nothing = broadcast(empty_max<Real>);
   for (Index lane = 0; lane < stride_; lane += w) {
-    const Packet<Real> before = load<Real>(state.top + lane), of_tokens = load<Real>(sum + lane);
+    const Packet<Real> before = load<Real>(state.row_max + lane), of_tokens = load<Real>(sum + lane);
     const Packet<Real> own = equal(load<Real>(reach.own + lane), one);
     const Packet<Real> is_empty = equal(of_tokens, zero);
     Packet<Real> open = equal(load<Real>(reach.open + lane), one);
@@ -269,14 +269,14 @@ void LandmarkTile<Real, M, S>::add_part(const LandmarkBlock& block, const Reach&
       if (!options_->leak) open = select(is_empty, zero, open);
       logit = select(open, logit, nothing);
     }
-    const Packet<Real> log_weight = select(own, load<Real>(top + lane), logit);
-    const Packet<Real> now = max(before, log_weight);
-    const Packet<Real> shrink_by = weight(before - now), share = weight(log_weight - now);
+    const Packet<Real> log_weight = select(own, load<Real>(row_max + lane), logit);
+    const Packet<Real> now = lane_max(before, log_weight);
+    const Packet<Real> shrink_by = exp_score(before - now), share = exp_score(log_weight - now);
     const Packet<Real> of_remote = select(is_empty, zero, share / of_tokens);
     store(factor + lane, select(own, share, select(open, of_remote, zero)));
     const Packet<Real> added = select(own, share * of_tokens, select(open, share, zero));
-    store(shrink + lane, shrink_by);
-    store(state.top + lane, now);
+    store(rescale + lane, shrink_by);
+    store(state.row_max + lane, now);
     store(state.sum + lane, fma(load<Real>(state.sum + lane), shrink_by, added));
   }
   if (options_->gate_keep.data == nullptr) return;
@@ -302,7 +302,7 @@ void LandmarkTile<Real, M, S>::add_values_past_hidden(const Block& keys, const R
       for (Index column = 0; column < this->state_.columns(); ++column) {
         Real* to = o + column * stride_ + c * w;
         const Packet<Real> before = load<Real>(to);
-        const Packet<Real> v = broadcast(Products::value_of(keys.v, keys.v_stride, j, column));
+        const Packet<Real> v = broadcast(Policy::value_of(keys.v, keys.v_stride, j, column));
         store(to, select(hidden, before, fma(v, p, before)));
       }
     }
@@ -315,8 +315,8 @@ void LandmarkTile<Real, M, S>::add_wide(const LandmarkBlock& block, const Accumu
                                         LeveledAccumulator<Real>& into) const {
   const Accumulator<Real>& state = into.at_key(block.tokens.begin);
   const Reach reach = reach_of(block, !TileMask<Real, M>::may_hide, taken);
-  alignas(64) Real shrink[std::size_t(most_lanes)], factor[std::size_t(most_lanes)];
-  add_part(block, reach, scratch.scores, tokens.top, tokens.sum, state, shrink, factor);
+  alignas(64) Real rescale[std::size_t(most_lanes)], factor[std::size_t(most_lanes)];
+  add_part(block, reach, scratch.scores, tokens.row_max, tokens.sum, state, rescale, factor);
   const Packet<Real> zero = broadcast(Real(0));
   for (Index at = 0; at < state.columns * stride_; at += stride_) {
     for (Index lane = 0; lane < stride_; lane += w) {
@@ -324,7 +324,7 @@ void LandmarkTile<Real, M, S>::add_wide(const LandmarkBlock& block, const Accumu
       // A factor of 0 does not hide an output that is NaN.
       const Packet<Real> o = select(equal(by, zero), zero, by * load<Real>(tokens.o + at + lane));
       Real* to = state.o + at + lane;
-      store(to, fma(load<Real>(shrink + lane), load<Real>(to), o));
+      store(to, fma(load<Real>(rescale + lane), load<Real>(to), o));
     }
   }
 }
@@ -340,26 +340,26 @@ void LandmarkTile<Real, M, S>::add_controlled(const Accumulator<Real>& state,
     for (Index i = 0; i < w; ++i) {
       const Real logit =
           static_cast<Real>(options_->control.cmt(lanes_.batch, lanes_.head(lane + i), lanes_.row(lane + i)));
-      logits[i] = std::max(logit * score_unit<Real>, nothing_seen<Real>);
+      logits[i] = (std::max)(logit * score_unit<Real>, empty_max<Real>);
     }
-    const Packet<Real> before = load<Real>(state.top + lane), logit = load<Real>(logits);
-    const Packet<Real> now = max(before, logit), shrink = weight(before - now);
+    const Packet<Real> before = load<Real>(state.row_max + lane), logit = load<Real>(logits);
+    const Packet<Real> now = lane_max(before, logit), rescale = exp_score(before - now);
     const Packet<Real> of_cmt =
-        select(equal(logit, broadcast(nothing_seen<Real>)), zero, weight(logit - now));
-    const Packet<Real> sum = fma(load<Real>(state.sum + lane), shrink, of_cmt);
+        select(equal(logit, broadcast(empty_max<Real>)), zero, exp_score(logit - now));
+    const Packet<Real> sum = fma(load<Real>(state.sum + lane), rescale, of_cmt);
     const Packet<Real> is_low = less(of_cmt, broadcast(static_cast<Real>(options_->control.cutoff)) * sum);
     const Packet<Real> of_controlled = load<Real>(controlled.sum + lane);
     const Packet<Real> share = select(equal(of_controlled, zero), zero, of_cmt / of_controlled);
     const Packet<Real> by = select(is_low, zero, share);
-    store(state.top + lane, now);
+    store(state.row_max + lane, now);
     store(state.sum + lane, sum);
     for (Index column = 0; column < state.columns; ++column) {
       Real* to = state.o + column * stride_ + lane;
       const Packet<Real> added = load<Real>(controlled.o + column * stride_ + lane) * by;
-      store(to, fma(shrink, load<Real>(to), select(equal(by, zero), zero, added)));
+      store(to, fma(rescale, load<Real>(to), select(equal(by, zero), zero, added)));
     }
   }
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -13,7 +13,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Keys without positions, and values: [batch][kv_heads][room][..], of which the first size() rows are kept.
@@ -33,7 +33,7 @@ class UnsealedRows {
   /// Appends rows, or changes nothing if memory is short.
   template <class Tk, class Tv>
   void append(TensorView<Tk> k, TensorView<Tv> v) {
-    if (size_ + k.rows > room_) make_room(std::max(2 * room_, size_ + k.rows));
+    if (size_ + k.rows > room_) make_room((std::max)(2 * room_, size_ + k.rows));
     for (Index n = 0; n < batch_ * kv_heads_; ++n) {
       const auto copy = [&](const auto& from, std::vector<Row>& to) {
         if (from.empty()) return;
@@ -81,7 +81,7 @@ class UnsealedRows {
       writer.array(v_.data() + n * room_ * value_dim_, size_ * value_dim_);
     }
   }
-  /// Into an empty object.
+  /// Accumulate an empty object.
   void load(StateReader& reader, Index size) {
     for (Index n = 0; n < batch_ * kv_heads_; ++n) {
       const auto k = reader.template array<Row>(size * head_dim_),
@@ -123,4 +123,4 @@ class UnsealedRows {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -12,7 +12,7 @@
 #include <emmintrin.h>
 #endif
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Of 8 bytes.
@@ -57,4 +57,4 @@ inline std::uint64_t bits_of_bytes(const unsigned char* bytes, Index count) noex
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -16,7 +16,7 @@
 
 LONGSPAN_INTRINSICS_BEGIN
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 // Eigen 3.4 converts half in software when compiled by g++: its test for F16C fails there.
@@ -105,7 +105,7 @@ LONGSPAN_INLINE void load_pairs(const T* from, Packet<Real>& even, Packet<Real>&
   using Raw = typename Packet<Real>::Raw;
   using Bits = typename Eigen::internal::unpacket_traits<Raw>::integer_packet;
   const Packet<Real> both =
-      held(Packet<Real>{Eigen::internal::ploadu<Raw>(reinterpret_cast<const float*>(from))});
+      in_register(Packet<Real>{Eigen::internal::ploadu<Raw>(reinterpret_cast<const float*>(from))});
   const Bits bits = Eigen::internal::preinterpret<Bits>(both.raw);
   even.raw = Eigen::internal::preinterpret<Raw>(Eigen::internal::plogical_shift_left<16>(bits));
   odd.raw = Eigen::internal::preinterpret<Raw>(
@@ -114,7 +114,7 @@ LONGSPAN_INLINE void load_pairs(const T* from, Packet<Real>& even, Packet<Real>&
 
 /// Where the kernels for rows of T keep column `column` of `columns`.
 template <class Real, class T>
-constexpr Index place_of(Index column, Index columns) {
+constexpr Index interleaved_index(Index column, Index columns) {
   if constexpr (loads_in_pairs<Real, T>) {
     constexpr Index w = lanes<Real>;
     const Index first = column / (2 * w) * (2 * w), inside = column - first;
@@ -123,9 +123,9 @@ constexpr Index place_of(Index column, Index columns) {
   return column;
 }
 
-/// The column that stands at `place`: the inverse of place_of.
+/// The column that stands at `place`: the inverse of interleaved_index.
 template <class Real, class T>
-constexpr Index column_at(Index place, Index columns) {
+constexpr Index column_of_index(Index place, Index columns) {
   if constexpr (loads_in_pairs<Real, T>) {
     constexpr Index w = lanes<Real>;
     const Index first = place / (2 * w) * (2 * w), inside = place - first;
@@ -158,6 +158,6 @@ LONGSPAN_INLINE void store_as(T* to, Packet<Real> x) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END
 
 LONGSPAN_INTRINSICS_END

@@ -8,11 +8,11 @@
 #include <immintrin.h>
 #endif
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Scores are kept in units in which their exponential is cheapest: powers of 2 for float, of e for double.
-/// score_unit is that unit's factor, log2(e) or 1: exp(s) = weight(s * score_unit).
+/// score_unit is that unit's factor, log2(e) or 1: exp(s) = exp_score(s * score_unit).
 template <class Real>
 inline constexpr Real score_unit = Real(1);
 template <>
@@ -70,7 +70,7 @@ LONGSPAN_INLINE Packet<float> exp2_of_rest(Packet<float> x) {
 /// float   at most 1 ulp from the exact value down to 2^-126 (1.3 where the processor has no fused
 ///         multiply-add), exactly 1 at 0, exactly 0 below -126.5
 /// double  Eigen's exp, exactly 0 below -708
-LONGSPAN_INLINE Packet<float> weight(Packet<float> x) {
+LONGSPAN_INLINE Packet<float> exp_score(Packet<float> x) {
   if constexpr (takes_rests) {
     // 10 % faster than below. To split x at its floor would gain 18 %, but the rest of an x just below 0 is
     // rounded then, and the result off by 1.6 ulp.
@@ -78,16 +78,16 @@ LONGSPAN_INLINE Packet<float> weight(Packet<float> x) {
   } else {
     // Adding 1.5 * 2^23 + 127 rounds x to n, and the low bits then are the exponent field of 2^n. Both steps are
     // opaque: with -fassociative-math x would not be rounded, and every weight would be a power of 2.
-    const Packet<float> clamped = max(x, broadcast(-127.0f));  // in this order NaN stays NaN
+    const Packet<float> clamped = lane_max(x, broadcast(-127.0f));  // in this order NaN stays NaN
     const Packet<float> magic = broadcast(12582912.0f + 127.0f);
     const Packet<float> shifted = opaque(clamped + magic), rounded = opaque(shifted - magic);
     return exp2_of_rest(clamped - rounded) * exponent_field_of_low_bits(shifted);
   }
 }
 
-LONGSPAN_INLINE Packet<double> weight(Packet<double> x) {
+LONGSPAN_INLINE Packet<double> exp_score(Packet<double> x) {
   return select(less(x, broadcast(-708.0)), broadcast(0.0), exp(x));
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

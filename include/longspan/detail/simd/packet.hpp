@@ -39,7 +39,7 @@
 
 LONGSPAN_INTRINSICS_BEGIN
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// As many Reals as one vector register holds, one to a lane.
@@ -183,7 +183,7 @@ LONGSPAN_INLINE Packet<Real> exponent_field_of_low_bits(Packet<Real> x) {
 }
 /// The larger one of each lane; the first where either is NaN, so NaN in `a` stays.
 template <class Real>
-LONGSPAN_INLINE Packet<Real> max(Packet<Real> a, Packet<Real> b) {
+LONGSPAN_INLINE Packet<Real> lane_max(Packet<Real> a, Packet<Real> b) {
   return {Eigen::internal::pmax(a.raw, b.raw)};
 }
 // A condition of one lane, all of whose bits are set, is NaN, and Eigen compares it with 0: these look at its bits.
@@ -276,7 +276,7 @@ LONGSPAN_INLINE void prefetch(const void* from, Index bytes, Index ahead = 0) {
 /// take 12 GB/s, held 36. (Before AVX an instruction overwrites a register that it reads: there copies would cost
 /// more than reading again.)
 template <class Real>
-LONGSPAN_INLINE Packet<Real> held(Packet<Real> x) {
+LONGSPAN_INLINE Packet<Real> in_register(Packet<Real> x) {
 #if (defined(__GNUC__) || defined(__clang__)) && defined(EIGEN_VECTORIZE_AVX)
   asm("" : "+v"(x.raw));
 #endif
@@ -359,6 +359,6 @@ LONGSPAN_INLINE Real sum_in_pairs(Packet<Real> x) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END
 
 LONGSPAN_INTRINSICS_END

@@ -9,7 +9,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Scores [keys][lanes of one packet] of queries at consecutive positions. A score that can change all of them
@@ -27,7 +27,7 @@ struct ScoreStrip {
   Index first_key = 0;
   Index keys = 0;
 
-  Index position(Index lane) const noexcept { return first_position + std::min(lane, queries - 1); }
+  Index position(Index lane) const noexcept { return first_position + (std::min)(lane, queries - 1); }
 };
 
 template <class S, class Real>
@@ -74,4 +74,4 @@ void add_rows(const ScoreStrip<Real>& strip, const RowOf& row_of) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -35,7 +35,7 @@
 #include "longspan/detail/storage/no_mapped_file.hpp"
 #endif
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// What the blocks of a file are; a file of others is refused by the name of the first field that differs.
@@ -213,4 +213,4 @@ class BlockFile {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -7,7 +7,7 @@
 
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 using Crc32cTables = std::array<std::array<std::uint32_t, 256>, 8>;
@@ -60,4 +60,4 @@ class Crc32c {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

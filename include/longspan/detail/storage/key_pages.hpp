@@ -24,7 +24,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// The rows of all tokens, `page` of them in a page; a page of 0 stands for one that grows.
@@ -57,14 +57,14 @@ class KeyPages {
 
   /// The most tokens for which no product of sizes overflows.
   static Index most_tokens(const StreamShape& shape) noexcept {
-    const Index cols = shape.head_dim > std::numeric_limits<Index>::max() - shape.value_dim
-                           ? std::numeric_limits<Index>::max()
+    const Index cols = shape.head_dim > (std::numeric_limits<Index>::max)() - shape.value_dim
+                           ? (std::numeric_limits<Index>::max)()
                            : shape.head_dim + shape.value_dim;
     // No row takes more than double and a scale for each element, and there is a list of pages for each batch row.
-    const Index heads = std::max({Index{1}, shape.heads, shape.kv_heads});
+    const Index heads = (std::max)({Index{1}, shape.heads, shape.kv_heads});
     const Index of_token =
         bounded_product(bounded_product(std::max<Index>(1, cols), 16), bounded_product(heads, shape.batch));
-    return std::min(Index{1} << 44, std::numeric_limits<Index>::max() / 4 / std::max<Index>(1, of_token));
+    return (std::min)(Index{1} << 44, (std::numeric_limits<Index>::max)() / 4 / std::max<Index>(1, of_token));
   }
 
   Index size() const noexcept { return size_; }
@@ -78,7 +78,7 @@ class KeyPages {
   /// For the kernels: the keys from the first of `keys` on, as far as its page goes.
   KeyRun<T, T> run(Index b, Index h, KeyRange keys) const {
     const Index n = keys.begin / layout_.rows, row = keys.begin - n * layout_.rows;
-    const Index count = std::min(keys.end - keys.begin, layout_.rows - row);
+    const Index count = (std::min)(keys.end - keys.begin, layout_.rows - row);
     const Page& page = pages_[at(b)][at(n)];
     KeyRun<T, T> run;
     run.k = {nullptr, count, layout_.head_dim, layout_.head_dim};
@@ -114,13 +114,13 @@ class KeyPages {
   void append(TensorView<Tk> k, TensorView<Tv> v, const P& position, const E& executor) {
     make_room(k.rows);
     if constexpr (!std::is_same_v<P, no_position>) {
-      scratch_.resize(std::max(scratch_.size(), at(executor.workers() * rows_at_once * layout_.head_dim)));
+      scratch_.resize((std::max)(scratch_.size(), at(executor.workers() * rows_at_once * layout_.head_dim)));
     }
     executor.for_each(k.batch * k.heads, [&](Index head, [[maybe_unused]] Index worker) {
       const Index b = head / k.heads, h = head % k.heads;
       for (Index i = 0, count = 0; i < k.rows; i += count) {
         const Index row = (size_ + i) % layout_.rows;
-        count = std::min({rows_at_once, k.rows - i, layout_.rows - row});
+        count = (std::min)({rows_at_once, k.rows - i, layout_.rows - row});
         const Page& page = pages_[at(b)][at((size_ + i) / layout_.rows)];
         if constexpr (std::is_same_v<P, no_position>) {
           store_keys(k.row(b, h, i), k.row_stride, count, page, h, row);
@@ -169,7 +169,7 @@ class KeyPages {
   bool keeps(Index b, const KeyRanges& keys, Index size) const noexcept {
     if (grows_) return true;
     for (Index n = 0; n < divide_up(size, layout_.rows); ++n) {
-      const KeyRange rows{n * layout_.rows, std::min(size, (n + 1) * layout_.rows)};
+      const KeyRange rows{n * layout_.rows, (std::min)(size, (n + 1) * layout_.rows)};
       const bool open = rows.end < (n + 1) * layout_.rows;
       if (!pages_[at(b)][at(n)].exists() && (open || overlap(keys, rows))) return false;
     }
@@ -210,7 +210,7 @@ class KeyPages {
   }
   /// Tokens that are together in a file: those of a page, or so many of one that grows.
   Index part() const { return grows_ ? 4096 : layout_.rows; }
-  Index part(Index n, Index size) const { return std::min(part(), size - n * part()); }
+  Index part(Index n, Index size) const { return (std::min)(part(), size - n * part()); }
   /// work(array, count) for all that page holds of one head's tokens [first, first + count).
   template <class Work>
   void for_arrays(const Page& page, Index h, Index first, Index count, const Work& work) const {
@@ -246,7 +246,7 @@ class KeyPages {
   /// Pages for `more` tokens, none of them shared.
   void make_room(Index more) {
     if (more == 0) return;
-    if (grows_ && size_ + more > layout_.rows) return grow(std::max(size_ + more, 2 * layout_.rows));
+    if (grows_ && size_ + more > layout_.rows) return grow((std::max)(size_ + more, 2 * layout_.rows));
     const Index first = size_ / layout_.rows, last = (size_ + more - 1) / layout_.rows;
     for (auto& of_row : pages_) {
       if (first < std::ssize(of_row) && !of_row[at(first)].is_own()) {
@@ -310,7 +310,7 @@ void KeyPages<T>::save(StateWriter& writer) const {
   }
 }
 
-/// Into an empty object, which is discarded if the file ends early. `size` is at most most_tokens(). Memory for
+/// Accumulate an empty object, which is discarded if the file ends early. `size` is at most most_tokens(). Memory for
 /// the rows of a part is allocated only after these rows have been read.
 template <StoredElement T>
 void KeyPages<T>::load(StateReader& reader, Index size) {
@@ -331,7 +331,7 @@ void KeyPages<T>::load(StateReader& reader, Index size) {
       if (kept[at(n * batch + b)] != 0) {
         const auto rows = reader.template array<std::byte>(count * layout_.row_bytes());
         if (grows_ && n == 0) layout_.rows = count;
-        if (grows_ && size_ + count > layout_.rows) grow(std::max(size_ + count, 2 * layout_.rows));
+        if (grows_ && size_ + count > layout_.rows) grow((std::max)(size_ + count, 2 * layout_.rows));
         if (!grows_) pages.back() = layout_.allocate();
         if (grows_ && n == 0) pages.push_back(layout_.allocate());
         copy_part(rows.data(), pages.back(), grows_ ? n * part() : 0, count);
@@ -355,4 +355,4 @@ void KeyPages<T>::copy_part(const std::byte* from, const Page& page, Index first
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -21,7 +21,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// A file that is open for one owner, others being locked out.
@@ -109,7 +109,7 @@ class MappedFile {
 #if defined(__APPLE__)
     constexpr std::array<char, 65536> zeros{};
     for (Index done = 0; done < count; done += static_cast<Index>(zeros.size()))
-      write(from + done, zeros.data(), std::min(static_cast<Index>(zeros.size()), count - done));
+      write(from + done, zeros.data(), (std::min)(static_cast<Index>(zeros.size()), count - done));
 #else
     int error = EINTR;
     while (error == EINTR)
@@ -160,4 +160,4 @@ class MappedFile {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -9,7 +9,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 class MappedFile {
@@ -35,4 +35,4 @@ class MappedFile {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -16,12 +16,12 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// a * b, or the largest Index where the product is larger. Neither factor is negative.
 constexpr Index bounded_product(Index a, Index b) noexcept {
-  constexpr Index most = std::numeric_limits<Index>::max();
+  constexpr Index most = (std::numeric_limits<Index>::max)();
   return b != 0 && a > most / b ? most : a * b;
 }
 
@@ -176,4 +176,4 @@ class FreePages {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

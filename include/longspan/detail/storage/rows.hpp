@@ -13,7 +13,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 
 /// What a stream can keep rows as: an element type, or std::int8_t with a scale to each row.
 template <class T>
@@ -53,11 +53,11 @@ void store_row(const From* from, Index cols, std::int8_t* to, float& scale) {
   bool finite = true;
   for (Index c = 0; c < cols; ++c) {
     const float x = static_cast<float>(from[c]);
-    top = std::max(top, std::abs(x));
+    top = (std::max)(top, std::abs(x));
     finite = finite && is_finite(x);
   }
   // A scale below 2^-126 would count as 0 in the kernels.
-  const bool counts = top / 127 >= std::numeric_limits<float>::min();
+  const bool counts = top / 127 >= (std::numeric_limits<float>::min)();
   if (!finite || !counts) {
     scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     std::fill_n(to, cols, std::int8_t{0});
@@ -71,4 +71,4 @@ void store_row(const From* from, Index cols, std::int8_t* to, float& scale) {
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -19,7 +19,7 @@
 #include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// One number of a header: its name in messages, its value in this stream, and how to print a value.
@@ -101,4 +101,4 @@ inline void check_fields(std::string_view function, std::span<const std::int64_t
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -29,7 +29,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// What a file holds: a name of at most 8 letters, the version of its layout, and how messages call the
@@ -166,7 +166,7 @@ class StateReader {
     std::vector<T> values;
     // No more than doubled at a time: a file that promises what it does not hold costs no memory.
     for (Index have = 0; have < count;) {
-      const Index next = std::min(count, std::max(2 * have, most_at_once));
+      const Index next = (std::min)(count, (std::max)(2 * have, most_at_once));
       values.resize(static_cast<std::size_t>(next));
       get(values.data() + have, static_cast<std::size_t>(next - have) * sizeof(T), "the payload");
       have = next;
@@ -200,4 +200,4 @@ class StateReader {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

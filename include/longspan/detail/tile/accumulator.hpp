@@ -11,27 +11,27 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// The maximum of a lane that has seen nothing.
 template <class Real>
-inline constexpr Real nothing_seen = std::numeric_limits<Real>::lowest() / 4;
+inline constexpr Real empty_max = std::numeric_limits<Real>::lowest() / 4;
 
 /// The natural log-sum-exp of a lane: -infinity where it has seen nothing.
 template <class Real>
-Real lse_of(Real top, Real sum) {
+Real lse_of(Real row_max, Real sum) {
   if (sum == Real(0)) return minus_infinity<Real>();
-  return static_cast<Real>(static_cast<double>(top) / double(score_unit<Real>) +
+  return static_cast<Real>(static_cast<double>(row_max) / double(score_unit<Real>) +
                            std::log(static_cast<double>(sum)));
 }
 
-/// Invariant, with S the scores absorbed so far in score units: top = max(S), sum = sum of weight(S - top)
-/// and o[column][lane] = sum of weight(S - top) * v[column]. Nothing absorbed: sum == 0, o == 0.
+/// Invariant, with S the scores absorbed so far in score units: row_max = max(S), sum = sum of exp_score(S - row_max)
+/// and o[column][lane] = sum of exp_score(S - row_max) * v[column]. Nothing absorbed: sum == 0, o == 0.
 template <class Real>
 struct Accumulator {
   Real* o = nullptr;  ///< [columns][stride]
-  Real* top = nullptr;
+  Real* row_max = nullptr;
   Real* sum = nullptr;
   Index columns = 0;
   Index stride = 0;  ///< lanes
@@ -39,7 +39,7 @@ struct Accumulator {
   static Accumulator take(Arena& arena, Index columns, Index stride) {
     Accumulator a;
     a.o = arena.take<Real>(columns * stride);
-    a.top = arena.take<Real>(stride);
+    a.row_max = arena.take<Real>(stride);
     a.sum = arena.take<Real>(stride);
     a.columns = columns;
     a.stride = stride;
@@ -48,17 +48,17 @@ struct Accumulator {
 
   void clear() const {
     std::fill_n(o, columns * stride, Real(0));
-    std::fill_n(top, stride, nothing_seen<Real>);
+    std::fill_n(row_max, stride, empty_max<Real>);
     std::fill_n(sum, stride, Real(0));
   }
 
   /// Adds what `other` has absorbed, keys that this one has not: exact where either has absorbed nothing.
   void merge(const Accumulator& other) const {
     for (Index lane = 0; lane < stride; lane += lanes<Real>) {
-      const Packet<Real> mine = load<Real>(top + lane), others = load<Real>(other.top + lane),
-                         both = max(mine, others);
-      const Packet<Real> my_share = weight(mine - both), other_share = weight(others - both);
-      store(top + lane, both);
+      const Packet<Real> mine = load<Real>(row_max + lane), others = load<Real>(other.row_max + lane),
+                         both = lane_max(mine, others);
+      const Packet<Real> my_share = exp_score(mine - both), other_share = exp_score(others - both);
+      store(row_max + lane, both);
       store(sum + lane, fma(load<Real>(sum + lane), my_share, load<Real>(other.sum + lane) * other_share));
       for (Index column = 0; column < columns; ++column) {
         Real* to = o + column * stride + lane;
@@ -73,7 +73,7 @@ struct Accumulator {
 /// each cut at multiples of its length in key index. The error of a sum then grows with the square roots of
 /// 2^11 / 128, 2^6 and keys / 2^17, not with that of the number of keys; and since the cuts do not depend on
 /// who computes them, keys can be split among threads without changing a bit.
-inline constexpr Index keys_in_stretch = Index{1} << 11;
+inline constexpr Index keys_in_chunk = Index{1} << 11;
 inline constexpr Index keys_in_span = Index{1} << 17;
 
 /// The accumulators of one tile at the three levels, as many of them as `kv_len` keys need.
@@ -82,7 +82,7 @@ class LeveledAccumulator {
  public:
   static LeveledAccumulator take(Arena& arena, Index columns, Index stride, Index kv_len) {
     LeveledAccumulator a;
-    a.levels_ = 1 + (kv_len > keys_in_stretch) + (kv_len > keys_in_span);
+    a.levels_ = 1 + (kv_len > keys_in_chunk) + (kv_len > keys_in_span);
     for (int level = 0; level < a.levels_; ++level)
       a.level_[level] = Accumulator<Real>::take(arena, columns, stride);
     return a;
@@ -101,7 +101,7 @@ class LeveledAccumulator {
 
   /// The accumulator for keys from `first_key` on, in a call that gives keys in rising order.
   const Accumulator<Real>& at_key(Index first_key) {
-    if (levels_ > 1 && first_key / keys_in_stretch != first_key_ / keys_in_stretch) {
+    if (levels_ > 1 && first_key / keys_in_chunk != first_key_ / keys_in_chunk) {
       carry(0);
       if (levels_ > 2 && first_key / keys_in_span != first_key_ / keys_in_span) carry(1);
       first_key_ = first_key;
@@ -127,4 +127,4 @@ class LeveledAccumulator {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

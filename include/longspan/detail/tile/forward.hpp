@@ -18,7 +18,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 template <class T, class... Types>
@@ -28,13 +28,13 @@ inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
 /// 16-bit blocks (6-10 % of a call with one tile, 1-2 % with four) and the misses of widely strided rows.
 inline constexpr Index tiles_in_task = 4;
 
-template <class Products, class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S, Position P>
+template <class Policy, class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S, Position P>
 class Forward {
  public:
   using Call = Problem<Tq, Tk, Tv, To>;
-  using Real = typename Products::Real;
-  using Queries = QueryTile<Products, M, S>;
-  using Blocks = KeyBlocks<Products, Tk, Tv, P>;
+  using Real = typename Policy::Real;
+  using Queries = QueryTile<Policy, M, S>;
+  using Blocks = KeyBlocks<Policy, Tk, Tv, P>;
 
   /// Of the call's own k and v only the shapes are read: the rows are in `keys`.
   Forward(const Call& call, const Keys& keys, const M& mask, const S& score, const P& position, Index workers)
@@ -45,12 +45,12 @@ class Forward {
     tiles_ = divide_up(rows_, tile_lanes<Real>);
     head_groups_ = call.q.heads / shared_heads_;
     const Index tiles = call.q.batch * head_groups_ * tiles_;
-    // Few tasks: single tiles, then keys split. Neither changes a bit (see keys_in_stretch).
+    // Few tasks: single tiles, then keys split. Neither changes a bit (see keys_in_chunk).
     const Index enough_tasks = 4 * workers;
     per_task_ = tiles >= enough_tasks * tiles_in_task ? tiles_in_task : 1;
     tasks_in_head_ = divide_up(tiles_, per_task_);
     if (tiles < enough_tasks && workers > 1) {
-      split_keys_ = call.kv_len() <= keys_in_span ? keys_in_stretch : keys_in_span;
+      split_keys_ = call.kv_len() <= keys_in_span ? keys_in_chunk : keys_in_span;
       splits_ = std::max<Index>(1, divide_up(call.kv_len(), split_keys_));
     }
   }
@@ -85,7 +85,7 @@ class Forward {
 
  private:
   struct Worker {
-    TileScratch<Products> scratch;
+    TileScratch<Policy> scratch;
     Blocks blocks;
     Queries tiles[tiles_in_task];
   };
@@ -94,8 +94,8 @@ class Forward {
 
   Worker cut_worker(Arena& arena) const {
     Worker worker;
-    worker.scratch = TileScratch<Products>::take(arena, call_.head_dim(), padded_value_dim(),
-                                                 !std::is_same_v<P, no_position>);
+    worker.scratch = TileScratch<Policy>::take(arena, call_.head_dim(), padded_value_dim(),
+                                               !std::is_same_v<P, no_position>);
     worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
     for (Index t = 0; t < per_task_; ++t) {
       worker.tiles[t] = Queries::take(arena, call_.head_dim(), padded_value_dim(), call_.kv_len());
@@ -138,7 +138,7 @@ class Forward {
   void run_split(Index task, Index split, Worker& worker, Accumulator<Real>& part) const {
     start(worker, 0, lanes_of(task, 0));
     const Index first = split * split_keys_;
-    absorb_keys(worker, 1, lanes_of(task, 0), {first, std::min(call_.kv_len(), first + split_keys_)});
+    absorb_keys(worker, 1, lanes_of(task, 0), {first, (std::min)(call_.kv_len(), first + split_keys_)});
     const Accumulator<Real>& whole = worker.tiles[0].state().whole();
     part.stride = whole.stride;
     part.clear();
@@ -160,17 +160,17 @@ class Forward {
     for (Index t = 0; t < tiles; ++t) ranges = united(ranges, worker.tiles[t].ranges());
     ranges = intersection(ranges, KeyRanges(keys));
     const Index kv_head = lanes_of_tile.first_head / call_.group();
-    constexpr Index keys_in_block = Products::keys_in_block;
+    constexpr Index keys_in_block = Policy::keys_in_block;
     Index done = 0;  // a block that two ranges touch is visited once
     for (const KeyRange& range : ranges) {
-      Index first = std::max(done, range.begin / keys_in_block * keys_in_block);
+      Index first = (std::max)(done, range.begin / keys_in_block * keys_in_block);
       for (; first < range.end; first += keys_in_block) {
-        KeyRange left{std::max(first, keys.begin), std::min(first + keys_in_block, keys.end)};
+        KeyRange left{(std::max)(first, keys.begin), (std::min)(first + keys_in_block, keys.end)};
         while (!left.empty()) {
           const KeyRun<Tk, Tv> run = keys_.run(lanes_of_tile.batch, kv_head, left);
           const Index begin = std::exchange(left.begin, left.begin + run.k.rows);
           if (!run.is_kept) continue;
-          const KeyBlock<Products> block = worker.blocks.block(run, position_, begin);
+          const KeyBlock<Policy> block = worker.blocks.block(run, position_, begin);
           for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb(block, worker.scratch);
         }
       }
@@ -221,16 +221,16 @@ void forward_over(const Problem<Tq, Tk, Tv, To>& call, const Keys& keys, const M
     }
   }
   run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
-#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
     constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
     if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
       if (bf16_products && static_cast<float>(call.scale) > 1e-30f && call.head_dim() % 2 == 0) {
-        using Pass = Forward<Bf16Products, Tq, Tk, Tv, To, Keys, M, S, P>;
+        using Pass = Forward<Bf16Arithmetic, Tq, Tk, Tv, To, Keys, M, S, P>;
         return Pass(call, keys, mask, score, position, where.workers()).run(where, workspace);
       }
     }
 #endif
-    using Pass = Forward<FloatProducts<Arithmetic<Tq>>, Tq, Tk, Tv, To, Keys, M, S, P>;
+    using Pass = Forward<FloatArithmetic<Arithmetic<Tq>>, Tq, Tk, Tv, To, Keys, M, S, P>;
     Pass(call, keys, mask, score, position, where.workers()).run(where, workspace);
   });
 }
@@ -243,4 +243,4 @@ void forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score,
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

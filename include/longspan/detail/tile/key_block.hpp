@@ -8,21 +8,21 @@
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/simd/packet.hpp"
-#include "longspan/detail/tile/bf16_products.hpp"
-#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/bf16_arithmetic.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
 #include "longspan/detail/tile/key_run.hpp"
 #include "longspan/detail/tile/microkernel.hpp"
 #include "longspan/position.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-template <class Products>
+template <class Policy>
 struct KeyBlock {
-  const typename Products::Key* k = nullptr;
-  const typename Products::Value* v = nullptr;
+  const typename Policy::Key* k = nullptr;
+  const typename Policy::Value* v = nullptr;
   Index k_stride = 0;
   Index v_stride = 0;  ///< rows of v can be read up to a multiple of tile_rows columns
   Index first_key = 0;
@@ -60,10 +60,10 @@ void convert_rows(const std::int8_t* from, Index from_stride, const float* scale
 /// Gives blocks of one KV head: straight from the tensors where their type and layout allow it, through
 /// scratch where rows must be converted, position-encoded or padded. A copy of float blocks that need none of
 /// that would cost 5-16 %.
-template <class Products, class Tk, class Tv, Position P>
+template <class Policy, class Tk, class Tv, Position P>
 class KeyBlocks {
  public:
-  using Real = typename Products::Real;
+  using Real = typename Policy::Real;
 
   static constexpr bool is_scaled = std::is_same_v<Tk, std::int8_t>;
   static constexpr bool copies_k = !std::is_same_v<Tk, Real> || !std::is_same_v<P, no_position>;
@@ -72,14 +72,14 @@ class KeyBlocks {
   static KeyBlocks take(Arena& arena, Index head_dim, Index value_dim) {
     KeyBlocks blocks;
     blocks.padded_value_dim_ = round_up(value_dim, tile_rows);
-    if (copies_k) blocks.k_ = arena.take<Real>(Products::keys_in_block * head_dim);
-    if (copies_v(value_dim)) blocks.v_ = arena.take<Real>(Products::keys_in_block * blocks.padded_value_dim_);
+    if (copies_k) blocks.k_ = arena.take<Real>(Policy::keys_in_block * head_dim);
+    if (copies_v(value_dim)) blocks.v_ = arena.take<Real>(Policy::keys_in_block * blocks.padded_value_dim_);
     return blocks;
   }
 
   /// The keys [first_key, first_key + keys), at most one block of them.
-  KeyBlock<Products> block(MatrixView<const Tk> k, MatrixView<const Tv> v, const P& position, Index first_key,
-                           Index keys) const {
+  KeyBlock<Policy> block(MatrixView<const Tk> k, MatrixView<const Tv> v, const P& position, Index first_key,
+                         Index keys) const {
     return block({{k.row(first_key), keys, k.cols, k.row_stride},
                   {v.row(first_key), keys, v.cols, v.row_stride},
                   true},
@@ -87,10 +87,10 @@ class KeyBlocks {
   }
 
   /// The keys of a run that begins with key `first_key`.
-  KeyBlock<Products> block(const KeyRun<Tk, Tv>& run, const P& position, Index first_key) const {
+  KeyBlock<Policy> block(const KeyRun<Tk, Tv>& run, const P& position, Index first_key) const {
     const MatrixView<const Tk> k = run.k;
     const MatrixView<const Tv> v = run.v;
-    KeyBlock<Products> block{nullptr, nullptr, k.row_stride, v.row_stride, first_key, k.rows};
+    KeyBlock<Policy> block{nullptr, nullptr, k.row_stride, v.row_stride, first_key, k.rows};
     if constexpr (copies_k) {
       if constexpr (is_scaled) {
         convert_rows(k.data, k.row_stride, run.k_scale, k.rows, k.cols, k_, k.cols);
@@ -122,36 +122,37 @@ class KeyBlocks {
   Index padded_value_dim_ = 0;
 };
 
-#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
 /// bfloat16 keys are read in place, values in pairs of two keys.
 template <>
-class KeyBlocks<Bf16Products, Eigen::bfloat16, Eigen::bfloat16, no_position> {
+class KeyBlocks<Bf16Arithmetic, Eigen::bfloat16, Eigen::bfloat16, no_position> {
  public:
   static KeyBlocks take(Arena& arena, Index, Index value_dim) {
     KeyBlocks blocks;
     blocks.padded_value_dim_ = round_up(value_dim, tile_rows);
-    blocks.v_ = arena.take<Bf16Products::Value>(Bf16Products::keys_in_block / 2 * blocks.padded_value_dim_);
+    blocks.v_ =
+        arena.take<Bf16Arithmetic::Value>(Bf16Arithmetic::keys_in_block / 2 * blocks.padded_value_dim_);
     return blocks;
   }
 
-  KeyBlock<Bf16Products> block(MatrixView<const Eigen::bfloat16> k, MatrixView<const Eigen::bfloat16> v,
-                               const no_position& position, Index first_key, Index keys) const {
+  KeyBlock<Bf16Arithmetic> block(MatrixView<const Eigen::bfloat16> k, MatrixView<const Eigen::bfloat16> v,
+                                 const no_position& position, Index first_key, Index keys) const {
     return block({{k.row(first_key), keys, k.cols, k.row_stride},
                   {v.row(first_key), keys, v.cols, v.row_stride},
                   true},
                  position, first_key);
   }
-  KeyBlock<Bf16Products> block(const KeyRun<Eigen::bfloat16, Eigen::bfloat16>& run, const no_position&,
-                               Index first_key) const {
-    Bf16Products::pair_values(run.v.data, run.v.row_stride, run.v.rows, run.v.cols, v_, padded_value_dim_);
+  KeyBlock<Bf16Arithmetic> block(const KeyRun<Eigen::bfloat16, Eigen::bfloat16>& run, const no_position&,
+                                 Index first_key) const {
+    Bf16Arithmetic::pair_values(run.v.data, run.v.row_stride, run.v.rows, run.v.cols, v_, padded_value_dim_);
     return {run.k.data, v_, run.k.row_stride, padded_value_dim_, first_key, run.k.rows};
   }
 
  private:
-  Bf16Products::Value* v_ = nullptr;
+  Bf16Arithmetic::Value* v_ = nullptr;
   Index padded_value_dim_ = 0;
 };
 #endif
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -15,7 +15,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Register tiles, rows x packets: 8 x 3 with 32 vector registers (24 accumulators reach 99 % of the FMA
@@ -39,7 +39,7 @@ LONGSPAN_INLINE void with_packets(int packets, const Work& work) {
 
 /// What score_rows and value_rows multiply: numbers, one by one.
 template <class RealType>
-struct Singles {
+struct SingleFactors {
   using Real = RealType;
   using Key = Real;      ///< element of key rows
   using Element = Real;  ///< element of packed queries, values and weights
@@ -72,13 +72,13 @@ LONGSPAN_INLINE auto tile_stride(Index stride) {
 ///
 /// Rows of S are written up to a multiple of tile_rows: those behind the last key are its own again, which
 /// changes no maximum.
-template <int packets, class Real, class Factors = Singles<Real>, class Stride>
+template <int packets, class Real, class Factors = SingleFactors<Real>, class Stride>
 void score_rows(const typename Factors::Key* k, Index k_stride, Index keys,
                 const typename Factors::Element* q, Index head_dim, Real* s, Real* highest, Stride stride) {
   constexpr int w = lanes<Real>;
-  Packet<Real> top[std::size_t(packets)];
+  Packet<Real> row_max[std::size_t(packets)];
   LONGSPAN_UNROLL
-  for (int c = 0; c < packets; ++c) top[c] = load(static_cast<const Real*>(highest) + c * w);
+  for (int c = 0; c < packets; ++c) row_max[c] = load(static_cast<const Real*>(highest) + c * w);
   for (Index first = 0; first < keys; first += tile_rows, s += tile_rows * stride) {
     const typename Factors::Key* row[std::size_t(tile_rows)];
     LONGSPAN_UNROLL
@@ -108,18 +108,18 @@ void score_rows(const typename Factors::Key* k, Index k_stride, Index keys,
     for (int r = 0; r < tile_rows; ++r) {
       LONGSPAN_UNROLL
       for (int c = 0; c < packets; ++c) {
-        top[c] = max(top[c], sum[r][c]);
+        row_max[c] = lane_max(row_max[c], sum[r][c]);
         store(s + r * stride + c * w, sum[r][c]);
       }
     }
   }
   LONGSPAN_UNROLL
-  for (int c = 0; c < packets; ++c) store(highest + c * w, top[c]);
+  for (int c = 0; c < packets; ++c) store(highest + c * w, row_max[c]);
 }
 
-/// P[j][lane] = weight(S[j][lane] - shift[lane]) in place for `keys` rows; total[lane] grows by their sum.
+/// P[j][lane] = exp_score(S[j][lane] - shift[lane]) in place for `keys` rows; total[lane] grows by their sum.
 template <int packets, class Real>
-void weigh_rows(Real* s, Index s_stride, Index keys, const Real* shift, Real* total) {
+void exp_rows(Real* s, Index s_stride, Index keys, const Real* shift, Real* total) {
   constexpr int w = lanes<Real>;
   Packet<Real> by[std::size_t(packets)], sum[std::size_t(packets)];
   LONGSPAN_UNROLL
@@ -132,7 +132,7 @@ void weigh_rows(Real* s, Index s_stride, Index keys, const Real* shift, Real* to
     Real* row = s + j * s_stride;
     LONGSPAN_UNROLL
     for (int c = 0; c < packets; ++c) {
-      const Packet<Real> p = weight(load(static_cast<const Real*>(row) + c * w) - by[c]);
+      const Packet<Real> p = exp_score(load(static_cast<const Real*>(row) + c * w) - by[c]);
       sum[c] = sum[c] + p;
       store(row + c * w, p);
     }
@@ -142,10 +142,10 @@ void weigh_rows(Real* s, Index s_stride, Index keys, const Real* shift, Real* to
 }
 
 /// What value_rows does with the sum over its rows.
-enum class Into : unsigned char {
-  fresh,      ///< O = sum
-  continued,  ///< O = O + sum, the sum carried on from O row by row
-  rescaled,   ///< O = scale * O + sum
+enum class Accumulate : unsigned char {
+  overwrite,  ///< O = sum
+  add,        ///< O = O + sum, the sum carried on from O row by row
+  rescale,    ///< O = scale * O + sum
 };
 
 /// Rows of values and weights of which the packets [first_packet, first_packet + packets) take part.
@@ -202,10 +202,10 @@ LONGSPAN_INLINE void add_run(
 
 /// O[column][lane] = sum_j V[j][column] * P[j][lane] over the rows of `runs`, one run behind another, for
 /// `columns` columns, a multiple of tile_rows. The sums stay in registers from run to run.
-template <int packets, class Real, class Factors = Singles<Real>, class StrideOfP, class StrideOfO>
+template <int packets, class Real, class Factors = SingleFactors<Real>, class StrideOfP, class StrideOfO>
 void value_rows(const typename Factors::Element* v, Index v_stride, Index columns,
                 const typename Factors::Element* p, StrideOfP p_stride, std::span<const RowRun> runs, Real* o,
-                StrideOfO o_stride, Into into, const Real* scale) {
+                StrideOfO o_stride, Accumulate into, const Real* scale) {
   constexpr int w = lanes<Real>;
   for (Index column = 0; column < columns; column += tile_rows, v += tile_rows, o += tile_rows * o_stride) {
     Packet<Real> sum[std::size_t(tile_rows)][std::size_t(packets)];
@@ -214,7 +214,7 @@ void value_rows(const typename Factors::Element* v, Index v_stride, Index column
       LONGSPAN_UNROLL
       for (int c = 0; c < packets; ++c) sum[r][c] = broadcast(Real(0));
     }
-    if (into == Into::continued) {
+    if (into == Accumulate::add) {
       LONGSPAN_UNROLL
       for (int r = 0; r < tile_rows; ++r) {
         LONGSPAN_UNROLL
@@ -228,7 +228,7 @@ void value_rows(const typename Factors::Element* v, Index v_stride, Index column
       v_of_run += run.rows * v_stride;
       p_of_run += run.rows * p_stride;
     }
-    if (into == Into::rescaled) {
+    if (into == Accumulate::rescale) {
       Packet<Real> by[std::size_t(packets)];
       LONGSPAN_UNROLL
       for (int c = 0; c < packets; ++c) by[c] = load(scale + c * w);
@@ -250,10 +250,10 @@ void value_rows(const typename Factors::Element* v, Index v_stride, Index column
 /// The same over `rows` rows of which all packets take part.
 template <int packets, class Real>
 void value_rows(const Real* v, Index v_stride, Index columns, const Real* p, Index p_stride, Index rows,
-                Real* o, Index o_stride, Into into, const Real* scale) {
+                Real* o, Index o_stride, Accumulate into, const Real* scale) {
   const RowRun run{rows, 0, packets};
   value_rows<packets>(v, v_stride, columns, p, p_stride, std::span(&run, 1), o, o_stride, into, scale);
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -8,7 +8,7 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 template <class Real>
@@ -25,7 +25,7 @@ struct QueryLanes {
   Index count = 0;           ///< lanes in use; the lanes behind repeat the last one
   Index first_position = 0;  ///< position of row 0
 
-  Index flat(Index lane) const noexcept { return first_row + std::min(lane, count - 1); }
+  Index flat(Index lane) const noexcept { return first_row + (std::min)(lane, count - 1); }
   Index head(Index lane) const noexcept { return heads == 1 ? first_head : first_head + flat(lane) % heads; }
   Index row(Index lane) const noexcept { return heads == 1 ? flat(lane) : flat(lane) / heads; }
   Index position(Index lane) const noexcept { return first_position + row(lane); }
@@ -39,4 +39,4 @@ struct QueryLanes {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

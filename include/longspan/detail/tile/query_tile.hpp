@@ -21,27 +21,27 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-template <class Products, Mask M, Score S>
+template <class Policy, Mask M, Score S>
 class QueryTile {
  public:
-  using Real = typename Products::Real;
-  using Query = typename Products::Query;
-  using Weight = typename Products::Weight;
-  using Block = KeyBlock<Products>;
-  using Scratch = TileScratch<Products>;
+  using Real = typename Policy::Real;
+  using Query = typename Policy::Query;
+  using Weight = typename Policy::Weight;
+  using Block = KeyBlock<Policy>;
+  using Scratch = TileScratch<Policy>;
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
   static constexpr Index most_lanes = tile_lanes<Real>;
   static constexpr Index w = lanes<Real>;
-  static_assert(Products::keys_in_block <= Runs::capacity * keys_in_strip<Real> &&
-                Products::keys_in_block <= most_keys_in_block);
+  static_assert(Policy::keys_in_block <= Runs::capacity * keys_in_strip<Real> &&
+                Policy::keys_in_block <= most_keys_in_block);
 
   static QueryTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len) {
     QueryTile tile;
     tile.head_dim_ = head_dim;
-    tile.q_ = arena.take<Query>(Products::query_rows(head_dim) * most_lanes);
+    tile.q_ = arena.take<Query>(Policy::query_rows(head_dim) * most_lanes);
     tile.state_ = LeveledAccumulator<Real>::take(arena, padded_value_dim, most_lanes, kv_len);
     return tile;
   }
@@ -57,18 +57,18 @@ class QueryTile {
     mask_.prepare(mask, queries);
     state_.clear(stride_);
     const double to_units = scale * (changes_score ? 1.0 : double(score_unit<Real>));
-    factor_ = Products::score_factor(to_units);
+    factor_ = Policy::score_factor(to_units);
     if constexpr (!std::is_same_v<P, no_position>) encode(q, position, scratch.rows);
     for (int c = 0; c < packets_; ++c) {
       const auto row_of = [&](Index i) {
-        const Index lane = std::min(c * w + i, lanes_.count - 1);
+        const Index lane = (std::min)(c * w + i, lanes_.count - 1);
         if constexpr (std::is_same_v<P, no_position>) {
           return q.row(lanes_.batch, lanes_.head(lane), lanes_.row(lane));
         } else {
           return static_cast<const Real*>(scratch.rows + lane * head_dim_);
         }
       };
-      Products::pack(row_of, head_dim_, Products::query_factor(to_units), q_ + c * w, stride_);
+      Policy::pack(row_of, head_dim_, Policy::query_factor(to_units), q_ + c * w, stride_);
     }
   }
 
@@ -80,22 +80,22 @@ class QueryTile {
     if (runs.empty()) return;
     const Accumulator<Real>& state = state_.at_key(block.first_key);
 
-    alignas(64) Real top[std::size_t(most_lanes)], shrink[std::size_t(most_lanes)],
+    alignas(64) Real row_max[std::size_t(most_lanes)], rescale[std::size_t(most_lanes)],
         sum[std::size_t(most_lanes)];
-    std::fill_n(top, stride_, Products::hidden);
-    for (const Run& run : runs) score_run(block, run, scratch.scores, top);
-    raise_tops(state, top, shrink, sum);
+    std::fill_n(row_max, stride_, Policy::masked_score);
+    for (const Run& run : runs) score_run(block, run, scratch.scores, row_max);
+    raise_max(state, row_max, rescale, sum);
     for (const Run& run : runs) {
       const Index lane = run.first_packet * w;
       with_packets(run.packets, [&]<int packets>() {
-        Products::template weigh_rows<packets>(scratch.scores + run.begin * stride_ + lane,
-                                               run.end - run.begin, factor_, top + lane, sum + lane,
-                                               weights_of(run, scratch), stride_);
+        Policy::template exp_rows<packets>(scratch.scores + run.begin * stride_ + lane, run.end - run.begin,
+                                           factor_, row_max + lane, sum + lane, weights_of(run, scratch),
+                                           stride_);
       });
     }
-    add_sums(state, shrink, sum);
+    add_sums(state, rescale, sum);
     add_values(
-        block, {runs.begin(), runs.end()}, scratch, state, shrink,
+        block, {runs.begin(), runs.end()}, scratch, state, rescale,
         [&](const Run& run) { return must_check_values(run) && !values_finite(block, run); },
         [&](const Run& run, const Weight* weights, Real* o) {
           value_run_past_hidden(block, run, weights, o);
@@ -119,22 +119,22 @@ class QueryTile {
   template <class Tq, Position P>
   void encode(TensorView<const Tq> q, const P& position, Real* rows) const;
 
-  void score_run(const Block& block, const Run& run, Real* scores, Real* top) const;
+  void score_run(const Block& block, const Run& run, Real* scores, Real* row_max) const;
   Packet<Real> change_score(Packet<Real> s, int c, Index key) const;
-  void raise_tops(const Accumulator<Real>& state, Real* top, Real* shrink, Real* sum) const;
-  void add_sums(const Accumulator<Real>& state, const Real* shrink, const Real* sum) const;
+  void raise_max(const Accumulator<Real>& state, Real* row_max, Real* rescale, Real* sum) const;
+  void add_sums(const Accumulator<Real>& state, const Real* rescale, const Real* sum) const;
 
   Weight* weights_of(const Run& run, const Scratch& scratch) const {
-    return scratch.weights + run.begin / Products::keys_in_row * stride_ + run.first_packet * w;
+    return scratch.weights + run.begin / Policy::keys_in_row * stride_ + run.first_packet * w;
   }
   bool must_check_values(const Run& run) const { return run.partial != 0 || changes_score; }
-  void value_runs(const Block& block, std::span<const Run> runs, const Scratch& scratch, Real* o, Into into,
-                  const Real* scale) const;
+  void value_runs(const Block& block, std::span<const Run> runs, const Scratch& scratch, Real* o,
+                  Accumulate into, const Real* scale) const;
   bool values_finite(const Block& block, const Run& run) const {
-    constexpr Index in_row = Products::keys_in_row;
+    constexpr Index in_row = Policy::keys_in_row;
     const auto find = [&](Index begin, Index end) {
-      return Products::values_finite(block.v + begin / in_row * block.v_stride, block.v_stride,
-                                     divide_up(end - begin, in_row), state_.columns());
+      return Policy::values_finite(block.v + begin / in_row * block.v_stride, block.v_stride,
+                                   divide_up(end - begin, in_row), state_.columns());
     };
     // Of a whole block all tiles of a task want to know it; the strips of a mask's edge are their own.
     if (run.end - run.begin < block.keys) return find(run.begin, run.end);
@@ -144,7 +144,7 @@ class QueryTile {
   void value_run_past_hidden(const Block& block, const Run& run, const Weight* weights, Real* o) const;
   template <class MustHide, class PastHidden>
   void add_values(const Block& block, std::span<const Run> runs, const Scratch& scratch,
-                  const Accumulator<Real>& state, const Real* shrink, const MustHide& must_hide,
+                  const Accumulator<Real>& state, const Real* rescale, const MustHide& must_hide,
                   const PastHidden& past_hidden) const;
 
   QueryLanes lanes_;
@@ -161,15 +161,15 @@ class QueryTile {
 // ----------------------------------------------------------------------------------------------------------
 // Queries in
 
-template <class Products, Mask M, Score S>
+template <class Policy, Mask M, Score S>
 template <class Tq, Position P>
-void QueryTile<Products, M, S>::encode(TensorView<const Tq> q, const P& position, Real* rows) const {
+void QueryTile<Policy, M, S>::encode(TensorView<const Tq> q, const P& position, Real* rows) const {
   for (Index lane = 0; lane < lanes_.count; ++lane) {
     const Tq* row = q.row(lanes_.batch, lanes_.head(lane), lanes_.row(lane));
     convert_rows(row, head_dim_, 1, head_dim_, rows + lane * head_dim_, head_dim_);
   }
   // The lanes of one head are rows at consecutive positions.
-  for (Index lane = 0; lane < std::min(lanes_.heads, lanes_.count); ++lane) {
+  for (Index lane = 0; lane < (std::min)(lanes_.heads, lanes_.count); ++lane) {
     const Index count = divide_up(lanes_.count - lane, lanes_.heads);
     position.encode(MatrixView<Real>{rows + lane * head_dim_, count, head_dim_, lanes_.heads * head_dim_},
                     lanes_.position(lane), Role::query);
@@ -179,11 +179,12 @@ void QueryTile<Products, M, S>::encode(TensorView<const Tq> q, const P& position
 // ----------------------------------------------------------------------------------------------------------
 // Scores
 
-template <class Products, Mask M, Score S>
-void QueryTile<Products, M, S>::score_run(const Block& block, const Run& run, Real* scores, Real* top) const {
+template <class Policy, Mask M, Score S>
+void QueryTile<Policy, M, S>::score_run(const Block& block, const Run& run, Real* scores,
+                                        Real* row_max) const {
   const Index first_lane = run.first_packet * w;
   alignas(64) Real highest[std::size_t(most_lanes)];
-  std::copy_n(top, stride_, highest);
+  std::copy_n(row_max, stride_, highest);
   const auto strip_of = [&](int c) {
     return ScoreStrip<Real>{scores + run.begin * stride_ + c * w,
                             stride_,
@@ -199,33 +200,33 @@ void QueryTile<Products, M, S>::score_run(const Block& block, const Run& run, Re
       prefetch_strip(*score_, strip_of(c));
   }
   with_packets(run.packets, [&]<int packets>() {
-    Products::template score_rows<packets>(
+    Policy::template score_rows<packets>(
         block.k + run.begin * block.k_stride, block.k_stride, run.end - run.begin, q_ + first_lane, head_dim_,
         scores + run.begin * stride_ + first_lane, highest + first_lane, stride_);
   });
   for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
     const bool hides = TileMask<Real, M>::may_hide && (run.partial >> c & 1u) != 0;
     if (!hides && !changes_score) {
-      std::copy_n(highest + c * w, w, top + c * w);
+      std::copy_n(highest + c * w, w, row_max + c * w);
       continue;
     }
     if constexpr (StripScore<S, Real>) change_strip(*score_, strip_of(c));
-    Packet<Real> of_packet = load<Real>(top + c * w);
+    Packet<Real> of_packet = load<Real>(row_max + c * w);
     for (Index j = run.begin; j < run.end; ++j) {
       Packet<Real> s = load<Real>(scores + j * stride_ + c * w);
       if constexpr (changes_score) s = change_score(s, c, block.first_key + j);
       if constexpr (TileMask<Real, M>::may_hide) {
-        if (hides) s = select(mask_.visible(c, block.first_key + j), s, broadcast(Products::hidden));
+        if (hides) s = select(mask_.visible(c, block.first_key + j), s, broadcast(Policy::masked_score));
       }
-      of_packet = max(of_packet, s);
+      of_packet = lane_max(of_packet, s);
       store(scores + j * stride_ + c * w, s);
     }
-    store(top + c * w, of_packet);
+    store(row_max + c * w, of_packet);
   }
 }
 
-template <class Products, Mask M, Score S>
-auto QueryTile<Products, M, S>::change_score(Packet<Real> s, int c, Index key) const -> Packet<Real> {
+template <class Policy, Mask M, Score S>
+auto QueryTile<Policy, M, S>::change_score(Packet<Real> s, int c, Index key) const -> Packet<Real> {
   alignas(64) Real values[std::size_t(w)];
   if constexpr (PacketScore<S, Packet<Real>>) {
     for (Index i = 0; i < w; ++i) values[i] = static_cast<Real>(lanes_.position(c * w + i) - key);
@@ -240,29 +241,29 @@ auto QueryTile<Products, M, S>::change_score(Packet<Real> s, int c, Index key) c
     s = load<Real>(values);
   }
   // A score of -infinity hides its key, in a finite way.
-  return max(s * broadcast(score_unit<Real>), broadcast(Products::hidden));
+  return lane_max(s * broadcast(score_unit<Real>), broadcast(Policy::masked_score));
 }
 
-/// Turns the highest scores of a block into the new tops, in score units.
-template <class Products, Mask M, Score S>
-void QueryTile<Products, M, S>::raise_tops(const Accumulator<Real>& state, Real* top, Real* shrink,
-                                           Real* sum) const {
+/// Turns the highest scores of a block into the new maxima, in score units.
+template <class Policy, Mask M, Score S>
+void QueryTile<Policy, M, S>::raise_max(const Accumulator<Real>& state, Real* row_max, Real* rescale,
+                                        Real* sum) const {
   for (Index lane = 0; lane < packets_ * w; lane += w) {
-    const Packet<Real> before = load<Real>(state.top + lane);
-    const Packet<Real> raised = max(before, load<Real>(top + lane) * broadcast(factor_));
-    store(shrink + lane, weight(before - raised));
-    store(state.top + lane, raised);
-    store(top + lane, raised);
+    const Packet<Real> before = load<Real>(state.row_max + lane);
+    const Packet<Real> raised = lane_max(before, load<Real>(row_max + lane) * broadcast(factor_));
+    store(rescale + lane, exp_score(before - raised));
+    store(state.row_max + lane, raised);
+    store(row_max + lane, raised);
     store(sum + lane, broadcast(Real(0)));
   }
 }
 
-template <class Products, Mask M, Score S>
-void QueryTile<Products, M, S>::add_sums(const Accumulator<Real>& state, const Real* shrink,
-                                         const Real* sum) const {
+template <class Policy, Mask M, Score S>
+void QueryTile<Policy, M, S>::add_sums(const Accumulator<Real>& state, const Real* rescale,
+                                       const Real* sum) const {
   for (Index lane = 0; lane < packets_ * w; lane += w) {
     store(state.sum + lane,
-          fma(load<Real>(state.sum + lane), load<Real>(shrink + lane), load<Real>(sum + lane)));
+          fma(load<Real>(state.sum + lane), load<Real>(rescale + lane), load<Real>(sum + lane)));
   }
 }
 
@@ -270,32 +271,31 @@ void QueryTile<Products, M, S>::add_sums(const Accumulator<Real>& state, const R
 // Values
 
 /// The values of neighbouring runs.
-template <class Products, Mask M, Score S>
-void QueryTile<Products, M, S>::value_runs(const Block& block, std::span<const Run> runs,
-                                           const Scratch& scratch, Real* o, Into into,
-                                           const Real* scale) const {
+template <class Policy, Mask M, Score S>
+void QueryTile<Policy, M, S>::value_runs(const Block& block, std::span<const Run> runs,
+                                         const Scratch& scratch, Real* o, Accumulate into,
+                                         const Real* scale) const {
   std::array<RowRun, Runs::capacity> rows;
   std::transform(runs.begin(), runs.end(), rows.begin(), [](const Run& run) {
-    return RowRun{divide_up(run.end - run.begin, Products::keys_in_row), run.first_packet, run.packets};
+    return RowRun{divide_up(run.end - run.begin, Policy::keys_in_row), run.first_packet, run.packets};
   });
-  const Index first_row = runs.front().begin / Products::keys_in_row;
+  const Index first_row = runs.front().begin / Policy::keys_in_row;
   with_packets(packets_, [&]<int packets>() {
-    Products::template value_rows<packets>(block.v + first_row * block.v_stride, block.v_stride,
-                                           state_.columns(), scratch.weights + first_row * stride_,
-                                           {rows.data(), runs.size()}, o, into, scale, stride_);
+    Policy::template value_rows<packets>(block.v + first_row * block.v_stride, block.v_stride,
+                                         state_.columns(), scratch.weights + first_row * stride_,
+                                         {rows.data(), runs.size()}, o, into, scale, stride_);
   });
 }
 
 /// A weight of 0 does not hide a value that is NaN or infinite. Where such a value stands among keys that a
 /// lane must not see, its products are selected away lane by lane.
-template <class Products, Mask M, Score S>
-void QueryTile<Products, M, S>::value_run_past_hidden(const Block& block, const Run& run,
-                                                      const Weight* weights, Real* o) const {
+template <class Policy, Mask M, Score S>
+void QueryTile<Policy, M, S>::value_run_past_hidden(const Block& block, const Run& run, const Weight* weights,
+                                                    Real* o) const {
   for (Index j = run.begin; j < run.end; ++j) {
     for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
       const Packet<Real> zero = broadcast(Real(0));
-      const Packet<Real> p =
-          Products::weight_of(weights + (c - run.first_packet) * w, j - run.begin, stride_);
+      const Packet<Real> p = Policy::weight_of(weights + (c - run.first_packet) * w, j - run.begin, stride_);
       Packet<Real> hidden = less(zero, zero);
       if constexpr (changes_score) hidden = equal(p, zero);
       if constexpr (TileMask<Real, M>::may_hide) {
@@ -306,22 +306,22 @@ void QueryTile<Products, M, S>::value_run_past_hidden(const Block& block, const 
       for (Index column = 0; column < state_.columns(); ++column) {
         Real* to = o + column * stride_ + c * w;
         const Packet<Real> before = load<Real>(to);
-        const Packet<Real> v = broadcast(Products::value_of(block.v, block.v_stride, j, column));
+        const Packet<Real> v = broadcast(Policy::value_of(block.v, block.v_stride, j, column));
         store(to, select(hidden, before, fma(v, p, before)));
       }
     }
   }
 }
 
-/// o = shrink * o + the sum over the runs of a block. That sum is made first, run behind run in key order, so
+/// o = rescale * o + the sum over the runs of a block. That sum is made first, run behind run in key order, so
 /// every lane's is taken in the same order, and its bits do not depend on the queries beside it. Where
 /// must_hide(run), past_hidden(run, weights, o) adds the values of a run.
-template <class Products, Mask M, Score S>
+template <class Policy, Mask M, Score S>
 template <class MustHide, class PastHidden>
-void QueryTile<Products, M, S>::add_values(const Block& block, std::span<const Run> runs,
-                                           const Scratch& scratch, const Accumulator<Real>& state,
-                                           const Real* shrink, const MustHide& must_hide,
-                                           const PastHidden& past_hidden) const {
+void QueryTile<Policy, M, S>::add_values(const Block& block, std::span<const Run> runs,
+                                         const Scratch& scratch, const Accumulator<Real>& state,
+                                         const Real* rescale, const MustHide& must_hide,
+                                         const PastHidden& past_hidden) const {
   Real* o = scratch.block_output;
   bool in_one_loop = true;
   std::size_t first = 0, next = 0;  // the runs of [first, next) can go through one loop
@@ -329,7 +329,7 @@ void QueryTile<Products, M, S>::add_values(const Block& block, std::span<const R
     if (in_one_loop) std::fill_n(o, state.columns * stride_, Real(0));
     in_one_loop = false;
     if (first < next)
-      value_runs(block, runs.subspan(first, next - first), scratch, o, Into::continued, shrink);
+      value_runs(block, runs.subspan(first, next - first), scratch, o, Accumulate::add, rescale);
     first = next;
   };
   for (; next < runs.size(); ++next) {
@@ -341,12 +341,13 @@ void QueryTile<Products, M, S>::add_values(const Block& block, std::span<const R
       add_neighbours();
     }
   }
-  if (in_one_loop && !runs.empty()) return value_runs(block, runs, scratch, state.o, Into::rescaled, shrink);
+  if (in_one_loop && !runs.empty())
+    return value_runs(block, runs, scratch, state.o, Accumulate::rescale, rescale);
   add_neighbours();
   for (Index at = 0; at < state.columns * stride_; at += stride_) {
     for (Index lane = 0; lane < stride_; lane += w) {
       Real* to = state.o + at + lane;
-      store(to, fma(load<Real>(shrink + lane), load<Real>(to), load<Real>(o + at + lane)));
+      store(to, fma(load<Real>(rescale + lane), load<Real>(to), load<Real>(o + at + lane)));
     }
   }
 }
@@ -354,13 +355,13 @@ void QueryTile<Products, M, S>::add_values(const Block& block, std::span<const R
 // ----------------------------------------------------------------------------------------------------------
 // Outputs
 
-template <class Products, Mask M, Score S>
+template <class Policy, Mask M, Score S>
 template <class To>
-void QueryTile<Products, M, S>::write(const Accumulator<Real>& state, const QueryLanes& queries,
-                                      TensorView<To> out, RowsView<Real> lse) {
+void QueryTile<Policy, M, S>::write(const Accumulator<Real>& state, const QueryLanes& queries,
+                                    TensorView<To> out, RowsView<Real> lse) {
   const Packet<Real> zero = broadcast(Real(0)), one = broadcast(Real(1));
   for (Index first_lane = 0; first_lane < queries.count; first_lane += w) {
-    const Index used = std::min(w, queries.count - first_lane);
+    const Index used = (std::min)(w, queries.count - first_lane);
     To* row[std::size_t(w)];
     for (Index i = 0; i < used; ++i) {
       row[i] = out.row(queries.batch, queries.head(first_lane + i), queries.row(first_lane + i));
@@ -387,9 +388,9 @@ void QueryTile<Products, M, S>::write(const Accumulator<Real>& state, const Quer
   }
   if (lse.data == nullptr) return;
   for (Index lane = 0; lane < queries.count; ++lane) {
-    lse(queries.batch, queries.head(lane), queries.row(lane)) = lse_of(state.top[lane], state.sum[lane]);
+    lse(queries.batch, queries.head(lane), queries.row(lane)) = lse_of(state.row_max[lane], state.sum[lane]);
   }
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

@@ -15,7 +15,7 @@
 #include "longspan/mask.hpp"
 #include "longspan/version.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Keys of a block that the same packets of queries see: scores, weights and values of a run are computed for
@@ -126,7 +126,7 @@ class TileMask {
   /// Closes the strips of which the mask's own classify knows all.
   void ask_classify(int c, Index keys, Words& open, Words& seen) const {
     for (Index begin = 0; begin < keys; begin += keys_in_strip<Real>) {
-      const Index end = std::min(keys, begin + keys_in_strip<Real>);
+      const Index end = (std::min)(keys, begin + keys_in_strip<Real>);
       const Seen of_strip = classify(c, {first_key_ + begin, first_key_ + end});
       if (of_strip == Seen::some) continue;
       const Words strip = words_of({begin, end});
@@ -280,11 +280,11 @@ Runs cut_into_runs(TileMask<Real, M>& mask, int packets, Index first_key, Index 
   }
   mask.enter_block(first_key, whole);
   for (Index begin = 0; begin < keys; begin += strip) {
-    const Index end = std::min(keys, begin + strip);
+    const Index end = (std::min)(keys, begin + strip);
     runs.add(run_of(packets, begin, end, [&](int c) { return mask.classify_entered(c, begin, end); }));
   }
   return runs;
 }
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

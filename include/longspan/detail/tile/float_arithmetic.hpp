@@ -11,13 +11,13 @@
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// The arithmetic of a tile. What another kind of it must offer is what stands here. Rows of queries, scores,
 /// weights and outputs are `stride` lanes apart.
 template <class RealType>
-struct FloatProducts {
+struct FloatArithmetic {
   using Real = RealType;
   using Query = Real;   ///< element of the packed queries, [query_rows][stride]
   using Key = Real;     ///< element of key rows
@@ -27,8 +27,8 @@ struct FloatProducts {
   /// Keys are taken in blocks of 128, cut at multiples of 128 in key index. Speed is flat from 96 to 256.
   static constexpr Index keys_in_block = 128;
   /// A score that counts as never seen. Finite, so that code compiled with -ffast-math keeps its meaning, and
-  /// so far below `nothing_seen` that its weight is exactly 0 under any maximum.
-  static constexpr Real hidden = std::numeric_limits<Real>::lowest();
+  /// so far below `empty_max` that its weight is exactly 0 under any maximum.
+  static constexpr Real masked_score = std::numeric_limits<Real>::lowest();
 
   static Index query_rows(Index head_dim) { return head_dim; }
   /// The scale goes into the queries; scores come out in score units.
@@ -63,12 +63,13 @@ struct FloatProducts {
                                 tile_stride<Real, packets>(stride));
   }
   template <int packets>
-  static void weigh_rows(Real* s, Index keys, Real, const Real* shift, Real* total, Weight*, Index stride) {
-    detail::weigh_rows<packets>(s, stride, keys, shift, total);
+  static void exp_rows(Real* s, Index keys, Real, const Real* shift, Real* total, Weight*, Index stride) {
+    detail::exp_rows<packets>(s, stride, keys, shift, total);
   }
   template <int packets>
   static void value_rows(const Value* v, Index v_stride, Index columns, const Weight* p,
-                         std::span<const RowRun> runs, Real* o, Into into, const Real* scale, Index stride) {
+                         std::span<const RowRun> runs, Real* o, Accumulate into, const Real* scale,
+                         Index stride) {
     const auto of_tile = tile_stride<Real, packets>(stride);
     detail::value_rows<packets>(v, v_stride, columns, p, of_tile, runs, o, of_tile, into, scale);
   }
@@ -100,4 +101,4 @@ struct FloatProducts {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END

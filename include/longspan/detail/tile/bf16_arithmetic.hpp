@@ -8,7 +8,7 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
     !defined(EIGEN_DONT_VECTORIZE)
-#define LONGSPAN_HAS_BF16_PRODUCTS 1
+#define LONGSPAN_HAS_BF16_ARITHMETIC 1
 
 #include <immintrin.h>
 
@@ -19,7 +19,7 @@
 #include <span>
 
 #include "longspan/detail/simd/packet.hpp"
-#include "longspan/detail/tile/float_products.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
 #include "longspan/detail/tile/microkernel.hpp"
 #include "longspan/detail/tile/query_lanes.hpp"
 #include "longspan/version.hpp"
@@ -27,10 +27,10 @@
 
 LONGSPAN_INTRINSICS_BEGIN
 
-LONGSPAN_BEGIN
+LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-struct Bf16Products {
+struct Bf16Arithmetic {
   using Real = float;
   using Pair =
       std::uint32_t;  ///< two bfloat16: of columns c and c + 1 (queries), of keys j and j + 1 (others)
@@ -40,8 +40,8 @@ struct Bf16Products {
   using Weight = Pair;
   static constexpr Index keys_in_row = 2;
   static constexpr Index keys_in_block = 256;  // 128 is 2 % slower here
-  /// Scores are scaled after the products, so nothing finite is sure to stay below `nothing_seen`.
-  static constexpr float hidden = -std::numeric_limits<float>::infinity();
+  /// Scores are scaled after the products, so nothing finite is sure to stay below `empty_max`.
+  static constexpr float masked_score = -std::numeric_limits<float>::infinity();
 
   static Index query_rows(Index head_dim) { return head_dim / 2; }
   static float query_factor(double) { return 1; }
@@ -70,40 +70,40 @@ struct Bf16Products {
   template <int packets>
   static void score_rows(const Key* k, Index k_stride, Index keys, const Query* q, Index head_dim, float* s,
                          float* highest, Index stride) {
-    detail::score_rows<packets, float, Pairs>(k, k_stride, keys, q, head_dim, s, highest,
-                                              tile_stride<float, packets>(stride));
+    detail::score_rows<packets, float, PairFactors>(k, k_stride, keys, q, head_dim, s, highest,
+                                                    tile_stride<float, packets>(stride));
   }
 
-  /// pairs[j / 2] = weight(factor * s[j] - shift) of two keys, rounded; `total` grows by the unrounded
+  /// pairs[j / 2] = exp_score(factor * s[j] - shift) of two keys, rounded; `total` grows by the unrounded
   /// weights.
   template <int packets>
-  static void weigh_rows(float* s, Index keys, float factor, const float* shift, float* total, Weight* pairs,
-                         Index stride) {
-    if (keys % 2 != 0) std::fill_n(s + keys * stride, packets * 16, hidden);
+  static void exp_rows(float* s, Index keys, float factor, const float* shift, float* total, Weight* pairs,
+                       Index stride) {
+    if (keys % 2 != 0) std::fill_n(s + keys * stride, packets * 16, masked_score);
     bool any_huge = false;
     for (int c = 0; c < packets; ++c) any_huge = any_huge || huge(_mm512_loadu_ps(shift + c * 16)) != 0;
     if (any_huge) {
-      weigh_pairs<packets>(s, keys, factor, shift, total, pairs, stride, [](auto score, auto by, auto down) {
+      exp_pairs<packets>(s, keys, factor, shift, total, pairs, stride, [](auto score, auto by, auto down) {
         const Packet<float> product = fma(score, by, broadcast(0.0f));  // what no compiler fuses with a sum
         return Packet<float>{
             _mm512_mask_add_ps(fma(score, by, down).raw, huge(down.raw), product.raw, down.raw)};
       });
     } else {
-      weigh_pairs<packets>(s, keys, factor, shift, total, pairs, stride,
-                           [](auto score, auto by, auto down) { return fma(score, by, down); });
+      exp_pairs<packets>(s, keys, factor, shift, total, pairs, stride,
+                         [](auto score, auto by, auto down) { return fma(score, by, down); });
     }
   }
 
   template <int packets>
   static void value_rows(const Value* v, Index v_stride, Index columns, const Weight* p,
-                         std::span<const RowRun> runs, float* o, Into into, const float* scale,
+                         std::span<const RowRun> runs, float* o, Accumulate into, const float* scale,
                          Index stride) {
     const auto of_tile = tile_stride<float, packets>(stride);
-    detail::value_rows<packets, float, Pairs>(v, v_stride, columns, p, of_tile, runs, o, of_tile, into,
-                                              scale);
+    detail::value_rows<packets, float, PairFactors>(v, v_stride, columns, p, of_tile, runs, o, of_tile, into,
+                                                    scale);
   }
 
-  /// As that of FloatProducts.
+  /// As that of FloatArithmetic.
   static bool values_finite(const Value* v, Index v_stride, Index rows, Index columns) {
     const __m512bh zero = std::bit_cast<__m512bh>(_mm512_setzero_si512());
     __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
@@ -158,7 +158,7 @@ struct Bf16Products {
 
  private:
   /// What is multiplied: pairs, each product the sum of two.
-  struct Pairs {
+  struct PairFactors {
     using Real = float;
     using Key = Eigen::bfloat16;
     using Element = Pair;
@@ -180,8 +180,8 @@ struct Bf16Products {
   };
 
   template <int packets, class Shifted>
-  static LONGSPAN_INLINE void weigh_pairs(const float* s, Index keys, float factor, const float* shift,
-                                          float* total, Weight* pairs, Index stride, const Shifted& shifted) {
+  static LONGSPAN_INLINE void exp_pairs(const float* s, Index keys, float factor, const float* shift,
+                                        float* total, Weight* pairs, Index stride, const Shifted& shifted) {
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                                 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const Packet<float> by = broadcast(factor);
@@ -226,7 +226,7 @@ struct Bf16Products {
 };
 
 }  // namespace detail
-LONGSPAN_END
+LONGSPAN_NAMESPACE_END
 
 LONGSPAN_INTRINSICS_END
 

@@ -1,11 +1,11 @@
 // The bfloat16 inner loops against scalar ones, where the processor has them.
-#include "longspan/detail/tile/bf16_products.hpp"
+#include "longspan/detail/tile/bf16_arithmetic.hpp"
 
 #include "longspan/softmax_attention.hpp"
 #include "support/catch.hpp"
 #include "support/gauge.hpp"
 
-#if defined(LONGSPAN_HAS_BF16_PRODUCTS)
+#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
 
 #include <algorithm>
 #include <bit>
@@ -17,12 +17,10 @@ namespace {
 using namespace longspan::detail;
 using namespace test;
 using Eigen::bfloat16;
-using Products = Bf16Products;
+using Policy = Bf16Arithmetic;
 
-bfloat16 low(Products::Pair pair) {
-  return std::bit_cast<bfloat16>(static_cast<std::uint16_t>(pair & 0xffff));
-}
-bfloat16 high(Products::Pair pair) { return std::bit_cast<bfloat16>(static_cast<std::uint16_t>(pair >> 16)); }
+bfloat16 low(Policy::Pair pair) { return std::bit_cast<bfloat16>(static_cast<std::uint16_t>(pair & 0xffff)); }
+bfloat16 high(Policy::Pair pair) { return std::bit_cast<bfloat16>(static_cast<std::uint16_t>(pair >> 16)); }
 
 std::vector<bfloat16> normals(Index count, Random& random) {
   std::vector<bfloat16> x(static_cast<std::size_t>(count));
@@ -45,16 +43,16 @@ TEST_CASE("bf16_products: values are paired key by key, missing ones are 0", "[b
     for (const Index cols : {1, 7, 31, 32, 33, 64}) {
       const Index stride = cols + 3, to_cols = cols + 5;
       const auto v = normals(keys * stride, random);
-      std::vector<Products::Value> pairs(static_cast<std::size_t>((keys + 1) / 2 * to_cols), 0x12345678u);
-      Products::pair_values(v.data(), stride, keys, cols, pairs.data(), to_cols);
+      std::vector<Policy::Value> pairs(static_cast<std::size_t>((keys + 1) / 2 * to_cols), 0x12345678u);
+      Policy::pair_values(v.data(), stride, keys, cols, pairs.data(), to_cols);
       Index wrong = 0;
       for (Index j = 0; j < keys + keys % 2; ++j) {
         for (Index c = 0; c < to_cols; ++c) {
-          const Products::Pair pair = pairs[static_cast<std::size_t>(j / 2 * to_cols + c)];
+          const Policy::Pair pair = pairs[static_cast<std::size_t>(j / 2 * to_cols + c)];
           const float got = static_cast<float>(j % 2 == 0 ? low(pair) : high(pair));
           const bool exists = j < keys && c < cols;
           wrong += got != (exists ? static_cast<float>(v[static_cast<std::size_t>(j * stride + c)]) : 0.0f);
-          wrong += Products::value_of(pairs.data(), to_cols, j, c) != got;
+          wrong += Policy::value_of(pairs.data(), to_cols, j, c) != got;
         }
       }
       INFO("keys=" << keys << " cols=" << cols);
@@ -71,19 +69,18 @@ TEST_CASE("bf16_products: scores are those of the packed queries", "[bf16]") {
       for (Index rows = 1; rows <= tile_rows + 1; ++rows) {
         const Index written = round_up(rows, tile_rows);
         const auto q = normals(used * head_dim, random), k = normals(rows * (head_dim + 1), random);
-        std::vector<Products::Query> packed(
-            static_cast<std::size_t>(Products::query_rows(head_dim) * stride));
+        std::vector<Policy::Query> packed(static_cast<std::size_t>(Policy::query_rows(head_dim) * stride));
         for (Index c = 0; c < packets; ++c) {
-          Products::pack([&](Index i) { return q.data() + (c * 16 + i) * head_dim; }, head_dim, 1,
-                         packed.data() + c * 16, stride);
+          Policy::pack([&](Index i) { return q.data() + (c * 16 + i) * head_dim; }, head_dim, 1,
+                       packed.data() + c * 16, stride);
         }
         std::vector<float> s(static_cast<std::size_t>(written * stride)),
             highest(static_cast<std::size_t>(used), -1.0f);
-        Products::score_rows<packets>(k.data(), head_dim + 1, rows, packed.data(), head_dim, s.data(),
-                                      highest.data(), stride);
+        Policy::score_rows<packets>(k.data(), head_dim + 1, rows, packed.data(), head_dim, s.data(),
+                                    highest.data(), stride);
         Index wrong = 0;
         for (Index lane = 0; lane < used; ++lane) {
-          float top = -1;
+          float row_max = -1;
           for (Index r = 0; r < written; ++r) {
             double wanted = 0, size = 0;
             for (Index c = 0; c < head_dim; ++c) {
@@ -95,9 +92,9 @@ TEST_CASE("bf16_products: scores are those of the packed queries", "[bf16]") {
             }
             const float got = s[static_cast<std::size_t>(r * stride + lane)];
             wrong += !(std::abs(double(got) - wanted) <= double(head_dim + 2) * 0x1p-24 * size);
-            top = std::max(top, got);
+            row_max = std::max(row_max, got);
           }
-          wrong += highest[static_cast<std::size_t>(lane)] != top;
+          wrong += highest[static_cast<std::size_t>(lane)] != row_max;
         }
         INFO("packets=" << packets << " head_dim=" << head_dim << " rows=" << rows);
         CHECK(wrong == 0);
@@ -114,20 +111,20 @@ TEST_CASE("bf16_products: weights are rounded, their sum is not", "[bf16]") {
       std::vector<float> s(static_cast<std::size_t>((keys + 1) * stride)),
           total(static_cast<std::size_t>(used), 2.0f);
       for (float& x : s) x = -std::abs(static_cast<float>(8 * random.normal()));
-      s[0] = Products::hidden;
+      s[0] = Policy::masked_score;
       const std::vector<float> scores = s, shift(static_cast<std::size_t>(used), 1.5f);
-      std::vector<Products::Weight> pairs(static_cast<std::size_t>((keys + 1) / 2 * stride));
-      Products::weigh_rows<packets>(s.data(), keys, 0.5f, shift.data(), total.data(), pairs.data(), stride);
+      std::vector<Policy::Weight> pairs(static_cast<std::size_t>((keys + 1) / 2 * stride));
+      Policy::exp_rows<packets>(s.data(), keys, 0.5f, shift.data(), total.data(), pairs.data(), stride);
       Index wrong = 0;
       for (Index lane = 0; lane < used; ++lane) {
         double sum = 2;
         for (Index j = 0; j < keys; ++j) {
           const double p = std::exp2(0.5 * double(scores[static_cast<std::size_t>(j * stride + lane)]) - 1.5);
-          const Products::Weight pair = pairs[static_cast<std::size_t>(j / 2 * stride + lane)];
+          const Policy::Weight pair = pairs[static_cast<std::size_t>(j / 2 * stride + lane)];
           const double got = double(static_cast<float>(j % 2 == 0 ? low(pair) : high(pair)));
           wrong += !(std::abs(got - p) <= (0x1p-8 + 8e-5) * p);
           alignas(64) float of_lane[16];
-          store<float>(of_lane, Products::weight_of(pairs.data() + lane / 16 * 16, j, stride));
+          store<float>(of_lane, Policy::weight_of(pairs.data() + lane / 16 * 16, j, stride));
           wrong += double(of_lane[lane % 16]) != got;
           sum += p;
         }
@@ -146,14 +143,14 @@ TEST_CASE("bf16_products: weighted values of pairs of keys", "[bf16]") {
   for_each_packets([&]<int packets>() {
     constexpr Index used = packets * 16, stride = used;
     for (const Index rows : {0, 1, 5, 64}) {
-      for (const Into into : {Into::fresh, Into::continued, Into::rescaled}) {
+      for (const Accumulate into : {Accumulate::overwrite, Accumulate::add, Accumulate::rescale}) {
         const auto pack = [](const std::vector<bfloat16>& x, std::size_t n) {
           return std::bit_cast<std::uint16_t>(x[2 * n]) |
-                 Products::Pair{std::bit_cast<std::uint16_t>(x[2 * n + 1])} << 16;
+                 Policy::Pair{std::bit_cast<std::uint16_t>(x[2 * n + 1])} << 16;
         };
         const auto v = normals(2 * (rows + 1) * tile_rows, random),
                    p = normals(2 * (rows + 1) * stride, random);
-        std::vector<Products::Pair> v_pairs(v.size() / 2), p_pairs(p.size() / 2);
+        std::vector<Policy::Pair> v_pairs(v.size() / 2), p_pairs(p.size() / 2);
         for (std::size_t n = 0; n < v_pairs.size(); ++n) v_pairs[n] = pack(v, n);
         for (std::size_t n = 0; n < p_pairs.size(); ++n) p_pairs[n] = pack(p, n);
         std::vector<float> before(static_cast<std::size_t>(tile_rows * stride)),
@@ -162,14 +159,14 @@ TEST_CASE("bf16_products: weighted values of pairs of keys", "[bf16]") {
         for (float& x : scale) x = static_cast<float>(random.normal());
         std::vector<float> o = before;
         const longspan::detail::RowRun all{rows, 0, packets};
-        Products::value_rows<packets>(v_pairs.data(), tile_rows, tile_rows, p_pairs.data(), {&all, 1},
-                                      o.data(), into, scale.data(), stride);
+        Policy::value_rows<packets>(v_pairs.data(), tile_rows, tile_rows, p_pairs.data(), {&all, 1}, o.data(),
+                                    into, scale.data(), stride);
         Index wrong = 0;
         for (Index r = 0; r < tile_rows; ++r) {
           for (Index lane = 0; lane < used; ++lane) {
             const double old = double(before[static_cast<std::size_t>(r * stride + lane)]);
-            double wanted = into == Into::fresh       ? 0
-                            : into == Into::continued ? old
+            double wanted = into == Accumulate::overwrite ? 0
+                            : into == Accumulate::add     ? old
                                                       : old * double(scale[static_cast<std::size_t>(lane)]);
             double size = std::abs(wanted);
             for (Index j = 0; j < rows; ++j) {
