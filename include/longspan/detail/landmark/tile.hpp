@@ -163,7 +163,7 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
   }
 
   void score_runs(const Block& keys, const Runs& runs, const Scratch& scratch) const {
-    // PairFactors outside every run are hidden ones.
+    // Pairs outside every run are hidden ones.
     if (!all_of_it(runs, keys.keys)) std::fill_n(scratch.scores, keys.keys * stride_, Policy::masked_score);
     alignas(64) Real unused[std::size_t(most_lanes)];
     std::fill_n(unused, stride_, Policy::masked_score);

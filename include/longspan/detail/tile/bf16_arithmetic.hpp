@@ -41,7 +41,7 @@ struct Bf16Arithmetic {
   static constexpr Index keys_in_row = 2;
   static constexpr Index keys_in_block = 256;  // 128 is 2 % slower here
   /// Scores are scaled after the products, so nothing finite is sure to stay below `empty_max`.
-  static constexpr float hidden = -std::numeric_limits<float>::infinity();
+  static constexpr float masked_score = -std::numeric_limits<float>::infinity();
 
   static Index query_rows(Index head_dim) { return head_dim / 2; }
   static float query_factor(double) { return 1; }
@@ -79,7 +79,7 @@ struct Bf16Arithmetic {
   template <int packets>
   static void exp_rows(float* s, Index keys, float factor, const float* shift, float* total, Weight* pairs,
                        Index stride) {
-    if (keys % 2 != 0) std::fill_n(s + keys * stride, packets * 16, hidden);
+    if (keys % 2 != 0) std::fill_n(s + keys * stride, packets * 16, masked_score);
     bool any_huge = false;
     for (int c = 0; c < packets; ++c) any_huge = any_huge || huge(_mm512_loadu_ps(shift + c * 16)) != 0;
     if (any_huge) {
