@@ -1,7 +1,8 @@
 #!/bin/sh
 # Installs what building Longspan needs and this machine lacks: a C++20 compiler, CMake 3.25, Ninja, Eigen, Catch2,
 # Google Benchmark, nlohmann-json, and OpenMP where the compiler does not bring it. With apt-get, dnf, pacman or brew; with sudo
-# only when not root. Where all is there it says so and does nothing.
+# only when not root. If everything is there it says so and does nothing. `install-deps.sh format` also installs
+# clang-format 16, which contributors need.
 # shellcheck disable=SC2086 # lists of names are left unquoted, to be split
 set -eu
 
@@ -54,6 +55,7 @@ missing_tools() {
   compiler_speaks_cpp20 || echo compiler
   cmake_is_new_enough || echo cmake
   has_ninja || echo ninja
+  [ "$extra" != format ] || has clang-format-16 || echo format
 }
 
 # Asked for as the build asks: by find_package.
@@ -96,6 +98,7 @@ package() {
   case "$manager:$1" in
     apt-get:compiler) echo g++ ;;
     apt-get:ninja) echo ninja-build ;;
+    apt-get:format) echo clang-format-16 ;;
     apt-get:eigen) echo libeigen3-dev ;;
     apt-get:benchmark) echo libbenchmark-dev ;;
     apt-get:json) echo nlohmann-json3-dev ;;
@@ -167,6 +170,7 @@ install_missing() {
   hash -r
 }
 
+extra=${1:-}
 here=$(cd "$(dirname "$0")" && pwd)
 manager=$(package_manager)
 refreshed=

@@ -1,4 +1,4 @@
-// A walk through the columns of some rows at a time that asks for the rows ahead.
+// Iterates over the columns of a few rows while prefetching later rows.
 #pragma once
 
 #include <algorithm>
@@ -12,38 +12,39 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Rows are asked for this far ahead, in bytes: 16 KB are equal, 2 and 4 KB 5-10 % slower.
+/// How far ahead rows are prefetched, in bytes. 16 KB: the same time; 2 and 4 KB: 5-10 % slower.
 inline constexpr Index prefetch_distance = 8192;
 
-/// What a kernel asks for of the rows ahead. Rows that are read once do not drive others out of the caches: a step
-/// of decoding over DRAM then takes 3-10 % less.
+/// How a kernel prefetches later rows. `streaming`: rows that are read once, with a non-temporal hint that does not
+/// evict other data; a decode step over DRAM then takes 3-10 % less time. `reused`: rows that are read again.
 enum class PrefetchHint { none, streaming, reused };
 
-/// Asks for the rows ahead while some rows are read together, a line of each at a time.
+/// Prefetches later rows while a kernel reads a few rows together, one cache line of each at a time.
 ///
-/// Only lines that are asked for in the order of their addresses, and spread over the work, let the processor run
-/// ahead of them by itself. Keys of float for 4 queries, one thread over DRAM, % of the stream rate: all lines of
-/// 4 rows at once 67-72, so 83-87, none 50.
+/// Prefetches must be issued in the order of their addresses and spread over the loop; otherwise they defeat the
+/// prefetcher of the processor. Percent of the stream rate with float keys, 4 queries, one thread, over DRAM: no
+/// prefetch 50, all lines of 4 rows at once 67-72, this schedule 83-87.
 class Prefetcher {
  public:
-  /// For `count` rows, read `together` at a time. What is read behind the last of them is at `then`, if known.
+  /// For `count` rows, `together` of which are read at a time. `next` is the address of what is read after the last
+  /// row, or null if it is unknown.
   template <class T>
-  Prefetcher(const T* rows, Index columns, Index row_stride, int together, Index count, const void* then)
+  Prefetcher(const T* rows, Index columns, Index row_stride, int together, Index count, const void* next)
       : stride_(static_cast<std::uintptr_t>(row_stride) * sizeof(T)) {
     const std::uintptr_t row_bytes = static_cast<std::uintptr_t>(columns) * sizeof(T);
     const Index rows_ahead = prefetch_distance / static_cast<Index>(std::max<std::uintptr_t>(1, row_bytes));
-    const bool touch = row_bytes == stride_;
+    const bool contiguous = row_bytes == stride_;
     const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(rows);
-    ahead_ = first + (touch ? prefetch_distance : static_cast<std::uintptr_t>(rows_ahead) * stride_);
-    apart_ = touch ? cache_line : stride_;
-    step_ = touch ? cache_line * static_cast<std::uintptr_t>(together) : cache_line;
-    if (then != nullptr) {
+    ahead_ = first + (contiguous ? prefetch_distance : static_cast<std::uintptr_t>(rows_ahead) * stride_);
+    apart_ = contiguous ? cache_line : stride_;
+    step_ = contiguous ? cache_line * static_cast<std::uintptr_t>(together) : cache_line;
+    if (next != nullptr) {
       last_ = count - rows_ahead;
-      jump_ = reinterpret_cast<std::uintptr_t>(then) - first - static_cast<std::uintptr_t>(count) * stride_;
+      jump_ = reinterpret_cast<std::uintptr_t>(next) - first - static_cast<std::uintptr_t>(count) * stride_;
     }
   }
 
-  /// Goes on to what is asked for while row `row` and those behind it are read.
+  /// Sets the prefetch address for the iteration that reads `row` and the rows after it.
   LONGSPAN_INLINE void go_to(Index row) {
     next_ = ahead_ + static_cast<std::uintptr_t>(row) * stride_ + (row < last_ ? 0 : jump_);
   }
@@ -62,8 +63,9 @@ class Prefetcher {
   Index last_ = 0;
 };
 
-/// Goes through the columns of `rows` rows of T that are read together: add_whole(column) for one packet, or two
-/// that are loaded in pairs, add_packet(load, column) for what is left, where load gives a packet from an address.
+/// Iterates over the columns of `rows` rows of T that are read together. Calls add_whole(column) for each packet, or
+/// for each two packets that are loaded as a pair, and add_packet(load, column) for the rest, where load(address)
+/// returns a packet.
 template <class Real, class T, int rows, PrefetchHint hint, class AddWhole, class AddPacket>
 LONGSPAN_INLINE void for_each_column(Index columns, Prefetcher lines, const AddWhole& add_whole,
                                      const AddPacket& add_packet) {

@@ -1,7 +1,7 @@
-// The inner loops of attention for a few queries: head dimensions in the lanes.
+// The inner loops of attention for a few queries: head dimensions are in the lanes.
 //
-// With one to eight queries to a KV head the time of a call is that of reading K and V once. These loops read
-// whole rows, in the order and the type in which they lie in memory.
+// With one to eight queries per KV head a call takes as long as reading K and V once. These loops read whole rows, in
+// the order and in the type in which memory holds them.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// sum[j * queries + g] += over 2 packets of columns, k[j] * q[g]. Few keys are held while the queries pass,
-/// few queries while the keys do: all of it stays in 32 registers.
+/// sum[j * queries + g] += k[j] * q[g] over two packets of columns. The smaller operand (keys or queries) stays in
+/// registers while the other one is streamed; both fit in 32 registers.
 template <int queries, int keys, class Real, class Tk>
 LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index column, const Real* q,
                                Index q_stride, Packet<Real> (&sum)[std::size_t(queries * keys)]) {
@@ -56,7 +56,7 @@ LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index co
   }
 }
 
-/// sum[j * queries + g] += k[j] * q[g], to be summed over the lanes.
+/// sum[j * queries + g] += k[j] * q[g], lane by lane: the caller adds the lanes.
 template <int queries, int keys, PrefetchHint hint, class Real, class Tk>
 LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Real* q, Index q_stride,
                               Index head_dim, Prefetcher lines,
@@ -83,8 +83,8 @@ LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Rea
   for_each_column<Real, Tk, keys, hint>(head_dim, lines, add_whole, add_packet);
 }
 
-/// As score_keys for fewer keys than a packet holds, one by one: the same bits. (By itself, since inlined there
-/// it takes registers from the loop over many keys, which is then 8-15 % slower.)
+/// score_keys for fewer keys than a packet holds, one by one, with the same bits. Not inlined: inlining takes registers
+/// from the loop over many keys, which is then 8-15 % slower.
 template <int queries, class Real, class Tk>
 LONGSPAN_NOINLINE void score_few_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride,
                                       Index head_dim, Real* s) {
@@ -103,23 +103,23 @@ LONGSPAN_NOINLINE void score_few_keys(const Tk* k, Index k_stride, Index keys, c
   }
 }
 
-/// s[j * queries + g] = k[j].q[g] for `keys` keys and a power of two of queries, at most `lanes`.
+/// s[j * queries + g] = k[j].q[g] for `keys` keys. The number of queries is a power of two of at most `lanes`.
 ///
-/// q [queries][q_stride], columns at their `interleaved_index`, zero behind head_dim up to whole packets. Whole
-/// packets of s are written: sums behind the last key are those of the last key again. `then` is what is read next,
-/// where that is not behind the keys.
+/// q is [queries][q_stride]; columns are at their `interleaved_index`, and zeros follow head_dim up to a whole packet.
+/// Whole packets of s are written: entries past the last key repeat its score. `next` is the address of what is read
+/// afterwards, if that does not follow the keys in memory.
 template <int queries, PrefetchHint wanted_hint = PrefetchHint::reused, class Real, class Tk>
 void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_stride, Index head_dim,
-                Real* s, const void* then = nullptr) {
+                Real* s, const void* next = nullptr) {
   constexpr int w = lanes<Real>, keys_at_once = w / queries;
-  // Pointers to 16 rows leave no register for anything else: 8 at a time take a fifth less time with clang++.
+  // Pointers to 16 rows leave no register for anything else: 8 rows at a time take a fifth less time with clang++.
   constexpr int together = (std::min)(keys_at_once, 8);
-  // For one query the loads of 8 float rows let the processor run ahead by themselves, 5-10 % faster.
-  constexpr bool asks = queries > 1 || together < 8 || sizeof(Tk) < sizeof(float);
-  constexpr PrefetchHint hint = asks ? wanted_hint : PrefetchHint::none;
-  Prefetcher lines(k, head_dim, k_stride, together, keys, then);
+  // For one query and 8 rows of float the processor prefetches well by itself: 5-10 % faster without our prefetches.
+  constexpr bool prefetches = queries > 1 || together < 8 || sizeof(Tk) < sizeof(float);
+  constexpr PrefetchHint hint = prefetches ? wanted_hint : PrefetchHint::none;
+  Prefetcher lines(k, head_dim, k_stride, together, keys, next);
   for (Index first = 0; first < keys; first += keys_at_once, s += w) {
-    // Of one key in 16, half the time would go to repeating it.
+    // With one key left of 16, repeating it to fill the packet would take half the time.
     if ((keys - first) * queries <= w / 4) {
       return score_few_keys<queries>(k + first * k_stride, k_stride, keys - first, q, q_stride, head_dim, s);
     }
@@ -141,7 +141,7 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
   }
 }
 
-/// scores[j * queries + g] *= scale[j]: the scale of a row of int8 is taken out of its sums.
+/// scores[j * queries + g] *= scale[j]: the scale of an int8 row is applied to its sums.
 template <int queries, class Real>
 void scale_scores(Real* scores, const float* scale, Index keys) {
   for (Index j = 0; j < keys; ++j) {
@@ -162,10 +162,10 @@ LONGSPAN_INLINE void load_whole(const T* from, Packet<Real> (&to)[std::size_t(pa
 }
 
 /// o[g][c] = scale[g] * o[g][c] + sum_j p[j * p_stride + g] * v[j][c], for `queries` rows of o and `packets`
-/// packets of columns; of the last packet, `last_columns` columns exist. Where none is missing and packets
-/// are even, columns of o stand at their `interleaved_index`.
+/// packets of columns, the last of which has `last_columns` columns. If it is whole and `packets` is even, columns of
+/// o are at their `interleaved_index`.
 ///
-/// Where g++ inlines it, its sums go through memory: a step of four heads to a KV head takes 14 % longer.
+/// Not inlined: g++ then keeps the sums in memory, and a step with four heads per KV head takes 14 % longer.
 template <int queries, int packets, PrefetchHint hint, class Real, class Tv>
 LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, const Real* p,
                                   Index p_stride, Real* o, Index o_stride, const Real* scale) {
@@ -218,7 +218,7 @@ LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_column
 }
 
 /// sum[c][g] += p[j][g] * v[j][c] for `keys` rows v[j] together and `queries` of `all` queries, where sum[c][g] is a
-/// packet of columns: the sums are in the first cache, the weights in registers.
+/// packet of columns. The sums are in the L1 cache, the weights in registers.
 template <int all, int queries, int keys, PrefetchHint hint, class Real, class Tv>
 LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, const Real* p, Real* sum,
                                     const Prefetcher& lines) {
@@ -259,8 +259,8 @@ LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, 
   for_each_column<Real, Tv, keys, hint>(columns, lines, add_whole, add_packet);
 }
 
-/// add_value_rows for all queries, four at a time: the weights of four rows for eight leave the registers, and
-/// clang++ then takes 60 % longer.
+/// add_value_rows for all queries, four at a time: the weights of 4 rows x 8 queries would spill, and clang++ then takes
+/// 60 % longer.
 template <int all, int keys, PrefetchHint hint, class Real, class Tv>
 LONGSPAN_INLINE void add_value_rows_of_all(const Tv* v, Index v_stride, Index columns, const Real* p,
                                            Real* sum, const Prefetcher& lines) {
@@ -272,19 +272,19 @@ LONGSPAN_INLINE void add_value_rows_of_all(const Tv* v, Index v_stride, Index co
   }
 }
 
-/// o[g][c] = scale[g] * o[g][c] + sum_j p[j * queries + g] * v[j][c], as add_values, for rows of any length: each is
-/// read once for all queries. `sum` is room for `queries` rows of o_stride. The sums are those of add_values, bit
-/// for bit; columns of o stand at their `interleaved_index`.
+/// o[g][c] = scale[g] * o[g][c] + sum_j p[j * queries + g] * v[j][c], like add_values, for rows of any length: each row
+/// is read once for all queries. `sum` has room for `queries` rows of o_stride. The sums have the bits of add_values;
+/// columns of o are at their `interleaved_index`.
 ///
-/// Where the sums of whole rows leave the registers (8 packets, 4 queries) this takes 110 GB/s from the first caches
-/// and 87 % of the stream rate from DRAM; rows read twice, for two queries each, took 84 and 79 %.
+/// For rows whose sums do not fit in registers (8 packets, 4 queries). From the L1 and L2 caches this reads 110 GB/s,
+/// reading each row twice for two queries each 84; from DRAM 87 and 79 % of the stream rate.
 template <int queries, PrefetchHint hint, class Real, class Tv>
 LONGSPAN_NOINLINE void add_long_values(const Tv* v, Index v_stride, Index columns, Index keys, const Real* p,
                                        Real* sum, Real* o, Index o_stride, const Real* scale,
-                                       const void* then = nullptr) {
+                                       const void* next = nullptr) {
   constexpr int w = lanes<Real>, keys_together = vector_registers == 32 ? 4 : 2;
   std::fill_n(sum, queries * round_up(columns, w), Real(0));
-  Prefetcher lines(v, columns, v_stride, keys_together, keys, then);
+  Prefetcher lines(v, columns, v_stride, keys_together, keys, next);
   Index j = 0;
   for (; j + keys_together <= keys; j += keys_together) {
     lines.go_to(j);

@@ -1,4 +1,4 @@
-// The forward pass of landmark attention: tasks of a few tiles of queries, each led through the chunks.
+// The task loop of landmark attention: each task takes a few tiles of queries through the chunks of landmark blocks.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include "longspan/detail/landmark/plan.hpp"
 #include "longspan/detail/landmark/tile.hpp"
 #include "longspan/detail/tile/forward.hpp"
+#include "longspan/detail/tile/tile_plan.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
@@ -30,15 +31,12 @@ class LandmarkForward {
 
   LandmarkForward(const Call& call, const LandmarkOptions& options, const M& mask, const S& score,
                   const P& position, Index workers)
-      : call_(call), options_(options), mask_(mask), score_(score), position_(position) {
-    shared_heads_ = Queries::changes_score ? 1 : call.group();
-    rows_ = call.q_len() * shared_heads_;
-    tiles_ = divide_up(rows_, tile_lanes<Real>);
-    head_groups_ = call.q.heads / shared_heads_;
-    const Index enough_tasks = 4 * workers;
-    const Index tiles = call.q.batch * head_groups_ * tiles_;
-    per_task_ = tiles >= enough_tasks * tiles_in_task ? tiles_in_task : 1;
-    tasks_in_head_ = divide_up(tiles_, per_task_);
+      : call_(call),
+        options_(options),
+        mask_(mask),
+        score_(score),
+        position_(position),
+        tiles_(call, Queries::changes_score ? 1 : call.group(), workers) {
     for (Index b = 0; b < (options.at.same_in_all_rows() ? 1 : call.k.batch); ++b) {
       for (Index m = 0; m <= options.at.count(b, call.kv_len()); ++m) {
         const LandmarkBlock block = landmark_block(options.at, b, m, call.kv_len());
@@ -49,7 +47,7 @@ class LandmarkForward {
 
   template <class E>
   void run(const E& executor, Workspace& workspace) {
-    const Index workers = executor.workers(), tasks = call_.q.batch * head_groups_ * tasks_in_head_;
+    const Index workers = executor.workers();
     Arena counting;
     cut_worker(counting);
     const Index worker_bytes = static_cast<Index>(counting.used()), plan_at = worker_bytes * workers;
@@ -57,7 +55,7 @@ class LandmarkForward {
     std::byte* memory = workspace.reserve(static_cast<std::size_t>(plan_at) + counting.used());
     Arena plan_arena(memory + plan_at);
     plan_ = take_plan(plan_arena);
-    executor.for_each(tasks, [&](Index task, Index worker) {
+    executor.for_each(tiles_.tasks(), [&](Index task, Index worker) {
       Arena arena(memory + worker * worker_bytes);
       Worker own = cut_worker(arena);
       run_task(task, own);
@@ -84,36 +82,24 @@ class LandmarkForward {
     worker.scratch =
         TileScratch<Policy>::take(arena, call_.head_dim(), padded_value_dim, !std::is_same_v<P, no_position>);
     worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
-    for (Index t = 0; t < per_task_; ++t) {
+    for (Index t = 0; t < tiles_.tiles_per_task(); ++t) {
       worker.tiles[t] = Queries::take(arena, call_.head_dim(), padded_value_dim, call_.kv_len(), widest_,
                                       options_.has_controlled());
     }
     return worker;
   }
 
-  /// As Forward has them: heads rise from task to task, the tiles of a head fall.
-  QueryLanes lanes_of(Index task, Index t) const {
-    const Index head_task = task / tasks_in_head_, chunk = tasks_in_head_ - 1 - task % tasks_in_head_;
-    const Index first_row = (chunk * per_task_ + t) * tile_lanes<Real>;
-    return {head_task / head_groups_,
-            head_task % head_groups_ * shared_heads_,
-            shared_heads_,
-            first_row,
-            std::min<Index>(tile_lanes<Real>, rows_ - first_row),
-            call_.first_query};
-  }
-
   void run_task(Index task, Worker& worker) const {
     Index tiles = 0;
-    for (; tiles < per_task_ && lanes_of(task, tiles).count > 0; ++tiles) {
-      worker.tiles[tiles].start(lanes_of(task, tiles), mask_, score_, options_, call_.kv_len(), call_.q,
-                                call_.scale, position_, worker.scratch);
+    for (; tiles < tiles_.tiles_per_task() && tiles_.lanes_of(task, tiles).count > 0; ++tiles) {
+      worker.tiles[tiles].start(tiles_.lanes_of(task, tiles), mask_, score_, options_, call_.kv_len(),
+                                call_.q, call_.scale, position_, worker.scratch);
     }
     KeyRanges ranges;
     for (Index t = 0; t < tiles; ++t) ranges = united(ranges, worker.tiles[t].ranges());
     ranges = intersection(ranges, KeyRanges({0, call_.kv_len()}));
-    const QueryLanes lanes = lanes_of(task, 0);
-    Index done = 0;  // a chunk that two ranges touch is visited once
+    const QueryLanes lanes = tiles_.lanes_of(task, 0);
+    Index done = 0;  // a chunk that two ranges overlap is absorbed once
     for (const KeyRange& range : ranges) {
       for (const LandmarkChunk& chunk : plan_.chunks(lanes.batch, range)) {
         if (chunk.keys.begin < done) continue;
@@ -150,13 +136,8 @@ class LandmarkForward {
   const M& mask_;
   const S& score_;
   const P& position_;
+  TilePlan<Real> tiles_;
   LandmarkPlan plan_;
-  Index shared_heads_ = 1;  ///< query heads in the lanes of one tile
-  Index head_groups_ = 0;
-  Index rows_ = 0;  ///< (row, head) pairs of a group
-  Index tiles_ = 0;
-  Index per_task_ = 1;
-  Index tasks_in_head_ = 0;
   Index widest_ = 0;  ///< keys in the widest block
 };
 

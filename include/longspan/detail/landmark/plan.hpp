@@ -1,4 +1,4 @@
-// The keys of a landmark attention cut into chunks: whole blocks that a tile of queries takes at once.
+// The keys of landmark attention cut into chunks: whole landmark blocks that a tile of queries absorbs together.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +13,12 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// What grouped softmax is told beside q, k and v. Views of null memory stand for options that are not used.
+/// The options of the grouped softmax. A view without memory means that its option is not used.
 struct LandmarkOptions {
   landmarks at = landmarks::none();
-  bool grouped = true;                ///< else landmarks are absent, and all tokens one group
-  bool leak = false;                  ///< a landmark whose block has nothing to see keeps its share
-  TensorView<const float> gate_keep;  ///< [batch, heads, q_len, blocks], multiplies the gates of blocks
+  bool grouped = true;                ///< false: landmarks are absent, and all tokens are one group
+  bool leak = false;                  ///< a landmark whose block has no visible token keeps its share
+  TensorView<const float> gate_keep;  ///< [batch, heads, q_len, blocks], factors of the gates of the blocks
   landmark_control control;
 
   bool has_controlled() const noexcept { return control.cmt.data != nullptr; }
@@ -27,7 +27,7 @@ struct LandmarkOptions {
   }
 };
 
-/// One block of keys: its tokens and, unless it is the open block at the end, its landmark.
+/// One landmark block: its tokens and its landmark. The open block at the end has no landmark.
 struct LandmarkBlock {
   Index index = 0;
   KeyRange tokens;
@@ -43,8 +43,8 @@ inline LandmarkBlock landmark_block(const landmarks& at, Index b, Index m, Index
   return {m, {begin, at.key(b, m)}, true};
 }
 
-/// Neighbouring blocks of one kind whose keys together fit into one block of the kernel, or one that is
-/// wider.
+/// Neighbouring landmark blocks of one kind (controlled or not) whose keys fit into one key block, or a single landmark
+/// block that is wider than a key block.
 struct LandmarkChunk {
   Index first_block = 0;
   Index blocks = 0;
@@ -54,8 +54,8 @@ struct LandmarkChunk {
   Index length() const noexcept { return keys.end - keys.begin; }
 };
 
-/// The chunks of each batch row. They depend on the landmarks alone, so that no bit of a query's result
-/// depends on the queries beside it.
+/// The chunks of each batch row. They depend on the landmarks alone, so that no bit of a query's result depends on the
+/// other queries of the call.
 class LandmarkPlan {
  public:
   /// `controlled(b, m)`: is block m of batch row b of the controlled kind?

@@ -1,4 +1,4 @@
-// A tile of queries under grouped softmax: block by block, each under the log-weight of its landmark.
+// A tile of queries under the grouped softmax of landmark attention: each block is weighed by its landmark.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// highest[lane] = max(highest[lane], S[j][lane] for the keys j).
+/// highest[lane] = the maximum of highest[lane] and S[j][lane] over the keys j.
 template <int packets, class Real>
 void highest_rows(const Real* s, Index stride, Index keys, Real* highest) {
   constexpr int w = lanes<Real>;
@@ -54,7 +54,7 @@ void scale_rows(Real* p, Index stride, Index keys, const Real* factor) {
   }
 }
 
-/// Which lanes a pass takes: those whose own block it is, the others, or all of them.
+/// Which lanes absorb a block: those whose own block it is, the others, or all.
 struct LandmarkLanes {
   bool own = true;
   bool remote = true;
@@ -96,7 +96,7 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
   /// Does block m belong to one of the queries?
   bool owns(Index m) const noexcept { return own_block_[0] <= m && m <= own_block_[stride_ - 1]; }
 
-  /// Absorbs blocks that lie within one block of the kernel: keys.first_key is the first key of the chunk.
+  /// Absorbs landmark blocks that fit into one key block. keys.first_key is the first key of the chunk.
   void absorb_chunk(const LandmarkChunk& chunk, const Block& keys, const Scratch& scratch) {
     const Runs runs = cut_into_runs(mask_, packets_, keys.first_key, keys.keys);
     if (runs.empty()) return;
@@ -109,13 +109,13 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
       }
       if (owns(m)) {
         absorb_block(block, keys, runs, {.own = true, .remote = false}, scratch, state_);
-        score_runs(keys, runs, scratch);  // weights have taken their place
+        score_runs(keys, runs, scratch);  // again: weights have overwritten the scores
       }
       absorb_block(block, keys, runs, {.own = false, .remote = true}, scratch, controlled_);
     }
   }
 
-  // A block wider than one of the kernel: its tokens piece by piece, then its landmark.
+  // A landmark block that is wider than a key block: its tokens piece by piece, then its landmark.
 
   void start_wide() { wide_.clear(stride_); }
   void absorb_piece(const Block& tokens, const Scratch& scratch) {
@@ -123,7 +123,7 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
     this->absorb(tokens, scratch);
     std::swap(state_, wide_);
   }
-  /// `landmark` holds the one key, where the block is closed.
+  /// `landmark` holds one key if the block is closed.
   void finish_wide(const LandmarkChunk& chunk, const Block& landmark, const Scratch& scratch) {
     const LandmarkBlock block = landmark_block(options_->at, lanes_.batch, chunk.first_block, chunk.keys.end);
     const Accumulator<Real>& tokens = wide_.whole();
@@ -137,7 +137,7 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
     add_wide(block, tokens, {.own = false, .remote = true}, scratch, controlled_);
   }
 
-  /// With controlled blocks: adds them under the weight of the CMT.
+  /// Also adds the controlled blocks, weighed by the CMT, if there are any.
   template <class To>
   void finish(TensorView<To> out, RowsView<Real> lse) {
     if (options_->has_controlled()) add_controlled(state_.whole(), controlled_.whole());
@@ -160,18 +160,18 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
   }
 
   void score_runs(const Block& keys, const Runs& runs, const Scratch& scratch) const {
-    // Pairs outside every run are hidden ones.
+    // PairFactors outside every run are masked.
     if (!all_of_it(runs, keys.keys)) std::fill_n(scratch.scores, keys.keys * stride_, Policy::masked_score);
     alignas(64) Real unused[std::size_t(most_lanes)];
     std::fill_n(unused, stride_, Policy::masked_score);
     for (const Run& run : runs) score_run(keys, run, scratch.scores, unused);
   }
 
-  /// For each lane, as 0 or 1: is the block its own, and may it reach the block through its landmark?
+  /// For each lane, as 0 or 1: is the block its own, and may it reach the block through the landmark?
   struct Reach {
     alignas(64) Real own[std::size_t(most_lanes)];
     alignas(64) Real open[std::size_t(most_lanes)];
-    bool none_shut = true;  ///< every lane one of the two
+    bool none_shut = true;  ///< one of the two holds for every lane
   };
 
   Reach reach_of(const LandmarkBlock& block, bool sees_all, LandmarkLanes taken) const {
@@ -210,7 +210,7 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
   Index own_block_[std::size_t(most_lanes)] = {};
 };
 
-/// Softmax within the block, then the block as one part of the whole.
+/// Softmax within the block, then the block as one partial result of the whole.
 template <class Real, Mask M, Score S>
 void LandmarkTile<Real, M, S>::absorb_block(const LandmarkBlock& block, const Block& keys, const Runs& runs,
                                             LandmarkLanes taken, const Scratch& scratch,
@@ -248,9 +248,9 @@ void LandmarkTile<Real, M, S>::absorb_block(const LandmarkBlock& block, const Bl
       [&](const Run& run, const Real* from, Real* o) { add_values_past_hidden(keys, run, reach, from, o); });
 }
 
-/// Adds a block to the state, its output apart: the block's own queries take it under its log-sum-exp
-/// (`row_max`, `sum`), the others under the logit of its landmark. The block's weights are to be multiplied by
-/// `factor`, the output so far by `rescale`.
+/// Adds row max and row sum of a block to the state. For the block's own queries its log-sum-exp is that of its tokens
+/// (`row_max`, `sum`), for the others it is the logit of its landmark. The caller multiplies the block's weights by
+/// `factor` and the output so far by `rescale`.
 template <class Real, Mask M, Score S>
 void LandmarkTile<Real, M, S>::add_part(const LandmarkBlock& block, const Reach& reach, const Real* landmark,
                                         const Real* row_max, const Real* sum, const Accumulator<Real>& state,
@@ -271,13 +271,13 @@ void LandmarkTile<Real, M, S>::add_part(const LandmarkBlock& block, const Reach&
     }
     const Packet<Real> log_weight = select(own, load<Real>(row_max + lane), logit);
     const Packet<Real> now = lane_max(before, log_weight);
-    const Packet<Real> shrink_by = exp_score(before - now), share = exp_score(log_weight - now);
+    const Packet<Real> rescale_by = exp_score(before - now), share = exp_score(log_weight - now);
     const Packet<Real> of_remote = select(is_empty, zero, share / of_tokens);
     store(factor + lane, select(own, share, select(open, of_remote, zero)));
     const Packet<Real> added = select(own, share * of_tokens, select(open, share, zero));
-    store(rescale + lane, shrink_by);
+    store(rescale + lane, rescale_by);
     store(state.row_max + lane, now);
-    store(state.sum + lane, fma(load<Real>(state.sum + lane), shrink_by, added));
+    store(state.sum + lane, fma(load<Real>(state.sum + lane), rescale_by, added));
   }
   if (options_->gate_keep.data == nullptr) return;
   for (Index lane = 0; lane < stride_; ++lane) {

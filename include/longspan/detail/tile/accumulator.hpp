@@ -14,11 +14,11 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The maximum of a lane that has seen nothing.
+/// The row max of a lane that has seen no key.
 template <class Real>
 inline constexpr Real empty_max = std::numeric_limits<Real>::lowest() / 4;
 
-/// The natural log-sum-exp of a lane: -infinity where it has seen nothing.
+/// The natural log-sum-exp of a lane: -infinity if it has seen no key.
 template <class Real>
 Real lse_of(Real row_max, Real sum) {
   if (sum == Real(0)) return minus_infinity<Real>();
@@ -52,7 +52,7 @@ struct Accumulator {
     std::fill_n(sum, stride, Real(0));
   }
 
-  /// Adds what `other` has absorbed, keys that this one has not: exact where either has absorbed nothing.
+  /// Adds the keys that `other` has absorbed and this one has not. Exact if one of the two has absorbed nothing.
   void merge(const Accumulator& other) const {
     for (Index lane = 0; lane < stride; lane += lanes<Real>) {
       const Packet<Real> mine = load<Real>(row_max + lane), others = load<Real>(other.row_max + lane),
@@ -69,10 +69,10 @@ struct Accumulator {
   }
 };
 
-/// Keys are absorbed in runs of at most 2^11, runs merged into spans of at most 2^17, spans into the whole,
-/// each cut at multiples of its length in key index. The error of a sum then grows with the square roots of
-/// 2^11 / 128, 2^6 and keys / 2^17, not with that of the number of keys; and since the cuts do not depend on
-/// who computes them, keys can be split among threads without changing a bit.
+/// Keys are absorbed in chunks of at most 2^11, chunks are merged into spans of at most 2^17, and spans into the whole,
+/// each cut at multiples of its length in key index. The error of a sum then grows with the square roots of 2^11 / 128,
+/// 2^6 and keys / 2^17 instead of the square root of the number of keys. The cuts do not depend on the threads, so keys
+/// can be split among threads without changing a bit.
 inline constexpr Index keys_in_chunk = Index{1} << 11;
 inline constexpr Index keys_in_span = Index{1} << 17;
 
@@ -99,7 +99,7 @@ class LeveledAccumulator {
 
   Index columns() const noexcept { return level_[0].columns; }
 
-  /// The accumulator for keys from `first_key` on, in a call that gives keys in rising order.
+  /// The accumulator for the keys from `first_key` on. Keys are absorbed in rising order.
   const Accumulator<Real>& at_key(Index first_key) {
     if (levels_ > 1 && first_key / keys_in_chunk != first_key_ / keys_in_chunk) {
       carry(0);
@@ -109,7 +109,7 @@ class LeveledAccumulator {
     return level_[0];
   }
 
-  /// All of it, when no more keys come.
+  /// The merged result, after the last key.
   const Accumulator<Real>& whole() {
     for (int level = 0; level + 1 < levels_; ++level) carry(level);
     return level_[levels_ - 1];

@@ -1,9 +1,9 @@
-// How a tile multiplies where the processor has bfloat16 dot products (AVX512-BF16): twice the speed of
-// float.
+// The arithmetic policy of a tile for processors with bfloat16 dot products (AVX512-BF16): twice the speed of float on
+// Zen 5.
 //
-// VDPBF16PS adds two products of bfloat16 pairs to a float. Scores lose nothing by it, q and k being bfloat16
-// already. Weights are rounded to bfloat16 before they meet the values, a relative error of up to 2^-8 each;
-// the sums that divide the outputs are taken before that rounding.
+// VDPBF16PS adds two products of bfloat16 pairs to a float. Scores lose nothing, since q and k are bfloat16 already.
+// Weights are rounded to bfloat16 before they multiply the values, a relative error of up to 2^-8 each; the row sums are
+// taken before that rounding.
 #pragma once
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
@@ -32,15 +32,15 @@ namespace detail {
 
 struct Bf16Arithmetic {
   using Real = float;
-  using Pair =
-      std::uint32_t;  ///< two bfloat16: of columns c and c + 1 (queries), of keys j and j + 1 (others)
+  /// Two bfloat16: of columns c and c + 1 in queries, of keys j and j + 1 in values and weights.
+  using Pair = std::uint32_t;
   using Query = Pair;
   using Key = Eigen::bfloat16;
   using Value = Pair;
   using Weight = Pair;
   static constexpr Index keys_in_row = 2;
   static constexpr Index keys_in_block = 256;  // 128 is 2 % slower here
-  /// Scores are scaled after the products, so nothing finite is sure to stay below `empty_max`.
+  /// Infinite, since scores are scaled after the products: no finite number is sure to stay below `empty_max`.
   static constexpr float masked_score = -std::numeric_limits<float>::infinity();
 
   static Index query_rows(Index head_dim) { return head_dim / 2; }
@@ -53,7 +53,7 @@ struct Bf16Arithmetic {
     for (Index i = 0; i < 16; ++i) row[i] = row_of(i);
     Index column = 0;
     for (; column + 32 <= head_dim; column += 32) {
-      Packet<float> square[16];  // of pairs: only moved, never computed with
+      Packet<float> square[16];  // holds pairs: only moved, never computed with
       LONGSPAN_UNROLL
       for (int i = 0; i < 16; ++i) square[i].raw = _mm512_castsi512_ps(_mm512_loadu_si512(row[i] + column));
       transpose<float>(square);
@@ -84,7 +84,8 @@ struct Bf16Arithmetic {
     for (int c = 0; c < packets; ++c) any_huge = any_huge || huge(_mm512_loadu_ps(shift + c * 16)) != 0;
     if (any_huge) {
       exp_pairs<packets>(s, keys, factor, shift, total, pairs, stride, [](auto score, auto by, auto down) {
-        const Packet<float> product = fma(score, by, broadcast(0.0f));  // what no compiler fuses with a sum
+        const Packet<float> product =
+            fma(score, by, broadcast(0.0f));  // written as fma, so that no compiler fuses it with the sum
         return Packet<float>{
             _mm512_mask_add_ps(fma(score, by, down).raw, huge(down.raw), product.raw, down.raw)};
       });
@@ -103,7 +104,7 @@ struct Bf16Arithmetic {
                                                     scale);
   }
 
-  /// As that of FloatArithmetic.
+  /// See FloatArithmetic.
   static bool values_finite(const Value* v, Index v_stride, Index rows, Index columns) {
     const __m512bh zero = std::bit_cast<__m512bh>(_mm512_setzero_si512());
     __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
@@ -157,7 +158,7 @@ struct Bf16Arithmetic {
   }
 
  private:
-  /// What is multiplied: pairs, each product the sum of two.
+  /// The factors that score_rows and value_rows multiply: pairs, whose product is the sum of two products.
   struct PairFactors {
     using Real = float;
     using Key = Eigen::bfloat16;
@@ -205,16 +206,16 @@ struct Bf16Arithmetic {
     for (int c = 0; c < packets; ++c) store(total + c * 16, sum[c]);
   }
 
-  /// The lanes whose shift is huge. A shift is a rounded product. An unrounded one less its own rounding is not
-  /// 0, but the same for all of a lane, and cancels in the division by the sum, until it is so large that
-  /// weights leave the range of float: from 1e9 on it is -100 for the highest score itself. Such products are
-  /// rounded first.
+  /// The lanes whose shift is huge. A shift is a rounded product, and a fused product minus its own rounding is not 0.
+  /// That difference is the same for all keys of a lane and cancels in the division by the row sum, unless it is so
+  /// large that weights leave the range of float: from a score of 1e9 on it is -100 for the highest score itself. In
+  /// these lanes products are rounded first.
   static LONGSPAN_INLINE __mmask16 huge(__m512 shift) {
     return _mm512_cmp_ps_mask(_mm512_abs_ps(shift), _mm512_set1_ps(0x1p20f), _CMP_NLT_UQ);
   }
 
-  /// As `weight`, to 7.5e-5 relative by degree 3: far inside the rounding to bfloat16 that follows, and 2-4 %
-  /// of a call faster than degree 5.
+  /// exp_score to a relative error of 7.5e-5, with a polynomial of degree 3: far inside the rounding to bfloat16 that
+  /// follows. Degree 5 takes 2-4 % of a call longer.
   static LONGSPAN_INLINE Packet<float> coarse_weight(Packet<float> x) {
     const Packet<float> rest = rest_of_floor(x);
     Packet<float> p = broadcast(0.0780244f);

@@ -1,4 +1,4 @@
-// The forward pass: an attention problem cut into tasks, each a few tiles of queries against their keys.
+// The task loop of the tile kernel: a call cut into tasks, each of which takes a few tiles of queries through their keys.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include "longspan/detail/tile/key_block.hpp"
 #include "longspan/detail/tile/key_run.hpp"
 #include "longspan/detail/tile/query_tile.hpp"
+#include "longspan/detail/tile/tile_plan.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
@@ -24,10 +25,12 @@ namespace detail {
 template <class T, class... Types>
 inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
 
-/// Tiles of one KV head that a task takes through each block of keys together. It hides the conversion of
-/// 16-bit blocks (6-10 % of a call with one tile, 1-2 % with four) and the misses of widely strided rows.
-inline constexpr Index tiles_in_task = 4;
-
+/// For each task, in parallel:
+///   pack its tiles of queries
+///   for each key block that one of them may see: convert it once, then each tile scores it, updates its softmax
+///     and adds its values
+///   write the outputs of its tiles
+/// With fewer tiles than workers the keys are split as well, and the parts are merged in a fixed order.
 template <class Policy, class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S, Position P>
 class Forward {
  public:
@@ -36,20 +39,17 @@ class Forward {
   using Queries = QueryTile<Policy, M, S>;
   using Blocks = KeyBlocks<Policy, Tk, Tv, P>;
 
-  /// Of the call's own k and v only the shapes are read: the rows are in `keys`.
+  /// Reads only the shapes of call.k and call.v: the rows are in `keys`.
   Forward(const Call& call, const Keys& keys, const M& mask, const S& score, const P& position, Index workers)
-      : call_(call), keys_(keys), mask_(mask), score_(score), position_(position) {
-    // A score may depend on the head, and its packet form takes one head for all lanes.
-    shared_heads_ = Queries::changes_score ? 1 : call.group();
-    rows_ = call.q_len() * shared_heads_;
-    tiles_ = divide_up(rows_, tile_lanes<Real>);
-    head_groups_ = call.q.heads / shared_heads_;
-    const Index tiles = call.q.batch * head_groups_ * tiles_;
-    // Few tasks: single tiles, then keys split. Neither changes a bit (see keys_in_chunk).
-    const Index enough_tasks = 4 * workers;
-    per_task_ = tiles >= enough_tasks * tiles_in_task ? tiles_in_task : 1;
-    tasks_in_head_ = divide_up(tiles_, per_task_);
-    if (tiles < enough_tasks && workers > 1) {
+      : call_(call),
+        keys_(keys),
+        mask_(mask),
+        score_(score),
+        position_(position),
+        // A score may depend on the head, and its packet form takes one head for all lanes.
+        plan_(call, Queries::changes_score ? 1 : call.group(), workers) {
+    // Splitting the keys changes no bit of the result (see keys_in_chunk).
+    if (plan_.has_few_tiles() && workers > 1) {
       split_keys_ = call.kv_len() <= keys_in_span ? keys_in_chunk : keys_in_span;
       splits_ = std::max<Index>(1, divide_up(call.kv_len(), split_keys_));
     }
@@ -57,7 +57,7 @@ class Forward {
 
   template <class E>
   void run(const E& executor, Workspace& workspace) {
-    const Index workers = executor.workers(), tasks = call_.q.batch * head_groups_ * tasks_in_head_;
+    const Index workers = executor.workers(), tasks = plan_.tasks();
     Arena counting;
     cut_worker(counting);
     const Index worker_bytes = static_cast<Index>(counting.used());
@@ -97,7 +97,7 @@ class Forward {
     worker.scratch = TileScratch<Policy>::take(arena, call_.head_dim(), padded_value_dim(),
                                                !std::is_same_v<P, no_position>);
     worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
-    for (Index t = 0; t < per_task_; ++t) {
+    for (Index t = 0; t < plan_.tiles_per_task(); ++t) {
       worker.tiles[t] = Queries::take(arena, call_.head_dim(), padded_value_dim(), call_.kv_len());
     }
     return worker;
@@ -114,31 +114,18 @@ class Forward {
     return parts;
   }
 
-  /// Tile t of task `task`. Heads rise from task to task, so that the threads share the keys of one head in
-  /// the cache; within a head the tiles fall, since under a causal mask the last ones are the longest.
-  QueryLanes lanes_of(Index task, Index t) const {
-    const Index head_task = task / tasks_in_head_, chunk = tasks_in_head_ - 1 - task % tasks_in_head_;
-    const Index first_row = (chunk * per_task_ + t) * tile_lanes<Real>;
-    return {head_task / head_groups_,
-            head_task % head_groups_ * shared_heads_,
-            shared_heads_,
-            first_row,
-            std::min<Index>(tile_lanes<Real>, rows_ - first_row),
-            call_.first_query};
-  }
-
   void run_task(Index task, Worker& worker) const {
     Index tiles = 0;
-    for (; tiles < per_task_ && lanes_of(task, tiles).count > 0; ++tiles)
-      start(worker, tiles, lanes_of(task, tiles));
-    absorb_keys(worker, tiles, lanes_of(task, 0), {0, call_.kv_len()});
+    for (; tiles < plan_.tiles_per_task() && plan_.lanes_of(task, tiles).count > 0; ++tiles)
+      start(worker, tiles, plan_.lanes_of(task, tiles));
+    absorb_keys(worker, tiles, plan_.lanes_of(task, 0), {0, call_.kv_len()});
     for (Index t = 0; t < tiles; ++t) worker.tiles[t].finish(call_.out, call_.lse);
   }
 
   void run_split(Index task, Index split, Worker& worker, Accumulator<Real>& part) const {
-    start(worker, 0, lanes_of(task, 0));
+    start(worker, 0, plan_.lanes_of(task, 0));
     const Index first = split * split_keys_;
-    absorb_keys(worker, 1, lanes_of(task, 0), {first, (std::min)(call_.kv_len(), first + split_keys_)});
+    absorb_keys(worker, 1, plan_.lanes_of(task, 0), {first, (std::min)(call_.kv_len(), first + split_keys_)});
     const Accumulator<Real>& whole = worker.tiles[0].state().whole();
     part.stride = whole.stride;
     part.clear();
@@ -147,21 +134,21 @@ class Forward {
 
   void join_splits(Index task, const Accumulator<Real>* parts) const {
     for (Index split = 1; split < splits_; ++split) parts[0].merge(parts[split]);
-    Queries::write(parts[0], lanes_of(task, 0), call_.out, call_.lse);
+    Queries::write(parts[0], plan_.lanes_of(task, 0), call_.out, call_.lse);
   }
 
   void start(Worker& worker, Index t, const QueryLanes& lanes_of_tile) const {
     worker.tiles[t].start(lanes_of_tile, mask_, score_, call_.q, call_.scale, position_, worker.scratch);
   }
 
-  /// Takes the tiles through every block of the key grid that one of them may see.
+  /// Takes the tiles through every key block that one of them may see. Blocks are cut at multiples of their length.
   void absorb_keys(Worker& worker, Index tiles, const QueryLanes& lanes_of_tile, KeyRange keys) const {
     KeyRanges ranges;
     for (Index t = 0; t < tiles; ++t) ranges = united(ranges, worker.tiles[t].ranges());
     ranges = intersection(ranges, KeyRanges(keys));
     const Index kv_head = lanes_of_tile.first_head / call_.group();
     constexpr Index keys_in_block = Policy::keys_in_block;
-    Index done = 0;  // a block that two ranges touch is visited once
+    Index done = 0;  // a block that two ranges overlap is absorbed once
     for (const KeyRange& range : ranges) {
       Index first = (std::max)(done, range.begin / keys_in_block * keys_in_block);
       for (; first < range.end; first += keys_in_block) {
@@ -183,21 +170,16 @@ class Forward {
   const M& mask_;
   const S& score_;
   const P& position_;
-  Index shared_heads_ = 1;  ///< query heads in the lanes of one tile
-  Index head_groups_ = 0;   ///< groups of them
-  Index rows_ = 0;          ///< (row, head) pairs of a group
-  Index tiles_ = 0;         ///< in a group
-  Index per_task_ = 1;
-  Index tasks_in_head_ = 0;  ///< in a group
+  TilePlan<Real> plan_;
   Index splits_ = 1;
   Index split_keys_ = 0;
 };
 
-/// Work below which waking a team costs more than it saves: about 5 us of one core, in small tiles or reading.
+/// Work for which waking a team of threads costs more than it saves: about 5 us of one core in small tiles, or reading.
 inline constexpr double least_parallel_tile_flop = 4e5;
 inline constexpr double least_parallel_decode_flop = 1e5;
 
-/// task(executor), or task(serial{}) for little work. Bits are the same.
+/// task(executor), or task(serial{}) for little work. Results have the same bits.
 template <class E, class Task>
 void run_where_it_pays(double flop, double least_parallel, const E& executor, const Task& task) {
   if (flop < least_parallel) {
@@ -207,7 +189,7 @@ void run_where_it_pays(double flop, double least_parallel, const E& executor, co
   }
 }
 
-/// The call over keys that lie elsewhere than in its k and v.
+/// Attention over the keys and values of `keys` (pages, strands), not of call.k and call.v.
 template <class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S, Position P, class E>
 void forward_over(const Problem<Tq, Tk, Tv, To>& call, const Keys& keys, const M& mask, const S& score,
                   const P& position, const E& executor, Workspace& workspace,

@@ -24,7 +24,7 @@ struct KeyBlock {
   const typename Policy::Key* k = nullptr;
   const typename Policy::Value* v = nullptr;
   Index k_stride = 0;
-  Index v_stride = 0;  ///< rows of v can be read up to a multiple of tile_rows columns
+  Index v_stride = 0;  ///< at least the columns rounded up to a multiple of tile_rows, which may be read
   Index first_key = 0;
   Index keys = 0;
   mutable signed char values_finite = -1;  ///< found once for all tiles of a task; -1: not yet
@@ -42,7 +42,7 @@ void convert_rows(const T* from, Index from_stride, Index rows, Index cols, Real
   }
 }
 
-/// The same for rows of int8, each times its scale.
+/// The same for rows of int8, each multiplied by its scale.
 template <class Real>
 void convert_rows(const std::int8_t* from, Index from_stride, const float* scale, Index rows, Index cols,
                   Real* to, Index to_cols) {
@@ -57,9 +57,8 @@ void convert_rows(const std::int8_t* from, Index from_stride, const float* scale
   }
 }
 
-/// Gives blocks of one KV head: straight from the tensors where their type and layout allow it, through
-/// scratch where rows must be converted, position-encoded or padded. A copy of float blocks that need none of
-/// that would cost 5-16 %.
+/// Prepares key blocks of one KV head: in place if type and layout allow it, in scratch memory if rows must be converted,
+/// position-encoded or padded. Copying float blocks that need none of that would cost 5-16 % of a call.
 template <class Policy, class Tk, class Tv, Position P>
 class KeyBlocks {
  public:
@@ -77,7 +76,7 @@ class KeyBlocks {
     return blocks;
   }
 
-  /// The keys [first_key, first_key + keys), at most one block of them.
+  /// The keys [first_key, first_key + keys), at most one key block.
   KeyBlock<Policy> block(MatrixView<const Tk> k, MatrixView<const Tv> v, const P& position, Index first_key,
                          Index keys) const {
     return block({{k.row(first_key), keys, k.cols, k.row_stride},
@@ -123,7 +122,7 @@ class KeyBlocks {
 };
 
 #if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
-/// bfloat16 keys are read in place, values in pairs of two keys.
+/// bfloat16 keys are read in place; values are paired, two keys to an element.
 template <>
 class KeyBlocks<Bf16Arithmetic, Eigen::bfloat16, Eigen::bfloat16, no_position> {
  public:

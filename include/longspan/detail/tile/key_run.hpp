@@ -1,4 +1,4 @@
-// Where the kernels find keys and values: in runs of rows that lie together.
+// Where the kernels find keys and values: in runs of rows that are contiguous or equally strided.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,10 @@ template <class Tk, class Tv>
 struct KeyRun {
   MatrixView<const Tk> k;
   MatrixView<const Tv> v;
-  bool is_kept = true;  ///< false: k and v have sizes and no memory, and no query sees these keys
+  bool is_kept = true;  ///< false: k and v have sizes but no memory, and no query sees these keys
 };
 
-/// Rows of int8: row j stands for k_scale[j] k[j] and v_scale[j] v[j].
+/// Rows of int8: the key of row j is k_scale[j] * k[j], its value v_scale[j] * v[j].
 template <>
 struct KeyRun<std::int8_t, std::int8_t> {
   MatrixView<const std::int8_t> k;
@@ -29,7 +29,7 @@ struct KeyRun<std::int8_t, std::int8_t> {
   const float* v_scale = nullptr;
 };
 
-/// Keys [first, first + count) of a run, counted from its first.
+/// Keys [first, first + count) of a run, counted from its first key.
 template <class Tk, class Tv>
 KeyRun<Tk, Tv> slice_rows(KeyRun<Tk, Tv> run, Index first, Index count) {
   run.k = {run.k.row(first), count, run.k.cols, run.k.row_stride};
@@ -41,13 +41,13 @@ KeyRun<Tk, Tv> slice_rows(KeyRun<Tk, Tv> run, Index first, Index count) {
   return run;
 }
 
-/// All keys of a KV head in one run, as tensors have them.
+/// The keys of tensors: all keys of a KV head are one run.
 template <class Tk, class Tv>
 struct TensorKeys {
   TensorView<const Tk> k;
   TensorView<const Tv> v;
 
-  /// The longest run that begins with the first of `keys`, and ends with the last of them at most.
+  /// The longest run that begins with the first of `keys` and contains no others.
   KeyRun<Tk, Tv> run(Index batch, Index kv_head, KeyRange keys) const {
     const Index count = keys.end - keys.begin;
     return {{k.row(batch, kv_head, keys.begin), count, k.cols, k.row_stride},

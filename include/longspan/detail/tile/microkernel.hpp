@@ -1,9 +1,9 @@
 // The three inner loops of attention, on tiles that stay in registers.
 //
 // Queries are in the lanes. Scores S[key][lane], weights P[key][lane] and outputs O[column][lane] are rows of
-// packets, so max, exp and sum are all vertical; K and V are read by broadcast, in their own layout, at any
-// row stride: no packing and no horizontal sums. With keys in the lanes and K packed once per head the same
-// tile is 7-8 % slower, packed per tile 22 %.
+// packets, so max, exp and sum are all vertical. K and V are read by broadcast, in their own layout, at any row stride:
+// there is no packing and no horizontal sum. The same tile with keys in the lanes is 7-8 % slower if K is packed once
+// per head, and 22 % slower if K is packed once per tile.
 #pragma once
 
 #include <algorithm>
@@ -18,14 +18,13 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Register tiles, rows x packets: 8 x 3 with 32 vector registers (24 accumulators reach 99 % of the FMA
-/// roof, 4 x 4 only 78 %), 4 x 3 with 16, or 4 x 2 where the product of a multiply-add needs a register of
-/// its own.
+/// Register tile, rows x packets. 32 vector registers: 8 x 3 (24 accumulators reach 99 % of the FMA roof, 4 x 4 reach
+/// 78 %). 16 registers: 4 x 3, or 4 x 2 without fused multiply-add, since each product then needs a register.
 inline constexpr int tile_rows = vector_registers == 32 ? 8 : 4;
 inline constexpr int tile_packets = vector_registers == 32 || has_fused_multiply_add ? 3 : 2;
 
-// The loops over columns and keys are unrolled by 4: their ends are then foreseen, which makes a call 2-4 % faster
-// at head_dim 128 and 1-2 % at 64. Unrolled by 8 they gain no more.
+// The loops over columns and keys are unrolled by 4, so that the branch predictor learns their trip counts: a call is
+// 2-4 % faster at head_dim 128 and 1-2 % at 64. Unrolling by 8 gains no more.
 
 /// Calls work.template operator()<packets>() with the run-time number of packets, 1 to tile_packets.
 template <class Work>
@@ -37,7 +36,7 @@ LONGSPAN_INLINE void with_packets(int packets, const Work& work) {
   work.template operator()<2>();
 }
 
-/// What score_rows and value_rows multiply: numbers, one by one.
+/// The factors that score_rows and value_rows multiply: single numbers.
 template <class RealType>
 struct SingleFactors {
   using Real = RealType;
@@ -54,10 +53,10 @@ struct SingleFactors {
   }
 };
 
-// Where rows of packets are `stride` lanes apart, that is an Index or, where all packets of a tile take part, an
-// integral_constant: the addresses of 24 stores then take no registers, and a call is 1 % faster at head_dim 64.
+// A `stride` is the distance of rows of packets in lanes: an Index, or an integral_constant if all packets of a tile
+// take part. Then the addresses of 24 stores take no registers, and a call is 1 % faster at head_dim 64.
 
-/// The stride of a tile's rows, tile_lanes in a tile that is full.
+/// The stride of the rows of a tile: tile_lanes if the tile is full.
 template <class Real, int packets>
 LONGSPAN_INLINE auto tile_stride(Index stride) {
   if constexpr (packets == tile_packets) {
@@ -70,8 +69,8 @@ LONGSPAN_INLINE auto tile_stride(Index stride) {
 /// S[j][lane] = sum_c K[j][c] * Q[c][lane] for `keys` keys j, and highest[lane] = max over them. Rows of Q and S
 /// are `stride` lanes apart.
 ///
-/// Rows of S are written up to a multiple of tile_rows: those behind the last key are its own again, which
-/// changes no maximum.
+/// Rows of S are written up to a multiple of tile_rows: rows past the last key repeat its scores, which changes no
+/// maximum.
 template <int packets, class Real, class Factors = SingleFactors<Real>, class Stride>
 void score_rows(const typename Factors::Key* k, Index k_stride, Index keys,
                 const typename Factors::Element* q, Index head_dim, Real* s, Real* highest, Stride stride) {
@@ -141,14 +140,14 @@ void exp_rows(Real* s, Index s_stride, Index keys, const Real* shift, Real* tota
   for (int c = 0; c < packets; ++c) store(total + c * w, sum[c]);
 }
 
-/// What value_rows does with the sum over its rows.
+/// How value_rows writes the sum over its rows.
 enum class Accumulate : unsigned char {
   overwrite,  ///< O = sum
-  add,        ///< O = O + sum, the sum carried on from O row by row
+  add,        ///< O = O + sum, where the sum starts from O
   rescale,    ///< O = scale * O + sum
 };
 
-/// Rows of values and weights of which the packets [first_packet, first_packet + packets) take part.
+/// Rows of values and weights in which only the packets [first_packet, first_packet + packets) take part.
 struct RowRun {
   Index rows = 0;
   int first_packet = 0;
@@ -176,7 +175,7 @@ LONGSPAN_INLINE void add_products(
   }
 }
 
-/// The same for a run, in as few packets as take part in it.
+/// The same for a run, with only the packets that take part in it.
 template <int packets, class Factors>
 LONGSPAN_INLINE void add_run(
     const typename Factors::Element* v, Index v_stride, const typename Factors::Element* p, Index p_stride,
@@ -200,8 +199,8 @@ LONGSPAN_INLINE void add_run(
   }
 }
 
-/// O[column][lane] = sum_j V[j][column] * P[j][lane] over the rows of `runs`, one run behind another, for
-/// `columns` columns, a multiple of tile_rows. The sums stay in registers from run to run.
+/// O[column][lane] = sum_j V[j][column] * P[j][lane] over the rows of `runs`, which follow each other, for `columns`
+/// columns, a multiple of tile_rows. The sums stay in registers from run to run.
 template <int packets, class Real, class Factors = SingleFactors<Real>, class StrideOfP, class StrideOfO>
 void value_rows(const typename Factors::Element* v, Index v_stride, Index columns,
                 const typename Factors::Element* p, StrideOfP p_stride, std::span<const RowRun> runs, Real* o,
@@ -247,7 +246,7 @@ void value_rows(const typename Factors::Element* v, Index v_stride, Index column
   }
 }
 
-/// The same over `rows` rows of which all packets take part.
+/// The same over `rows` rows in which all packets take part.
 template <int packets, class Real>
 void value_rows(const Real* v, Index v_stride, Index columns, const Real* p, Index p_stride, Index rows,
                 Real* o, Index o_stride, Accumulate into, const Real* scale) {
