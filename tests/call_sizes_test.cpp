@@ -182,7 +182,7 @@ TEST_CASE("call sizes: every stream asks its mask about each call, and changes n
   check(softmax_attention{mask}, "2 4 0 0 0 kv_cache\n", "2 4 5 2 7 kv_cache::extend\n");
   check(dilated_attention{Branches{{4, 1}, {8, 2}}, mask}, "2 4 0 0 0 dilated_cache\n",
         "2 4 5 2 7 dilated_cache\n");
-  infini_attention attend{softmax_attention{mask}};
+  infini_attention attend{softmax_attention{causal{} & mask}};
   attend.segment = 4;
   check(attend, "2 4 0 4 4 softmax_attention\n", "");
 }

@@ -246,4 +246,38 @@ void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& 
   }
 }
 
+template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
+void landmark_cache<T, P, Map, Finder>::decode_block(Index b, Index n, TensorView<Real> k,
+                                                     TensorView<Real> v) const {
+  check_block("landmark_cache::decode_block", b, n);
+  detail::check_tokens("landmark_cache::decode_block", k, v, 1, shape_);
+  if (k.rows != options_.block - 1)
+    detail::refuse("landmark_cache::decode_block", "the number of rows of k", std::to_string(k.rows),
+                   std::to_string(options_.block - 1));
+  for (Index h = 0; h < shape_.kv_heads; ++h) {
+    const auto run = store_.rows(b, h, n);
+    for (Index j = 0; j < k.rows; ++j) {
+      if constexpr (std::is_same_v<T, std::int8_t>) {
+        detail::convert_rows(run.k.row(j), k.cols, run.k_scale + j, 1, k.cols, k.row(0, h, j), k.cols);
+        detail::convert_rows(run.v.row(j), v.cols, run.v_scale + j, 1, v.cols, v.row(0, h, j), v.cols);
+      } else {
+        detail::convert_rows(run.k.row(j), k.cols, 1, k.cols, k.row(0, h, j), k.cols);
+        detail::convert_rows(run.v.row(j), v.cols, 1, v.cols, v.row(0, h, j), v.cols);
+      }
+    }
+  }
+}
+
+template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
+LandmarkMass landmark_cache<T, P, Map, Finder>::mass(Index b, Index h, Index i) const {
+  if (options_.sample == 0)
+    detail::refuse("landmark_cache::mass", "the sample of the options", "0", "at least 1");
+  const auto query = at((b * shape_.heads + h) * chunk_ + i);
+  if (i < 0 || i >= chunk_ || query >= masses_.size()) {
+    detail::refuse("landmark_cache::mass", "the query", std::to_string(i),
+                   "one of the " + std::to_string(chunk_) + " of the last call");
+  }
+  return masses_[query];
+}
+
 LONGSPAN_NAMESPACE_END

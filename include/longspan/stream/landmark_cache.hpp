@@ -148,16 +148,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   /// nothing, exact where the sample is the block, and blind to a single token that it does not hold. With
   /// it, outputs differ from those of softmax attention to all tokens by the share that was passed over and
   /// by how landmarks weigh the blocks. Costs sample / block of a scan of all keys for each query.
-  LandmarkMass mass(Index b, Index h, Index i) const {
-    if (options_.sample == 0)
-      detail::refuse("landmark_cache::mass", "the sample of the options", "0", "at least 1");
-    const auto query = at((b * shape_.heads + h) * chunk_ + i);
-    if (i < 0 || i >= chunk_ || query >= masses_.size()) {
-      detail::refuse("landmark_cache::mass", "the query", std::to_string(i),
-                     "one of the " + std::to_string(chunk_) + " of the last call");
-    }
-    return masses_[query];
-  }
+  LandmarkMass mass(Index b, Index h, Index i) const;
   /// Blocks that had left before the last call.
   Index retrieved_from() const noexcept { return held_.dropped; }
 
@@ -174,86 +165,28 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     return block_rows(b, n, false);
   }
   /// The same in the arithmetic type, into k and v [1, kv_heads, block - 1, ..].
-  void decode_block(Index b, Index n, TensorView<Real> k, TensorView<Real> v) const {
-    check_block("landmark_cache::decode_block", b, n);
-    detail::check_tokens("landmark_cache::decode_block", k, v, 1, shape_);
-    if (k.rows != options_.block - 1)
-      detail::refuse("landmark_cache::decode_block", "the number of rows of k", std::to_string(k.rows),
-                     std::to_string(options_.block - 1));
-    for (Index h = 0; h < shape_.kv_heads; ++h) {
-      const auto run = store_.rows(b, h, n);
-      for (Index j = 0; j < k.rows; ++j) {
-        if constexpr (std::is_same_v<T, std::int8_t>) {
-          detail::convert_rows(run.k.row(j), k.cols, run.k_scale + j, 1, k.cols, k.row(0, h, j), k.cols);
-          detail::convert_rows(run.v.row(j), v.cols, run.v_scale + j, 1, v.cols, v.row(0, h, j), v.cols);
-        } else {
-          detail::convert_rows(run.k.row(j), k.cols, 1, k.cols, k.row(0, h, j), k.cols);
-          detail::convert_rows(run.v.row(j), v.cols, 1, v.cols, v.row(0, h, j), v.cols);
-        }
-      }
-    }
-  }
+  void decode_block(Index b, Index n, TensorView<Real> k, TensorView<Real> v) const;
   /// Forgets the oldest sealed blocks, for good: no truncation goes back to where one of them was not sealed.
-  void drop(Index count) {
-    if (count < 0 || count > blocks())
-      detail::refuse("landmark_cache::drop", "the number of blocks", std::to_string(count),
-                     "0.." + std::to_string(blocks()));
-    store_.drop(count);
-    finder_.drop(dropped());
-  }
+  void drop(Index count);
 
   /// Forgets everything, or changes nothing. A file is replaced by an empty one, made under the name of the
   /// file with ".new" after it; copies go on with what they shared of the old one.
-  void clear() {
-    const detail::BlockCounts& counts = store_.counts();
-    auto empty = empty_store(counts.capacity, counts.drop_at_once);
-    if (store_.has_file())
-      detail::replace_landmark_blocks(options_.file, options_.resident, row_fields(), empty);
-    store_ = std::move(empty);
-    forget_last_call();
-    is_index_stale_ = finds;
-  }
+  void clear();
 
   /// Can the stream forget all tokens but the first `tokens`?
   bool can_truncate(Index tokens) const noexcept {
     return tokens >= store_.counts().least() && tokens <= size();
   }
   /// Forgets all tokens but the first `tokens`, which go on as if no others had come.
-  void truncate(Index tokens) {
-    if (!can_truncate(tokens)) {
-      const std::string least = std::to_string(store_.counts().least());
-      detail::refuse("landmark_cache::truncate", "the number of tokens", std::to_string(tokens),
-                     least + ".." + std::to_string(size()) + ": the cache can go back to " + least);
-    }
-    const Index before = store_.counts().sealed, dropped_before = dropped();
-    store_.truncate(tokens);
-    if (finds && store_.counts().sealed < before) unindex_blocks(dropped() < dropped_before);
-  }
+  void truncate(Index tokens);
 
   /// Batch row b becomes what row rows[b] was: the step of a beam search.
-  void reorder(std::span<const Index> rows) {
-    constexpr const char* name = "landmark_cache::reorder";
-    if (static_cast<Index>(rows.size()) != shape_.batch)
-      detail::refuse(name, "the number of rows", std::to_string(rows.size()), std::to_string(shape_.batch));
-    for (const Index row : rows) {
-      if (row < 0 || row >= shape_.batch)
-        detail::refuse(name, "a row", std::to_string(row), "0 to " + std::to_string(shape_.batch - 1));
-    }
-    refuse_with_file(name);
-    store_.reorder(rows);
-    is_index_stale_ = finds;
-  }
+  void reorder(std::span<const Index> rows);
 
   void save(std::ostream& to) const { detail::save_landmark_store(to, fields(), store_); }
   /// Takes over the state of a cache of the same shape, options and position; `rollback`, `sample`, `file` and
   /// `resident` may differ. Changes nothing if that fails.
-  void load(std::istream& from) {
-    refuse_with_file("landmark_cache::load");
-    const detail::BlockCounts& counts = store_.counts();
-    store_ = detail::loaded_landmark_store(from, fields(), empty_store(counts.capacity, counts.drop_at_once));
-    forget_last_call();
-    is_index_stale_ = finds;
-  }
+  void load(std::istream& from);
 
  private:
   friend detail::StreamCalls<landmark_cache, true>;
@@ -418,33 +351,10 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   }
 
   /// Tells the index of the blocks from number `first` of those that are kept.
-  void index_blocks(Index first) {
-    if constexpr (finds) {
-      for (Index lane = 0; lane < shape_.batch * shape_.kv_heads; ++lane) {
-        const Index b = lane / shape_.kv_heads, h = lane % shape_.kv_heads;
-        const auto keys = store_.landmarks(b, h, 0, blocks());
-        std::vector<Real> key(at(keys.cols));
-        for (Index n = first; n < blocks(); ++n) {
-          detail::copy_rows(keys.row(n), keys.cols, 1, keys.cols, key.data());
-          finder_.add(b, h, dropped() + n, std::span<const Real>(key));
-        }
-      }
-    }
-  }
-  void index_anew() {
-    finder_.clear();
-    index_blocks(0);
-    is_index_stale_ = false;
-  }
+  void index_blocks(Index first);
+  void index_anew();
   /// Tells the index that blocks are not sealed any more; `returns`: and that dropped ones are back.
-  void unindex_blocks(bool returns) {
-    const bool was_stale = std::exchange(is_index_stale_, true);
-    if constexpr (requires(Index n) { finder_.truncate(n); }) {
-      if (returns || was_stale) return;
-      finder_.truncate(store_.counts().sealed);
-      is_index_stale_ = false;
-    }
-  }
+  void unindex_blocks(bool returns);
 
   StreamShape shape_;
   landmark_cache_options options_;
@@ -469,3 +379,4 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
 LONGSPAN_NAMESPACE_END
 
 #include "longspan/stream/landmark_cache-inl.hpp"
+#include "longspan/stream/landmark_cache_state-inl.hpp"
