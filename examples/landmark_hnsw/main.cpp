@@ -35,6 +35,8 @@ class HnswIndex {
   }
   /// Blocks that have left keep their place in the graph; the cache passes over them.
   void drop(Index) {}
+  /// So do blocks whose tokens were taken back: a point that is added again replaces the one of its number.
+  void truncate(Index) {}
   void clear() { graphs_->clear(); }
 
   std::vector<Index> candidates(Index b, Index kv_head, std::span<const float> query) const {

@@ -1,8 +1,11 @@
 // Tokens taken back from a landmark cache: the law of rollback for every option that seals, drops or reads.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <numeric>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -85,6 +88,21 @@ struct TruncatedIndex : StrictIndex {
   }
 };
 
+/// Blocks that an index knows, shared with its copies, and what it knew in the last call.
+struct KnownBlocks {
+  std::set<Index>* blocks;
+  std::shared_ptr<std::set<Index>> of_call = std::make_shared<std::set<Index>>();
+
+  void add(Index, Index, Index n, std::span<const float>) { blocks->insert(n); }
+  void drop(Index first) { blocks->erase(blocks->begin(), blocks->lower_bound(first)); }
+  void clear() { blocks->clear(); }
+  void truncate(Index first) { blocks->erase(blocks->lower_bound(first), blocks->end()); }
+  std::vector<Index> candidates(Index b, Index h, std::span<const float>) const {
+    if (b == 0 && h == 0) *of_call = *blocks;  // one thread at a time
+    return {blocks->begin(), blocks->end()};
+  }
+};
+
 }  // namespace
 
 TEST_CASE("landmark_cache: tokens taken back leave no bit behind", "[stream][rollback][bits]") {
@@ -132,6 +150,29 @@ TEST_CASE("landmark_cache: an index forgets blocks that are unsealed, and knows 
                                                                                turned);
       },
       6);
+}
+
+TEST_CASE("landmark_cache: before each call the index knows the blocks that can be retrieved, and no others",
+          "[stream][rollback][index]") {
+  Random random(10);
+  Shape shape = sizes;
+  shape.q_len = shape.kv_len = 100;
+  Call<float> call(shape, Values::normal, random);
+  std::set<Index> known;
+  KnownBlocks index{&known};
+  landmark_cache<float, no_position, stingy_positions, KnownBlocks> cache(
+      stream_shape(sizes), {.block = 4, .top_k = 1, .capacity = 4}, {}, {}, index);
+  for (int step = 0; step < 100; ++step) {
+    const Index from = cache.size(), to = random.between(std::max<Index>(0, from - 8), from + 8);
+    if (to < from && cache.can_truncate(to)) cache.truncate(to);
+    const Index dropped = cache.dropped(), sealed = dropped + cache.blocks();
+    index.of_call->clear();
+    extend(cache, call, 0, random.between(1, 8), 1);
+    if (sealed - dropped < 3) continue;  // the landmarks of so few are scored without the index
+    CAPTURE(step, from, to);
+    for (Index n = dropped; n < sealed; ++n) REQUIRE(index.of_call->contains(n));
+    REQUIRE(std::ssize(*index.of_call) == sealed - dropped);
+  }
 }
 
 TEST_CASE("landmark_cache: outputs do not depend on how much can be taken back", "[stream][rollback][bits]") {

@@ -185,6 +185,32 @@ TEST_CASE("landmark_cache: the oldest blocks leave a cache of limited capacity",
   CHECK(cache.bytes() == bytes);
 }
 
+TEST_CASE("landmark_cache: cut at blocks, any chunks give the results of single steps", "[stream][law]") {
+  Random random(12);
+  const rotary turned(Pairing::half_split, 100);
+  for (const auto select :
+       {LandmarkSelect::per_token_and_head, LandmarkSelect::max_over_heads, LandmarkSelect::per_kv_group}) {
+    for (const Index local : {0, 2}) {
+      Call<double> call(Shape{2, 4, 2, 120, 120, 8, 6});
+      fill(call.q, call.k, call.v, Values::normal, random);
+      Call<double> steps = call.unrun(), whole = call.unrun();
+      Options options{.block = 7, .top_k = 2, .select = select, .local_blocks = local, .capacity = 6};
+      landmark_cache<double, rotary> by_steps(shape_of(call), options, turned), cut_nowhere = by_steps;
+      stream(by_steps, steps, 1);
+      stream(cut_nowhere, whole, 5);
+      CHECK_FALSE(std::equal(whole.out.values.begin(), whole.out.values.end(), steps.out.values.begin(),
+                             [](double x, double y) { return std::abs(x - y) < 1e-3; }));
+      options.split_at_blocks = true;
+      for (const Index length : {5, 7, 50, 120}) {
+        landmark_cache<double, rotary> cache(shape_of(call), options, turned);
+        stream(cache, call, length);
+        check_near(call, steps, 1e-12);
+        CHECK(cache.blocks() == by_steps.blocks());
+      }
+    }
+  }
+}
+
 TEST_CASE("landmark_cache: threads change no bit", "[stream][bits]") {
   Random random(4);
   for (const auto select : all_selections) {

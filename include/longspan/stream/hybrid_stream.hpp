@@ -67,9 +67,9 @@ LONGSPAN_NAMESPACE_BEGIN
 /// State     bounded: batch * kv_heads * (head_dim + value_dim) * block * (1 + window_blocks + capacity +
 ///           evicted_at_once) elements of T, and M and z
 /// Rollback  truncate(n) takes back tokens, all outputs after it having the bits of a stream that never had
-///           them, as far as landmark_cache does. For `rollback` tokens after an eviction, in one call of
-///           every evicted_at_once * block / rollback, the evicted blocks and the memory from before it stay
-///           kept: bytes() counts them
+///           them, as far as landmark_cache does. An eviction costs a second memory until it is `rollback`
+///           tokens old, and the evicted blocks that long: bytes() counts both. An eviction copies the memory
+///           even with a rollback of 0
 /// Cost      a token: that of landmark_cache with `capacity` blocks, and 4 head_dim * value_dim flop a head
 ///           for the memory. A chunk is cut where blocks end
 /// Equal     for all ways to cut the same rows into calls, within the error bound

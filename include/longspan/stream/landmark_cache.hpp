@@ -55,8 +55,11 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           in double for T = double, which takes queries of double, and else in float. With std::int8_t
 ///           the rows of sealed blocks are int8, with a scale to each; the landmarks that choose blocks, and
 ///           what is not sealed, are float.
-/// Law       with a top_k of all sealed blocks, any chunking gives the results of landmark_attention, but for
-///           the rounding of int8, which begins when a block is sealed.
+/// Chunks    a chunk retrieves from the blocks that were sealed before it, as in the paper, so results depend
+///           on how tokens are cut into calls. With split_at_blocks they are those of single steps, except
+///           where `select` takes the maximum over tokens. With a top_k of all sealed blocks, any chunking
+///           returns the results of landmark_attention, but for the rounding of int8, which begins when a
+///           block is sealed.
 /// Cost      for a token 2 * heads * head_dim flop for each sealed block, its landmarks read once for a KV
 ///           head; attention to top_k blocks, where they lie, and to the open part. Copies share the blocks.
 ///           Behind 32768 tokens a token takes 0.57 of the time of float with blocks of int8.

@@ -15,8 +15,8 @@ LONGSPAN_NAMESPACE_BEGIN
 /// A functor carried from call to call, for queries of T. A copy is a stream of its own.
 ///
 ///   shape()                     the sizes of all its calls
-///   size(), bytes()             tokens taken in; memory of what is kept of them
-///   extend(q, k, v, out)        takes in any number of tokens, and answers their queries; an execution may
+///   size(), bytes()             number of tokens appended; memory of what is kept of them
+///   extend(q, k, v, out)        appends any number of tokens and computes their outputs; an execution may
 ///                               follow. All streams but infini_memory also take an lse before it
 ///   clear()                     forgets everything
 ///   truncate(n)                 takes back all tokens but the first n. The last `rollback` tokens (an option of
@@ -25,6 +25,10 @@ LONGSPAN_NAMESPACE_BEGIN
 ///                               the others. Beyond that it may throw Error, and then changes nothing
 ///   can_truncate(n)             will truncate(n) succeed?
 ///   save(to), load(from)        a checked file. A load that throws changes nothing
+///
+/// How tokens are cut into calls of `extend` changes outputs only within the error bound, except in landmark_cache: each
+/// chunk retrieves from the blocks that were sealed before it. Its option split_at_blocks makes its results those of
+/// single steps.
 template <class S, class T = float>
 concept Stream =
     std::copyable<S> && requires(S stream, const S& seen, TensorView<const T> in, TensorView<T> out,
