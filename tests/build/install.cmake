@@ -3,7 +3,7 @@
 file(REMOVE_RECURSE ${PREFIX})
 execute_process(COMMAND ${CMAKE_COMMAND} --install ${BUILD} --prefix ${PREFIX} COMMAND_ERROR_IS_FATAL ANY)
 
-file(GLOB_RECURSE wanted RELATIVE ${SOURCE} ${SOURCE}/include/*)
+file(GLOB_RECURSE wanted RELATIVE ${SOURCE} ${SOURCE}/include/*.hpp)
 list(APPEND wanted share/pkgconfig/longspan.pc)
 foreach(file Config ConfigVersion Targets)
   list(APPEND wanted share/cmake/longspan/longspan${file}.cmake)

@@ -229,5 +229,7 @@ TEST_CASE("rest_of_rounding: with 2^round(x) it makes up 2^x, 0 below 2^-126", "
     for (const float y : test::lanes_of(
              longspan::detail::times_exp2_of_round(longspan::detail::rest_of_rounding(odd_nan), odd_nan)))
       CHECK(std::isnan(y));
+  } else {
+    SUCCEED("this instruction set has no such instruction");
   }
 }
