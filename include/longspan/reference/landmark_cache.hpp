@@ -33,14 +33,15 @@ class landmark_cache {
               RowsView<Tl> lse) {
     Index first = 0;
     do {
-      const Index left = q.rows - first, to_landmark = options_.block - size_ % options_.block,
+      const Index left = k.rows - first, to_landmark = options_.block - size_ % options_.block,
                   count = options_.split_at_blocks ? (std::min)(to_landmark, left) : left;
+      const Index queries = q.rows == 0 ? 0 : count;  // tokens may come without queries
       RowsView<Tl> piece = lse;
       if (lse.data != nullptr) piece.data += first * lse.row_stride;
-      extend_piece(q.slice_rows(first, count), k.slice_rows(first, count), v.slice_rows(first, count),
-                   out.slice_rows(first, count), piece);
+      extend_piece(q.slice_rows(first, queries), k.slice_rows(first, count), v.slice_rows(first, count),
+                   out.slice_rows(first, queries), piece);
       first += count;
-    } while (first < q.rows);
+    } while (first < k.rows);
   }
 
   /// Forgets all tokens but the first `tokens`. Nothing has really left, so any number can be taken back.
