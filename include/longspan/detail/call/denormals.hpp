@@ -1,7 +1,7 @@
 // Numbers below the normal range count as 0 while a task runs.
 //
-// One denormal number costs a multiply-add 20 to 190 times its time: values of 1e-38 made a prefill 89 times as long, a
-// first key that scores 85 above the others 8 times.
+// Without it, a prefill of values of 1e-38 took 87 to 190 times as long on Zen 5, and one whose first key scores 85 above
+// the others 2 to 9 times; on Zen 3 with SSE2 the worst case took 2.3 times as long, with AVX2 1.1 times.
 #pragma once
 
 #include <type_traits>
