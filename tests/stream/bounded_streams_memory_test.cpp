@@ -8,7 +8,7 @@
 #include "longspan/stream/dilated_cache.hpp"
 #include "longspan/stream/infini_memory.hpp"
 #include "support/catch.hpp"
-#include "support/failing_memory.hpp"
+#include "support/count_allocations.hpp"
 #include "support/random.hpp"
 #include "support/stream_calls.hpp"
 #include "support/tensor.hpp"

@@ -1,5 +1,5 @@
-// Counts what a program allocates by operator new, and lets allocations fail. Replaces the global operators, so one file of a program
-// includes it, once.
+// Counts what a program allocates by operator new, and lets allocations fail. Replaces the global operators, so one
+// file of a program includes it, once.
 #pragma once
 
 #include <atomic>

@@ -25,7 +25,7 @@ void extend(Stream& stream, C& call, Index first, Index count, Index threads = 2
   const auto v = std::as_const(call.v).view().slice_rows(first, count);
   const auto out = call.out.view().slice_rows(first, count);
   auto lse = call.lse.view();
-  lse.data += first;
+  if (lse.data != nullptr) lse.data += first;  // of no heads there is none
   lse.rows = count;
   const longspan::openmp executor{threads};
   if constexpr (requires { stream.extend(q, k, v, out, lse, executor); }) {

@@ -211,11 +211,11 @@ void LandmarkStore<T>::seal(const P& position, bool as_in_text, const E& executo
   const Index sealed = counts_.sealed_at(counts_.tokens), count = sealed - counts_.sealed;
   if (count <= 0) return;
   for (auto& list : landmarks_) list.resize(at((sealed - gone_) * head_dim_));
-  std::vector<std::shared_ptr<T>> pages;
-  for (Index n = 0; n < batch_ * count; ++n) {
+  std::vector<std::shared_ptr<T>> pages(at(batch_ * count));
+  for (auto& page : pages) {
     const auto bytes = at(page_size()) * sizeof(T);
-    pages.emplace_back(static_cast<T*>(::operator new(bytes, std::align_val_t{64})),
-                       [](T* page) { ::operator delete(page, std::align_val_t{64}); });
+    page.reset(static_cast<T*>(::operator new(bytes, std::align_val_t{64})),
+               [](T* rows) { ::operator delete(rows, std::align_val_t{64}); });
   }
   const auto k = open_k(), v = open_v();
   executor.for_each(batch_ * kv_heads_ * count, [&](Index task, Index) {
