@@ -6,12 +6,12 @@
 #include <string>
 
 #include "longspan/call_sizes.hpp"
+#include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/check_view.hpp"
 #include "longspan/detail/call/finite.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/parts.hpp"
 #include "longspan/detail/landmark/forward.hpp"
-#include "longspan/detail/tile/forward.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"

@@ -5,10 +5,10 @@
 #include <utility>
 
 #include "longspan/call_sizes.hpp"
+#include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/parts.hpp"
 #include "longspan/detail/storage/rows.hpp"
-#include "longspan/detail/tile/forward.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
@@ -108,8 +108,8 @@ struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true
 
   template <class Call, class E>
   void attend(const Call& call, const E& executor, Workspace& workspace) const {
-    detail::forward(call.at(name, first_query, scale), mask, score, position, executor, workspace,
-                    bf16_products);
+    detail::attend(call.at(name, first_query, scale), mask, score, position, executor, workspace,
+                   bf16_products);
   }
 };
 

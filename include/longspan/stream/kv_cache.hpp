@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/detail/call/stream_mask.hpp"
@@ -21,7 +22,6 @@
 #include "longspan/detail/storage/rows.hpp"
 #include "longspan/detail/storage/state_fields.hpp"
 #include "longspan/detail/storage/state_file.hpp"
-#include "longspan/detail/tile/forward.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
@@ -289,8 +289,8 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     const TensorView<const T> v{nullptr, shape_.batch, shape_.kv_heads, size(), shape_.value_dim, 0, 0, 0};
     const auto problem =
         detail::Problem<Tq, T, T, To>{q, k, v, call.out, call.lse, 0, 1}.at(function, first, attend_.scale);
-    detail::forward_over(problem, pages_, mask_, attend_.score, no_position{}, executor, workspace,
-                         attend_.bf16_products);
+    detail::attend(problem, pages_, mask_, attend_.score, no_position{}, executor, workspace,
+                   attend_.bf16_products);
   }
 
   /// The size to which a stream of `size` tokens promises to go back.

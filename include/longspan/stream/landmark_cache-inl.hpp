@@ -7,11 +7,11 @@
 #include <type_traits>
 #include <vector>
 
+#include "longspan/detail/attend.hpp"
 #include "longspan/detail/landmark/forward.hpp"
 #include "longspan/detail/landmark/mass.hpp"
 #include "longspan/detail/landmark/retrieve.hpp"
 #include "longspan/detail/simd/element_packets.hpp"
-#include "longspan/detail/tile/forward.hpp"
 #include "longspan/stream/landmark_cache.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -50,8 +50,8 @@ void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& e
       first_,
       scale()};
   if (options_.exact_window) {
-    return detail::forward(problem, causal{} & detail::all_but_landmarks{options_.block}, unchanged{},
-                           position_, executor, workspace, false);
+    return detail::attend(problem, causal{} & detail::all_but_landmarks{options_.block}, unchanged{},
+                          position_, executor, workspace, false);
   }
   detail::LandmarkOptions options;
   options.at = landmarks::every(options_.block);

@@ -4,12 +4,12 @@
 #include <algorithm>
 #include <span>
 
+#include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/composition.hpp"
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/detail/call/slices.hpp"
 #include "longspan/detail/decode/decode.hpp"
 #include "longspan/detail/dilated/forward.hpp"
-#include "longspan/detail/tile/forward.hpp"
 #include "longspan/detail/tile/key_run.hpp"
 #include "longspan/dilation.hpp"
 #include "longspan/execution.hpp"

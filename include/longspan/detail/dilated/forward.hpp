@@ -7,6 +7,7 @@
 #include <span>
 #include <type_traits>
 
+#include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/detail/dilated/row_tiles.hpp"
@@ -259,21 +260,15 @@ void run_dilated(const Problem<Tq, Tk, Tv, To>& call, const Source& source, cons
 template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
 void dilated_forward(const Problem<Tq, Tk, Tv, To>& call, const Dilation& dilation, const M& mask,
                      const S& score, const P& position, const E& executor, Workspace& workspace,
-                     [[maybe_unused]] bool bf16_products) {
+                     bool bf16_products) {
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
   const double flop = dilated_flop(dilation.branches, call.q.batch * call.q.heads, call.kv_len(),
                                    call.head_dim(), call.value_dim(), false, dilation.phase);
   const TensorRows<Tk, Tv> source{call.k, call.v, call.group()};
   run_where_it_pays(flop, least_parallel_tile_flop, executor, [&](const auto& where) {
-#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
-    constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
-    if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
-      if (bf16_products && static_cast<float>(call.scale) > 1e-30f && call.head_dim() % 2 == 0)
-        return run_dilated<Bf16Arithmetic>(call, source, dilation, mask, score, position, where, workspace);
-    }
-#endif
-    run_dilated<FloatArithmetic<Arithmetic<Tq>>>(call, source, dilation, mask, score, position, where,
-                                                 workspace);
+    with_arithmetic<S, P>(call, bf16_products, where, [&]<class Policy>(const auto& on) {
+      run_dilated<Policy>(call, source, dilation, mask, score, position, on, workspace);
+    });
   });
 }
 

@@ -8,11 +8,12 @@
 #include "longspan/detail/decode/decode.hpp"
 #include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/tile/accumulator.hpp"
-#include "longspan/detail/tile/forward.hpp"
+#include "longspan/detail/tile/amx_tile.hpp"
 #include "longspan/detail/tile/key_block.hpp"
 #include "longspan/detail/tile/key_run.hpp"
 #include "longspan/detail/tile/query_lanes.hpp"
 #include "longspan/detail/tile/query_tile.hpp"
+#include "longspan/detail/tile/tile_plan.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -95,10 +96,10 @@ template <class Policy, class Tk, class Tv, Mask M, Score S, Position P>
 class RowTiles {
  public:
   using Real = typename Policy::Real;
-  using Queries = QueryTile<Policy, M, S>;
+  using Queries = typename TileOf<Policy, M, S>::type;
 
   static RowTiles take(Arena& arena, Index head_dim, Index value_dim, Index most_keys) {
-    const Index padded_value_dim = round_up(value_dim, tile_rows);
+    const Index padded_value_dim = round_up(value_dim, Policy::columns_in_tile);
     RowTiles tiles;
     tiles.scratch_ =
         TileScratch<Policy>::take(arena, head_dim, padded_value_dim, !std::is_same_v<P, no_position>);

@@ -4,11 +4,12 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/detail/landmark/plan.hpp"
 #include "longspan/detail/landmark/tile.hpp"
-#include "longspan/detail/tile/forward.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
 #include "longspan/detail/tile/tile_plan.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"

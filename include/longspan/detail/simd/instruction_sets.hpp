@@ -81,10 +81,22 @@
                     LONGSPAN_ABI_WHEN(__AVXVNNI__, _avxvnni), LONGSPAN_ABI_WHEN(__AVXVNNIINT8__, _vnniint8), \
                     LONGSPAN_ABI_WHEN(__AVXIFMA__, _avxifma), LONGSPAN_ABI_WHEN(__GFNI__, _gfni),            \
                     LONGSPAN_ABI_WHEN(__APX_F__, _apx), LONGSPAN_ABI_WHEN(__AVX10_2__, _avx10))
-#define LONGSPAN_ABI_AMX                                                                                    \
-  LONGSPAN_ABI_JOIN(LONGSPAN_ABI_WHEN(__AMX_TILE__, _amx), LONGSPAN_ABI_WHEN(__AMX_BF16__, _amxbf16),       \
-                    LONGSPAN_ABI_WHEN(__AMX_INT8__, _amxint8), LONGSPAN_ABI_WHEN(__AMX_FP16__, _amxfp16), , \
-                    , , )
+// Matrix tiles with bfloat16 products; clang before version 16 spells the macros without the second underscore. Only
+// 64-bit Linux has the permission that they need.
+#if defined(__linux__) && defined(__x86_64__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
+    ((defined(__AMX_TILE__) && defined(__AMX_BF16__)) || (defined(__AMXTILE__) && defined(__AMXBF16__)))
+#define LONGSPAN_TARGETS_AMX 1
+#endif
+#if defined(LONGSPAN_EMULATE_AMX)
+#define LONGSPAN_ABI_AMX_EMULATED _amxemulated
+#else
+#define LONGSPAN_ABI_AMX_EMULATED
+#endif
+#define LONGSPAN_ABI_AMX                                                                                  \
+  LONGSPAN_ABI_JOIN(LONGSPAN_ABI_WHEN(__AMX_TILE__, _amx), LONGSPAN_ABI_WHEN(__AMX_BF16__, _amxbf16),     \
+                    LONGSPAN_ABI_WHEN(__AMX_INT8__, _amxint8), LONGSPAN_ABI_WHEN(__AMX_FP16__, _amxfp16), \
+                    LONGSPAN_ABI_WHEN(__AMXTILE__, _amx), LONGSPAN_ABI_WHEN(__AMXBF16__, _amxbf16),       \
+                    LONGSPAN_ABI_WHEN(__AMXINT8__, _amxint8), LONGSPAN_ABI_AMX_EMULATED)
 
 #define LONGSPAN_ABI_AMD                                                                    \
   LONGSPAN_ABI_JOIN(LONGSPAN_ABI_WHEN(__SSE4A__, _sse4a), LONGSPAN_ABI_WHEN(__XOP__, _xop), \

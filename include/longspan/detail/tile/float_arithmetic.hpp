@@ -24,6 +24,7 @@ struct FloatArithmetic {
   using Value = Real;   ///< element of value rows, [keys / keys_in_row][columns]
   using Weight = Real;  ///< element of weight rows, [keys / keys_in_row][stride]
   static constexpr Index keys_in_row = 1;
+  static constexpr Index columns_in_tile = tile_rows;  ///< outputs have a multiple of this
   /// Keys are taken in blocks of 128, cut at multiples of 128 in key index. Speed is flat from 96 to 256.
   static constexpr Index keys_in_block = 128;
   /// A score that counts as never seen. Finite, so that code compiled with -ffast-math keeps its meaning, and

@@ -7,7 +7,7 @@
 
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/problem.hpp"
-#include "longspan/detail/decode/decode.hpp"
+#include "longspan/detail/tile/amx_tile.hpp"
 #include "longspan/detail/tile/key_block.hpp"
 #include "longspan/detail/tile/key_run.hpp"
 #include "longspan/detail/tile/query_tile.hpp"
@@ -22,9 +22,6 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-template <class T, class... Types>
-inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
-
 /// For each task, in parallel:
 ///   pack its tiles of queries
 ///   for each key block that one of them may see: convert it once, then each tile scores it, updates its softmax
@@ -36,7 +33,7 @@ class Forward {
  public:
   using Call = Problem<Tq, Tk, Tv, To>;
   using Real = typename Policy::Real;
-  using Queries = QueryTile<Policy, M, S>;
+  using Queries = typename TileOf<Policy, M, S>::type;
   using Blocks = KeyBlocks<Policy, Tk, Tv, P>;
 
   /// Reads only the shapes of call.k and call.v: the rows are in `keys`.
@@ -90,7 +87,7 @@ class Forward {
     Queries tiles[tiles_in_task];
   };
 
-  Index padded_value_dim() const { return round_up(call_.value_dim(), tile_rows); }
+  Index padded_value_dim() const { return round_up(call_.value_dim(), Policy::columns_in_tile); }
 
   Worker cut_worker(Arena& arena) const {
     Worker worker;
@@ -174,55 +171,6 @@ class Forward {
   Index splits_ = 1;
   Index split_keys_ = 0;
 };
-
-/// Work for which waking a team of threads costs more than it saves: about 5 us of one core in small tiles, or reading.
-inline constexpr double least_parallel_tile_flop = 4e5;
-inline constexpr double least_parallel_decode_flop = 1e5;
-
-/// task(executor), or task(serial{}) for little work. Results have the same bits.
-template <class E, class Task>
-void run_where_it_pays(double flop, double least_parallel, const E& executor, const Task& task) {
-  if (flop < least_parallel) {
-    run_without_denormals(serial{}, task);
-  } else {
-    task(executor);
-  }
-}
-
-/// Attention over the keys and values of `keys` (pages, strands), not of call.k and call.v.
-template <class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S, Position P, class E>
-void forward_over(const Problem<Tq, Tk, Tv, To>& call, const Keys& keys, const M& mask, const S& score,
-                  const P& position, const E& executor, Workspace& workspace,
-                  [[maybe_unused]] bool bf16_products) {
-  if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
-  if constexpr (std::is_same_v<P, no_position>) {
-    if (call.q_len() * call.group() <= most_decode_queries) {
-      return run_where_it_pays(call.flop(), least_parallel_decode_flop, executor, [&](const auto& where) {
-        Decode(call, keys, mask, score).run(where, workspace);
-      });
-    }
-  }
-  run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
-#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
-    constexpr bool plain = std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
-    if constexpr (plain && is_all<Eigen::bfloat16, Tq, Tk, Tv, To>) {
-      if (bf16_products && static_cast<float>(call.scale) > 1e-30f && call.head_dim() % 2 == 0) {
-        using Pass = Forward<Bf16Arithmetic, Tq, Tk, Tv, To, Keys, M, S, P>;
-        return Pass(call, keys, mask, score, position, where.workers()).run(where, workspace);
-      }
-    }
-#endif
-    using Pass = Forward<FloatArithmetic<Arithmetic<Tq>>, Tq, Tk, Tv, To, Keys, M, S, P>;
-    Pass(call, keys, mask, score, position, where.workers()).run(where, workspace);
-  });
-}
-
-template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
-void forward(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score, const P& position,
-             const E& executor, Workspace& workspace, bool bf16_products) {
-  forward_over(call, TensorKeys<Tk, Tv>{call.k, call.v}, mask, score, position, executor, workspace,
-               bf16_products);
-}
 
 }  // namespace detail
 LONGSPAN_NAMESPACE_END

@@ -392,5 +392,11 @@ void QueryTile<Policy, M, S>::write(const Accumulator<Real>& state, const QueryL
   }
 }
 
+/// The tile of an arithmetic policy.
+template <class Policy, Mask M, Score S>
+struct TileOf {
+  using type = QueryTile<Policy, M, S>;
+};
+
 }  // namespace detail
 LONGSPAN_NAMESPACE_END

@@ -267,9 +267,9 @@ Run run_of(int packets, Index begin, Index end, const SeenBy& seen_by) {
 /// Cuts a block into runs, and enters it where one of them is partial. A block that is seen whole is one run;
 /// where a mask's edge crosses it, it is looked at in strips as many keys high as a packet has lanes, so that
 /// the causal diagonal shrinks packet by packet (at q_len = 512, head_dim 64 that is 8 % of a call).
-template <class Real, Mask M>
+template <Index strip, class Real, Mask M>
 Runs cut_into_runs(TileMask<Real, M>& mask, int packets, Index first_key, Index keys) {
-  constexpr Index strip = keys_in_strip<Real>;
+  static_assert(64 % strip == 0 && strip % keys_in_strip<Real> == 0);
   Runs runs;
   const Run whole = run_of(packets, 0, keys, [&](int c) {
     return mask.classify(c, {first_key, first_key + keys});
@@ -284,6 +284,11 @@ Runs cut_into_runs(TileMask<Real, M>& mask, int packets, Index first_key, Index 
     runs.add(run_of(packets, begin, end, [&](int c) { return mask.classify_entered(c, begin, end); }));
   }
   return runs;
+}
+
+template <class Real, Mask M>
+Runs cut_into_runs(TileMask<Real, M>& mask, int packets, Index first_key, Index keys) {
+  return cut_into_runs<keys_in_strip<Real>>(mask, packets, first_key, keys);
 }
 
 }  // namespace detail

@@ -1,0 +1,123 @@
+// The one dispatch: few queries go to the decode kernel, more to tiles; the arithmetic follows the element types and the
+// processor; little work stays on the caller's thread.
+#pragma once
+
+#include <type_traits>
+
+#include "longspan/amx.hpp"
+#include "longspan/detail/call/denormals.hpp"
+#include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/decode/decode.hpp"
+#include "longspan/detail/tile/amx_tile.hpp"
+#include "longspan/detail/tile/bf16_arithmetic.hpp"
+#include "longspan/detail/tile/float_arithmetic.hpp"
+#include "longspan/detail/tile/forward.hpp"
+#include "longspan/detail/tile/key_run.hpp"
+#include "longspan/execution.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/position.hpp"
+#include "longspan/score.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_NAMESPACE_BEGIN
+namespace detail {
+
+template <class T, class... Types>
+inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
+
+/// Work for which waking a team of threads costs more than it saves: about 5 us of one core in small tiles, or reading.
+inline constexpr double least_parallel_tile_flop = 4e5;
+inline constexpr double least_parallel_decode_flop = 1e5;
+
+/// task(executor), or task(serial{}) for little work. Results have the same bits.
+template <class E, class Task>
+void run_where_it_pays(double flop, double least_parallel, const E& executor, const Task& task) {
+  if (flop < least_parallel) {
+    run_without_denormals(serial{}, task);
+  } else {
+    task(executor);
+  }
+}
+
+/// An executor whose tasks may use the tiles of `Unit`.
+template <class Unit, class E>
+class WithTiles {
+ public:
+  explicit WithTiles(const E& executor) noexcept : executor_(executor) {}
+
+  Index workers() const { return executor_.workers(); }
+
+  template <class Task>
+  void for_each(Index tasks, Task&& task) const {
+    executor_.for_each(tasks, [&task](Index t, Index worker) {
+      const typename Unit::Scope configured;
+      task(t, worker);
+    });
+  }
+
+ private:
+  const E& executor_;
+};
+
+#if defined(LONGSPAN_EMULATE_AMX)
+using TileUnit = EmulatedTiles;
+#elif defined(LONGSPAN_TARGETS_AMX)
+using TileUnit = HardwareTiles;
+#endif
+
+/// Calls work.operator()<Policy>(executor) with the arithmetic policy of a call.
+template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
+void with_arithmetic(const Problem<Tq, Tk, Tv, To>& call, [[maybe_unused]] bool bf16_products,
+                     const E& executor, const Work& work) {
+  [[maybe_unused]] constexpr bool is_bf16 =
+      is_all<Eigen::bfloat16, Tq, Tk, Tv> && std::is_same_v<P, no_position>;
+  [[maybe_unused]] const bool may_round = bf16_products && static_cast<float>(call.scale) > 1e-30f;
+#if defined(LONGSPAN_HAS_AMX_ARITHMETIC)
+  if constexpr (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)) {
+    if (may_round && amx_is_permitted()) {
+      work.template operator()<AmxArithmetic<TileUnit>>(WithTiles<TileUnit, E>(executor));
+      return;
+    }
+  }
+#endif
+#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
+  if constexpr (is_bf16 && is_all<Eigen::bfloat16, To> && std::is_same_v<S, unchanged>) {
+    if (may_round && call.head_dim() % 2 == 0) {
+      work.template operator()<Bf16Arithmetic>(executor);
+      return;
+    }
+  }
+#endif
+  work.template operator()<FloatArithmetic<Arithmetic<Tq>>>(executor);
+}
+
+/// Attention over the keys and values of `keys` (pages, strands), not of call.k and call.v.
+template <class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S, Position P, class E>
+void attend(const Problem<Tq, Tk, Tv, To>& call, const Keys& keys, const M& mask, const S& score,
+            const P& position, const E& executor, Workspace& workspace, bool bf16_products) {
+  if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
+  if constexpr (std::is_same_v<P, no_position>) {
+    if (call.q_len() * call.group() <= most_decode_queries) {
+      return run_where_it_pays(call.flop(), least_parallel_decode_flop, executor, [&](const auto& where) {
+        Decode(call, keys, mask, score).run(where, workspace);
+      });
+    }
+  }
+  run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
+    with_arithmetic<S, P>(call, bf16_products, where, [&]<class Policy>(const auto& on) {
+      using Pass = Forward<Policy, Tq, Tk, Tv, To, Keys, M, S, P>;
+      Pass(call, keys, mask, score, position, on.workers()).run(on, workspace);
+    });
+  });
+}
+
+/// Attention over the keys and values of the call.
+template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
+void attend(const Problem<Tq, Tk, Tv, To>& call, const M& mask, const S& score, const P& position,
+            const E& executor, Workspace& workspace, bool bf16_products) {
+  attend(call, TensorKeys<Tk, Tv>{call.k, call.v}, mask, score, position, executor, workspace, bf16_products);
+}
+
+}  // namespace detail
+LONGSPAN_NAMESPACE_END

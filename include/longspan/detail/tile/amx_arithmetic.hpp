@@ -1,0 +1,293 @@
+// The arithmetic policy of a tile for processors with AMX: bfloat16 products by matrix tiles.
+//
+//   scores  S[key][lane]     += K[key][d]       * Q[d pair][lane]        keys x queries, K read in place
+//   outputs O[column][lane]  += V^T[column][key] * P[key pair][lane]      V is transposed once for each block
+//
+// Queries stay in the lanes, as in the other arithmetics: row max, row sum and masks are vertical, and scores, weights
+// and outputs have the layouts of Bf16Arithmetic. With tiles in use an Intel core multiplies float vectors at half its
+// rate (one port instead of two), so that the exponentials cost as much as both products at head_dim 64: what can be done
+// by additions and logic, which keep their rate, is done so.
+#pragma once
+
+#include "longspan/detail/simd/tile_unit.hpp"
+
+#if (defined(LONGSPAN_TARGETS_AMX) || defined(LONGSPAN_EMULATE_AMX)) && defined(__AVX512BW__) && \
+    defined(__AVX512DQ__) && !defined(EIGEN_DONT_VECTORIZE)
+#define LONGSPAN_HAS_AMX_ARITHMETIC 1
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/simd/exp2.hpp"
+#include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/tile/microkernel.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_INTRINSICS_BEGIN
+
+LONGSPAN_NAMESPACE_BEGIN
+namespace detail {
+
+/// `Unit` is HardwareTiles or EmulatedTiles.
+template <class Unit>
+struct AmxArithmetic {
+  using Real = float;
+  /// Two bfloat16: of columns c and c + 1 in queries, of keys j and j + 1 in values and weights.
+  using Pair = std::uint32_t;
+  using Query = Pair;
+  using Key = Eigen::bfloat16;
+  using Value = Pair;
+  using Weight = Pair;
+  static constexpr Index keys_in_row = 2;
+  static constexpr Index keys_in_block = 256;
+  static constexpr Index keys_in_step = 32;  ///< keys whose scores are made together
+  static constexpr Index columns_in_step = 32;
+  static constexpr Index columns_in_tile = 16;  ///< outputs have a multiple of this
+  static constexpr float masked_score = -std::numeric_limits<float>::infinity();
+
+  static Index query_rows(Index head_dim) { return round_up(head_dim, columns_in_step) / 2; }
+  static float query_factor(double) { return 1; }
+  static float score_factor(double scale) { return static_cast<float>(scale); }
+
+  /// Packs 16 queries; rows up to query_rows(head_dim) become 0.
+  template <class RowOf>
+  static void pack(const RowOf& row_of, Index head_dim, float, Query* to, Index stride) {
+    const Key* row[16];
+    for (Index i = 0; i < 16; ++i) row[i] = row_of(i);
+    for (Index column = 0; column < head_dim; column += 32) {
+      const auto present = first_of_32(head_dim - column);
+      Packet<float> square[16];  // holds pairs: only moved, never computed with
+      LONGSPAN_UNROLL
+      for (int i = 0; i < 16; ++i)
+        square[i].raw = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, row[i] + column));
+      transpose<float>(square);
+      LONGSPAN_UNROLL
+      for (int i = 0; i < 16; ++i)
+        _mm512_storeu_si512(to + (column / 2 + i) * stride, _mm512_castps_si512(square[i].raw));
+    }
+  }
+
+  /// S[j][lane] of 32 keys, all of whose rows are read up to a multiple of 32 columns.
+  template <int packets>
+  static LONGSPAN_INLINE void score_keys(const Key* k, Index k_stride, const Query* q, Index head_dim,
+                                         float* s, Index stride) {
+    const Index row = stride * Index(sizeof(float)), k_row = k_stride * Index(sizeof(Key));
+    zero_sums<packets>();
+    for (Index column = 0; column < head_dim;
+         column += columns_in_step, k += columns_in_step, q += 16 * stride)
+      add_step<packets>(k, k_row, k + 16 * k_stride, k_row, q, row);
+    store_sums<packets>(s, s + 16 * stride, row);
+  }
+
+  /// O[column][lane] += the sum over `steps` steps of 32 keys of V^T[column][key] * P[key pair][lane]. Values are laid
+  /// out by transpose_values, `columns` (a multiple of 16) of them.
+  template <int packets>
+  static LONGSPAN_INLINE void add_values(const Value* v, Index columns, const Weight* p, Index steps,
+                                         float* o, Index stride) {
+    const Index row = stride * Index(sizeof(float)), v_step = columns * 16;
+    for (Index column = 0; column < columns; column += 32, v += 512, o += 32 * stride) {
+      const Value* of_step = v;
+      const Weight* weights = p;
+      if (column + 16 < columns) {
+        load_sums<packets>(o, o + 16 * stride, row);
+        for (Index n = 0; n < steps; ++n, of_step += v_step, weights += 16 * stride)
+          add_step<packets>(of_step, 64, of_step + 256, 64, weights, row);
+        store_sums<packets>(o, o + 16 * stride, row);
+      } else {
+        for_each_tile<packets>([&]<int c>() { Unit::template load<c>(o + 16 * c, row); });
+        for (Index n = 0; n < steps; ++n, of_step += v_step, weights += 16 * stride) {
+          Unit::template load<a>(of_step, 64);
+          for_each_tile<packets>([&]<int c>() {
+            Unit::template load<b>(weights + 16 * c, row);
+            Unit::template add_products<c, a, b>();
+          });
+        }
+        for_each_tile<packets>([&]<int c>() { Unit::template store<c>(o + 16 * c, row); });
+      }
+    }
+  }
+
+  /// Weights above 2^most_rise under the row max that they were made with are made anew with a higher one.
+  static constexpr float most_rise = 16;
+
+  /// weights[j / 2] = exp_score(factor * s[j] - row_max) of two keys, rounded; `sum` grows by the weights before they
+  /// are rounded. Where one of the exponents lies above most_rise, the answer is true, and all of it is to be done again.
+  template <int packets, bool rounds_products>
+  static LONGSPAN_INLINE bool exp_keys(const float* s, float factor, const float* row_max, float* sum,
+                                       Weight* weights, Index stride) {
+    const __m512 by = _mm512_set1_ps(factor), most = _mm512_set1_ps(most_rise);
+    const __m512i high = _mm512_set1_epi32(-65536), half = _mm512_set1_epi32(0x8000);
+    const __m512i down =
+        _mm512_set4_epi32(int(0x80800f0e), int(0x80800b0a), int(0x80800706), int(0x80800302));
+    Packet<float> total[std::size_t(packets)], shift[std::size_t(packets)];
+    __m512i above = _mm512_setzero_si512();  // a sign bit where an exponent is above `most`
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) {
+      total[c] = load<float>(static_cast<const float*>(sum) + c * 16);
+      shift[c] = load<float>(row_max + c * 16);
+    }
+    LONGSPAN_NO_UNROLL
+    for (int j = 0; j < keys_in_step; j += 2, s += 2 * stride, weights += stride) {
+      LONGSPAN_UNROLL
+      for (int c = 0; c < packets; ++c) {
+        const __m512 x = exponent<rounds_products>(_mm512_loadu_ps(s + c * 16), by, shift[c].raw);
+        const __m512 y = exponent<rounds_products>(_mm512_loadu_ps(s + stride + c * 16), by, shift[c].raw);
+        above = _mm512_ternarylogic_epi32(above, _mm512_castps_si512(_mm512_sub_ps(most, x)),
+                                          _mm512_castps_si512(_mm512_sub_ps(most, y)), 0xfe);
+        const Packet<float> first = coarse_exp_score({x}), second = coarse_exp_score({y});
+        total[c] = total[c] + (first + second);
+        // Rounded to bfloat16, halves away from 0; the first of the pair moves down by a shuffle, which has a port of
+        // its own.
+        const __m512i low = _mm512_shuffle_epi8(_mm512_add_epi32(_mm512_castps_si512(first.raw), half), down);
+        const __m512i up = _mm512_add_epi32(_mm512_castps_si512(second.raw), half);
+        _mm512_storeu_si512(weights + c * 16, _mm512_ternarylogic_epi32(high, up, low, 0xca));
+      }
+    }
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) store(sum + c * 16, total[c]);
+    return _mm512_movepi32_mask(above) != 0;
+  }
+
+  /// factor * s - row_max. A row max is a rounded product: where it is huge, a fused product minus its own rounding
+  /// is far from 0, and `rounds_products` rounds the product of such lanes first.
+  template <bool rounds_products>
+  static LONGSPAN_INLINE __m512 exponent(__m512 s, __m512 factor, __m512 row_max) {
+    const __m512 fused = _mm512_fmsub_ps(s, factor, row_max);
+    if constexpr (!rounds_products) return fused;
+    return _mm512_mask_sub_ps(fused, huge(row_max), opaque(_mm512_mul_ps(s, factor)), row_max);
+  }
+  static LONGSPAN_INLINE __mmask16 huge(__m512 row_max) {
+    return _mm512_cmp_ps_mask(_mm512_abs_ps(row_max), _mm512_set1_ps(0x1p20f), _CMP_NLT_UQ);
+  }
+
+  /// Whether the values of `rows` pairs of keys, up to a multiple of 16, are neither infinite nor NaN.
+  static bool values_finite(const Value* v, Index v_stride, Index rows, Index) {
+    const __m512i exponent_bits = _mm512_set1_epi16(0x7f80);
+    const Value* end = v + round_up(rows, 16) * v_stride;
+    __mmask32 found = 0;
+    for (; v != end; v += 16)
+      found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(v), exponent_bits), exponent_bits);
+    return found == 0;
+  }
+
+  static Packet<float> weight_of(const Weight* p, Index j, Index stride) {
+    const __m512i pairs = _mm512_loadu_si512(p + j / 2 * stride);
+    const __m512i high =
+        j % 2 == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_and_si512(pairs, _mm512_set1_epi32(-65536));
+    return {_mm512_castsi512_ps(high)};
+  }
+  static float value_of(const Value* v, Index v_stride, Index j, Index column) {
+    const Pair pair = v[j / 32 * 16 * v_stride + column * 16 + j % 32 / 2];
+    return std::bit_cast<float>(j % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+  }
+
+  /// Transposes rows of values: to[j / 32][column][j % 32], `to_cols` (a multiple of 16) columns. Missing keys and columns
+  /// become 0.
+  static void transpose_values(const Key* v, Index v_stride, Index keys, Index cols, Value* to,
+                               Index to_cols) {
+    for (Index first = 0; first < keys; first += 32, v += 32 * v_stride, to += 16 * to_cols) {
+      for (Index column = 0; column < to_cols; column += 32)
+        transpose_square(v + column, v_stride, keys - first, cols - column, to + 16 * column,
+                         column + 16 < to_cols);
+    }
+  }
+
+ private:
+  // Sums are in the tiles 0 to 5: 16 rows in the first three, the next 16 rows in the others.
+  static constexpr int a = 6, b = 7;
+
+  template <int count, class Work>
+  static LONGSPAN_INLINE void for_each_tile(const Work& work) {
+    work.template operator()<0>();
+    if constexpr (count > 1) work.template operator()<1>();
+    if constexpr (count > 2) work.template operator()<2>();
+  }
+  template <int packets>
+  static LONGSPAN_INLINE void zero_sums() {
+    for_each_tile<packets>([]<int c>() {
+      Unit::template zero<c>();
+      Unit::template zero<3 + c>();
+    });
+  }
+  template <int packets>
+  static LONGSPAN_INLINE void load_sums(const float* upper, const float* lower, Index row) {
+    for_each_tile<packets>([&]<int c>() { Unit::template load<c>(upper + 16 * c, row); });
+    for_each_tile<packets>([&]<int c>() { Unit::template load<3 + c>(lower + 16 * c, row); });
+  }
+  template <int packets>
+  static LONGSPAN_INLINE void store_sums(float* upper, float* lower, Index row) {
+    for_each_tile<packets>([&]<int c>() { Unit::template store<c>(upper + 16 * c, row); });
+    for_each_tile<packets>([&]<int c>() { Unit::template store<3 + c>(lower + 16 * c, row); });
+  }
+  /// Adds the products of 32 rows and 32 columns of a left matrix with all packets of a right one. The last right tile
+  /// serves both halves.
+  template <int packets>
+  static LONGSPAN_INLINE void add_step(const void* upper, Index upper_row, const void* lower, Index lower_row,
+                                       const Pair* right, Index right_row) {
+    Unit::template load<a>(upper, upper_row);
+    for_each_tile<packets>([&]<int c>() {
+      Unit::template load<b>(right + 16 * c, right_row);
+      Unit::template add_products<c, a, b>();
+    });
+    Unit::template load<a>(lower, lower_row);
+    for_each_tile<packets>([&]<int n>() {
+      constexpr int c = packets - 1 - n;
+      if constexpr (n > 0) Unit::template load<b>(right + 16 * c, right_row);
+      Unit::template add_products<3 + c, a, b>();
+    });
+  }
+
+  /// exp_score to a relative error of 7.5e-5, with a polynomial of degree 3: far inside the rounding that follows.
+  static LONGSPAN_INLINE Packet<float> coarse_exp_score(Packet<float> x) {
+    const Packet<float> rest = rest_of_floor(x);
+    Packet<float> p = broadcast(0.0780244f);
+    p = fma(p, rest, broadcast(0.22606731f));
+    p = fma(p, rest, broadcast(0.69583347f));
+    p = fma(p, rest, broadcast(0.99992523f));
+    return times_exp2_of_floor(p, x);
+  }
+
+  static __mmask32 first_of_32(Index count) {
+    return count >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1ull << count) - 1);
+  }
+
+  /// 32 keys and 32 columns: to[column][key pair], 16 columns to a tile.
+  static LONGSPAN_INLINE void transpose_square(const Key* v, Index v_stride, Index keys, Index cols,
+                                               Value* to, bool both_tiles) {
+    const __mmask32 present = first_of_32(std::max<Index>(0, cols));
+    // Within a row of 32: columns (0..3, 16..19), (4..7, 20..23), ... so that unpacking leaves 0..15 and 16..31 apart.
+    const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    Packet<float> low[16], high[16];
+    LONGSPAN_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      const auto row = [&](Index j) {
+        if (j >= keys) return _mm512_setzero_si512();
+        return _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi16(present, v + j * v_stride));
+      };
+      const __m512i even = row(2 * i), odd = row(2 * i + 1);
+      low[i].raw = _mm512_castsi512_ps(_mm512_unpacklo_epi16(even, odd));
+      high[i].raw = _mm512_castsi512_ps(_mm512_unpackhi_epi16(even, odd));
+    }
+    transpose<float>(low);
+    LONGSPAN_UNROLL
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 16 * i, _mm512_castps_si512(low[i].raw));
+    if (!both_tiles) return;
+    transpose<float>(high);
+    LONGSPAN_UNROLL
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 256 + 16 * i, _mm512_castps_si512(high[i].raw));
+  }
+};
+
+}  // namespace detail
+LONGSPAN_NAMESPACE_END
+
+LONGSPAN_INTRINSICS_END
+
+#endif

@@ -1,0 +1,319 @@
+// One tile of queries under AMX: scores, weights and values of 32 keys at a time.
+#pragma once
+
+#include "longspan/detail/tile/amx_arithmetic.hpp"
+
+#if defined(LONGSPAN_HAS_AMX_ARITHMETIC)
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+
+#include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/tile/accumulator.hpp"
+#include "longspan/detail/tile/key_block.hpp"
+#include "longspan/detail/tile/key_run.hpp"
+#include "longspan/detail/tile/query_tile.hpp"
+#include "longspan/detail/tile/tile_mask.hpp"
+#include "longspan/mask.hpp"
+#include "longspan/position.hpp"
+#include "longspan/score.hpp"
+#include "longspan/version.hpp"
+#include "longspan/view.hpp"
+
+LONGSPAN_NAMESPACE_BEGIN
+namespace detail {
+
+/// Keys are read in place, by whole steps of 32 rows and 32 columns; values are transposed.
+template <class Unit>
+struct KeyBlock<AmxArithmetic<Unit>> {
+  using Policy = AmxArithmetic<Unit>;
+
+  const typename Policy::Key* k = nullptr;
+  const typename Policy::Value* v = nullptr;
+  Index k_stride = 0;
+  Index v_stride = 0;  ///< columns of values, a multiple of columns_in_tile
+  Index first_key = 0;
+  Index keys = 0;
+  const typename Policy::Key* last_step =
+      nullptr;  ///< where keys is no multiple of 32: its last rows, and rows of 0
+  Index last_stride = 0;
+  mutable signed char values_finite = -1;
+
+  MatrixView<const typename Policy::Key> step(Index first) const {
+    if (first + Policy::keys_in_step <= keys)
+      return {k + first * k_stride, Policy::keys_in_step, 0, k_stride};
+    return {last_step, Policy::keys_in_step, 0, last_stride};
+  }
+};
+
+template <class Unit>
+class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_position> {
+ public:
+  using Policy = AmxArithmetic<Unit>;
+  using Key = Eigen::bfloat16;
+
+  static KeyBlocks take(Arena& arena, Index head_dim, Index value_dim) {
+    KeyBlocks blocks;
+    blocks.padded_value_dim_ = round_up(value_dim, Policy::columns_in_tile);
+    blocks.padded_head_dim_ = round_up(head_dim, Policy::columns_in_step);
+    blocks.v_ = arena.take<typename Policy::Value>(Policy::keys_in_block / 2 * blocks.padded_value_dim_);
+    blocks.copies_all_ = head_dim != blocks.padded_head_dim_;
+    blocks.k_ = arena.take<Key>((blocks.copies_all_ ? Policy::keys_in_block : Policy::keys_in_step) *
+                                blocks.padded_head_dim_);
+    return blocks;
+  }
+
+  KeyBlock<Policy> block(MatrixView<const Key> k, MatrixView<const Key> v, const no_position& position,
+                         Index first_key, Index keys) const {
+    return block({{k.row(first_key), keys, k.cols, k.row_stride},
+                  {v.row(first_key), keys, v.cols, v.row_stride},
+                  true},
+                 position, first_key);
+  }
+  KeyBlock<Policy> block(const KeyRun<Key, Key>& run, const no_position&, Index first_key) const {
+    const MatrixView<const Key> k = run.k;
+    Policy::transpose_values(run.v.data, run.v.row_stride, k.rows, run.v.cols, v_, padded_value_dim_);
+    KeyBlock<Policy> block{k.data, v_, k.row_stride, padded_value_dim_, first_key, k.rows};
+    block.last_stride = padded_head_dim_;
+    const Index whole = k.rows / Policy::keys_in_step * Policy::keys_in_step;
+    if (copies_all_) {
+      copy_padded(k, 0);
+      block.k = k_;
+      block.k_stride = padded_head_dim_;
+      block.last_step = k_ + whole * padded_head_dim_;
+    } else if (whole < k.rows) {
+      copy_padded(k, whole);
+      block.last_step = k_;
+    }
+    return block;
+  }
+
+ private:
+  /// The rows from `first` on, and rows of 0 up to a whole step.
+  void copy_padded(const MatrixView<const Key>& k, Index first) const {
+    Key* to = k_;
+    for (Index j = first; j < round_up(k.rows, Policy::keys_in_step); ++j, to += padded_head_dim_) {
+      const Index present = j < k.rows ? k.cols : 0;
+      if (present > 0) std::copy_n(k.row(j), present, to);
+      std::fill(to + present, to + padded_head_dim_, Key(0));
+    }
+  }
+
+  Key* k_ = nullptr;
+  typename Policy::Value* v_ = nullptr;
+  Index padded_value_dim_ = 0;
+  Index padded_head_dim_ = 0;
+  bool copies_all_ = false;
+};
+
+/// A tile whose row max is one that weights are made with, not the highest score: a whole number, at most most_rise below
+/// the highest. It rises seldom, and what was added before is then multiplied by a power of two, which is exact; so a
+/// score is read once.
+///
+/// A block: for each 32 keys
+///   scores; change and mask them; weights and their sums
+///   where a lane's scores have risen too far: add the values so far, raise that lane, make its weights anew
+/// then add the values of all its keys.
+template <class Unit, Mask M, Score S>
+class AmxTile : public QueryTile<AmxArithmetic<Unit>, M, S> {
+  using Base = QueryTile<AmxArithmetic<Unit>, M, S>;
+
+ public:
+  using Policy = AmxArithmetic<Unit>;
+  using Block = KeyBlock<Policy>;
+  using Scratch = TileScratch<Policy>;
+  using Base::changes_score;
+  using Base::most_lanes;
+  using Base::w;
+
+  static AmxTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len) {
+    AmxTile tile;
+    static_cast<Base&>(tile) = Base::take(arena, head_dim, padded_value_dim, kv_len);
+    return tile;
+  }
+
+  void absorb(const Block& block, const Scratch& scratch) {
+    const Runs runs = cut_into_runs<Policy::keys_in_step>(mask_, packets_, block.first_key, block.keys);
+    if (runs.empty()) return;
+    Pass pass(block, runs, scratch, state_.at_key(block.first_key));
+    std::fill_n(pass.sum, stride_, 0.0f);
+    look_at_max(pass);
+    for (const Run& run : runs) {
+      for (Index first = run.begin; first < run.end; first += Policy::keys_in_step)
+        absorb_step(pass, run, first);
+      if (Base::must_check_values(run) && !Base::values_finite(block, run)) {
+        add_values(pass, run.begin);
+        Base::value_run_past_hidden(block, run, Base::weights_of(run, scratch), pass.state.o);
+        pass.first_waiting = run.end;
+      }
+    }
+    add_values(pass, block.keys);
+    for (Index lane = 0; lane < stride_; lane += w)
+      store(pass.state.sum + lane, load<float>(pass.state.sum + lane) + load<float>(pass.sum + lane));
+  }
+
+ private:
+  using Base::factor_;
+  using Base::head_dim_;
+  using Base::lanes_;
+  using Base::mask_;
+  using Base::packets_;
+  using Base::q_;
+  using Base::score_;
+  using Base::state_;
+  using Base::stride_;
+
+  /// A block on its way into the state.
+  struct Pass {
+    const Block& block;
+    const Runs& runs;
+    const Scratch& scratch;
+    const Accumulator<float>& state;
+
+    Pass(const Block& of_block, const Runs& its_runs, const Scratch& memory, const Accumulator<float>& into)
+        : block(of_block), runs(its_runs), scratch(memory), state(into) {}
+
+    Index first_waiting = 0;                         ///< the values of keys before it are in state.o
+    bool has_huge_max = false;                       ///< products are rounded where a row max is huge
+    bool has_empty_lane = false;                     ///< a lane has seen no key
+    alignas(64) float sum[std::size_t(most_lanes)];  ///< of the weights of this block
+  };
+
+  void look_at_max(Pass& pass) const {
+    pass.has_huge_max = pass.has_empty_lane = false;
+    for (Index lane = 0; lane < stride_; lane += w) {
+      const Packet<float> row_max = load<float>(pass.state.row_max + lane);
+      pass.has_huge_max = pass.has_huge_max || Policy::huge(row_max.raw) != 0;
+      pass.has_empty_lane =
+          pass.has_empty_lane ||
+          _mm512_cmp_ps_mask(row_max.raw, _mm512_set1_ps(empty_max<float>), _CMP_EQ_OQ) != 0;
+    }
+  }
+  /// Scores and weights of the 32 keys from `first` on.
+  void absorb_step(Pass& pass, const Run& run, Index first) {
+    const MatrixView<const typename Policy::Key> k = pass.block.step(first);
+    const Index lane = run.first_packet * w, keys = std::min<Index>(Policy::keys_in_step, run.end - first);
+    float* s = pass.scratch.scores + lane;
+    with_packets(run.packets, [&]<int packets>() {
+      Policy::template score_keys<packets>(k.data, k.row_stride, q_ + lane, head_dim_, s, stride_);
+    });
+    if (changes_score || run.partial != 0 || keys < Policy::keys_in_step)
+      change_scores(pass, run, first, keys);
+    with_packets(run.packets, [&]<int packets>() {
+      if (pass.has_empty_lane) raise_max<packets>(pass, first, lane);
+      alignas(64) float sum[std::size_t(packets * w)];
+      if (make_weights<packets>(pass, first, lane, sum) && raise_max<packets>(pass, first, lane))
+        make_weights<packets>(pass, first, lane, sum);
+      std::copy_n(sum, packets * w, pass.sum + lane);
+    });
+  }
+
+  float score_factor() const { return changes_score ? 1.0f : factor_; }
+
+  /// True where a score has risen too far: the weights do not count then.
+  template <int packets>
+  bool make_weights(const Pass& pass, Index first, Index lane, float* sum) const {
+    const float* s = pass.scratch.scores + lane;
+    const float* row_max = pass.state.row_max + lane;
+    auto* weights = pass.scratch.weights + first / 2 * stride_ + lane;
+    std::copy_n(pass.sum + lane, packets * w, sum);
+    if (pass.has_huge_max)
+      return Policy::template exp_keys<packets, true>(s, score_factor(), row_max, sum, weights, stride_);
+    return Policy::template exp_keys<packets, false>(s, score_factor(), row_max, sum, weights, stride_);
+  }
+
+  /// Changes and masks the scores of `keys` keys, and masks those of the rows after them.
+  void change_scores(const Pass& pass, const Run& run, Index first, Index keys) {
+    const Packet<float> by = broadcast(factor_), masked = broadcast(Policy::masked_score);
+    for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
+      float* s = pass.scratch.scores + c * w;
+      const Index first_key = pass.block.first_key + first;
+      if constexpr (changes_score) {
+        for (Index j = 0; j < keys; ++j) store(s + j * stride_, load<float>(s + j * stride_) * by);
+        if constexpr (StripScore<S, float>) {
+          const ScoreStrip<float> strip{
+              s,         stride_, lanes_.batch, lanes_.head(0), lanes_.position(c * w), lanes_.count - c * w,
+              first_key, keys};
+          change_strip(*score_, strip);
+        }
+      }
+      const bool hides = TileMask<float, M>::may_hide && (run.partial >> c & 1u) != 0;
+      for (Index j = 0; j < keys; ++j) {
+        Packet<float> score = load<float>(s + j * stride_);
+        if constexpr (changes_score) score = Base::change_score(score, c, first_key + j);
+        if constexpr (TileMask<float, M>::may_hide) {
+          if (hides) score = select(mask_.visible(c, first_key + j), score, masked);
+        }
+        store(s + j * stride_, score);
+      }
+      for (Index j = keys; j < Policy::keys_in_step; ++j) store(s + j * stride_, masked);
+    }
+  }
+
+  /// Raises the row max of every lane whose highest score among the 32 keys from `first` on lies more than most_rise above
+  /// it. Which lanes those are depends on nothing in other lanes.
+  template <int packets>
+  bool raise_max(Pass& pass, Index first, Index lane) {
+    const Accumulator<float>& state = pass.state;
+    const float* s = pass.scratch.scores + lane;
+    const __m512 by = _mm512_set1_ps(score_factor()), most = _mm512_set1_ps(Policy::most_rise);
+    Packet<float> raised[std::size_t(packets)], rescale[std::size_t(packets)];
+    bool any = false;
+    for (int c = 0; c < packets; ++c) {
+      Packet<float> highest = load<float>(static_cast<const float*>(s) + c * w);
+      for (Index j = 1; j < Policy::keys_in_step; ++j)
+        highest = lane_max(highest, load<float>(s + j * stride_ + c * w));
+      const Packet<float> before = load<float>(state.row_max + lane + c * w);
+      const __m512 rise = pass.has_huge_max ? Policy::template exponent<true>(highest.raw, by, before.raw)
+                                            : Policy::template exponent<false>(highest.raw, by, before.raw);
+      const __mmask16 risen = _mm512_cmp_ps_mask(rise, most, _CMP_GT_OQ);
+      const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(highest.raw, by), _MM_FROUND_TO_POS_INF | 8);
+      raised[c].raw = _mm512_mask_mov_ps(before.raw, risen, whole);
+      rescale[c] = exp_score(before - raised[c]);
+      rescale[c].raw = _mm512_mask_mov_ps(_mm512_set1_ps(1), risen, rescale[c].raw);
+      any = any || risen != 0;
+    }
+    if (!any) return false;
+    add_values(pass, first);
+    for (int c = 0; c < packets; ++c) {
+      const auto scale = [&](float* x) { store(x, load<float>(static_cast<const float*>(x)) * rescale[c]); };
+      const Index at = lane + c * w;
+      store(state.row_max + at, raised[c]);
+      scale(state.sum + at);
+      scale(pass.sum + at);
+      for (Index column = 0; column < state.columns; ++column) scale(state.o + column * stride_ + at);
+    }
+    look_at_max(pass);
+    return true;
+  }
+
+  /// Adds the values of the keys before `end` that are not in the outputs yet, each to the packets that took part in its
+  /// run.
+  void add_values(Pass& pass, Index end) const {
+    const Block& block = pass.block;
+    for (const Run& run : pass.runs) {
+      const Index from = (std::max)(run.begin, pass.first_waiting), to = (std::min)(run.end, end);
+      if (from >= to) continue;
+      const Index lane = run.first_packet * w;
+      with_packets(run.packets, [&]<int packets>() {
+        Policy::template add_values<packets>(block.v + from / 2 * block.v_stride, block.v_stride,
+                                             pass.scratch.weights + from / 2 * stride_ + lane,
+                                             divide_up(to - from, Policy::keys_in_step), pass.state.o + lane,
+                                             stride_);
+      });
+    }
+    pass.first_waiting = end;
+  }
+};
+
+template <class Unit, Mask M, Score S>
+struct TileOf<AmxArithmetic<Unit>, M, S> {
+  using type = AmxTile<Unit, M, S>;
+};
+
+}  // namespace detail
+LONGSPAN_NAMESPACE_END
+
+#endif
