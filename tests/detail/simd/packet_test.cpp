@@ -192,7 +192,7 @@ TEMPLATE_TEST_CASE("transpose: swaps lane and row", "[simd]", float, double) {
     for (std::size_t lane = 0; lane < w; ++lane) row[lane] = static_cast<TestType>(100 * i + lane);
     rows[i] = packet(row);
   }
-  detail::transpose<TestType>(rows);
+  detail::transpose(rows);
   bool right = true;
   for (std::size_t i = 0; i < w; ++i) {
     const auto y = lanes_of(rows[i]);

@@ -46,7 +46,7 @@ void merge_lanes(const Accumulator<Real>& tile, Index count, Index value_dim,
       LONGSPAN_UNROLL
       for (int i = 0; i < w; ++i)
         square[i] = load<Real>(tile.o + (column + i) * tile.stride + lane) * other_share;
-      transpose<Real>(square);
+      transpose(square);
       for (Index i = 0; i < used; ++i) {
         Real* to = rows.o + row_of(i) * rows.stride + column;
         store(to, fma(load<Real>(to), broadcast(share[i]), square[i]));

@@ -210,7 +210,7 @@ class MemoryRead {
       Packet<Real> square[std::size_t(w)];
       LONGSPAN_UNROLL
       for (int i = 0; i < w; ++i) square[i] = load<Real>(read + (column + i) * stride) * by;
-      transpose<Real>(square);
+      transpose(square);
       const Packet<Real> a = load<Real>(of_memory + column), o = load<Real>(of_other + column),
                          zero = broadcast(Real(0));
       for (Index i = 0; i < count; ++i) {

@@ -48,6 +48,22 @@ Packet<float> load_half(const Eigen::half* from);
 void store_half(Eigen::half* to, Packet<float> x);
 #endif
 
+// Two packets of floats into one of pairs of bfloat16, rounded to nearest, as the bits of a packet of floats: the first
+// of each pair is in the lower half.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(EIGEN_VECTORIZE_AVX512)
+inline constexpr bool converts_pairs = true;
+
+LONGSPAN_INLINE Packet<float> bfloat16_pairs(Packet<float> first, Packet<float> second) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i rounded = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(interleave, rounded))};
+}
+#else
+inline constexpr bool converts_pairs = false;
+Packet<float> bfloat16_pairs(Packet<float> first, Packet<float> second);
+#endif
+
 // Eigen has no packet of as few 8-bit integers as a packet of float has lanes.
 #if defined(EIGEN_VECTORIZE_AVX2)
 inline constexpr bool converts_int8 = true;

@@ -56,7 +56,7 @@ void add_rows(const ScoreStrip<Real>& strip, const RowOf& row_of) {
   for (Index i = 0; i < w; ++i) row[i] = row_of(i);
   Real* s = strip.scores;
   const auto add_square = [&](Packet<Real>(&square)[std::size_t(w)], Index keys) {
-    transpose<Real>(square);
+    transpose(square);
     for (Index j = 0; j < keys; ++j, s += strip.stride)
       store(s, load(static_cast<const Real*>(s)) + square[j]);
   };

@@ -67,7 +67,7 @@ struct AmxArithmetic {
       LONGSPAN_UNROLL
       for (int i = 0; i < 16; ++i)
         square[i].raw = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, row[i] + column));
-      transpose<float>(square);
+      transpose(square);
       LONGSPAN_UNROLL
       for (int i = 0; i < 16; ++i)
         _mm512_storeu_si512(to + (column / 2 + i) * stride, _mm512_castps_si512(square[i].raw));
@@ -275,11 +275,11 @@ struct AmxArithmetic {
       low[i].raw = _mm512_castsi512_ps(_mm512_unpacklo_epi16(even, odd));
       high[i].raw = _mm512_castsi512_ps(_mm512_unpackhi_epi16(even, odd));
     }
-    transpose<float>(low);
+    transpose(low);
     LONGSPAN_UNROLL
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 16 * i, _mm512_castps_si512(low[i].raw));
     if (!both_tiles) return;
-    transpose<float>(high);
+    transpose(high);
     LONGSPAN_UNROLL
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 256 + 16 * i, _mm512_castps_si512(high[i].raw));
   }

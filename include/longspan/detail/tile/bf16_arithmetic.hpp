@@ -57,7 +57,7 @@ struct Bf16Arithmetic {
       Packet<float> square[16];  // holds pairs: only moved, never computed with
       LONGSPAN_UNROLL
       for (int i = 0; i < 16; ++i) square[i].raw = _mm512_castsi512_ps(_mm512_loadu_si512(row[i] + column));
-      transpose<float>(square);
+      transpose(square);
       LONGSPAN_UNROLL
       for (int i = 0; i < 16; ++i) {
         _mm512_storeu_si512(to + (column / 2 + i) * stride, _mm512_castps_si512(square[i].raw));

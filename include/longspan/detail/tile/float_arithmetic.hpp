@@ -48,7 +48,7 @@ struct FloatArithmetic {
       Packet<Real> square[std::size_t(w)];
       LONGSPAN_UNROLL
       for (int i = 0; i < w; ++i) square[i] = load_as<Real>(row[i] + column) * by;
-      transpose<Real>(square);
+      transpose(square);
       LONGSPAN_UNROLL
       for (int i = 0; i < w; ++i) store(to + (column + i) * stride, square[i]);
     }

@@ -63,6 +63,12 @@ class Forward {
     std::byte* memory = workspace.reserve(static_cast<std::size_t>(parts_at) + counting.used());
 
     if (splits_ == 1) {
+      if constexpr (keeps_values) {
+        for (Index worker = 0; worker < workers; ++worker) {
+          Arena arena(memory + worker * worker_bytes);
+          cut_worker(arena).blocks.clear();
+        }
+      }
       executor.for_each(tasks, [&](Index task, Index worker) {
         Arena arena(memory + worker * worker_bytes);
         Worker own = cut_worker(arena);
@@ -81,6 +87,9 @@ class Forward {
   }
 
  private:
+  /// Do the blocks keep values from task to task?
+  static constexpr bool keeps_values = requires(const Blocks& blocks) { blocks.clear(); };
+
   struct Worker {
     TileScratch<Policy> scratch;
     Blocks blocks;
@@ -93,7 +102,13 @@ class Forward {
     Worker worker;
     worker.scratch = TileScratch<Policy>::take(arena, call_.head_dim(), padded_value_dim(),
                                                !std::is_same_v<P, no_position>);
-    worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
+    if constexpr (keeps_values) {
+      // Worth it where several tasks meet the same keys.
+      const Index kept_keys = splits_ == 1 && plan_.tasks_of_head() > 1 ? call_.kv_len() : 0;
+      worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim(), kept_keys);
+    } else {
+      worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
+    }
     for (Index t = 0; t < plan_.tiles_per_task(); ++t) {
       worker.tiles[t] = Queries::take(arena, call_.head_dim(), padded_value_dim(), call_.kv_len());
     }
@@ -144,6 +159,7 @@ class Forward {
     for (Index t = 0; t < tiles; ++t) ranges = united(ranges, worker.tiles[t].ranges());
     ranges = intersection(ranges, KeyRanges(keys));
     const Index kv_head = lanes_of_tile.first_head / call_.group();
+    if constexpr (keeps_values) worker.blocks.enter(lanes_of_tile.batch * call_.k.heads + kv_head);
     constexpr Index keys_in_block = Policy::keys_in_block;
     Index done = 0;  // a block that two ranges overlap is absorbed once
     for (const KeyRange& range : ranges) {

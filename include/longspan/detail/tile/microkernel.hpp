@@ -66,6 +66,28 @@ LONGSPAN_INLINE auto tile_stride(Index stride) {
   }
 }
 
+/// highest[lane] = the maximum of highest[lane] and S[j][lane] over the keys j.
+template <int packets, class Real>
+void highest_rows(const Real* s, Index stride, Index keys, Real* highest) {
+  constexpr int w = lanes<Real>;
+  Packet<Real> even[std::size_t(packets)], odd[std::size_t(packets)];
+  LONGSPAN_UNROLL
+  for (int c = 0; c < packets; ++c) even[c] = odd[c] = load(static_cast<const Real*>(highest) + c * w);
+  Index j = 0;
+  for (; j + 2 <= keys; j += 2, s += 2 * stride) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) {
+      even[c] = lane_max(even[c], load(s + c * w));
+      odd[c] = lane_max(odd[c], load(s + stride + c * w));
+    }
+  }
+  LONGSPAN_UNROLL
+  for (int c = 0; c < packets; ++c) {
+    if (j < keys) even[c] = lane_max(even[c], load(s + c * w));
+    store(highest + c * w, lane_max(even[c], odd[c]));
+  }
+}
+
 /// S[j][lane] = sum_c K[j][c] * Q[c][lane] for `keys` keys j, and highest[lane] = max over them. Rows of Q and S
 /// are `stride` lanes apart.
 ///

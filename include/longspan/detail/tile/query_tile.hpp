@@ -355,6 +355,11 @@ void QueryTile<Policy, M, S>::add_values(const Block& block, std::span<const Run
 // ----------------------------------------------------------------------------------------------------------
 // Outputs
 
+/// Are two outputs converted before lanes and columns are swapped? It halves the shuffles and the stores.
+template <class Real, class To>
+inline constexpr bool writes_pairs =
+    converts_pairs && std::is_same_v<Real, float> && std::is_same_v<To, Eigen::bfloat16>;
+
 template <class Policy, Mask M, Score S>
 template <class To>
 void QueryTile<Policy, M, S>::write(const Accumulator<Real>& state, const QueryLanes& queries,
@@ -372,12 +377,24 @@ void QueryTile<Policy, M, S>::write(const Accumulator<Real>& state, const QueryL
     alignas(64) Real factor[std::size_t(w)];
     store<Real>(factor, by);
     Index column = 0;
+    if constexpr (writes_pairs<Real, To>) {
+      for (; column + 2 * w <= out.cols; column += 2 * w) {
+        Packet<Real> square[std::size_t(w)];
+        LONGSPAN_UNROLL
+        for (int i = 0; i < w; ++i) {
+          const Real* from = state.o + (column + 2 * i) * state.stride + first_lane;
+          square[i] = bfloat16_pairs(load<Real>(from) * by, load<Real>(from + state.stride) * by);
+        }
+        transpose(square);
+        for (Index i = 0; i < used; ++i) store(reinterpret_cast<Real*>(row[i] + column), square[i]);
+      }
+    }
     for (; column + w <= out.cols; column += w) {
       Packet<Real> square[std::size_t(w)];
       LONGSPAN_UNROLL
       for (int i = 0; i < w; ++i)
         square[i] = load<Real>(state.o + (column + i) * state.stride + first_lane) * by;
-      transpose<Real>(square);
+      transpose(square);
       for (Index i = 0; i < used; ++i) store_as(row[i] + column, square[i]);
     }
     for (; column < out.cols; ++column) {

@@ -35,6 +35,7 @@ class TilePlan {
   }
 
   Index tasks() const noexcept { return heads_ * tasks_of_head_; }
+  Index tasks_of_head() const noexcept { return tasks_of_head_; }
   Index tiles_per_task() const noexcept { return per_task_; }
   /// Are there too few tiles to keep all workers busy?
   bool has_few_tiles() const noexcept { return has_few_tiles_; }
