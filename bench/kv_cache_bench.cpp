@@ -38,7 +38,7 @@ class Step {
         cache_(attend.stream<T>({1, heads, kv_heads, head_dim, head_dim}, options)),
         execution_(longspan::openmp{of.threads}) {
     cache_.reserve(of.length + of.rows);
-    cache_.absorb(std::as_const(in_.k).view().slice_rows(0, of.length),
+    cache_.append(std::as_const(in_.k).view().slice_rows(0, of.length),
                   std::as_const(in_.v).view().slice_rows(0, of.length));
   }
 
@@ -107,10 +107,10 @@ void add_all() {
       add<float>("tensors", of, {}, true, 1e-5);
       add<float>("array", of, {}, false, 1e-5);
       for (const Index page : {16, 64, 256})
-        add<float>("page:" + std::to_string(page), of, {.page = page}, false, 1e-5);
-      add<Eigen::bfloat16>("bf16", of, {.page = 256}, false, 0.02);
-      add<Eigen::half>("f16", of, {.page = 256}, false, 0.003);
-      add<std::int8_t>("int8", of, {.page = 256}, false, 0.02);
+        add<float>("page:" + std::to_string(page), of, {.page_size = page}, false, 1e-5);
+      add<Eigen::bfloat16>("bf16", of, {.page_size = 256}, false, 0.02);
+      add<Eigen::half>("f16", of, {.page_size = 256}, false, 0.003);
+      add<std::int8_t>("int8", of, {.page_size = 256}, false, 0.02);
     }
   }
 }

@@ -31,7 +31,7 @@ class Stream {
       : cache_(std::move(cache)), in_(hashed_inputs<float>(heads, kv_heads, 1, tokens_at_once, head_dim)) {
     while (cache_.size() < length) {
       const Index count = std::min(tokens_at_once, length - cache_.size());
-      cache_.absorb(in_.k.view().slice_rows(0, count), in_.v.view().slice_rows(0, count));
+      cache_.append(in_.k.view().slice_rows(0, count), in_.v.view().slice_rows(0, count));
     }
   }
 
@@ -60,7 +60,7 @@ double landmark_bytes(const longspan::landmark_cache<T, P, Map>&) {
 longspan::landmark_cache<float> in_file(longspan::landmark_cache_options options) {
   const auto path = std::filesystem::temp_directory_path() / "longspan_landmark_cache_bench";
   std::filesystem::remove(path);
-  options.file = path.string();
+  options.path = path.string();
   longspan::landmark_cache<float> cache(shape, options);
   std::filesystem::remove(path);
   return cache;
@@ -120,7 +120,7 @@ void add(const std::string& name, const Make& make, const Reference& reference, 
 void add_all() {
   using longspan::landmark_cache;
   const longspan::rotary turned(longspan::Pairing::half_split);
-  const longspan::landmark_cache_options options{.block = 64, .top_k = 4};
+  const longspan::landmark_cache_options options{.block_size = 64, .top_k = 4};
   const longspan::reference::landmark_cache<> plain(shape, options);
   using Stingy = landmark_cache<float, longspan::rotary>;
   using Exact = landmark_cache<float, longspan::rotary, longspan::exact_positions>;

@@ -74,7 +74,7 @@ struct Tensors {
 
   template <class F>
   void call(const F& attend) {
-    if constexpr (longspan::PartialFunctor<F>) {
+    if constexpr (longspan::LseFunctor<F>) {
       attend(q.view(), k.view(), v.view(), out.view(), lse.view(), serial{});
     } else {
       attend(q.view(), k.view(), v.view(), out.view(), serial{});
@@ -266,8 +266,8 @@ TEST_CASE("call sizes: a view that no memory can be is refused by name", "[error
   auto stream = attend.stream<float>({batch, heads, kv_heads, dim, dim});
   TensorView<float> k = x.k.view(), v = x.v.view();
   k.rows = v.rows = -3;
-  CHECK(refusal([&] { stream.absorb(k, v, serial{}); }) ==
-        "longspan: kv_cache::absorb: k is [2, 2, -3, 4], wanted no negative size");
+  CHECK(refusal([&] { stream.append(k, v, serial{}); }) ==
+        "longspan: kv_cache::append: k is [2, 2, -3, 4], wanted no negative size");
   CHECK(
       refusal([] {
         softmax_attention<>{}.stream<float>({Index{1} << 31, Index{1} << 31, 1, 4, 4});

@@ -42,16 +42,16 @@ using longspan::softmax_attention;
 using Branches = std::vector<longspan::Branch>;
 using Beta = longspan::MatrixView<const float>;
 
-static_assert(longspan::PartialFunctor<softmax_attention<>>);
-static_assert(longspan::PartialFunctor<dilated_attention<causal>>);
-static_assert(longspan::PartialFunctor<landmark_attention<>>);
-static_assert(longspan::PartialFunctor<merged<softmax_attention<>, dilated_attention<>>>);
+static_assert(longspan::LseFunctor<softmax_attention<>>);
+static_assert(longspan::LseFunctor<dilated_attention<causal>>);
+static_assert(longspan::LseFunctor<landmark_attention<>>);
+static_assert(longspan::LseFunctor<merged<softmax_attention<>, dilated_attention<>>>);
 static_assert(longspan::AttentionFunctor<longspan::infini_attention<>>);
-static_assert(!longspan::PartialFunctor<longspan::infini_attention<>>);
+static_assert(!longspan::LseFunctor<longspan::infini_attention<>>);
 static_assert(longspan::AttentionFunctor<gated<softmax_attention<>, softmax_attention<>>>);
-static_assert(!longspan::PartialFunctor<gated<softmax_attention<>, softmax_attention<>>>);
-static_assert(longspan::PartialFunctor<per_head<softmax_attention<>, dilated_attention<>>>);
-static_assert(!longspan::PartialFunctor<per_head<softmax_attention<>, longspan::infini_attention<>>>);
+static_assert(!longspan::LseFunctor<gated<softmax_attention<>, softmax_attention<>>>);
+static_assert(longspan::LseFunctor<per_head<softmax_attention<>, dilated_attention<>>>);
+static_assert(!longspan::LseFunctor<per_head<softmax_attention<>, longspan::infini_attention<>>>);
 static_assert(longspan::AttentionFunctor<per_head<softmax_attention<>, longspan::infini_attention<>>>);
 // Parts without a default make a composition without one, which clang refused to name.
 static_assert(!std::is_default_constructible_v<per_head<softmax_attention<>, dilated_attention<>>>);

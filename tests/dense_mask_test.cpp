@@ -17,11 +17,11 @@ using longspan::CallSizes;
 using longspan::causal;
 using longspan::classify;
 using longspan::compact_view;
+using longspan::Coverage;
 using longspan::dense_mask;
 using longspan::Index;
 using longspan::key_ranges;
 using longspan::KeyRange;
-using longspan::Seen;
 using longspan::sees;
 using longspan::sinks;
 using longspan::TensorView;
@@ -117,7 +117,9 @@ bool answers_truly(const M& mask, const Tile& tile, const Shown& shown, std::uin
     }
   }
   const Index pairs = tile.heads * tile.queries * tile.keys;
-  return classify(mask, tile) == (seen == 0 ? Seen::none : seen == pairs ? Seen::all : Seen::some);
+  return classify(mask, tile) == (seen == 0       ? Coverage::none
+                                  : seen == pairs ? Coverage::all
+                                                  : Coverage::some);
 }
 
 template <class Word>

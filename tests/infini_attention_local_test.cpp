@@ -23,8 +23,8 @@ using namespace test;
 using Eigen::bfloat16;
 using longspan::causal;
 using longspan::dilated_attention;
+using longspan::EmptyMemory;
 using longspan::infini_attention;
-using longspan::InfiniFirst;
 using longspan::InfiniRule;
 using longspan::landmark_attention;
 using longspan::landmarks;
@@ -121,7 +121,7 @@ TEST_CASE("infini_attention: dilated and landmark attention within segments, one
     for_each_local([&](const auto& local) {
       auto attend = options(local, random.pick(std::vector<Index>{1, 5, 16, 48, 50, 64, 1000}),
                             random.chance(0.5) ? InfiniRule::linear : InfiniRule::delta);
-      attend.first = random.chance(0.7) ? InfiniFirst::gate : InfiniFirst::bypass;
+      attend.empty_memory = random.chance(0.7) ? EmptyMemory::gate : EmptyMemory::bypass;
       attend.beta = {beta.data(), shape.heads, 1, 1};
       INFO(shape.text() << " segment=" << attend.segment << " rule=" << int(attend.rule));
       const Tensor<double> wanted = oracle(attend, call);
@@ -169,7 +169,7 @@ TEST_CASE("infini_attention: with a closed gate it is the local functor in each 
 
     // One segment and nothing known.
     attend = options(local, 130);
-    attend.first = InfiniFirst::bypass;
+    attend.empty_memory = EmptyMemory::bypass;
     run(attend, call);
     run(local, alone);
     CHECK(call.out == alone.out);
@@ -184,7 +184,7 @@ TEST_CASE("infini_memory: the memory does not depend on local attention", "[laws
   Call<float> call({1, 2, 1, 100, 100, 16, 8}, Values::normal, random);
   for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
     auto exact = options(longspan::softmax_attention{causal{}}, 24, rule).stream({1, 2, 1, 16, 8});
-    exact.absorb(0, call.k.view(), call.v.view());
+    exact.append(0, call.k.view(), call.v.view());
     for_each_local([&](const auto& local) {
       auto stream = options(local, 24, rule).stream({1, 2, 1, 16, 8});
       extend(stream, call, 0, 100);
@@ -262,7 +262,8 @@ TEST_CASE("infini_attention: what local attention refuses is refused before anyt
         "longspan: landmark_attention: a landmark of batch row 0 is 15, wanted rising keys from 0 to 7");
 
   CHECK(refusal([&] { options(landmark_attention{landmarks::at(keys)}, 16).stream(stream_shape(shape)); }) ==
-        "longspan: infini_memory: at of the local attention is a list of landmarks, wanted every: an open "
+        "longspan: infini_memory: landmarks of the local attention is a list of landmarks, wanted every: an "
+        "open "
         "segment ends before some of the list");
 
   const std::vector<float> factors(1);

@@ -16,8 +16,8 @@ namespace {
 using namespace test;
 using Eigen::bfloat16;
 using longspan::causal;
+using longspan::EmptyMemory;
 using longspan::infini_attention;
-using longspan::InfiniFirst;
 using longspan::InfiniRule;
 using longspan::Pairing;
 using longspan::rotary;
@@ -53,11 +53,11 @@ TEMPLATE_TEST_CASE("infini_attention: as its definition, any sizes", "[gauge][in
     const std::vector<float> beta = draw_beta(random, shape, attend);
     attend.segment = random.pick(std::vector<Index>{1, 2, 5, 16, 48, 64, 100, 1000});
     attend.rule = random.chance(0.5) ? InfiniRule::linear : InfiniRule::delta;
-    attend.first = random.chance(0.7) ? InfiniFirst::gate : InfiniFirst::bypass;
+    attend.empty_memory = random.chance(0.7) ? EmptyMemory::gate : EmptyMemory::bypass;
     Call<TestType> call(shape, Values::normal, random);
     run(attend, call);
     INFO(shape.text() << " segment=" << attend.segment << " rule=" << int(attend.rule)
-                      << " first=" << int(attend.first));
+                      << " empty_memory=" << int(attend.empty_memory));
     // The delta rule takes differences, which average nothing.
     const double allowed = attend.rule == InfiniRule::linear ? most_u : 40 * most_u;
     CHECK(worst_in_u<TestType>(call.out, infini_oracle(attend, call), call.v) <= allowed);
@@ -103,7 +103,7 @@ TEST_CASE("infini_attention: one segment with bypass is local attention", "[laws
   Call<float> call(Shape{2, 2, 2, 50, 50, 24, 24}, Values::normal, random), local = call;
   infini_attention attend;
   attend.segment = 50;
-  attend.first = InfiniFirst::bypass;
+  attend.empty_memory = EmptyMemory::bypass;
   run(attend, call);
   run(softmax_attention{causal{}}, local);
   CHECK(call.out == local.out);
@@ -135,7 +135,7 @@ TEST_CASE("infini_attention: one constant value comes back from a linear memory"
   std::fill(call.v.values.begin(), call.v.values.end(), 3.0f);
   infini_attention attend;
   attend.segment = 20;
-  attend.first = InfiniFirst::bypass;
+  attend.empty_memory = EmptyMemory::bypass;
   run(attend, call);
   for (const float x : call.out.values) CHECK(std::abs(x - 3) <= 3e-5f);
 }

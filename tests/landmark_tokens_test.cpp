@@ -26,9 +26,9 @@ Tokens first_tokens(Index count) {
 
 }  // namespace
 
-TEST_CASE("landmark_tokens: behind every complete block", "[landmark_tokens]") {
+TEST_CASE("landmark_tokens: after every complete block", "[landmark_tokens]") {
   const auto inserted = [](Index count, LastLandmark last) {
-    return with_landmarks(span_of(first_tokens(count)), 3, mark, last);
+    return with_landmarks(span_of(first_tokens(count)), 4, mark, last);
   };
   CHECK(inserted(7, LastLandmark::stands) == Tokens{1, 2, 3, mark, 4, 5, 6, mark, 7});
   CHECK(inserted(6, LastLandmark::stands) == Tokens{1, 2, 3, mark, 4, 5, 6, mark});
@@ -36,21 +36,20 @@ TEST_CASE("landmark_tokens: behind every complete block", "[landmark_tokens]") {
   CHECK(inserted(7, LastLandmark::omitted) == inserted(7, LastLandmark::stands));
   CHECK(inserted(2, LastLandmark::stands) == Tokens{1, 2});
   CHECK(inserted(0, LastLandmark::stands).empty());
-  CHECK(with_landmarks(span_of({1, 2}), 1, mark) == Tokens{1, mark, 2, mark});
+  CHECK(with_landmarks(span_of({1, 2}), 2, mark) == Tokens{1, mark, 2, mark});
 }
 
 TEST_CASE("landmark_tokens: what was put in is found and taken out again", "[landmark_tokens][law]") {
   test::for_each_case(50, [](test::Random& random) {
     const Tokens tokens = first_tokens(random.between(0, 60));
-    const Index block = random.between(1, 12);
+    const Index block = random.between(2, 13);
     const auto last = random.chance(0.5) ? LastLandmark::stands : LastLandmark::omitted;
     const Tokens inserted = with_landmarks(span_of(tokens), block, mark, last);
     CHECK(without_landmarks(span_of(inserted), mark) == tokens);
     const std::vector<unsigned char> mask = landmark_mask(span_of(inserted), mark);
     const std::vector<Index> keys = landmark_keys(span_of(inserted), mark);
     CHECK(landmark_keys(std::span<const unsigned char>(mask)) == keys);
-    for (std::size_t m = 0; m < keys.size(); ++m)
-      CHECK(keys[m] == (block + 1) * (static_cast<Index>(m) + 1) - 1);
+    for (std::size_t m = 0; m < keys.size(); ++m) CHECK(keys[m] == block * (static_cast<Index>(m) + 1) - 1);
 
     // Every token predicts the next one, by either rule, at the row that is left of it.
     for (const auto loss : {LandmarkLoss::skips, LandmarkLoss::includes}) {
@@ -112,5 +111,6 @@ TEST_CASE("landmark_tokens: the chunks of a context of 512 and of 2048", "[landm
   CHECK(refusal([] { landmark_chunk_length(512, 51, std::numeric_limits<Index>::max()); }) != "");
   CHECK(refusal([] { landmark_chunk_length(512, 51, -1); }) ==
         "longspan: landmark_chunk_length: top_k is -1, wanted at least 0");
-  CHECK(refusal([] { with_landmarks(span_of({1}), 0, mark); }).find("a block is 0") != std::string::npos);
+  CHECK(refusal([] { with_landmarks(span_of({1}), 1, mark); }).find("block_size is 1, wanted at least 2") !=
+        std::string::npos);
 }

@@ -17,6 +17,7 @@
 using longspan::CallSizes;
 using longspan::causal;
 using longspan::classify;
+using longspan::Coverage;
 using longspan::documents;
 using longspan::everything;
 using longspan::Index;
@@ -24,7 +25,6 @@ using longspan::key_ranges;
 using longspan::KeyRange;
 using longspan::KeyRanges;
 using longspan::padding;
-using longspan::Seen;
 using longspan::sees;
 using longspan::segments;
 using longspan::sinks;
@@ -81,14 +81,14 @@ std::string fault(const MaskCase& mask, const Tile& tile) {
     }
   });
   const Index pairs = tile.heads * tile.queries * tile.keys;
-  const Seen answer = classify(mask.mask, tile);
-  const char* wrong = !same                                                 ? "sees"
-                      : !in_ranges                                          ? "key_ranges"
-                      : answer == Seen::none && seen != 0                   ? "none"
-                      : answer == Seen::all && seen != pairs                ? "all"
-                      : mask.exact && answer == Seen::some && seen == 0     ? "some for none"
-                      : mask.exact && answer == Seen::some && seen == pairs ? "some for all"
-                                                                            : nullptr;
+  const Coverage answer = classify(mask.mask, tile);
+  const char* wrong = !same                                                     ? "sees"
+                      : !in_ranges                                              ? "key_ranges"
+                      : answer == Coverage::none && seen != 0                   ? "none"
+                      : answer == Coverage::all && seen != pairs                ? "all"
+                      : mask.exact && answer == Coverage::some && seen == 0     ? "some for none"
+                      : mask.exact && answer == Coverage::some && seen == pairs ? "some for all"
+                                                                                : nullptr;
   return wrong == nullptr ? std::string() : mask.text + ": " + wrong + " is wrong at " + text_of(tile);
 }
 
@@ -321,41 +321,41 @@ TEST_CASE("mask: `& | !` nest", "[mask]") {
 
 TEST_CASE("mask: three-valued algebra", "[mask]") {
   struct Says {
-    Seen seen;
-    constexpr bool sees(Index, Index) const { return seen != Seen::none; }
-    constexpr Seen classify(const Tile&) const { return seen; }
+    Coverage coverage;
+    constexpr bool sees(Index, Index) const { return coverage != Coverage::none; }
+    constexpr Coverage classify(const Tile&) const { return coverage; }
   };
-  constexpr Says none{Seen::none}, some{Seen::some}, all{Seen::all};
+  constexpr Says none{Coverage::none}, some{Coverage::some}, all{Coverage::all};
   constexpr Tile tile{0, 0, 1, 0, 2, 0, 2};
   const Says values[] = {none, some, all};
   for (const Says a : values) {
-    CHECK(classify(!a, tile) == (a.seen == Seen::all    ? Seen::none
-                                 : a.seen == Seen::none ? Seen::all
-                                                        : Seen::some));
+    CHECK(classify(!a, tile) == (a.coverage == Coverage::all    ? Coverage::none
+                                 : a.coverage == Coverage::none ? Coverage::all
+                                                                : Coverage::some));
     for (const Says b : values) {
-      const bool one_none = a.seen == Seen::none || b.seen == Seen::none;
-      const bool one_all = a.seen == Seen::all || b.seen == Seen::all;
-      const bool both_none = a.seen == Seen::none && b.seen == Seen::none;
-      const bool both_all = a.seen == Seen::all && b.seen == Seen::all;
-      CHECK(classify(a & b, tile) == (one_none ? Seen::none : both_all ? Seen::all : Seen::some));
-      CHECK(classify(a | b, tile) == (one_all ? Seen::all : both_none ? Seen::none : Seen::some));
+      const bool one_none = a.coverage == Coverage::none || b.coverage == Coverage::none;
+      const bool one_all = a.coverage == Coverage::all || b.coverage == Coverage::all;
+      const bool both_none = a.coverage == Coverage::none && b.coverage == Coverage::none;
+      const bool both_all = a.coverage == Coverage::all && b.coverage == Coverage::all;
+      CHECK(classify(a & b, tile) == (one_none ? Coverage::none : both_all ? Coverage::all : Coverage::some));
+      CHECK(classify(a | b, tile) == (one_all ? Coverage::all : both_none ? Coverage::none : Coverage::some));
     }
   }
-  STATIC_REQUIRE(classify(none & some, tile) == Seen::none);
-  STATIC_REQUIRE(classify(all | some, tile) == Seen::all);
+  STATIC_REQUIRE(classify(none & some, tile) == Coverage::none);
+  STATIC_REQUIRE(classify(all | some, tile) == Coverage::all);
 }
 
 TEST_CASE("mask: the parts that a user leaves out are answered safely", "[mask]") {
   constexpr Tile tile{0, 0, 1, 0, 2, 0, 2};
-  STATIC_REQUIRE(classify(test::every_third{}, tile) == Seen::some);
+  STATIC_REQUIRE(classify(test::every_third{}, tile) == Coverage::some);
   STATIC_REQUIRE(*key_ranges(test::every_third{}, tile).begin() == KeyRange::everything());
-  STATIC_REQUIRE(classify(test::head_stripes{}, tile) == Seen::some);
+  STATIC_REQUIRE(classify(test::head_stripes{}, tile) == Coverage::some);
   STATIC_REQUIRE(*key_ranges(test::head_stripes{}, tile).begin() == KeyRange::everything());
   STATIC_REQUIRE(sees(test::head_stripes{}, 1, 2, 0, 2) == true);
   STATIC_REQUIRE(sees(test::head_stripes{}, 1, 2, 0, 1) == false);
-  STATIC_REQUIRE(classify(test::up_to_twice{}, {0, 0, 1, 2, 2, 0, 5}) == Seen::all);
-  STATIC_REQUIRE(classify(test::up_to_twice{}, {0, 0, 1, 2, 2, 7, 5}) == Seen::none);
-  STATIC_REQUIRE(classify(test::up_to_twice{}, {0, 0, 1, 2, 2, 6, 5}) == Seen::some);
+  STATIC_REQUIRE(classify(test::up_to_twice{}, {0, 0, 1, 2, 2, 0, 5}) == Coverage::all);
+  STATIC_REQUIRE(classify(test::up_to_twice{}, {0, 0, 1, 2, 2, 7, 5}) == Coverage::none);
+  STATIC_REQUIRE(classify(test::up_to_twice{}, {0, 0, 1, 2, 2, 6, 5}) == Coverage::some);
   STATIC_REQUIRE(*key_ranges(test::up_to_twice{}, {0, 0, 1, 2, 2, 0, 0}).begin() == KeyRange{0, 7});
   for (const MaskCase& mask : test::user_masks()) {
     test::for_each_case(300, [&](test::Random& random) { CHECK(fault(mask, random_tile(random)) == ""); });
@@ -403,9 +403,9 @@ TEST_CASE("mask: many ranges at once lose no key", "[mask]") {
 TEST_CASE("mask: positions far from 0", "[mask]") {
   constexpr Index far = Index{1} << 45;
   const Tile tile{0, 0, 1, far, 4, far - 8, 12};
-  CHECK(classify(causal{}, tile) == Seen::some);
-  CHECK(classify(causal{}, {0, 0, 1, far, 4, 0, 1000}) == Seen::all);
-  CHECK(classify(window{.left = 4095}, {0, 0, 1, far, 4, 0, 1000}) == Seen::none);
+  CHECK(classify(causal{}, tile) == Coverage::some);
+  CHECK(classify(causal{}, {0, 0, 1, far, 4, 0, 1000}) == Coverage::all);
+  CHECK(classify(window{.left = 4095}, {0, 0, 1, far, 4, 0, 1000}) == Coverage::none);
   CHECK(sees(segments{1000}, 0, 0, far, far / 1000 * 1000));
   CHECK_FALSE(sees(segments{1000}, 0, 0, far, far / 1000 * 1000 - 1));
 }
@@ -415,13 +415,13 @@ TEST_CASE("mask: a constant expression", "[mask]") {
   STATIC_REQUIRE(sees(mask, 0, 0, 9, 1));
   STATIC_REQUIRE(sees(mask, 0, 0, 9, 6));
   STATIC_REQUIRE_FALSE(sees(mask, 0, 0, 9, 5));
-  STATIC_REQUIRE(classify(mask, {0, 0, 1, 9, 1, 6, 4}) == Seen::all);
-  STATIC_REQUIRE(classify(mask, {0, 0, 1, 9, 1, 2, 4}) == Seen::none);
-  STATIC_REQUIRE(classify(!mask, {0, 0, 1, 9, 1, 2, 4}) == Seen::all);
+  STATIC_REQUIRE(classify(mask, {0, 0, 1, 9, 1, 6, 4}) == Coverage::all);
+  STATIC_REQUIRE(classify(mask, {0, 0, 1, 9, 1, 2, 4}) == Coverage::none);
+  STATIC_REQUIRE(classify(!mask, {0, 0, 1, 9, 1, 2, 4}) == Coverage::all);
   STATIC_REQUIRE(key_ranges(mask, {0, 0, 1, 9, 1, 0, 0}).size() == 2);
-  STATIC_REQUIRE(classify(documents{test::few_starts}, {0, 0, 1, 6, 3, 5, 1}) == Seen::none);
-  STATIC_REQUIRE(classify(padding{test::padding_lengths}, {2, 0, 1, 0, 3, 0, 13}) == Seen::all);
-  STATIC_REQUIRE(classify(segments{8}, {0, 0, 1, 8, 8, 8, 8}) == Seen::all);
+  STATIC_REQUIRE(classify(documents{test::few_starts}, {0, 0, 1, 6, 3, 5, 1}) == Coverage::none);
+  STATIC_REQUIRE(classify(padding{test::padding_lengths}, {2, 0, 1, 0, 3, 0, 13}) == Coverage::all);
+  STATIC_REQUIRE(classify(segments{8}, {0, 0, 1, 8, 8, 8, 8}) == Coverage::all);
 }
 
 TEST_CASE("Mask, RangeMask: who is one", "[mask]") {

@@ -34,10 +34,10 @@ template <class Stream, class Execution>
 void take_in(Stream& stream, const Inputs<float>& in, Index prompt, longspan::TensorView<float> out,
              Execution& execution) {
   const auto k = in.k.view().slice_rows(0, prompt), v = in.v.view().slice_rows(0, prompt);
-  if constexpr (requires { stream.absorb(k, v, execution); }) {
-    stream.absorb(k, v, execution);
-  } else if constexpr (requires { stream.absorb(Index{}, k, v, execution); }) {
-    for (Index b = 0; b < k.batch; ++b) stream.absorb(b, batch_row(k, b), batch_row(v, b), execution);
+  if constexpr (requires { stream.append(k, v, execution); }) {
+    stream.append(k, v, execution);
+  } else if constexpr (requires { stream.append(Index{}, k, v, execution); }) {
+    for (Index b = 0; b < k.batch; ++b) stream.append(b, batch_row(k, b), batch_row(v, b), execution);
   } else {
     constexpr Index chunk = 4096;
     for (Index first = 0, count = 0; first < prompt; first += count) {

@@ -7,10 +7,10 @@ namespace bench {
 namespace {
 
 constexpr RetrievalStream rows_of{
-    .block = 64, .top_k = 4, .window_blocks = 8, .capacity = 256, .evicted_at_once = 32};
+    .block_size = 64, .top_k = 4, .window_blocks = 8, .capacity = 256, .evicted_at_once = 32};
 
 longspan::hybrid_stream<float> stream_for(const Inputs<float>& in) {
-  return longspan::hybrid_stream<float>(stream_shape(in), {.block = rows_of.block,
+  return longspan::hybrid_stream<float>(stream_shape(in), {.block_size = rows_of.block_size,
                                                            .top_k = rows_of.top_k,
                                                            .window_blocks = rows_of.window_blocks,
                                                            .capacity = rows_of.capacity,
@@ -23,16 +23,17 @@ double useful_flop(const Shape& s) {
              kv_heads = static_cast<double>(s.batch * s.kv_heads);
   const auto d = static_cast<double>(s.head_dim), dv = static_cast<double>(s.value_dim);
   double flop = 0;
-  for (Index first = 0; first < s.length; first += rows_of.block) {
-    const auto tokens = static_cast<double>(std::min(rows_of.block, s.length - first));
+  for (Index first = 0; first < s.length; first += rows_of.block_size) {
+    const auto tokens = static_cast<double>(std::min(rows_of.block_size, s.length - first));
     const Index evicted = rows_of.evicted(first), candidates = rows_of.outside(first) - evicted;
-    const Index exact = first - rows_of.outside(first) * rows_of.block;
-    const auto keys =
-        static_cast<double>(std::min(candidates, rows_of.top_k) * rows_of.block + exact) + (tokens + 1) / 2;
+    const Index exact = first - rows_of.outside(first) * rows_of.block_size;
+    const auto keys = static_cast<double>(std::min(candidates, rows_of.top_k) * rows_of.block_size + exact) +
+                      (tokens + 1) / 2;
     flop += 2 * heads * tokens * (keys * (d + dv) + static_cast<double>(candidates) * d);
     if (evicted > 0) flop += 2 * heads * tokens * d * dv;
   }
-  return flop + 2 * kv_heads * static_cast<double>(rows_of.evicted(s.length) * (rows_of.block - 1)) * d * dv;
+  return flop +
+         2 * kv_heads * static_cast<double>(rows_of.evicted(s.length) * (rows_of.block_size - 1)) * d * dv;
 }
 
 }  // namespace
@@ -46,7 +47,7 @@ Contender hybrid(Index threads) {
   contender.exact = false;
   contender.flop = useful_flop;
   contender.state_bytes = [](const Shape& s) {
-    const Index kept = s.length - rows_of.evicted(s.length) * rows_of.block;
+    const Index kept = s.length - rows_of.evicted(s.length) * rows_of.block_size;
     return 4.0 * static_cast<double>(s.batch * s.kv_heads *
                                      (kept * (s.head_dim + s.value_dim) + s.head_dim * (s.value_dim + 1)));
   };

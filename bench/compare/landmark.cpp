@@ -30,11 +30,11 @@ Contender landmark(Index threads) {
   };
   contender.stream = "landmark_cache";
   contender.decode = [execution](const Inputs<float>& in, Index prompt, longspan::TensorView<float> out) {
-    longspan::landmark_cache<float> cache(stream_shape(in), {.block = block, .top_k = 4});
+    longspan::landmark_cache<float> cache(stream_shape(in), {.block_size = block, .top_k = 4});
     return decoder_behind(std::move(cache), in, prompt, out, execution);
   };
   contender.decode_oracle = [threads](const Inputs<float>& in, std::span<const RowId> rows) {
-    return exact_retrieval_rows(in, {.block = block, .top_k = 4}, rows, threads);
+    return exact_retrieval_rows(in, {.block_size = block, .top_k = 4}, rows, threads);
   };
   return contender;
 }

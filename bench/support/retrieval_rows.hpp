@@ -15,17 +15,17 @@
 
 namespace bench {
 
-/// Every block-th token is a landmark. The last window_blocks full blocks are exact; of those before, the
+/// Every block_size-th token is a landmark. The last window_blocks full blocks are exact; of those before, the
 /// oldest leave `evicted_at_once` together, when there are so many above the capacity.
 struct RetrievalStream {
-  Index block = 64;
+  Index block_size = 64;
   Index top_k = 4;
   Index window_blocks = 0;
   Index capacity = std::numeric_limits<Index>::max() / 2;
   Index evicted_at_once = 1;
 
   /// Blocks outside the window when token i comes; those that have left are among them.
-  Index outside(Index i) const { return std::max<Index>(0, i / block - window_blocks); }
+  Index outside(Index i) const { return std::max<Index>(0, i / block_size - window_blocks); }
   Index evicted(Index i) const {
     return outside(i) < capacity + evicted_at_once
                ? 0
@@ -43,10 +43,10 @@ class RetrievalOracle {
     std::vector<Index> tokens;
     bool decided = true;
     for (const Index n : retrieved(id, decided)) {
-      for (Index j = n * stream_.block; j < (n + 1) * stream_.block; ++j) tokens.push_back(j);
+      for (Index j = n * stream_.block_size; j < (n + 1) * stream_.block_size; ++j) tokens.push_back(j);
     }
-    const auto blocks = static_cast<Index>(tokens.size()) / stream_.block;
-    for (Index j = stream_.outside(id.i) * stream_.block; j <= id.i; ++j) tokens.push_back(j);
+    const auto blocks = static_cast<Index>(tokens.size()) / stream_.block_size;
+    for (Index j = stream_.outside(id.i) * stream_.block_size; j <= id.i; ++j) tokens.push_back(j);
     const auto v = in_.v.view();
     const Index kv_head = this->kv_head(id);
     row.out = attended(id, tokens, blocks, v.cols,
@@ -76,7 +76,7 @@ class RetrievalOracle {
   }
   double magnitude(RowId id, Index j) const { return product(id, j, true); }
   double of_landmark(RowId id, Index j) const {
-    const Index landmark = (j / stream_.block + 1) * stream_.block - 1;
+    const Index landmark = (j / stream_.block_size + 1) * stream_.block_size - 1;
     return landmark <= id.i ? magnitude(id, landmark) : 0;
   }
 
@@ -84,7 +84,8 @@ class RetrievalOracle {
   std::vector<Index> retrieved(RowId id, bool& decided) const {
     const Index first = stream_.evicted(id.i), end = stream_.outside(id.i);
     std::vector<double> scores;
-    for (Index n = first; n < end; ++n) scores.push_back(product(id, (n + 1) * stream_.block - 1, false));
+    for (Index n = first; n < end; ++n)
+      scores.push_back(product(id, (n + 1) * stream_.block_size - 1, false));
     std::vector<Index> order(scores.size());
     std::iota(order.begin(), order.end(), Index{0});
     const auto score = [&](Index n) { return scores[static_cast<std::size_t>(n)]; };
@@ -110,9 +111,9 @@ class RetrievalOracle {
       for (Index c = 0; c < cols; ++c) values.push_back(value(j, c));
     }
     longspan::reference::landmark_cache<> stream({1, 1, 1, in_.head_dim(), cols},
-                                                 {.block = stream_.block,
+                                                 {.block_size = stream_.block_size,
                                                   .top_k = std::max<Index>(1, blocks),
-                                                  .local_blocks = stream_.window_blocks,
+                                                  .window_blocks = stream_.window_blocks,
                                                   .exact_window = stream_.window_blocks > 0});
     const std::vector<double> query(in_.q.view().row(id.b, id.h, id.i),
                                     in_.q.view().row(id.b, id.h, id.i) + in_.head_dim());
@@ -159,9 +160,9 @@ inline std::vector<ExactRow> exact_hybrid_rows(const Inputs<float>& in, const Re
     ExactMemory memory(k.cols, v.cols);
     Index added = 0;
     for (ExactRow* row : mine) {
-      const Index evicted = stream.evicted(row->id.i) * stream.block;
+      const Index evicted = stream.evicted(row->id.i) * stream.block_size;
       for (; added < evicted; ++added) {
-        if (added % stream.block < stream.block - 1)
+        if (added % stream.block_size < stream.block_size - 1)
           memory.add(k.row(b, kv_head, added), v.row(b, kv_head, added), v.cols);
       }
       if (evicted > 0) memory.blend(q.row(b, row->id.h, row->id.i), *row);

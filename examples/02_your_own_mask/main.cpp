@@ -15,7 +15,7 @@
 #include <unsupported/Eigen/CXX11/Tensor>
 #include <vector>
 
-using longspan::Index, longspan::KeyRange, longspan::KeyRanges, longspan::Seen, longspan::Tile;
+using longspan::Index, longspan::KeyRange, longspan::KeyRanges, longspan::Coverage, longspan::Tile;
 using Tensor = Eigen::Tensor<float, 4, Eigen::RowMajor>;
 
 struct nearby_and_headings {
@@ -36,13 +36,13 @@ struct skipping : nearby_and_headings {
     return ranges;
   }
   /// `none` and `all` must be true; `some` leaves it to `sees`.
-  Seen classify(const Tile& tile) const {
+  Coverage classify(const Tile& tile) const {
     const KeyRange keys = tile.key_range(), near_all{tile.last_query() - width + 1, tile.first_query + width};
-    if (near_all.contains(keys)) return Seen::all;
+    if (near_all.contains(keys)) return Coverage::all;
     for (const KeyRange& range : key_ranges(tile)) {
-      if (range.overlaps(keys)) return Seen::some;
+      if (range.overlaps(keys)) return Coverage::some;
     }
-    return Seen::none;
+    return Coverage::none;
   }
 };
 

@@ -73,13 +73,13 @@ int main(int count, char** words) {
                                          .kv_heads = model::kv_heads,
                                          .head_dim = model::head_dim,
                                          .value_dim = model::head_dim},
-                                        {.block = model::block, .top_k = 4});
+                                        {.block_size = model::block, .top_k = 4});
 
   // The text. A model would ask its queries here as well: cache.extend(q, k, v, out).
   for (Index first = 0; first < length; first += model::chunk) {
     const Index tokens = std::min(model::chunk, length - first);
     const auto k = text.keys(first, tokens), v = text.values(first, tokens);
-    cache.absorb(longspan::compact_view(k.data(), 1, model::kv_heads, tokens, model::head_dim),
+    cache.append(longspan::compact_view(k.data(), 1, model::kv_heads, tokens, model::head_dim),
                  longspan::compact_view(v.data(), 1, model::kv_heads, tokens, model::head_dim));
   }
   std::printf("%td tokens in %td blocks, %.0f MB\n", cache.size(), cache.blocks(),

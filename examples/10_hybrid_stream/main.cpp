@@ -78,7 +78,7 @@ int main(int count, char** words) {
   // 512 tokens exact, 16384 that can be retrieved; all before goes to the memory.
   longspan::hybrid_stream<float> stream(
       {.head_dim = model::head_dim, .value_dim = model::head_dim},
-      {.block = model::block, .top_k = 4, .window_blocks = 8, .capacity = 256});
+      {.block_size = model::block, .top_k = 4, .window_blocks = 8, .capacity = 256});
   Text text(length);
   longspan::Execution execution;
   std::vector<float> k(model::chunk * model::head_dim), v(model::chunk * model::head_dim),

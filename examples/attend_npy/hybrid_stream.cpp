@@ -34,15 +34,15 @@ void run(const Arguments& arguments) {
   if (!arguments.lse.empty()) throw Error("hybrid_stream has no lse: its output is no softmax over all keys");
   HybridStream stream;
   longspan::hybrid_options& options = stream.options;
-  options.block = keys.positive_integer("block").value_or(options.block);
+  options.block_size = keys.positive_integer("block").value_or(options.block_size);
   options.top_k = keys.integer_from_0("top_k").value_or(options.top_k);
   options.window_blocks = keys.integer_from_0("window_blocks").value_or(options.window_blocks);
   options.capacity = keys.integer_from_0("capacity").value_or(options.capacity);
   options.evicted_at_once = keys.positive_integer("evicted_at_once").value_or(options.evicted_at_once);
   options.rule = keys.choice("rule", "linear", "delta") == 0 ? longspan::InfiniRule::linear
                                                              : longspan::InfiniRule::delta;
-  options.first = keys.choice("first", "bypass", "gate") == 0 ? longspan::InfiniFirst::bypass
-                                                              : longspan::InfiniFirst::gate;
+  options.empty_memory = keys.choice("first", "bypass", "gate") == 0 ? longspan::EmptyMemory::bypass
+                                                                     : longspan::EmptyMemory::gate;
   stream.chunks = keys.positive_integers("chunks");
   const Gates gates = read_gates(arguments);
   options.beta = gates.view();

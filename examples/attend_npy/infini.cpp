@@ -54,8 +54,8 @@ void run(const Arguments& arguments) {
   stream.attend.segment = *segment;
   stream.attend.rule = keys.choice("rule", "linear", "delta") == 0 ? longspan::InfiniRule::linear
                                                                    : longspan::InfiniRule::delta;
-  stream.attend.first = keys.choice("first", "gate", "bypass") == 0 ? longspan::InfiniFirst::gate
-                                                                    : longspan::InfiniFirst::bypass;
+  stream.attend.empty_memory = keys.choice("first", "gate", "bypass") == 0 ? longspan::EmptyMemory::gate
+                                                                           : longspan::EmptyMemory::bypass;
   if (const auto scale = keys.nonzero("scale")) stream.attend.local.scale = *scale;
   stream.chunks = keys.positive_integers("chunks");
   stream.flush = keys.flag("flush");

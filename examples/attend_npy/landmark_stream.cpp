@@ -69,7 +69,7 @@ longspan::landmark_cache_options options_of(const Keys& keys) {
   longspan::landmark_cache_options options;
   const auto block = keys.positive_integer("block");
   if (!block) throw Error("the key block is missing");
-  options.block = *block;
+  options.block_size = *block;
   options.top_k = keys.positive_integer("top_k").value_or(options.top_k);
   options.capacity = keys.positive_integer("capacity").value_or(0);
   options.scale = keys.nonzero("scale");

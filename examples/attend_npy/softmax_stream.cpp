@@ -71,7 +71,7 @@ void run(const Arguments& arguments) {
   const longspan::window mask = softmax_mask(keys, true);
   const auto scale = keys.nonzero("scale");
   const auto cap = keys.positive_float("softcap");
-  const longspan::kv_cache_options options{.page = keys.integer_from_0("page").value_or(0)};
+  const longspan::kv_cache_options options{.page_size = keys.integer_from_0("page").value_or(0)};
   const std::vector<Index> chunks = keys.positive_integers("chunks");
   const auto rows = keys.word("rows", row_types);
   Inputs inputs = read_inputs(arguments);

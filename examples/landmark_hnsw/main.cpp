@@ -81,7 +81,7 @@ Index ask(Cache cache, Index length, Index questions, const char* name) {
     }
     const auto rows =
         longspan::compact_view<const float>(k.data(), 1, 1, std::min(chunk, length - first), head_dim);
-    cache.absorb(rows, rows);
+    cache.append(rows, rows);
   }
   longspan::Execution execution;
   std::vector<float> out(head_dim);
@@ -114,7 +114,7 @@ int main(int count, char** words) {
     return 2;
   }
   const longspan::StreamShape shape{.head_dim = head_dim, .value_dim = head_dim};
-  const longspan::landmark_cache_options options{.block = block, .top_k = 4};
+  const longspan::landmark_cache_options options{.block_size = block, .top_k = 4};
   const Index all = ask(longspan::landmark_cache<float>(shape, options), length, questions, "every one");
   using Indexed =
       longspan::landmark_cache<float, longspan::no_position, longspan::stingy_positions, HnswIndex>;

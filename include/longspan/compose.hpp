@@ -39,7 +39,7 @@ LONGSPAN_NAMESPACE_BEGIN
 template <class... Parts>
 struct merged : detail::FunctorCalls<merged<Parts...>, true> {
   static_assert(sizeof...(Parts) > 0 && sizeof...(Parts) <= 64);
-  static_assert((PartialFunctor<Parts> && ...), "longspan: a part of merged has to give an lse");
+  static_assert((LseFunctor<Parts> && ...), "longspan: a part of merged has to give an lse");
 
   std::tuple<Parts...> parts;
 
@@ -171,7 +171,7 @@ for_heads(Index, Index, F) -> for_heads<F>;
 /// Throws    Error when the ranges do not fit, and what a functor refuses, before anything is written; a functor
 ///           of a user's own refuses its heads when it is called for them
 template <class... F>
-struct per_head : detail::FunctorCalls<per_head<F...>, (PartialFunctor<F> && ...)> {
+struct per_head : detail::FunctorCalls<per_head<F...>, (LseFunctor<F> && ...)> {
   static_assert((AttentionFunctor<F> && ...));
 
   std::tuple<for_heads<F>...> ranges;
@@ -180,7 +180,7 @@ struct per_head : detail::FunctorCalls<per_head<F...>, (PartialFunctor<F> && ...
   explicit per_head(for_heads<F>... of) : ranges(std::move(of)...) {}
 
  private:
-  friend detail::FunctorCalls<per_head, (PartialFunctor<F> && ...)>;
+  friend detail::FunctorCalls<per_head, (LseFunctor<F> && ...)>;
   static constexpr const char* name = "per_head";
 
   template <class Call>
@@ -225,7 +225,7 @@ struct per_head : detail::FunctorCalls<per_head<F...>, (PartialFunctor<F> && ...
     detail::ExecutionRef<E> inner{executor, workspace.inner()};
     const auto run = [&](const auto& range) {
       const Call part = heads_of(call, range.begin, range.end);
-      if constexpr ((PartialFunctor<F> && ...)) {
+      if constexpr ((LseFunctor<F> && ...)) {
         if (part.lse.data != nullptr) return range.attend(part.q, part.k, part.v, part.out, part.lse, inner);
       }
       range.attend(part.q, part.k, part.v, part.out, inner);

@@ -59,7 +59,7 @@ struct MaskRows {
 
   /// Reads the tile's rows until it has met both a key that is seen and one that is hidden.
   template <class M>
-  Seen classify(const M& mask, const Tile& tile) const {
+  Coverage classify(const M& mask, const Tile& tile) const {
     const Index heads = words.heads == 1 ? 1 : tile.heads, queries = words.rows == 1 ? 1 : tile.queries;
     bool any = false, all = true;
     for (Index h = tile.first_head; h < tile.first_head + heads; ++h) {
@@ -69,11 +69,11 @@ struct MaskRows {
           const std::uint64_t seen = detail::seen_bits(mask, tile.batch, h, i, tile.first_key + at, asked);
           any |= seen != 0;
           all &= seen == asked;
-          if (any && !all) return Seen::some;
+          if (any && !all) return Coverage::some;
         }
       }
     }
-    return any ? Seen::all : Seen::none;
+    return any ? Coverage::all : Coverage::none;
   }
 
   void check(const char* name, const CallSizes& call) const {
@@ -132,7 +132,7 @@ class dense_mask {
       return detail::bits_of_bytes(row + key, count);
     });
   }
-  Seen classify(const Tile& tile) const noexcept { return rows_.classify(*this, tile); }
+  Coverage classify(const Tile& tile) const noexcept { return rows_.classify(*this, tile); }
   KeyRanges key_ranges(const Tile&) const noexcept { return KeyRanges({0, rows_.keys}); }
   void check(const CallSizes& call) const { rows_.check("dense_mask", call); }
 
@@ -167,7 +167,7 @@ class bit_mask {
       return bits & detail::low_bits(count);
     });
   }
-  Seen classify(const Tile& tile) const noexcept { return rows_.classify(*this, tile); }
+  Coverage classify(const Tile& tile) const noexcept { return rows_.classify(*this, tile); }
   KeyRanges key_ranges(const Tile&) const noexcept { return KeyRanges({0, rows_.keys}); }
   void check(const CallSizes& call) const {
     if (rows_.keys > 0 && (rows_.keys - 1) / word_bits >= rows_.words.cols) {

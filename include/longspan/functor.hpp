@@ -17,7 +17,7 @@ concept AttentionFunctor =
 
 /// Takes an lse behind out as well: its results are partials, which can be merged.
 template <class F, class T = float>
-concept PartialFunctor =
+concept LseFunctor =
     AttentionFunctor<F, T> &&
     requires(const F& attend, TensorView<const T> in, TensorView<T> out, RowsView<T> lse, openmp& execution) {
       attend(in, in, in, out, lse);

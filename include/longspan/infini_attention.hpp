@@ -70,7 +70,7 @@ class infini_memory;
 /// Throws    Error when shapes or options disagree, those of the local functor too, before anything is written.
 ///           A local functor of a user's own without an lse refuses a segment when it is called for it.
 /// Source    Munkhdalai et al. 2024 (arXiv 2404.07143 v2), eq. 6-11. Where the paper is silent: M and z begin
-///           as 0 and the gate holds in the first segment too (see `first`); a norm below 1e-10 counts as it.
+///           as 0 and the gate holds in the first segment too (see `empty_memory`); a norm below 1e-10 counts as it.
 template <class Local = softmax_attention<causal>, FeatureMap F = elu_plus_one>
 struct infini_attention {
   static_assert(AttentionFunctor<Local> || AttentionFunctor<Local, double>,
@@ -81,7 +81,7 @@ struct infini_attention {
   Index segment = 2048;
   MatrixView<const float> beta{};  ///< [1 or heads][1 or value_dim]; 0 unless set
   InfiniRule rule = InfiniRule::linear;
-  InfiniFirst first = InfiniFirst::gate;
+  EmptyMemory empty_memory = EmptyMemory::gate;
   std::span<const Index> lengths{};    ///< of each batch row; all of it unless set
   bool memory_uses_positions = false;  ///< give the memory q and k as the position encoding of local has them
   bool absolute_positions = false;  ///< tell softmax_attention and the memory positions in the whole sequence
@@ -211,7 +211,7 @@ struct infini_attention {
       });
     }
     for_each_segment(call, [&](const auto& part, Index begin, const auto& rows_of) {
-      const bool known = begin > 0 || first == InfiniFirst::gate;
+      const bool known = begin > 0 || empty_memory == EmptyMemory::gate;
       pass.attend(part.q, part.k, part.v, part.out, begin, known, executor, workspace, rows_of);
       if (part.kv_len() == call.kv_len() - begin) return;
       pass.write(part.k, part.v,

@@ -18,10 +18,10 @@ enum class InfiniRule : std::uint8_t {
   delta,   ///< M += phi(K)^T (V - what the memory gives for K already)
 };
 
-/// What queries give while nothing has been written yet.
-enum class InfiniFirst : std::uint8_t {
-  gate,    ///< the memory gives 0, and the gate holds: (1 - sigmoid(beta)) * local
-  bypass,  ///< local alone, as in lucidrains' code
+/// The output of a query while nothing has been written to the memory.
+enum class EmptyMemory : std::uint8_t {
+  gate,    ///< the memory counts as 0: (1 - sigmoid(beta)) * local
+  bypass,  ///< the local attention alone, as in the code of lucidrains
 };
 
 LONGSPAN_VOCABULARY_END

@@ -66,7 +66,7 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           i": a block is a partial whose log-sum-exp is replaced by the score of its landmark.
 template <Mask M = causal, Score S = unchanged, Position P = no_position>
 struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, true> {
-  landmarks at;
+  longspan::landmarks landmarks;
   M mask{};
   S score{};
   P position{};
@@ -85,8 +85,8 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
   requires(std::is_same_v<M, detail::PartOf<detail::MaskPart, causal, Parts...>> &&
            std::is_same_v<S, detail::PartOf<detail::ScorePart, unchanged, Parts...>> &&
            std::is_same_v<P, detail::PartOf<detail::PositionPart, no_position, Parts...>>)
-  explicit landmark_attention(landmarks stand_at, Parts... parts)
-      : at(stand_at),
+  explicit landmark_attention(longspan::landmarks at, Parts... parts)
+      : landmarks(at),
         mask(detail::take_part<detail::MaskPart, M>(parts...)),
         score(detail::take_part<detail::ScorePart, S>(parts...)),
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
@@ -105,21 +105,21 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
   template <class Call, class E>
   void attend(const Call& call, const E& executor, Workspace& workspace) const {
     const bool plain = softmax == LandmarkSoftmax::plain;
-    const detail::LandmarkOptions options{plain ? landmarks::none() : at, softmax == LandmarkSoftmax::grouped,
-                                          leak, gate_keep, control};
+    const detail::LandmarkOptions options{plain ? longspan::landmarks::none() : landmarks,
+                                          softmax == LandmarkSoftmax::grouped, leak, gate_keep, control};
     detail::landmark_forward(call.at(name, first_query, scale), options, mask, score, position, executor,
                              workspace);
   }
 
   template <class Problem>
   void check_options(const Problem& call) const {
-    at.check(name, call.k.batch, call.kv_len());
+    landmarks.check(name, call.k.batch, call.kv_len());
     if (softmax != LandmarkSoftmax::grouped && (gate_keep.data != nullptr || control.cmt.data != nullptr)) {
       detail::refuse(name, "softmax", "not grouped", "grouped, where gate_keep or control are given");
     }
     Index blocks = 0;
-    for (Index b = 0; b < (at.same_in_all_rows() ? 1 : call.k.batch); ++b)
-      blocks = (std::max)(blocks, at.count(b, call.kv_len()));
+    for (Index b = 0; b < (landmarks.same_in_all_rows() ? 1 : call.k.batch); ++b)
+      blocks = (std::max)(blocks, landmarks.count(b, call.kv_len()));
     if (gate_keep.data != nullptr) detail::check_view(name, "gate_keep", gate_keep);
     if (gate_keep.data != nullptr && (gate_keep.batch != call.q.batch || gate_keep.heads != call.q.heads ||
                                       gate_keep.rows != call.q.rows || gate_keep.cols < blocks)) {

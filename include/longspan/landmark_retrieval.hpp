@@ -31,12 +31,12 @@ enum class LandmarkSelect : std::uint8_t {
 };
 
 struct landmark_cache_options {
-  Index block = 64;  ///< keys of a block: every block-th key of the stream is a landmark
-  Index top_k = 4;   ///< sealed blocks that a query retrieves
+  Index block_size = 64;  ///< keys of a block, its landmark included: every block_size-th key is a landmark
+  Index top_k = 4;        ///< sealed blocks that a query retrieves
   LandmarkSelect select = LandmarkSelect::per_token_and_head;
-  Index local_blocks = 0;  ///< the last full blocks that are always attended, and sealed later
-  /// What is not sealed is one group: the tokens of its full blocks count by themselves like those of the
-  /// open one, not by their landmarks. With local_blocks: a window kept exact.
+  Index window_blocks = 0;  ///< the last full blocks, which are always attended and sealed later
+  /// Queries attend token by token to what is not sealed, the full blocks of the window included, and not
+  /// through landmarks. Window, open block and chunk are then one group.
   bool exact_window = false;
   Index capacity = 0;  ///< sealed blocks that can be retrieved, the oldest are dropped first; 0: all
   /// The last `rollback` tokens before the largest size that the stream has had can be taken back: for that
@@ -48,9 +48,9 @@ struct landmark_cache_options {
   /// blocks does not make it that of single tokens.
   bool split_at_blocks = false;
   std::optional<double> scale{};  ///< multiplies q.k; 1 / sqrt(head_dim) unless set
-  Index sample = 0;    ///< tokens of each block that `mass` is estimated from; 0: it is not asked for
-  std::string file{};  ///< keeps the sealed blocks; empty: they are in memory
-  Index resident = Index{1} << 26;  ///< bytes of the file that stay in memory between queries
+  Index mass_sample = 0;          ///< tokens of each block from which `mass` is estimated; 0: no estimate
+  std::string path{};             ///< of the file that keeps the sealed blocks; empty: they are in memory
+  Index resident_bytes = Index{1} << 26;  ///< bytes of the file that stay in memory between queries
 };
 
 LONGSPAN_VOCABULARY_END
@@ -64,13 +64,13 @@ inline const StreamShape& checked(const StreamShape& shape, const landmark_cache
   const auto at_least = [](const char* what, Index got, Index least) {
     if (got < least) refuse("landmark_cache", what, std::to_string(got), "at least " + std::to_string(least));
   };
-  at_least("block", options.block, 2);
+  at_least("block_size", options.block_size, 2);
   at_least("top_k", options.top_k, 0);
-  at_least("local_blocks", options.local_blocks, 0);
+  at_least("window_blocks", options.window_blocks, 0);
   at_least("capacity", options.capacity, 0);
   at_least("rollback", options.rollback, 0);
-  at_least("resident", options.resident, 0);
-  at_least("sample", options.sample, 0);
+  at_least("resident_bytes", options.resident_bytes, 0);
+  at_least("mass_sample", options.mass_sample, 0);
   resolved_scale("landmark_cache", options.scale, shape.head_dim);
   return shape;
 }
@@ -102,11 +102,11 @@ struct TokenSample {
 
 /// What a cache holds when a chunk of queries comes.
 struct Retrieval {
-  Index blocks = 0;   ///< that can be retrieved
-  Index dropped = 0;  ///< older ones that are gone
-  Index top_k = 0;    ///< how many a query takes, at most `blocks`
-  Index wanted = 0;   ///< how many it would take of enough
-  Index block = 0;    ///< keys of a block, landmark included
+  Index blocks = 0;      ///< that can be retrieved
+  Index dropped = 0;     ///< older ones that are gone
+  Index top_k = 0;       ///< how many a query takes, at most `blocks`
+  Index wanted = 0;      ///< how many it would take of enough
+  Index block_size = 0;  ///< keys of a block, landmark included
 };
 
 /// Where blocks stand, as positions of their first keys. `local` is the position of the first key behind the
@@ -126,7 +126,7 @@ concept PositionMap = requires(const M& map, const Retrieval& held, Index n) {
 /// Source  Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 3.2.1, figure 2.
 struct stingy_positions {
   Index local(const Retrieval& held) const noexcept {
-    return (held.wanted < held.blocks ? held.wanted + 1 : held.blocks) * held.block;
+    return (held.wanted < held.blocks ? held.wanted + 1 : held.blocks) * held.block_size;
   }
   Index scored(const Retrieval& held, Index n) const noexcept {
     return place(held, std::max<Index>(0, n - (held.blocks - held.top_k) + 1));
@@ -137,7 +137,7 @@ struct stingy_positions {
 
  private:
   Index place(const Retrieval& held, Index slot) const noexcept {
-    return local(held) + (slot - held.top_k - 1) * held.block;
+    return local(held) + (slot - held.top_k - 1) * held.block_size;
   }
 };
 
@@ -145,8 +145,8 @@ struct stingy_positions {
 struct exact_positions {
   static constexpr bool are_of_the_text = true;
 
-  Index local(const Retrieval& held) const noexcept { return (held.dropped + held.blocks) * held.block; }
-  Index scored(const Retrieval& held, Index n) const noexcept { return (held.dropped + n) * held.block; }
+  Index local(const Retrieval& held) const noexcept { return (held.dropped + held.blocks) * held.block_size; }
+  Index scored(const Retrieval& held, Index n) const noexcept { return (held.dropped + n) * held.block_size; }
   Index attended(const Retrieval& held, Index n, Index) const noexcept { return scored(held, n); }
 };
 

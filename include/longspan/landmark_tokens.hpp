@@ -35,25 +35,25 @@ LONGSPAN_NAMESPACE_BEGIN
 
 namespace detail {
 
-inline void check_block_tokens(std::string_view function, Index tokens_per_block) {
-  if (tokens_per_block < 1) {
-    refuse(function, "the number of tokens of a block", std::to_string(tokens_per_block), "at least 1");
-  }
+inline void check_block_size(std::string_view function, Index block_size, Index least) {
+  if (block_size < least)
+    refuse(function, "block_size", std::to_string(block_size), "at least " + std::to_string(least));
 }
 
 }  // namespace detail
 
-/// The tokens with a landmark behind every `tokens_per_block` of them; a rest shorter than that has none.
+/// The tokens with a landmark after every `block_size - 1` of them, so that every block_size-th token of the
+/// result is a landmark, as in `landmarks::every(block_size)`. An incomplete block at the end has none.
 template <class Token>
-std::vector<Token> with_landmarks(std::span<const Token> tokens, Index tokens_per_block, Token landmark,
+std::vector<Token> with_landmarks(std::span<const Token> tokens, Index block_size, Token landmark,
                                   LastLandmark last = LastLandmark::stands) {
-  detail::check_block_tokens("with_landmarks", tokens_per_block);
-  const auto count = static_cast<Index>(tokens.size());
+  detail::check_block_size("with_landmarks", block_size, 2);
+  const Index count = static_cast<Index>(tokens.size()), between = block_size - 1;
   std::vector<Token> result;
-  result.reserve(static_cast<std::size_t>(count + count / tokens_per_block));
+  result.reserve(static_cast<std::size_t>(count + count / between));
   for (Index t = 0; t < count; ++t) {
     result.push_back(tokens[static_cast<std::size_t>(t)]);
-    const bool ends_block = (t + 1) % tokens_per_block == 0, ends_text = t + 1 == count;
+    const bool ends_block = (t + 1) % between == 0, ends_text = t + 1 == count;
     if (ends_block && !(ends_text && last == LastLandmark::omitted)) result.push_back(landmark);
   }
   return result;
@@ -173,17 +173,17 @@ void remove_landmark_logits(MatrixView<const T> logits, std::span<const Token> t
 }
 
 /// The most tokens and landmarks that a model of `context` positions takes in one chunk beside `top_k`
-/// retrieved blocks of `block` keys and one empty block. Throws Error where none is left.
-inline Index landmark_chunk_length(Index context, Index block, Index top_k) {
-  detail::check_block_tokens("landmark_chunk_length", block);
-  const Index blocks = context / block;
+/// retrieved blocks of `block_size` keys and one empty block. Throws Error where none is left.
+inline Index landmark_chunk_length(Index context, Index block_size, Index top_k) {
+  detail::check_block_size("landmark_chunk_length", block_size, 1);
+  const Index blocks = context / block_size;
   if (top_k < 0) detail::refuse("landmark_chunk_length", "top_k", std::to_string(top_k), "at least 0");
   if (top_k > blocks - 2) {
     detail::refuse("landmark_chunk_length", "top_k", std::to_string(top_k),
                    "less than " + std::to_string(blocks - 1) + " for " + std::to_string(context) +
-                       " positions and blocks of " + std::to_string(block));
+                       " positions and blocks of " + std::to_string(block_size));
   }
-  return (blocks - top_k - 1) * block;
+  return (blocks - top_k - 1) * block_size;
 }
 
 LONGSPAN_NAMESPACE_END

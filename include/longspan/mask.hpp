@@ -23,7 +23,7 @@
 LONGSPAN_VOCABULARY_BEGIN
 
 /// How much of a tile is seen: no pair of it, every pair, or perhaps some.
-enum class Seen : std::uint8_t { none, some, all };
+enum class Coverage : std::uint8_t { none, some, all };
 
 /// The queries [first_query, first_query + queries) of the heads [first_head, first_head + heads) of one
 /// batch row, against the keys [first_key, first_key + keys). Queries are named by position (see
@@ -51,7 +51,7 @@ LONGSPAN_NAMESPACE_BEGIN
 //
 //   bool sees(Index i, Index j) const                does the query at position i see key j?
 //   bool sees(Index b, Index h, Index i, Index j)    the same, where it depends on batch row or head
-//   Seen classify(const Tile&) const                 `none` and `all` must be true, `some` always may be said
+//   Coverage classify(const Tile&) const                 `none` and `all` must be true, `some` always may be said
 //   KeyRanges key_ranges(const Tile&) const          every key outside is hidden from all of the tile
 //   std::uint64_t seen_bits(Index b, Index h, Index i, Index first, std::uint64_t asked) const
 //                                                    the same as `sees`, 64 keys at once: bit n of the answer
@@ -106,19 +106,19 @@ constexpr bool sees(const M& mask, Index b, Index h, Index i, Index j) {
 }
 
 template <Mask M>
-constexpr Seen classify(const M& mask, const Tile& tile) {
+constexpr Coverage classify(const M& mask, const Tile& tile) {
   if constexpr (RangeMask<M>) {
     const KeyRange first = mask.keys(tile.batch, tile.first_query),
                    last = mask.keys(tile.batch, tile.last_query());
     const KeyRange tile_keys = tile.key_range();
-    if (!KeyRange{first.begin, last.end}.overlaps(tile_keys)) return Seen::none;
-    return KeyRange{last.begin, first.end}.contains(tile_keys) ? Seen::all : Seen::some;
+    if (!KeyRange{first.begin, last.end}.overlaps(tile_keys)) return Coverage::none;
+    return KeyRange{last.begin, first.end}.contains(tile_keys) ? Coverage::all : Coverage::some;
   } else if constexpr (requires {
-                         { mask.classify(tile) } -> std::convertible_to<Seen>;
+                         { mask.classify(tile) } -> std::convertible_to<Coverage>;
                        }) {
     return mask.classify(tile);
   } else {
-    return Seen::some;
+    return Coverage::some;
   }
 }
 
@@ -296,9 +296,9 @@ struct both {
   std::uint64_t seen_bits(Index batch, Index h, Index i, Index first, std::uint64_t asked) const {
     return detail::seen_bits(b, batch, h, i, first, detail::seen_bits(a, batch, h, i, first, asked));
   }
-  constexpr Seen classify(const Tile& tile) const {
-    const Seen of_a = longspan::classify(a, tile);
-    if (of_a == Seen::none) return Seen::none;
+  constexpr Coverage classify(const Tile& tile) const {
+    const Coverage of_a = longspan::classify(a, tile);
+    if (of_a == Coverage::none) return Coverage::none;
     return (std::min)(of_a, longspan::classify(b, tile));
   }
   constexpr KeyRanges key_ranges(const Tile& tile) const {
@@ -329,9 +329,9 @@ struct either {
     const std::uint64_t by_a = detail::seen_bits(a, batch, h, i, first, asked);
     return by_a | detail::seen_bits(b, batch, h, i, first, asked & ~by_a);
   }
-  constexpr Seen classify(const Tile& tile) const {
-    const Seen of_a = longspan::classify(a, tile);
-    if (of_a == Seen::all) return Seen::all;
+  constexpr Coverage classify(const Tile& tile) const {
+    const Coverage of_a = longspan::classify(a, tile);
+    if (of_a == Coverage::all) return Coverage::all;
     return (std::max)(of_a, longspan::classify(b, tile));
   }
   constexpr KeyRanges key_ranges(const Tile& tile) const {
@@ -354,9 +354,9 @@ struct inverse {
   std::uint64_t seen_bits(Index batch, Index h, Index i, Index first, std::uint64_t asked) const {
     return asked & ~detail::seen_bits(a, batch, h, i, first, asked);
   }
-  constexpr Seen classify(const Tile& tile) const {
-    const Seen of_a = longspan::classify(a, tile);
-    return of_a == Seen::some ? Seen::some : of_a == Seen::all ? Seen::none : Seen::all;
+  constexpr Coverage classify(const Tile& tile) const {
+    const Coverage of_a = longspan::classify(a, tile);
+    return of_a == Coverage::some ? Coverage::some : of_a == Coverage::all ? Coverage::none : Coverage::all;
   }
   void check(const CallSizes& sizes) const { detail::check_part(a, sizes); }
 };

@@ -107,19 +107,19 @@ TEST_CASE("attend_npy landmark_stream: agrees with the reference", "[attend_npy]
   using namespace longspan;
   const StreamShape shape{2, 6, 2, 8, 5};
   check({"block=4", "chunks=16,1,20", "top_k=2"}, {16, 1, 20},
-        reference::landmark_cache<>(shape, {.block = 4, .top_k = 2}));
+        reference::landmark_cache<>(shape, {.block_size = 4, .top_k = 2}));
   check({"block=5", "chunks=10,27", "select=max_tokens", "capacity=1"}, {10, 27},
-        reference::landmark_cache<>(shape,
-                                    {.block = 5, .select = LandmarkSelect::max_over_tokens, .capacity = 1}));
+        reference::landmark_cache<>(
+            shape, {.block_size = 5, .select = LandmarkSelect::max_over_tokens, .capacity = 1}));
   check({"block=3", "chunks=30,7", "top_k=2", "select=max_heads", "rope_layout=half", "rope_base=50"},
         {30, 7},
-        reference::landmark_cache<rotary>(shape,
-                                          {.block = 3, .top_k = 2, .select = LandmarkSelect::max_over_heads},
-                                          rotary(Pairing::half_split, 50)));
-  check(
-      {"block=3", "chunks=30,7", "positions=exact", "rope_layout=interleaved"}, {30, 7},
-      reference::landmark_cache<rotary, exact_positions>(shape, {.block = 3}, rotary(Pairing::interleaved)));
-  check({"block=3"}, {37}, reference::landmark_cache<>(shape, {.block = 3}));
+        reference::landmark_cache<rotary>(
+            shape, {.block_size = 3, .top_k = 2, .select = LandmarkSelect::max_over_heads},
+            rotary(Pairing::half_split, 50)));
+  check({"block=3", "chunks=30,7", "positions=exact", "rope_layout=interleaved"}, {30, 7},
+        reference::landmark_cache<rotary, exact_positions>(shape, {.block_size = 3},
+                                                           rotary(Pairing::interleaved)));
+  check({"block=3"}, {37}, reference::landmark_cache<>(shape, {.block_size = 3}));
 }
 
 TEST_CASE("attend_npy landmark_stream: keys that do not fit are refused", "[attend_npy][errors]") {

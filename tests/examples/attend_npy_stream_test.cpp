@@ -144,14 +144,14 @@ TEST_CASE("attend_npy hybrid_stream: agrees with the library's stream, in any ch
   };
   check({}, {});
   longspan::hybrid_options options{
-      .block = 4, .top_k = 2, .window_blocks = 1, .capacity = 3, .evicted_at_once = 2};
+      .block_size = 4, .top_k = 2, .window_blocks = 1, .capacity = 3, .evicted_at_once = 2};
   const Words keys{"block=4", "top_k=2", "window_blocks=1", "capacity=3", "evicted_at_once=2"};
   check(keys, options);
   options.beta = {beta.data(), 6, 1, 1};
   options.rule = longspan::InfiniRule::delta;
-  options.first = longspan::InfiniFirst::gate;
+  options.empty_memory = longspan::EmptyMemory::gate;
   check(with(keys, {"rule=delta", "first=gate", "--beta", "beta.npy"}), options);
-  options = {.block = 4, .top_k = 0, .window_blocks = 0, .capacity = 0, .evicted_at_once = 1};
+  options = {.block_size = 4, .top_k = 0, .window_blocks = 0, .capacity = 0, .evicted_at_once = 1};
   check({"block=4", "top_k=0", "window_blocks=0", "capacity=0", "evicted_at_once=1"}, options);
 }
 

@@ -8,8 +8,8 @@
 namespace {
 
 using longspan::elu_plus_one;
+using longspan::EmptyMemory;
 using longspan::Index;
-using longspan::InfiniFirst;
 using longspan::InfiniRule;
 using longspan::MatrixView;
 using longspan::reference::InfiniMemory;
@@ -71,13 +71,13 @@ TEST_CASE("reference infini_attention: the same pair again and again", "[golden]
 TEST_CASE("reference infini_attention: gate and first segment", "[golden][infini]") {
   // Segments of 2; the first query of the second reads 26/7 and sees its own value 1 alone.
   const Row q{0, 0, 0, 0, 0, 1}, k{0, 0, 1, 0, 0, 0}, v{2, 5, 1}, local{2, 3.5, 1}, beta{std::log(3.0)};
-  for (const InfiniFirst first : {InfiniFirst::gate, InfiniFirst::bypass}) {
+  for (const EmptyMemory empty_memory : {EmptyMemory::gate, EmptyMemory::bypass}) {
     Row out(3);
     reference::infini_attention(
         MatrixView<const double>{q.data(), 3, 2, 2}, MatrixView<const double>{k.data(), 3, 2, 2},
         MatrixView<const double>{v.data(), 3, 1, 1}, MatrixView<const double>{local.data(), 3, 1, 1}, beta, 2,
-        InfiniRule::linear, first, elu_plus_one{}, MatrixView<double>{out.data(), 3, 1, 1});
-    CHECK(std::abs(out[0] - (first == InfiniFirst::gate ? 0.5 : 2)) < 1e-15);
+        InfiniRule::linear, empty_memory, elu_plus_one{}, MatrixView<double>{out.data(), 3, 1, 1});
+    CHECK(std::abs(out[0] - (empty_memory == EmptyMemory::gate ? 0.5 : 2)) < 1e-15);
     CHECK(std::abs(out[2] - (0.75 * 26 / 7 + 0.25)) < 1e-15);
   }
 }

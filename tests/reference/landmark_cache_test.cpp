@@ -17,7 +17,7 @@ TEST_CASE("reference::landmark_cache: tokens that come without queries are appen
   const Shape shape{1, 2, 1, 30, 30, 8, 6};
   for (const bool split : {false, true}) {
     Call<double> call(shape, test::Values::normal, random), last = call.unrun();
-    const longspan::landmark_cache_options options{.block = 4, .top_k = 2, .split_at_blocks = split};
+    const longspan::landmark_cache_options options{.block_size = 4, .top_k = 2, .split_at_blocks = split};
     longspan::reference::landmark_cache<> with(test::stream_shape(shape), options), without = with;
     test::extend(with, call, 0, 29);
     const auto rows = [&](auto& x, Index first, Index count) {

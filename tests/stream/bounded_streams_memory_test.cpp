@@ -139,7 +139,7 @@ TEST_CASE("infini_memory: what memory does not suffice for changes nothing, or a
             const auto part = [&](const auto& x) {
               return longspan::detail::batch_row(std::as_const(x).view(), b).slice_rows(150 - left, left);
             };
-            loaded.absorb(b, part(call.k), part(call.v), serial{});
+            loaded.append(b, part(call.k), part(call.v), serial{});
             REQUIRE(loaded.size(b) == 150);
           }
           REQUIRE(memory_of(loaded) == memory_of(whole));

@@ -16,9 +16,9 @@
 namespace {
 
 using namespace test;
+using longspan::EmptyMemory;
 using longspan::hybrid_options;
 using longspan::hybrid_stream;
-using longspan::InfiniFirst;
 using longspan::InfiniRule;
 
 const Shape sizes{2, 4, 2, 0, 0, 8, 6};
@@ -29,16 +29,16 @@ void check_law(std::uint32_t seed) {
   const std::vector<float> logits{-1, 0.5f, 2, 0};
   for (const Index rollback : {0, 1, 16, 40}) {
     for (int n = 0; n < 5; ++n) {
-      hybrid_options options{.block = random.pick({2, 3, 5, 16, 24}),
+      hybrid_options options{.block_size = random.pick({2, 3, 5, 16, 24}),
                              .top_k = random.between(0, 3),
                              .window_blocks = random.between(0, 2),
                              .capacity = random.between(0, 3),
                              .evicted_at_once = random.between(1, 3),
                              .rollback = rollback,
                              .rule = random.pick({InfiniRule::linear, InfiniRule::delta}),
-                             .first = random.pick({InfiniFirst::bypass, InfiniFirst::gate})};
+                             .empty_memory = random.pick({EmptyMemory::bypass, EmptyMemory::gate})};
       options.beta = {logits.data(), 4, 1, 1};
-      INFO("block " << options.block << " top_k " << options.top_k << " window " << options.window_blocks
+      INFO("block " << options.block_size << " top_k " << options.top_k << " window " << options.window_blocks
                     << " capacity " << options.capacity << " evicted at once " << options.evicted_at_once
                     << " rollback " << rollback);
       check_rollback([&] { return hybrid_stream<T>(stream_shape(sizes), options); }, sizes, random,
@@ -70,7 +70,7 @@ TEST_CASE("hybrid_stream: an eviction can be undone as long as it is younger tha
   // 2 blocks of the window, 2 outside it, and the fifth is evicted at 50 tokens.
   hybrid_stream<float> stream(
       stream_shape(sizes),
-      {.block = 10, .top_k = 1, .window_blocks = 2, .capacity = 2, .evicted_at_once = 1, .rollback = 8});
+      {.block_size = 10, .top_k = 1, .window_blocks = 2, .capacity = 2, .evicted_at_once = 1, .rollback = 8});
   extend(stream, call, 0, 49);
   CHECK(stream.memory().size() == 0);
   extend(stream, call, 49, 1);

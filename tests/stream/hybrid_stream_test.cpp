@@ -17,9 +17,9 @@
 namespace {
 
 using namespace test;
+using longspan::EmptyMemory;
 using longspan::hybrid_options;
 using longspan::hybrid_stream;
-using longspan::InfiniFirst;
 using longspan::InfiniRule;
 using longspan::landmark_cache;
 using longspan::StreamShape;
@@ -33,7 +33,8 @@ constexpr Index length = 700;
 const std::vector<float> logits{-1, 0.5f, 2, 0};
 
 hybrid_options small_options() {
-  hybrid_options options{.block = 10, .top_k = 2, .window_blocks = 2, .capacity = 5, .evicted_at_once = 3};
+  hybrid_options options{
+      .block_size = 10, .top_k = 2, .window_blocks = 2, .capacity = 5, .evicted_at_once = 3};
   options.beta = {logits.data(), 4, 1, 1};
   return options;
 }
@@ -43,9 +44,9 @@ double phi(double x) { return x > 0 ? x + 1 : std::exp(x); }
 /// The hybrid from its definition: a landmark cache in double that is told when to drop, and the memory
 /// summed over everything that was dropped, token by token.
 Tensor<double> composed(const Call<double>& call, const hybrid_options& options) {
-  landmark_cache<double> cache(shape, {.block = options.block,
+  landmark_cache<double> cache(shape, {.block_size = options.block_size,
                                        .top_k = options.top_k,
-                                       .local_blocks = options.window_blocks,
+                                       .window_blocks = options.window_blocks,
                                        .exact_window = true});
   Tensor<double> out = call.out;
   Index evicted = 0;
@@ -53,12 +54,12 @@ Tensor<double> composed(const Call<double>& call, const hybrid_options& options)
     const auto token = [&](const Tensor<double>& x) { return x.view().slice_rows(i, 1); };
     cache.extend(token(call.q), token(call.k), token(call.v), out.view().slice_rows(i, 1));
     for (Index b = 0; b < shape.batch; ++b) {
-      for (Index h = 0; h < shape.heads && (evicted > 0 || options.first == InfiniFirst::gate); ++h) {
+      for (Index h = 0; h < shape.heads && (evicted > 0 || options.empty_memory == EmptyMemory::gate); ++h) {
         const double g = 1 / (1 + std::exp(-static_cast<double>(logits[static_cast<std::size_t>(h)])));
         double norm = 0;
         std::vector<double> read(static_cast<std::size_t>(shape.value_dim));
-        for (Index j = 0; j < evicted * options.block; ++j) {
-          if (j % options.block == options.block - 1) continue;
+        for (Index j = 0; j < evicted * options.block_size; ++j) {
+          if (j % options.block_size == options.block_size - 1) continue;
           double weight = 0;
           for (Index c = 0; c < shape.head_dim; ++c)
             weight += phi(call.q.row(b, h, i)[c]) * phi(call.k.row(b, h / 2, j)[c]);
@@ -131,8 +132,8 @@ TEST_CASE("hybrid_stream: window, retrieval and memory from their definitions, h
   Random random(1);
   const Call<double> call = drawn_call(random);
   hybrid_options options = small_options();
-  for (const InfiniFirst first : {InfiniFirst::bypass, InfiniFirst::gate}) {
-    options.first = first;
+  for (const EmptyMemory empty_memory : {EmptyMemory::bypass, EmptyMemory::gate}) {
+    options.empty_memory = empty_memory;
     const Tensor<double> wanted = composed(call, options);
     for (const Index longest : {Index{1}, Index{7}, Index{64}, length}) {
       INFO("chunks of " << longest);
@@ -181,9 +182,9 @@ TEST_CASE("hybrid_stream: before anything is evicted it is its landmark cache, t
   auto call = rounded<float>(drawn_call(random)), other = call.unrun();
   const hybrid_options options = small_options();
   hybrid_stream<float> stream(shape, options);
-  landmark_cache<float> cache(shape, {.block = options.block,
+  landmark_cache<float> cache(shape, {.block_size = options.block_size,
                                       .top_k = options.top_k,
-                                      .local_blocks = options.window_blocks,
+                                      .window_blocks = options.window_blocks,
                                       .exact_window = true});
   extend(stream, call, 0, 99, 1);
   extend(cache, other, 0, 99, 1);
@@ -199,7 +200,7 @@ TEST_CASE("hybrid_stream: its memory is bounded", "[state]") {
   const Index full = stream.bytes();
   for (int again = 0; again < 5; ++again) {
     extend(stream, call, 0, length, 64);
-    CHECK(stream.bytes() <= full + options.evicted_at_once * options.block * 2 * 2 * (16 + 12) * 4);
+    CHECK(stream.bytes() <= full + options.evicted_at_once * options.block_size * 2 * 2 * (16 + 12) * 4);
     CHECK(stream.cache().blocks() < options.capacity + options.evicted_at_once);
   }
   CHECK(stream.size() == 6 * length);
@@ -262,7 +263,7 @@ TEST_CASE("hybrid_stream: what it refuses", "[errors]") {
   options.evicted_at_once = 0;
   CHECK(error() == "longspan: hybrid_stream: evicted_at_once is 0, wanted at least 1");
   options = small_options();
-  options.block = 1;
+  options.block_size = 1;
   CHECK(error() == "longspan: hybrid_stream: block is 1, wanted at least 2");
   options = small_options();
   options.beta = {logits.data(), 3, 1, 1};

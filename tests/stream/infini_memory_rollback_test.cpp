@@ -20,7 +20,7 @@ auto draw_attention(Local local, Random& random) {
   infini_attention attend{local};
   attend.segment = random.pick({1, 5, 16, 60});
   attend.rule = random.pick({InfiniRule::linear, InfiniRule::delta});
-  attend.first = random.pick({longspan::InfiniFirst::gate, longspan::InfiniFirst::bypass});
+  attend.empty_memory = random.pick({longspan::EmptyMemory::gate, longspan::EmptyMemory::bypass});
   return attend;
 }
 
@@ -96,11 +96,11 @@ TEST_CASE("infini_memory: batch rows that are not equally far go back by themsel
     const Index rollback = random.pick({1, 10, 40});
     auto stream = attend.stream(shape, {.rollback = rollback}), wanted = stream;
     Call<float> call(Shape{3, 2, 1, 200, 200, 8, 4}, Values::normal, random);
-    const auto absorb = [&](auto& into, Index b, Index first, Index count) {
+    const auto append = [&](auto& into, Index b, Index first, Index count) {
       const auto row = [&](const auto& x) {
         return longspan::detail::batch_row(std::as_const(x).view(), b).slice_rows(first, count);
       };
-      into.absorb(b, row(call.k), row(call.v));
+      into.append(b, row(call.k), row(call.v));
     };
     // Each row has its own tokens first; then all have the same number of tokens.
     const Index size = random.between(30, 60);
@@ -108,12 +108,12 @@ TEST_CASE("infini_memory: batch rows that are not equally far go back by themsel
     for (Index b = 0; b < 3; ++b) {
       Index first = 0;
       if (random.chance(0.5)) {
-        absorb(stream, b, 100, random.between(1, 50));
+        append(stream, b, 100, random.between(1, 50));
         stream.reset(b);
       }
       for (Index count; first < size; first += count) {
         count = std::min(random.between(1, 25), size - first);
-        absorb(stream, b, first, count);
+        append(stream, b, first, count);
         if (flushes && random.chance(0.2)) stream.flush();
       }
     }
@@ -123,14 +123,14 @@ TEST_CASE("infini_memory: batch rows that are not equally far go back by themsel
     stream.truncate(kept);
     for (Index b = 0; b < 3; ++b) {
       CHECK(stream.size(b) == kept);
-      absorb(stream, b, kept, size - kept);
+      append(stream, b, kept, size - kept);
     }
     if (kept == size) CHECK(same_memory(stream, copy));
     auto loaded = attend.stream(shape, {.rollback = rollback});
     std::istringstream file(saved(stream));
     loaded.load(file);
     CHECK(saved(loaded) == saved(stream));
-    for (Index b = 0; b < 3; ++b) absorb(wanted, b, 0, size);
+    for (Index b = 0; b < 3; ++b) append(wanted, b, 0, size);
     if (!flushes) REQUIRE(same_memory(wanted, stream));
     for (Index b = 0; b < 3; ++b) CHECK(loaded.size(b) == size);
   });

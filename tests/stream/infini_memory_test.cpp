@@ -19,8 +19,8 @@ namespace {
 
 using namespace test;
 using Eigen::bfloat16;
+using longspan::EmptyMemory;
 using longspan::infini_attention;
-using longspan::InfiniFirst;
 using longspan::InfiniRule;
 using longspan::StreamShape;
 using longspan::TensorView;
@@ -76,7 +76,7 @@ TEMPLATE_TEST_CASE("infini_memory: any chunks give what one call gives", "[strea
     const Shape shape = draw_infini_shape(random);
     infini_attention attend = options(random.pick(std::vector<Index>{1, 3, 16, 50, 64, 1000}),
                                       random.chance(0.5) ? InfiniRule::linear : InfiniRule::delta);
-    if (random.chance(0.3)) attend.first = InfiniFirst::bypass;
+    if (random.chance(0.3)) attend.empty_memory = EmptyMemory::bypass;
     Call<TestType> call(shape, Values::normal, random), whole = call;
     auto chunks = attend.template stream<TestType>(stream_shape(shape)), tokens = chunks, once = chunks;
     extend_by(chunks, call, [&] { return random.between(1, 70); });
@@ -249,28 +249,28 @@ TEST_CASE("infini_memory: what does not fit is refused", "[stream][errors][infin
   CHECK(stream.size() == 0);
 }
 
-TEST_CASE("infini_memory: absorbed rows leave the state of rows whose outputs nobody read",
+TEST_CASE("infini_memory: appended rows leave the state of rows whose outputs nobody read",
           "[stream][infini]") {
   Random random(21);
   for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
     const Shape shape{2, 4, 2, 77, 77, 12, 9};
     Call<float> call(shape, Values::normal, random);
-    auto extended = options(16, rule).stream(stream_shape(shape)), absorbed = extended;
+    auto extended = options(16, rule).stream(stream_shape(shape)), appended = extended;
     extend_by(extended, call, [&] { return random.between(1, 40); });
     for (Index b = 0; b < shape.batch; ++b) {
       for (Index first = 0, count = 0; first < shape.q_len; first += count) {
         count = std::min(random.between(1, 40), shape.q_len - first);
-        absorbed.absorb(
+        appended.append(
             b, longspan::detail::batch_row(std::as_const(call.k).view(), b).slice_rows(first, count),
             longspan::detail::batch_row(std::as_const(call.v).view(), b).slice_rows(first, count));
       }
     }
-    CHECK(saved(absorbed) == saved(extended));
-    CHECK(refusal([&] { absorbed.absorb(2, call.k.view(), call.v.view()); }) ==
-          "longspan: infini_memory::absorb: the batch row is 2, wanted 0..1");
-    CHECK(refusal([&] { absorbed.absorb(0, call.k.view(), call.v.view()); }) ==
-          "longspan: infini_memory::absorb: k is [2, 2, 77, 12], wanted [1, 2, 77, 12]");
-    CHECK(saved(absorbed) == saved(extended));
+    CHECK(saved(appended) == saved(extended));
+    CHECK(refusal([&] { appended.append(2, call.k.view(), call.v.view()); }) ==
+          "longspan: infini_memory::append: the batch row is 2, wanted 0..1");
+    CHECK(refusal([&] { appended.append(0, call.k.view(), call.v.view()); }) ==
+          "longspan: infini_memory::append: k is [2, 2, 77, 12], wanted [1, 2, 77, 12]");
+    CHECK(saved(appended) == saved(extended));
   }
 }
 
@@ -299,7 +299,7 @@ TEST_CASE("infini_memory: recall is the gate alone", "[stream][infini]") {
         "longspan: infini_memory::recall: out is [2, 4, 80, 9], wanted [2, 4, 1, 9]");
   // Nothing is known: the gate holds, or what is local stands.
   const Tensor<float> before = gated;
-  attend.first = InfiniFirst::bypass;
+  attend.empty_memory = EmptyMemory::bypass;
   auto empty = attend.stream(stream_shape(shape));
   empty.recall(token(std::as_const(call.q)), gated.view());
   CHECK(gated == before);
@@ -376,7 +376,7 @@ TEST_CASE("infini_memory: a file of other options is refused by the name of the 
   CHECK(said(stream, options(8, InfiniRule::delta).stream<bfloat16>(shape)) ==
         "rule is linear in the file, wanted delta as in this stream");
   auto attend = options(8);
-  attend.first = InfiniFirst::bypass;
+  attend.empty_memory = EmptyMemory::bypass;
   CHECK(said(stream, attend.stream<bfloat16>(shape)) ==
         "first is gate in the file, wanted bypass as in this stream");
   attend = options(8);
@@ -440,7 +440,7 @@ TEST_CASE("infini_memory: a norm below the least one counts as it", "[stream][in
   const float beta = 100;
   attend.beta = {&beta, 1, 1, 1};
   auto stream = attend.stream({1, 1, 1, 8, 6});
-  stream.absorb(0, x.view(), ones.view());
+  stream.append(0, x.view(), ones.view());
   stream.recall(x.view(), out.view());
   const double phi = std::exp(-30.0), wanted = 4 * 8 * phi * phi / longspan::infini_least_norm;
   for (const float got : out.values) CHECK(std::abs(double(got) / wanted - 1) < 1e-4);
@@ -451,17 +451,17 @@ TEST_CASE("infini_memory: batch rows of unequal lengths keep their open rows whi
   Random random(26);
   Call<float> call(Shape{3, 2, 2, 60, 60, 8, 4}, Values::normal, random);
   auto stream = options(50).stream({3, 2, 2, 8, 4}), wanted = stream;
-  const auto absorb = [&](auto& into, Index b, Index first, Index count) {
+  const auto append = [&](auto& into, Index b, Index first, Index count) {
     const auto part = [&](const auto& x) {
       return longspan::detail::batch_row(x.view(), b).slice_rows(first, count);
     };
-    into.absorb(b, part(call.k), part(call.v));
+    into.append(b, part(call.k), part(call.v));
   };
   const Index lengths[] = {3, 40, 0};
-  for (Index b = 0; b < 3; ++b) absorb(wanted, b, 0, lengths[b] + 5);
+  for (Index b = 0; b < 3; ++b) append(wanted, b, 0, lengths[b] + 5);
   for (Index first = 0; first < 45; ++first) {  // one row at a time: the room grows
     for (Index b = 0; b < 3; ++b)
-      if (first < lengths[b] + 5) absorb(stream, b, first, 1);
+      if (first < lengths[b] + 5) append(stream, b, first, 1);
   }
   CHECK(saved(stream) == saved(wanted));
 }

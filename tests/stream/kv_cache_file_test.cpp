@@ -87,11 +87,11 @@ class Forged {
 };
 
 template <class Stream>
-void absorb(Stream& stream, Index tokens) {
+void append(Stream& stream, Index tokens) {
   const StreamShape s = stream.shape();
   std::vector<float> rows(
       static_cast<std::size_t>(s.batch * s.kv_heads * tokens * std::max(s.head_dim, s.value_dim)), 1.5f);
-  stream.absorb(longspan::compact_view<const float>(rows.data(), s.batch, s.kv_heads, tokens, s.head_dim),
+  stream.append(longspan::compact_view<const float>(rows.data(), s.batch, s.kv_heads, tokens, s.head_dim),
                 longspan::compact_view<const float>(rows.data(), s.batch, s.kv_heads, tokens, s.value_dim));
 }
 
@@ -107,7 +107,7 @@ TEST_CASE("kv_cache: a state with other positions or another scale is refused by
   const auto stream = [](const auto& attend) { return attend.stream(one, {}); };
   const softmax_attention turned{causal{}, rotary(Pairing::half_split, 1e4)};
   auto saved = stream(turned);
-  absorb(saved, 3);
+  append(saved, 3);
   const std::string state = Forged(saved).read();
   const auto of_rotary = [&](Pairing pairing, double base, Index dims) {
     auto other = stream(softmax_attention{causal{}, rotary(pairing, base, dims)});
@@ -147,7 +147,7 @@ TEST_CASE("kv_cache: a state with other positions or another scale is refused by
 
 TEST_CASE("kv_cache: a state of another version of the layout is refused by its version", "[state][errors]") {
   auto stream = softmax_attention{causal{}}.stream(one);
-  absorb(stream, 3);
+  append(stream, 3);
   Forged state(stream);
   CHECK(refused(stream, state.read()).empty());
   state.version() = 1;
@@ -158,8 +158,8 @@ TEST_CASE("kv_cache: a state of another version of the layout is refused by its 
 TEST_CASE("kv_cache: a payload of another length than the header stands for is refused before it is read",
           "[state][errors]") {
   for (const Index page : {0, 2}) {
-    auto stream = softmax_attention{causal{}}.stream(one, {.page = page});
-    absorb(stream, 3);
+    auto stream = softmax_attention{causal{}}.stream(one, {.page_size = page});
+    append(stream, 3);
     const Forged whole(stream);
     const std::uint64_t bytes = whole.payload().size();
     for (const std::uint64_t claimed : {bytes + 8, bytes - 8, std::uint64_t{0}, ~std::uint64_t{0}}) {
@@ -177,7 +177,7 @@ TEST_CASE("kv_cache: a payload of another length than the header stands for is r
 
 TEST_CASE("kv_cache: flags of kept rows are 0 or 1, and 1 in an array", "[state][errors]") {
   auto array = softmax_attention{causal{}}.stream(one);
-  absorb(array, 3);
+  append(array, 3);
   for (const std::int64_t flag : {0, 2, -1}) {
     Forged state(array);
     state.set_payload(Forged::raw(std::vector{flag}) + state.payload().substr(8));
@@ -186,8 +186,8 @@ TEST_CASE("kv_cache: flags of kept rows are 0 or 1, and 1 in an array", "[state]
     state.set_payload(Forged::raw(std::vector{flag}));
     CHECK_FALSE(refused(array, state.read()).empty());
   }
-  auto paged = softmax_attention{causal{}}.stream(one, {.page = 2});
-  absorb(paged, 3);
+  auto paged = softmax_attention{causal{}}.stream(one, {.page_size = 2});
+  append(paged, 3);
   Forged state(paged);
   state.set_payload(Forged::raw(std::vector<std::int64_t>{1, 7}) + state.payload().substr(16));
   CHECK(refused(paged, state.read()) == "longspan: kv_cache::load: a flag of kept rows is 7, wanted 0 or 1");
@@ -218,19 +218,19 @@ TEST_CASE("kv_cache: no number of a file makes load allocate or loop beyond what
   CHECK(says(load(wide, {}, Index{32} * 4096, flags(32, 0)), "a flag of kept rows is 0"));
   CHECK(says(load(wide, {}, Index{32} * 4096, flags(32, 1)), "the payload is 256 bytes"));
   CHECK(says(load(wide, {}, Index{1} << 40, flags(32, 1)), "wanted at least 2147483648 for the sizes"));
-  CHECK(says(load(wide, {.page = 16}, Index{1} << 40, flags(32, 1)), "for the sizes in the header"));
+  CHECK(says(load(wide, {.page_size = 16}, Index{1} << 40, flags(32, 1)), "for the sizes in the header"));
   CHECK(says(load(one, {}, (Index{1} << 44) + 1, ""), "the number of tokens is 17592186044417, wanted 0.."));
   CHECK(says(load(one, {}, -5, ""), "the number of tokens is -5"));
-  CHECK(says(load(one, {.page = 1}, Index{1} << 62, ""), "the number of tokens is"));
+  CHECK(says(load(one, {.page_size = 1}, Index{1} << 62, ""), "the number of tokens is"));
   // Rows of no bytes: their flags are in the file.
-  CHECK(says(load({1, 1, 1, 0, 0}, {.page = 1}, Index{1} << 44, ""),
+  CHECK(says(load({1, 1, 1, 0, 0}, {.page_size = 1}, Index{1} << 44, ""),
              "wanted at least 140737488355328 for the sizes"));
-  CHECK(load({1, 1, 1, 0, 0}, {.page = 1}, 1000, flags(1000, 1)).empty());
+  CHECK(load({1, 1, 1, 0, 0}, {.page_size = 1}, 1000, flags(1000, 1)).empty());
   // No batch rows: any number of tokens, and nothing to loop over.
-  CHECK(load({0, 1, 1, 4, 4}, {.page = 1}, Index{1} << 44, "").empty());
+  CHECK(load({0, 1, 1, 4, 4}, {.page_size = 1}, Index{1} << 44, "").empty());
   CHECK(load({0, 1, 1, 4, 4}, {}, Index{1} << 44, "").empty());
   // The header claims all rows, and the file ends: nothing was allocated for them.
-  for (const kv_cache_options& options : {kv_cache_options{}, kv_cache_options{.page = 4096}}) {
+  for (const kv_cache_options& options : {kv_cache_options{}, kv_cache_options{.page_size = 4096}}) {
     auto stream = softmax_attention{causal{}}.stream(many, options);
     Forged state(stream);
     state.set_size(4096);
@@ -247,15 +247,15 @@ TEST_CASE("kv_cache: a stream without batch rows or elements is saved and goes o
   for (const StreamShape& shape :
        {StreamShape{0, 2, 1, 4, 4}, StreamShape{2, 2, 1, 0, 0}, StreamShape{2, 0, 0, 4, 4}}) {
     for (const Index page : {0, 4}) {
-      auto stream = softmax_attention{causal{}}.stream(shape, {.page = page}), loaded = stream;
-      absorb(stream, 30);
+      auto stream = softmax_attention{causal{}}.stream(shape, {.page_size = page}), loaded = stream;
+      append(stream, 30);
       std::stringstream file;
       stream.save(file);
       loaded.load(file);
       CHECK(loaded.size() == 30);
       CHECK(loaded.can_truncate(14));
       loaded.truncate(3);
-      absorb(loaded, 9);
+      append(loaded, 9);
       CHECK(loaded.size() == 12);
     }
   }

@@ -126,7 +126,7 @@ TEST_CASE("kv_cache: a prefix seen both ways has the bits of the one call", "[bi
   const softmax_attention attend{causal{} | sinks{300}};
   once.run(attend);
   for (const Index page : {0, 256}) {
-    auto stream = attend.stream(stream_shape(shape), {.page = page});
+    auto stream = attend.stream(stream_shape(shape), {.page_size = page});
     extend(stream, chunks, 0, 310);
     extend(stream, chunks, 310, 390);
     CHECK(chunks.same_outputs(once));
@@ -149,11 +149,11 @@ TEST_CASE("kv_cache: a chunk that is too short for its mask is refused in a sent
   extend(other, again, 0, 20);
   CHECK(same_rows(call, again, 0, 20));
   // Tokens without queries come in any chunks.
-  auto absorbed = attend.stream(stream_shape(shape));
-  absorbed.absorb(std::as_const(call.k).view().slice_rows(0, 5),
+  auto appended = attend.stream(stream_shape(shape));
+  appended.append(std::as_const(call.k).view().slice_rows(0, 5),
                   std::as_const(call.v).view().slice_rows(0, 5));
-  CHECK(refusal([&] { extend(absorbed, call, 5, 1); }).find("query 5 may see") != std::string::npos);
-  extend(absorbed, again, 5, 15);
+  CHECK(refusal([&] { extend(appended, call, 5, 1); }).find("query 5 may see") != std::string::npos);
+  extend(appended, again, 5, 15);
   CHECK(same_rows(call, again, 5, 20));
   // A window with a right side never ends with its chunk.
   auto both_ways = softmax_attention{window{.left = 3, .right = 2}}.stream(stream_shape(shape));
@@ -176,7 +176,8 @@ TEST_CASE("kv_cache: a long prompt is cut only where no query sees beyond the cu
   const std::vector<Index> starts{0, 2500, 2600, 5000, 7500};
   const softmax_attention attend{documents{starts}};
   // Pages that are evicted are cut from a call; an array is not.
-  auto ring = attend.stream(stream_shape(shape), {.page = 256}), array = attend.stream(stream_shape(shape));
+  auto ring = attend.stream(stream_shape(shape), {.page_size = 256}),
+       array = attend.stream(stream_shape(shape));
   extend(ring, call, 0, 7500);
   extend(array, whole, 0, 7500);
   CHECK(call.same_outputs(whole));
@@ -192,8 +193,8 @@ TEST_CASE("kv_cache: a token far after its ring began sees its window and the si
   const Index left = 2500;
   const longspan::softmax_attention attend{longspan::causal{} &
                                            (longspan::window{.left = left} | longspan::sinks{4})};
-  auto stream = attend.stream(stream_shape(shape), {.page = 256});
-  stream.absorb(std::as_const(call.k).view().slice_rows(0, 8999),
+  auto stream = attend.stream(stream_shape(shape), {.page_size = 256});
+  stream.append(std::as_const(call.k).view().slice_rows(0, 8999),
                 std::as_const(call.v).view().slice_rows(0, 8999));
   extend(stream, call, 8999, 1);
   // Keys between do not count: they may as well be anything.

@@ -70,21 +70,21 @@ TEST_CASE("kv_cache: what runs out of memory changes nothing, wherever it does",
   const softmax_attention attend{causal{} & (window{.left = 60} | sinks{4}),
                                  longspan::rotary(longspan::Pairing::half_split)};
   for (const Index page : {0, 16}) {
-    INFO("page=" << page);
-    auto stream = attend.stream(stream_shape(shape), {.page = page});
+    INFO("page_size=" << page);
+    auto stream = attend.stream(stream_shape(shape), {.page_size = page});
     check_strong_guarantee(stream, [&](auto& copy) { append(copy, call, 0, 40); });
     append(stream, call, 0, 90);
     check_strong_guarantee(stream, [&](auto& copy) { append(copy, call, 90, 1); });
     check_strong_guarantee(stream, [&](auto& copy) { append(copy, call, 90, 100); });
     check_strong_guarantee(stream, [&](auto& copy) { copy.reserve(500); });
     check_strong_guarantee(stream, [&](auto& copy) {
-      copy.absorb(std::as_const(call.k).view().slice_rows(90, 40),
+      copy.append(std::as_const(call.k).view().slice_rows(90, 40),
                   std::as_const(call.v).view().slice_rows(90, 40), longspan::serial{});
     });
     const std::vector<Index> rows{1, 0};
     check_strong_guarantee(stream, [&](auto& copy) { copy.reorder(rows); });
     const std::string file = saved(stream);
-    auto empty = attend.stream(stream_shape(shape), {.page = page});
+    auto empty = attend.stream(stream_shape(shape), {.page_size = page});
     std::istringstream from(file);
     check_strong_guarantee(empty, [&](auto& copy) {
       from.clear();
@@ -102,7 +102,8 @@ TEST_CASE("kv_cache: a stream is destroyed, cleared and truncated without memory
   Call<float> call(shape, Values::normal, random);
   using Cache = decltype(softmax_attention{causal{}}.stream(stream_shape(shape)));
   for (const Index page : {0, 2, 64}) {
-    std::vector<Cache> streams(3, softmax_attention{causal{}}.stream(stream_shape(shape), {.page = page}));
+    std::vector<Cache> streams(3,
+                               softmax_attention{causal{}}.stream(stream_shape(shape), {.page_size = page}));
     for (Cache& stream : streams) append(stream, call, 0, 100);
     CHECK_FALSE(runs_out_of_memory(0, [&] {
       streams[0].truncate(3);
@@ -124,7 +125,7 @@ TEST_CASE("kv_cache: a score that throws leaves the stream as it was, after any 
   };
   const softmax_attention attend{causal{} & window{.left = 60}, score};
   for (const Index page : {0, 16}) {
-    auto stream = attend.stream(stream_shape(shape), {.page = page});
+    auto stream = attend.stream(stream_shape(shape), {.page_size = page});
     append(stream, call, 0, 100);
     const std::string before = saved(stream);
     for (const Index from : {100, 1000, 3000}) {
@@ -136,7 +137,7 @@ TEST_CASE("kv_cache: a score that throws leaves the stream as it was, after any 
       CHECK(stream.can_truncate(84));
     }
     append(stream, call, 100, 200);
-    auto never_failed = attend.stream(stream_shape(shape), {.page = page});
+    auto never_failed = attend.stream(stream_shape(shape), {.page_size = page});
     append(never_failed, again, 0, 100);
     append(never_failed, again, 100, 200);
     CHECK(call.out.row(0, 0, 299)[0] == again.out.row(0, 0, 299)[0]);

@@ -28,8 +28,8 @@ const Shape grouped{2, 6, 2, 1, 1, 8, 6};
 template <class T, class Attend>
 void check_pages(const Attend& attend, Random& random) {
   const Index rollback = random.pick({0, 1, 5, 16, 40});
-  const longspan::kv_cache_options options{.page = random.pick({0, 1, 4, 16, 64}), .rollback = rollback};
-  INFO("page=" << options.page << " rollback=" << rollback);
+  const longspan::kv_cache_options options{.page_size = random.pick({0, 1, 4, 16, 64}), .rollback = rollback};
+  INFO("page_size=" << options.page_size << " rollback=" << rollback);
   check_rollback([&] { return attend.template stream<T>(stream_shape(grouped), options); }, grouped, random,
                  {.tokens = 300, .rollback = rollback});
 }
@@ -69,8 +69,8 @@ TEST_CASE("kv_cache: no draft of up to `rollback` tokens is ever refused", "[sta
   for (const Index page : {1, 4, 16, 64}) {
     for (const Index rollback : {1, 5, 16}) {
       auto stream = softmax_attention{causal{} & window{.left = 31}}.stream(
-          stream_shape(shape), {.page = page, .rollback = rollback});
-      INFO("page=" << page << " rollback=" << rollback);
+          stream_shape(shape), {.page_size = page, .rollback = rollback});
+      INFO("page_size=" << page << " rollback=" << rollback);
       for (int n = 0; n < 4; ++n) extend(stream, call, 0, 50);
       for (Index n = 0; n < 100; ++n) {
         extend(stream, call, 0, rollback);
@@ -87,8 +87,8 @@ TEST_CASE("kv_cache: rows for going back are counted, and the rest are evicted",
   Call<float> call(shape, Values::normal, random);
   const Index row_bytes = 2 * 2 * 8 * Index{sizeof(float)};  // of both batch rows
   const auto kept = [&](Index rollback) {
-    auto stream = softmax_attention{causal{} & window{.left = 63}}.stream(stream_shape(shape),
-                                                                          {.page = 8, .rollback = rollback});
+    auto stream = softmax_attention{causal{} & window{.left = 63}}.stream(
+        stream_shape(shape), {.page_size = 8, .rollback = rollback});
     extend(stream, call, 0, 2000);
     return stream.bytes() / row_bytes;
   };
@@ -105,7 +105,7 @@ TEST_CASE("kv_cache: one step too far back is refused in a sentence that names t
   Call<float> call(shape, Values::normal, random);
   for (const Index page : {4, 16, 64}) {
     auto stream = softmax_attention{causal{} & window{.left = 20}}.stream(stream_shape(shape),
-                                                                          {.page = page, .rollback = 9});
+                                                                          {.page_size = page, .rollback = 9});
     for (Index n = 0; n < 290; n += 10) extend(stream, call, n, 10);
     const Index least = least_kept(stream);
     REQUIRE(least > 0);
@@ -140,14 +140,14 @@ TEST_CASE("kv_cache: copies and batch rows do not see rows that are written over
   fill_normal(other.v, random);
   for (const Index page : {0, 4, 16, 64}) {
     const softmax_attention attend{causal{} & window{.left = 30}};
-    auto stream = attend.stream(stream_shape(shape), {.page = page});
+    auto stream = attend.stream(stream_shape(shape), {.page_size = page});
     extend(stream, call, 0, 100);
     const auto copy = stream;
     stream.truncate(88);
     extend(stream, other, 88, 32);  // over the last 12 rows of the copy
     auto goes_on = copy;
     extend(goes_on, call, 100, 20);
-    auto straight = attend.stream(stream_shape(shape), {.page = page});
+    auto straight = attend.stream(stream_shape(shape), {.page_size = page});
     extend(straight, again, 0, 100);
     extend(straight, again, 100, 20);
     CHECK(same_rows(call, again, 100, 120));
@@ -165,7 +165,7 @@ TEST_CASE("kv_cache: copies and batch rows do not see rows that are written over
     beams.reorder(from);
     beams.truncate(90);
     extend(beams, moved, 90, 30);
-    auto of_wanted = attend.stream(stream_shape(shape), {.page = page});
+    auto of_wanted = attend.stream(stream_shape(shape), {.page_size = page});
     extend(of_wanted, wanted, 0, 90);
     extend(of_wanted, wanted, 90, 30);
     CHECK(same_rows(moved, wanted, 90, 120));
@@ -182,7 +182,7 @@ TEST_CASE("kv_cache: a saved state can go back as far as before", "[state]") {
   const Shape shape{1, 2, 1, 300, 300, 4, 4};
   Call<float> call(shape, Values::normal, random);
   const softmax_attention attend{causal{} & window{.left = 20}};
-  auto stream = attend.stream(stream_shape(shape), {.page = 4}), loaded = stream;
+  auto stream = attend.stream(stream_shape(shape), {.page_size = 4}), loaded = stream;
   extend(stream, call, 0, 290);
   std::stringstream file;
   stream.save(file);
@@ -190,7 +190,7 @@ TEST_CASE("kv_cache: a saved state can go back as far as before", "[state]") {
   CHECK(least_kept(loaded) == least_kept(stream));
   CHECK(least_kept(loaded) <= 274);
   // A stream that keeps nothing for a step back writes a state that others can load, but not go back in.
-  auto strict = attend.stream(stream_shape(shape), {.page = 4, .rollback = 0});
+  auto strict = attend.stream(stream_shape(shape), {.page_size = 4, .rollback = 0});
   extend(strict, call, 0, 290);
   std::stringstream less;
   strict.save(less);

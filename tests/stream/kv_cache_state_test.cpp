@@ -33,7 +33,7 @@ TEST_CASE("kv_cache: pages that the mask will not show again are evicted", "[sta
   Random random(1);
   const Shape shape{1, 4, 2, 6000, 6000, 8, 8};
   Call<float> call(shape, Values::normal, random);
-  auto stream = ring.stream(stream_shape(shape), {.page = 32});
+  auto stream = ring.stream(stream_shape(shape), {.page_size = 32});
   CHECK(stream.bytes() == 0);
   for (Index n = 0; n < 1000; ++n) {
     extend(stream, call, n, 1);
@@ -44,10 +44,10 @@ TEST_CASE("kv_cache: pages that the mask will not show again are evicted", "[sta
     REQUIRE(stream.bytes() <= (pages + 1) * page_bytes(shape, 32));
   }
   // A long prompt leaves no more than the ring.
-  auto prompt = ring.stream(stream_shape(shape), {.page = 32});
+  auto prompt = ring.stream(stream_shape(shape), {.page_size = 32});
   extend(prompt, call, 0, 6000);
   CHECK(prompt.bytes() <= 6 * page_bytes(shape, 32));
-  auto kept = ring.stream(stream_shape(shape), {.page = 32, .forget = false});
+  auto kept = ring.stream(stream_shape(shape), {.page_size = 32, .evict = false});
   extend(kept, call, 0, 6000);
   CHECK(kept.bytes() == 188 * page_bytes(shape, 32));
 }
@@ -59,7 +59,7 @@ TEST_CASE("kv_cache: an array doubles, reserve is enough, and steps allocate not
   const auto q = std::as_const(call.q).view(), k = std::as_const(call.k).view(),
              v = std::as_const(call.v).view();
   for (const Index page : {0, 64}) {
-    auto stream = softmax_attention{causal{}}.stream(stream_shape(shape), {.page = page});
+    auto stream = softmax_attention{causal{}}.stream(stream_shape(shape), {.page_size = page});
     extend(stream, call, 0, 10);
     CHECK(stream.bytes() == 2 * page_bytes(shape, page == 0 ? 10 : 64));
     extend(stream, call, 10, 1);
@@ -84,7 +84,7 @@ TEST_CASE("kv_cache: copies share pages and go their own ways", "[state]") {
   for (Index h = 0; h < 3; ++h) std::fill_n(beam.q.row(0, h, 90), 8, 7.0f);
   std::fill_n(beam.k.row(0, 0, 95), 8, 2.0f);
   for (const Index page : {0, 16, 64}) {
-    auto stream = softmax_attention{causal{}}.stream(stream_shape(shape), {.page = page});
+    auto stream = softmax_attention{causal{}}.stream(stream_shape(shape), {.page_size = page});
     extend(stream, call, 0, 90);
     {
       auto copy = stream;
@@ -95,7 +95,7 @@ TEST_CASE("kv_cache: copies share pages and go their own ways", "[state]") {
     extend(stream, call, 90, 110);
     CHECK_FALSE(same_rows(call, beam, 96, 97));
     CHECK(call.lse(1, 0, 150) == beam.lse(1, 0, 150));
-    auto fresh = softmax_attention{causal{}}.stream(stream_shape(shape), {.page = page});
+    auto fresh = softmax_attention{causal{}}.stream(stream_shape(shape), {.page_size = page});
     auto of_beam = fresh;
     Call<float> alone = beam.unrun();
     extend(fresh, again, 0, 90);
@@ -116,7 +116,7 @@ TEST_CASE("kv_cache: a copy costs its open page", "[state]") {
   Random random(4);
   const Shape shape{1, 2, 2, 300, 300, 8, 8};
   Call<float> call(shape, Values::normal, random);
-  auto stream = softmax_attention{causal{}}.stream(stream_shape(shape), {.page = 32});
+  auto stream = softmax_attention{causal{}}.stream(stream_shape(shape), {.page_size = 32});
   extend(stream, call, 0, 290);
   auto copy = stream;
   longspan::Execution execution(longspan::serial{});
@@ -129,23 +129,23 @@ TEST_CASE("kv_cache: a copy costs its open page", "[state]") {
   CHECK(allocations_of([&] { step(stream, 290); }) == 0);
 }
 
-TEST_CASE("kv_cache: absorbed tokens are seen like others", "[state]") {
+TEST_CASE("kv_cache: appended tokens are seen like others", "[state]") {
   Random random(9);
   const Shape shape{2, 4, 2, 400, 400, 8, 6};
   Call<float> call(shape, Values::normal, random), again = call.unrun();
   for (const Index page : {0, 16}) {
-    auto stream = ring.stream(stream_shape(shape), {.page = page}), other = stream;
+    auto stream = ring.stream(stream_shape(shape), {.page_size = page}), other = stream;
     extend(stream, call, 0, 300);
     extend(stream, call, 300, 100);
-    other.absorb(std::as_const(call.k).view().slice_rows(0, 300),
+    other.append(std::as_const(call.k).view().slice_rows(0, 300),
                  std::as_const(call.v).view().slice_rows(0, 300));
     CHECK(other.size() == 300);
     extend(other, again, 300, 100);
     CHECK(same_rows(call, again, 300, 400));
     CHECK(other.bytes() <= stream.bytes());
     CHECK(refusal([&] {
-            other.absorb(call.v.view(), call.k.view());
-          }).find("kv_cache::absorb: k is [2, 2, 400, 6], wanted [2, 2, 400, 8]") != std::string::npos);
+            other.append(call.v.view(), call.k.view());
+          }).find("kv_cache::append: k is [2, 2, 400, 6], wanted [2, 2, 400, 8]") != std::string::npos);
   }
 }
 
@@ -156,14 +156,14 @@ TEST_CASE("kv_cache: truncate steps back", "[state]") {
   fill_normal(guess.k, random);
   for (const Index page : {0, 16, 64}) {
     const softmax_attention attend{causal{} & window{.left = 60}};
-    auto stream = attend.stream(stream_shape(shape), {.page = page});
+    auto stream = attend.stream(stream_shape(shape), {.page_size = page});
     extend(stream, again, 0, 150);
     const auto before = stream;
     extend(stream, guess, 150, 3);
     stream.truncate(150);
     CHECK(stream.size() == 150);
     extend(stream, again, 150, 70);
-    auto straight = attend.stream(stream_shape(shape), {.page = page});
+    auto straight = attend.stream(stream_shape(shape), {.page_size = page});
     extend(straight, call, 0, 150);
     extend(straight, call, 150, 70);
     CHECK(again.same_outputs(call));
@@ -184,7 +184,8 @@ TEST_CASE("kv_cache: reorder gives a row what another was", "[state]") {
     std::copy_n(call.v.row(old, 0, 0), 70 * 8, wanted.v.row(b, 0, 0));
   }
   for (const Index page : {0, 16, 64}) {
-    auto stream = softmax_attention{causal{}}.stream(stream_shape(shape), {.page = page}), straight = stream;
+    auto stream = softmax_attention{causal{}}.stream(stream_shape(shape), {.page_size = page}),
+         straight = stream;
     extend(stream, moved, 0, 70);
     stream.reorder(from);
     extend(stream, moved, 70, 50);
@@ -200,12 +201,12 @@ TEMPLATE_TEST_CASE("kv_cache: what was saved goes on where it stopped", "[state]
   const Shape shape{2, 4, 2, 700, 700, 8, 6};
   Call<float> call(shape, Values::normal, random), later = call.unrun();
   for (const Index page : {0, 32}) {
-    auto stream = ring.template stream<TestType>(stream_shape(shape), {.page = page});
+    auto stream = ring.template stream<TestType>(stream_shape(shape), {.page_size = page});
     extend(stream, call, 0, 611);
     std::stringstream file;
     stream.save(file);
     extend(stream, call, 611, 89);
-    auto loaded = ring.template stream<TestType>(stream_shape(shape), {.page = page});
+    auto loaded = ring.template stream<TestType>(stream_shape(shape), {.page_size = page});
     extend(loaded, later, 0, 11);
     loaded.load(file);
     CHECK(loaded.size() == 611);
@@ -220,7 +221,7 @@ TEST_CASE("kv_cache: a file that is damaged or of another stream is refused, and
   Random random(8);
   const Shape shape{1, 2, 1, 100, 100, 4, 4};
   Call<float> call(shape, Values::normal, random), after = call.unrun();
-  const kv_cache_options paged{.page = 16};
+  const kv_cache_options paged{.page_size = 16};
   const softmax_attention attend{causal{}};
   auto stream = attend.stream(stream_shape(shape), paged);
   extend(stream, call, 0, 60);
@@ -232,7 +233,7 @@ TEST_CASE("kv_cache: a file that is damaged or of another stream is refused, and
     CHECK_FALSE(refused(stream, bytes.substr(0, length)).empty());
   auto other_page = attend.stream(stream_shape(shape));
   CHECK(refused(other_page, bytes) ==
-        "longspan: kv_cache::load: page is 16 in the file, wanted 0 as in this stream");
+        "longspan: kv_cache::load: page_size is 16 in the file, wanted 0 as in this stream");
   auto other_type = attend.stream<double>(stream_shape(shape), paged);
   CHECK(refused(other_type, bytes) ==
         "longspan: kv_cache::load: the element type is float in the file, wanted double as in this stream");

@@ -78,7 +78,7 @@ TEST_CASE("kv_cache: rows of int8 are what their scales make of them", "[law]") 
     const Shape shape = draw_self_shape(random);
     const Index longest = draw_longest(random);
     const kv_cache_options options = draw_options(random);
-    INFO(shape.text() << " page=" << options.page);
+    INFO(shape.text() << " page_size=" << options.page_size);
     Call<float> call(shape, random.pick({Values::normal, Values::peaked, Values::log_normal}), random);
     auto stream = softmax_attention{}.stream<std::int8_t>(stream_shape(shape), options);
     extend_in_chunks(stream, call, random, shape.q_len, longest);
@@ -133,10 +133,10 @@ TEST_CASE("kv_cache: the bits of the one call", "[bits][slow]") {
   const softmax_attention ring{causal{} & (window{.left = 500} | sinks{4})};
   const softmax_attention turned{causal{}, longspan::rotary(longspan::Pairing::half_split)};
   for (const Index page : {0, 256, 512}) {
-    check(call, softmax_attention{causal{}}, {.page = page});
-    check(call, ring, {.page = page});
-    check(call, turned, {.page = page});
-    check(Call<bfloat16>(shape, Values::normal, random), ring, {.page = page});
+    check(call, softmax_attention{causal{}}, {.page_size = page});
+    check(call, ring, {.page_size = page});
+    check(call, turned, {.page_size = page});
+    check(Call<bfloat16>(shape, Values::normal, random), ring, {.page_size = page});
   }
 }
 
@@ -146,7 +146,8 @@ TEST_CASE("kv_cache: single tokens, the bits of decoding against all tokens so f
   Call<float> once(shape, Values::normal, random), tokens = once.unrun(), paged = once.unrun(),
                                                    pairs = once.unrun();
   const softmax_attention attend{causal{}};
-  auto array = attend.stream(stream_shape(shape)), pages = attend.stream(stream_shape(shape), {.page = 256});
+  auto array = attend.stream(stream_shape(shape)),
+       pages = attend.stream(stream_shape(shape), {.page_size = 256});
   extend(array, tokens, 0, 2000);
   extend(pages, paged, 0, 2000);
   auto by_two = array;
@@ -175,8 +176,8 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
   CHECK(says("the shape [batch, heads, kv_heads, head_dim] is [1, 3, 2, 4]", [&] {
     attend.stream({1, 3, 2, 4, 4});
   }));
-  CHECK(says("kv_cache: the page is -1, wanted at least 0", [&] {
-    attend.stream({1, 2, 2, 4, 4}, {.page = -1});
+  CHECK(says("kv_cache: page_size is -1, wanted at least 0", [&] {
+    attend.stream({1, 2, 2, 4, 4}, {.page_size = -1});
   }));
   softmax_attention placed = attend;
   placed.first_query = 7;
@@ -189,19 +190,19 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
   CHECK(says("kv_cache: the shape", [&] { attend.stream({1, huge, huge, 4, 4}); }));
   CHECK(says("wanted a token that fits", [&] { attend.stream({huge, 1, 1, 0, 0}); }));
   CHECK(says("kv_cache: the shape", [&] { attend.stream({1, 1, 1, 2 * huge, 6 * huge}); }));
-  CHECK(says("kv_cache: the page is 1152921504606846976, wanted at least 0 and at most", [&] {
-    attend.stream({1, 2, 2, 4, 4}, {.page = huge});
+  CHECK(says("kv_cache: page_size is 1152921504606846976, wanted at least 0 and at most", [&] {
+    attend.stream({1, 2, 2, 4, 4}, {.page_size = huge});
   }));
   for (const Index page : {0, 8}) {
-    auto stream = attend.stream({1, 2, 2, 4, 4}, {.page = page});
+    auto stream = attend.stream({1, 2, 2, 4, 4}, {.page_size = page});
     CHECK(says("kv_cache::reserve: the number of tokens is 1152921504606846976, wanted 0..",
                [&] { stream.reserve(huge); }));
     CHECK(says("kv_cache::reserve: the number of tokens is -1, wanted 0..", [&] { stream.reserve(-1); }));
     // One row that stands for more tokens than any memory holds.
     const float row[4] = {};
     const longspan::TensorView<const float> rows{row, 1, 2, huge, 4, 0, 0, 0};
-    CHECK(says("kv_cache::absorb: k is [1, 2, 1152921504606846976, 4], wanted",
-               [&] { stream.absorb(rows, rows); }));
+    CHECK(says("kv_cache::append: k is [1, 2, 1152921504606846976, 4], wanted",
+               [&] { stream.append(rows, rows); }));
     CHECK(stream.size() == 0);
     CHECK(stream.bytes() == 0);
   }
@@ -209,7 +210,7 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
   unscaled.scale = NAN;
   CHECK(says("kv_cache: scale is nan, wanted a finite number", [&] { unscaled.stream({1, 2, 2, 4, 4}); }));
   CHECK(says("first_query is 7, wanted unset", [&] { placed.stream({1, 2, 2, 4, 4}); }));
-  auto stream = attend.stream({1, 2, 2, 4, 4}, {.page = 8});
+  auto stream = attend.stream({1, 2, 2, 4, 4}, {.page_size = 8});
   Call<float> call(Shape{1, 2, 1, 5, 5, 4, 4}), right(Shape{1, 2, 2, 40, 40, 4, 4});
   CHECK(says("1 KV heads", [&] { extend(stream, call, 0, 5); }));
   CHECK(stream.size() == 0);
@@ -220,7 +221,7 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
   CHECK(says("kv_cache::reorder: the number of rows is 2", [&] {
     stream.reorder(std::vector<Index>{0, 0});
   }));
-  auto ring = softmax_attention{window{.left = 10}}.stream({1, 2, 2, 4, 4}, {.page = 8, .rollback = 0});
+  auto ring = softmax_attention{window{.left = 10}}.stream({1, 2, 2, 4, 4}, {.page_size = 8, .rollback = 0});
   extend(ring, right, 0, 40);
   CHECK(says("kv_cache::truncate: the number of tokens is 30, wanted at least 34: the keys",
              [&] { ring.truncate(30); }));

@@ -111,7 +111,7 @@ struct MapIndex {
 }  // namespace
 
 TEST_CASE("landmark_cache: where memory ends, nothing changes", "[stream][memory]") {
-  const landmark_cache_options options{.block = 4, .top_k = 2, .local_blocks = 1, .capacity = 5};
+  const landmark_cache_options options{.block_size = 4, .top_k = 2, .window_blocks = 1, .capacity = 5};
   check_every_call([&] { return landmark_cache<float, rotary>(stream_shape(sizes), options, turned); }, 17);
   check_every_call(
       [&] {
@@ -129,18 +129,18 @@ TEST_CASE("landmark_cache: where memory ends, nothing changes in a file", "[stre
   for (const Index rollback : {0, 6}) {
     const auto fresh = [&] {
       return landmark_cache<float>(stream_shape(sizes),
-                                   {.block = 4,
+                                   {.block_size = 4,
                                     .top_k = 2,
                                     .capacity = 5,
                                     .rollback = rollback,
-                                    .file = folder.file("blocks" + std::to_string(++files))});
+                                    .path = folder.file("blocks" + std::to_string(++files))});
     };
     check_every_failure(
         fresh, [&](auto& stream) { append(stream, call, 10, 17); }, 3);
     check_every_failure(
         fresh,
         [&](auto& stream) {
-          stream.absorb(std::as_const(call.k).view().slice_rows(3, 17),
+          stream.append(std::as_const(call.k).view().slice_rows(3, 17),
                         std::as_const(call.v).view().slice_rows(3, 17), serial{});
         },
         3);
@@ -153,7 +153,7 @@ TEST_CASE("hybrid_stream: where memory ends, nothing changes", "[stream][memory]
   for (const Index rollback : {0, 16}) {
     check_every_call(
         [&] {
-          return hybrid_stream<float>(stream_shape(sizes), {.block = 4,
+          return hybrid_stream<float>(stream_shape(sizes), {.block_size = 4,
                                                             .top_k = 2,
                                                             .window_blocks = 1,
                                                             .capacity = 2,

@@ -52,11 +52,11 @@ TEST_CASE("landmark_cache: blocks in a file give the bits of blocks in memory", 
   for (const Index capacity : {0, 4}) {
     for (const Index resident : {Index{0}, Index{1} << 26}) {
       const std::string path = folder.file("blocks");
-      Options options{.block = 5, .top_k = 3, .local_blocks = 1, .capacity = capacity};
+      Options options{.block_size = 5, .top_k = 3, .window_blocks = 1, .capacity = capacity};
       options.rollback = random.pick({0, 3, 16});
       Cache cache(shape, options, turned);
-      options.file = path;
-      options.resident = resident;
+      options.path = path;
+      options.resident_bytes = resident;
       Cache filed(shape, options, turned);
       for (Index i = 0; i < 90; i += 9) {
         extend(cache, call, i, 9);
@@ -77,14 +77,17 @@ TEST_CASE("landmark_cache: a file that is opened again has every block that no t
   Call<float> call = drawn_call(random), own = call.unrun();
   for (const Index capacity : {0, 4}) {
     for (const Index rollback : {0, 16}) {
-      const Options options{
-          .block = 5, .top_k = 3, .capacity = capacity, .rollback = rollback, .file = folder.file("blocks")};
+      const Options options{.block_size = 5,
+                            .top_k = 3,
+                            .capacity = capacity,
+                            .rollback = rollback,
+                            .path = folder.file("blocks")};
       {
         Cache cache(shape, options, turned);
         extend(cache, call, 0, 63);
         extend(cache, call, 63, 27);
       }
-      std::filesystem::remove(options.file);
+      std::filesystem::remove(options.path);
       { Cache(shape, options, turned); }
       {
         Cache cache(shape, options, turned);
@@ -99,7 +102,7 @@ TEST_CASE("landmark_cache: a file that is opened again has every block that no t
       extend(cache, own, blocks * 5, 63 - blocks * 5);
       extend(cache, own, 63, 27);
       CHECK(same_rows(call, own, 63, 90));
-      std::filesystem::remove(options.file);
+      std::filesystem::remove(options.path);
     }
   }
 }
@@ -110,7 +113,7 @@ TEST_CASE("landmark_cache: tokens that were taken back are not in the file", "[s
   Call<float> call = drawn_call(random), draft = drawn_call(random), own = call.unrun();
   for (const Index capacity : {0, 4}) {
     const Options options{
-        .block = 5, .top_k = 3, .local_blocks = 1, .capacity = capacity, .file = folder.file("blocks")};
+        .block_size = 5, .top_k = 3, .window_blocks = 1, .capacity = capacity, .path = folder.file("blocks")};
     {
       Cache cache(shape, options, turned);
       for (Index i = 0; i < 60; i += 4) {
@@ -122,13 +125,13 @@ TEST_CASE("landmark_cache: tokens that were taken back are not in the file", "[s
     }
     Cache reopened(shape, options, turned);
     CHECK(reopened.size() == 55);  // of the 76 tokens that there were, 60 can not be taken back
-    Cache wanted(shape, {.block = 5, .top_k = 3, .local_blocks = 1, .capacity = capacity}, turned);
+    Cache wanted(shape, {.block_size = 5, .top_k = 3, .window_blocks = 1, .capacity = capacity}, turned);
     extend(wanted, call, 0, 60);
     extend(reopened, own, 55, 5);
     extend(wanted, call, 60, 30);
     extend(reopened, own, 60, 30);
     CHECK(same_rows(call, own, 60, 90));
-    std::filesystem::remove(options.file);
+    std::filesystem::remove(options.path);
   }
 }
 
@@ -136,9 +139,9 @@ TEST_CASE("landmark_cache: an assigned cache does not write the file of the othe
   const TemporaryFolder folder;
   Random random(9);
   Call<float> call = drawn_call(random), other = drawn_call(random);
-  const Options options{.block = 5, .top_k = 3, .rollback = 0, .file = folder.file("blocks")};
+  const Options options{.block_size = 5, .top_k = 3, .rollback = 0, .path = folder.file("blocks")};
   Options elsewhere = options;
-  elsewhere.file = folder.file("elsewhere");
+  elsewhere.path = folder.file("elsewhere");
   {
     Cache cache(shape, options, turned), copy(shape, elsewhere, turned);
     extend(copy, other, 0, 40);
@@ -155,7 +158,7 @@ TEST_CASE("landmark_cache: an assigned cache does not write the file of the othe
   Cache reopened(shape, options, turned), other_reopened(shape, elsewhere, turned);
   CHECK(reopened.size() == 45);
   CHECK(other_reopened.size() == 40);
-  Cache wanted(shape, {.block = 5, .top_k = 3}, turned);
+  Cache wanted(shape, {.block_size = 5, .top_k = 3}, turned);
   Call<float> own = call.unrun();
   extend(wanted, call, 0, 45);
   extend(wanted, call, 45, 45);
@@ -168,24 +171,24 @@ TEST_CASE("landmark_cache: where the file cannot be replaced, clear is an error 
   const TemporaryFolder folder;
   Random random(10);
   Call<float> call = drawn_call(random), own = call.unrun();
-  const Options options{.block = 5, .top_k = 3, .file = folder.file("blocks")};
-  Cache cache(shape, options, turned), wanted(shape, {.block = 5, .top_k = 3}, turned);
+  const Options options{.block_size = 5, .top_k = 3, .path = folder.file("blocks")};
+  Cache cache(shape, options, turned), wanted(shape, {.block_size = 5, .top_k = 3}, turned);
   extend(cache, call, 0, 40);
   extend(wanted, own, 0, 40);
-  std::filesystem::remove(options.file);
-  std::filesystem::create_directory(options.file);
+  std::filesystem::remove(options.path);
+  std::filesystem::create_directory(options.path);
   CHECK(refusal([&] { cache.clear(); }).find("cannot replace") != std::string::npos);
-  std::filesystem::create_directory(options.file + ".new");
+  std::filesystem::create_directory(options.path + ".new");
   CHECK(refusal([&] { cache.clear(); }).find("cannot be opened") != std::string::npos);
   CHECK(cache.size() == 40);
   extend(cache, call, 40, 50);
   extend(wanted, own, 40, 50);
   CHECK(call.same_outputs(own));
-  std::filesystem::remove(options.file + ".new");
-  std::filesystem::remove(options.file);
+  std::filesystem::remove(options.path + ".new");
+  std::filesystem::remove(options.path);
   cache.clear();
   CHECK(cache.size() == 0);
-  CHECK_FALSE(std::filesystem::exists(options.file + ".new"));
+  CHECK_FALSE(std::filesystem::exists(options.path + ".new"));
   Call<float> again = call.unrun();
   extend(cache, again, 0, 40);
   extend(cache, again, 40, 50);
@@ -197,18 +200,18 @@ TEST_CASE("landmark_cache: a process that ends between two writes loses no seale
   const TemporaryFolder folder;
   Random random(3);
   Call<float> call = drawn_call(random);
-  const Options options{.block = 5, .top_k = 3, .rollback = 0, .file = folder.file("blocks")};
+  const Options options{.block_size = 5, .top_k = 3, .rollback = 0, .path = folder.file("blocks")};
   std::string four, five;
   {
     Cache cache(shape, options, turned);
     extend(cache, call, 0, 20);
-    four = contents(options.file);
+    four = contents(options.path);
     extend(cache, call, 20, 5);
-    five = contents(options.file);
+    five = contents(options.path);
   }
   REQUIRE(five.size() > four.size());
   const auto blocks_of = [&](const std::string& bytes) {
-    write_contents(options.file, bytes);
+    write_contents(options.path, bytes);
     return Cache(shape, options, turned).blocks();
   };
   std::string bytes = four;
@@ -228,16 +231,16 @@ TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[strea
   const TemporaryFolder folder;
   Random random(4);
   Call<float> call = drawn_call(random);
-  const Options options{.block = 5, .top_k = 3, .rollback = 0, .file = folder.file("blocks")};
+  const Options options{.block_size = 5, .top_k = 3, .rollback = 0, .path = folder.file("blocks")};
   {
     Cache cache(shape, options, turned);
     extend(cache, call, 0, 20);
   }
-  const std::string good = contents(options.file);
+  const std::string good = contents(options.path);
   const auto refusal_of = [&](const std::string& bytes) {
-    write_contents(options.file, bytes);
+    write_contents(options.path, bytes);
     std::string text = refusal([&] { Cache(shape, options, turned); });
-    CHECK(contents(options.file) == bytes);
+    CHECK(contents(options.path) == bytes);
     return text;
   };
   for (std::size_t byte = 0; byte < 4096; byte += byte < 140 ? 1 : 89) {
@@ -245,7 +248,7 @@ TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[strea
     tampered[byte] = static_cast<char>(tampered[byte] ^ 16);
     const std::string text = refusal_of(tampered);
     INFO(byte);
-    REQUIRE(text.find("longspan: landmark_cache: the file " + options.file + " is ") == 0);
+    REQUIRE(text.find("longspan: landmark_cache: the file " + options.path + " is ") == 0);
   }
   const std::size_t in_a_block = 4096 + 4096 + 100;
   std::string tampered = good;
@@ -255,9 +258,9 @@ TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[strea
     REQUIRE(refusal_of(good.substr(0, length)).find("cut short") != std::string::npos);
   CHECK(refusal_of(std::string(10000, 'x')).find("another file") != std::string::npos);
 
-  write_contents(options.file, good);
+  write_contents(options.path, good);
   CHECK(refusal([&] {
-          Cache(shape, {.block = 6, .file = options.file}, turned);
+          Cache(shape, {.block_size = 6, .path = options.path}, turned);
         }).find("block is 5 in the file, wanted 6") != std::string::npos);
   CHECK(refusal([&] {
           landmark_cache<float, rotary>(shape, options, turned);
@@ -269,7 +272,7 @@ TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[strea
           landmark_cache<float, no_position, exact_positions>(shape, options);
         }).find("the position encoding is rotary in the file, wanted none") != std::string::npos);
   CHECK(refusal([&] {
-          Cache(shape, {.file = folder.file("no/such/folder")}, turned);
+          Cache(shape, {.path = folder.file("no/such/folder")}, turned);
         }).find("one that cannot be opened") != std::string::npos);
   const Cache open(shape, options, turned);
   CHECK(refusal([&] { Cache(shape, options, turned); }).find("in use") != std::string::npos);
@@ -280,7 +283,7 @@ TEST_CASE("landmark_cache: a disk that is full is an error that changes nothing"
   Random random(5);
   Call<float> call = drawn_call(random), own = call.unrun();
   const Index rollback = GENERATE(0, 16);
-  const Options options{.block = 5, .top_k = 3, .rollback = rollback, .file = folder.file("blocks")};
+  const Options options{.block_size = 5, .top_k = 3, .rollback = rollback, .path = folder.file("blocks")};
   Cache cache(shape, options, turned);
   extend(cache, call, 0, 33);
   const Index blocks = cache.blocks();
@@ -288,7 +291,7 @@ TEST_CASE("landmark_cache: a disk that is full is an error that changes nothing"
   std::signal(SIGXFSZ, SIG_IGN);
   struct ::rlimit before {};
   REQUIRE(::getrlimit(RLIMIT_FSIZE, &before) == 0);
-  const auto size = static_cast<rlim_t>(std::filesystem::file_size(options.file));
+  const auto size = static_cast<rlim_t>(std::filesystem::file_size(options.path));
   const struct ::rlimit full {
     size + 100, before.rlim_max
   };
@@ -296,7 +299,7 @@ TEST_CASE("landmark_cache: a disk that is full is an error that changes nothing"
   const auto outputs = call.out.values;
   const std::string of_extend = refusal([&] { extend(cache, call, 33, 7); });
   const std::string of_absorb = refusal([&] {
-    cache.absorb(std::as_const(call.k).view().slice_rows(33, 7),
+    cache.append(std::as_const(call.k).view().slice_rows(33, 7),
                  std::as_const(call.v).view().slice_rows(33, 7));
   });
   extend(cache, call, 33, 1);  // writes nothing
@@ -308,7 +311,7 @@ TEST_CASE("landmark_cache: a disk that is full is an error that changes nothing"
   CHECK(cache.blocks() == blocks);
   CHECK(cache.size() == 34);
   extend(cache, call, 34, 56);
-  landmark_cache<float, rotary, exact_positions> wanted(shape, {.block = 5, .top_k = 3}, turned);
+  landmark_cache<float, rotary, exact_positions> wanted(shape, {.block_size = 5, .top_k = 3}, turned);
   extend(wanted, own, 0, 33);
   extend(wanted, own, 33, 1);
   extend(wanted, own, 34, 56);
@@ -319,12 +322,12 @@ TEST_CASE("landmark_cache: a copy reads the file and keeps its own blocks in mem
   const TemporaryFolder folder;
   Random random(6);
   Call<float> call = drawn_call(random), own = call.unrun(), other = call.unrun();
-  const Options options{.block = 5, .top_k = 3, .capacity = 6, .file = folder.file("blocks")};
+  const Options options{.block_size = 5, .top_k = 3, .capacity = 6, .path = folder.file("blocks")};
   Cache cache(shape, options, turned);
   extend(cache, call, 0, 40);
   extend(cache, call, 40, 50);
 
-  Cache fresh(shape, {.block = 5, .top_k = 3, .capacity = 6}, turned);
+  Cache fresh(shape, {.block_size = 5, .top_k = 3, .capacity = 6}, turned);
   cache.clear();
   CHECK(cache.size() == 0);
   extend(cache, own, 0, 40);
@@ -369,17 +372,17 @@ TEST_CASE("landmark_cache: pages of the file that stay in memory are bounded", "
   Call<float> call(Shape{1, 1, 1, 1024, 1024, dim, dim}, Values::normal, random);
   long grown[2] = {};
   for (const int bounded : {0, 1}) {
-    const Options options{.block = 64,
+    const Options options{.block_size = 64,
                           .top_k = 8,
-                          .file = folder.file("blocks"),
-                          .resident = Index{1} << (bounded == 1 ? 20 : 30)};
+                          .path = folder.file("blocks"),
+                          .resident_bytes = Index{1} << (bounded == 1 ? 20 : 30)};
     landmark_cache<float> cache({1, 1, 1, dim, dim}, options);
-    while (cache.size() < tokens) cache.absorb(std::as_const(call.k).view(), std::as_const(call.v).view());
+    while (cache.size() < tokens) cache.append(std::as_const(call.k).view(), std::as_const(call.v).view());
     const long before = mapped_kb();
     extend(cache, call, 0, 60);
     extend(cache, call, 60, 40);
     grown[bounded] = mapped_kb() - before;
-    std::filesystem::remove(options.file);
+    std::filesystem::remove(options.path);
   }
   CHECK(grown[0] > 8000);  // of 16 MB
   CHECK(grown[1] < 4000);

@@ -71,20 +71,21 @@ longspan::reference::landmark_cache<rotary> exact_chunk(const Call<float>& call,
 TEST_CASE("landmark_cache: blocks of int8 are what the scales of their rows make of them", "[stream][law]") {
   Index compared = 0, queries = 0;
   for_each_case(12, [&](Random& random) {
-    const Options options{
-        .block = random.between(2, 9), .top_k = random.pick({1, 3, 100}), .sample = random.between(1, 3)};
+    const Options options{.block_size = random.between(2, 9),
+                          .top_k = random.pick({1, 3, 100}),
+                          .mass_sample = random.between(1, 3)};
     const Index kv_heads = random.between(1, 2), length = random.between(30, 70);
     Call<float> call(Shape{random.between(1, 2), kv_heads * random.pick({1, 3}), kv_heads, length, length,
                            random.pick({2, 6, 34}), random.pick({1, 5, 20})},
                      Values::normal, random);
-    INFO("block " << options.block << " top_k " << options.top_k);
-    const auto [k, v] = sealed_rows(call, options.block);
+    INFO("block " << options.block_size << " top_k " << options.top_k);
+    const auto [k, v] = sealed_rows(call, options.block_size);
     Call<double> exact(Shape{call.q.batch, call.q.heads, kv_heads, length, length, 1, call.v.cols});
     Cache cache(stream_shape({call.q.batch, call.q.heads, kv_heads, 0, 0, call.q.cols, call.v.cols}), options,
                 turned);
     for (Index first = 0, count = 0; first < length; first += count) {
       count = std::min(length - first, random.chance(0.5) ? 1 : random.between(1, 25));
-      const Index sealed = cache.blocks() * options.block;
+      const Index sealed = cache.blocks() * options.block_size;
       extend(cache, call, first, count);
       const auto reference = exact_chunk(call, options, k, v, sealed, first, count, exact);
       for (Index n = 0; n < call.q.batch * call.q.heads * count; ++n) {
@@ -112,7 +113,7 @@ TEST_CASE(
   Random random(1);
   const Shape shape{2, 6, 2, 120, 120, 24, 20};
   Call<float> call(shape, Values::normal, random), own = call.unrun();
-  const Options options{.block = 7, .top_k = 3, .capacity = 9, .rollback = 0};
+  const Options options{.block_size = 7, .top_k = 3, .capacity = 9, .rollback = 0};
   landmark_cache<float, rotary> wide(stream_shape(shape), options, turned);
   Cache narrow(stream_shape(shape), options, turned);
   for (Index i = 0; i < 120; i += 15) {
@@ -137,7 +138,7 @@ TEST_CASE("landmark_cache: what a row of int8 cannot hold is NaN, where its bloc
   call.v.row(0, 0, 9)[3] = INFINITY;
   std::fill_n(call.k.row(0, 0, 12), 8, 0.0f);
   std::fill_n(clean.k.row(0, 0, 12), 8, 0.0f);
-  Cache cache(stream_shape(shape), {.block = 8, .top_k = 1}, turned), of_clean = cache;
+  Cache cache(stream_shape(shape), {.block_size = 8, .top_k = 1}, turned), of_clean = cache;
   Index retrieved = 0;
   for (Index i = 0; i < 40; ++i) {
     extend(cache, call, i, 1);
@@ -158,7 +159,7 @@ TEST_CASE("landmark_cache: threads change no bit of blocks of int8", "[stream][b
   Random random(3);
   const Shape shape{1, 6, 2, 200, 200, 34, 16};
   Call<float> call(shape, Values::normal, random), own = call.unrun();
-  Cache cache(stream_shape(shape), {.block = 7, .top_k = 3}, turned), other = cache;
+  Cache cache(stream_shape(shape), {.block_size = 7, .top_k = 3}, turned), other = cache;
   for (Index i = 0; i < 200; i += 40) {
     extend(cache, call, i, 40, 1);
     extend(other, own, i, 40, 3);
@@ -173,9 +174,9 @@ TEST_CASE("landmark_cache: blocks of int8 go on from a state, from a file and in
   Call<float> call(shape, Values::normal, random), loaded_call = call.unrun(), file_call = call.unrun(),
                                                    copy_call = call.unrun();
   const TemporaryFolder folder;
-  Options options{.block = 5, .top_k = 2, .capacity = 6}, with_file = options;
+  Options options{.block_size = 5, .top_k = 2, .capacity = 6}, with_file = options;
   with_file.rollback = 0;
-  with_file.file = folder.file("blocks");
+  with_file.path = folder.file("blocks");
   Cache cache(stream_shape(shape), options, turned), loaded = cache;
   extend(cache, call, 0, 43);
   std::stringstream file;
@@ -207,7 +208,7 @@ TEST_CASE("landmark_cache: blocks of int8 go on from a state, from a file and in
         }).find("the element type is int8 in the file, wanted float") != std::string::npos);
   Cache reopened(stream_shape(shape), with_file, turned);
   CHECK(reopened.size() == 40);
-  reopened.absorb(std::as_const(call.k).view().slice_rows(40, 3),
+  reopened.append(std::as_const(call.k).view().slice_rows(40, 3),
                   std::as_const(call.v).view().slice_rows(40, 3));
   extend(reopened, file_call, 43, 17);
   CHECK(same_rows(call, file_call, 43, 60));
@@ -216,8 +217,8 @@ TEST_CASE("landmark_cache: blocks of int8 go on from a state, from a file and in
 TEST_CASE("landmark_cache: a sealed block decodes to the rows that are kept", "[int8]") {
   Random random(9);
   Call<float> call({2, 4, 2, 40, 40, 12, 9}, Values::normal, random);
-  landmark_cache<std::int8_t> cache(stream_shape({2, 4, 2, 40, 40, 12, 9}), {.block = 8});
-  landmark_cache<float> whole(stream_shape({2, 4, 2, 40, 40, 12, 9}), {.block = 8});
+  landmark_cache<std::int8_t> cache(stream_shape({2, 4, 2, 40, 40, 12, 9}), {.block_size = 8});
+  landmark_cache<float> whole(stream_shape({2, 4, 2, 40, 40, 12, 9}), {.block_size = 8});
   extend(cache, call, 0, 40);
   extend(whole, call, 0, 40);
   const Tensor<double> k = kept_as_int8(call.k), v = kept_as_int8(call.v);

@@ -41,11 +41,11 @@ bool near(double got, double wanted) { return got == wanted || std::abs(got - wa
 
 TEST_CASE("landmark_cache: the report has the masses of its reference", "[stream][oracle][slow]") {
   for_each_case(12, [](Random& random) {
-    const Options options{.block = random.between(2, 11),
+    const Options options{.block_size = random.between(2, 11),
                           .top_k = random.between(0, 3),
-                          .local_blocks = random.between(0, 1),
+                          .window_blocks = random.between(0, 1),
                           .capacity = random.chance(0.3) ? 6 : 0,
-                          .sample = random.between(1, 12)};
+                          .mass_sample = random.between(1, 12)};
     Call<float> call = drawn_call(random), exact = call.unrun();
     const auto check = [&](auto cache, auto reference) {
       for (Index first = 0; first < 120;) {
@@ -74,7 +74,7 @@ TEST_CASE("landmark_cache: the report has the masses of its reference", "[stream
 TEST_CASE("landmark_cache: a sample of everything gives the mass of softmax attention", "[stream][law]") {
   Random random(2);
   Call<float> call = drawn_call(random);
-  const Options options{.block = 8, .top_k = 2, .sample = 7};
+  const Options options{.block_size = 8, .top_k = 2, .mass_sample = 7};
   landmark_cache<float, rotary, exact_positions> cache(shape, options, rotary(Pairing::half_split));
   extend(cache, call, 0, 119);
   extend(cache, call, 119, 1);
@@ -98,8 +98,8 @@ TEST_CASE("landmark_cache: a sample of everything gives the mass of softmax atte
     CHECK(mass.dropped_share() > 0.1);
   }
   landmark_cache<float> without(shape, {});
-  CHECK(refusal([&] { without.mass(0, 0, 0); }).find("the sample of the options is 0") != std::string::npos);
-  CHECK(refusal([&] { landmark_cache<float>(shape, {.sample = -1}); }).find("sample is -1") !=
+  CHECK(refusal([&] { without.mass(0, 0, 0); }).find("mass_sample is 0") != std::string::npos);
+  CHECK(refusal([&] { landmark_cache<float>(shape, {.mass_sample = -1}); }).find("mass_sample is -1") !=
         std::string::npos);
 }
 
@@ -125,7 +125,7 @@ TEMPLATE_TEST_CASE("landmark_cache: 16-bit blocks of values that need no more ch
     for (float& x : *values) x = static_cast<float>(static_cast<TestType>(x));
   }
   Call<float> own = call.unrun();
-  const Options options{.block = 7, .top_k = 3, .capacity = 9, .sample = 2};
+  const Options options{.block_size = 7, .top_k = 3, .capacity = 9, .mass_sample = 2};
   landmark_cache<float> wide(shape, options);
   landmark_cache<TestType> narrow(shape, options);
   for (Index i = 0; i < 120; i += 15) {
@@ -156,7 +156,7 @@ TEMPLATE_TEST_CASE("landmark_cache: 16-bit blocks with positions are rounded onc
   Random random(4);
   Call<float> call = drawn_call(random), exact = call.unrun();
   const rotary turned(Pairing::half_split);
-  const Options options{.block = 7, .top_k = 100};
+  const Options options{.block_size = 7, .top_k = 100};
   landmark_cache<TestType, rotary> cache(shape, options, turned);
   reference::landmark_cache<rotary> reference(shape, options, turned);
   for (Index i = 0; i < 120; i += 15) {

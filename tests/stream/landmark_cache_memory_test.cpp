@@ -28,7 +28,7 @@ void decode_without_allocating(const Options& options) {
     cache.extend(std::as_const(call.q).view().slice_rows(i, 1), std::as_const(call.k).view().slice_rows(i, 1),
                  std::as_const(call.v).view().slice_rows(i, 1), call.out.view().slice_rows(i, 1), execution);
   };
-  cache.absorb(std::as_const(call.k).view().slice_rows(0, 160),
+  cache.append(std::as_const(call.k).view().slice_rows(0, 160),
                std::as_const(call.v).view().slice_rows(0, 160));
   // A whole block, so that rows that are not sealed have had all the room they need.
   for (Index i = 0; i < 16; ++i) step(i);
@@ -46,10 +46,11 @@ void decode_without_allocating(const Options& options) {
 TEST_CASE("landmark_cache: a step within a block allocates nothing", "[stream][memory]") {
   for (const auto select :
        {LandmarkSelect::per_token_and_head, LandmarkSelect::max_over_both, LandmarkSelect::per_kv_group}) {
-    decode_without_allocating<float>({.block = 16, .top_k = 3, .select = select, .local_blocks = 1});
-    decode_without_allocating<Eigen::bfloat16>({.block = 16, .top_k = 3, .select = select, .capacity = 5});
+    decode_without_allocating<float>({.block_size = 16, .top_k = 3, .select = select, .window_blocks = 1});
+    decode_without_allocating<Eigen::bfloat16>(
+        {.block_size = 16, .top_k = 3, .select = select, .capacity = 5});
   }
   const TemporaryFolder folder;
   decode_without_allocating<Eigen::half>(
-      {.block = 16, .top_k = 3, .file = folder.file("blocks"), .resident = 0});
+      {.block_size = 16, .top_k = 3, .path = folder.file("blocks"), .resident_bytes = 0});
 }

@@ -34,10 +34,10 @@ Options drawn_options(Random& random, Index rollback) {
   const std::vector<LandmarkSelect> selections{
       LandmarkSelect::per_token_and_head, LandmarkSelect::max_over_heads, LandmarkSelect::max_over_tokens,
       LandmarkSelect::max_over_both, LandmarkSelect::per_kv_group};
-  return {.block = random.pick({2, 3, 5, 16, 24}),
+  return {.block_size = random.pick({2, 3, 5, 16, 24}),
           .top_k = random.between(0, 3),
           .select = random.pick(selections),
-          .local_blocks = random.chance(0.5) ? random.between(1, 3) : 0,
+          .window_blocks = random.chance(0.5) ? random.between(1, 3) : 0,
           .exact_window = random.chance(0.5),
           .capacity = random.chance(0.5) ? random.between(1, 4) : 0,
           .rollback = rollback,
@@ -51,8 +51,8 @@ void check_law(const Make& make, std::uint32_t seed, bool is_saved = true, int c
   for (const Index rollback : {0, 1, 16, 40}) {
     for (int n = 0; n < cases; ++n) {
       const Options options = drawn_options(random, rollback);
-      INFO("block " << options.block << " top_k " << options.top_k << " select " << int(options.select)
-                    << " local " << options.local_blocks << " exact window " << options.exact_window
+      INFO("block " << options.block_size << " top_k " << options.top_k << " select " << int(options.select)
+                    << " local " << options.window_blocks << " exact window " << options.exact_window
                     << " capacity " << options.capacity << " rollback " << rollback << " split "
                     << options.split_at_blocks);
       check_rollback([&] { return make(options); }, sizes, random,
@@ -130,7 +130,7 @@ TEST_CASE("landmark_cache: tokens taken back leave no bit behind in a file",
   int files = 0;
   check_law(
       [&](Options options) {
-        options.file = folder.file("blocks" + std::to_string(++files));
+        options.path = folder.file("blocks" + std::to_string(++files));
         return landmark_cache<Eigen::bfloat16, rotary, exact_positions>(stream_shape(sizes), options, turned);
       },
       4, false, 4);
@@ -161,7 +161,7 @@ TEST_CASE("landmark_cache: before each call the index knows the blocks that can 
   std::set<Index> known;
   KnownBlocks index{&known};
   landmark_cache<float, no_position, stingy_positions, KnownBlocks> cache(
-      stream_shape(sizes), {.block = 4, .top_k = 1, .capacity = 4}, {}, {}, index);
+      stream_shape(sizes), {.block_size = 4, .top_k = 1, .capacity = 4}, {}, {}, index);
   for (int step = 0; step < 100; ++step) {
     const Index from = cache.size(), to = random.between(std::max<Index>(0, from - 8), from + 8);
     if (to < from && cache.can_truncate(to)) cache.truncate(to);
@@ -202,7 +202,7 @@ TEST_CASE("landmark_cache: what can be taken back, and what is refused", "[strea
   Shape shape = sizes;
   shape.q_len = shape.kv_len = 100;
   Call<float> call(shape, Values::normal, random);
-  landmark_cache<float> cache(stream_shape(sizes), {.block = 10, .local_blocks = 1, .rollback = 7});
+  landmark_cache<float> cache(stream_shape(sizes), {.block_size = 10, .window_blocks = 1, .rollback = 7});
   extend(cache, call, 0, 63);
   // 56 tokens seal 4 blocks, and so do 50.
   CHECK(cache.can_truncate(63));
@@ -230,7 +230,7 @@ TEST_CASE("landmark_cache: no truncation goes back to before a block that was dr
   Shape shape = sizes;
   shape.q_len = shape.kv_len = 60;
   Call<float> call(shape, Values::normal, random);
-  landmark_cache<float> cache(stream_shape(sizes), {.block = 10, .rollback = 40});
+  landmark_cache<float> cache(stream_shape(sizes), {.block_size = 10, .rollback = 40});
   extend(cache, call, 0, 60);
   CHECK(cache.can_truncate(20));
   cache.drop(4);

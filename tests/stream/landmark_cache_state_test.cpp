@@ -59,7 +59,7 @@ Cache filled_cache(const Options& options) {
 
 TEST_CASE("landmark_cache: a state says all that shaped its rows or decides how they are read",
           "[stream][state][errors]") {
-  const Options options{.block = 4, .top_k = 2, .local_blocks = 1, .capacity = 3};
+  const Options options{.block_size = 4, .top_k = 2, .window_blocks = 1, .capacity = 3};
   const std::string state = saved(filled_cache(options));
   const auto differs = [&](auto stream, const std::string& words) {
     const std::string text = refused(stream, state);
@@ -72,11 +72,11 @@ TEST_CASE("landmark_cache: a state says all that shaped its rows or decides how 
     change(changed);
     return Cache(shape, changed, turned);
   };
-  differs(with([](Options& o) { o.block = 5; }), "block is 4 in the file, wanted 5");
+  differs(with([](Options& o) { o.block_size = 5; }), "block is 4 in the file, wanted 5");
   differs(with([](Options& o) { o.top_k = 1; }), "top_k is 2 in the file, wanted 1");
   differs(with([](Options& o) { o.select = LandmarkSelect::per_kv_group; }),
           "select is per_token_and_head in the file, wanted per_kv_group");
-  differs(with([](Options& o) { o.local_blocks = 0; }), "local_blocks is 1 in the file, wanted 0");
+  differs(with([](Options& o) { o.window_blocks = 0; }), "window_blocks is 1 in the file, wanted 0");
   differs(with([](Options& o) { o.exact_window = true; }), "exact_window is no in the file, wanted yes");
   differs(with([](Options& o) { o.split_at_blocks = true; }),
           "split_at_blocks is no in the file, wanted yes");
@@ -100,7 +100,7 @@ TEST_CASE("landmark_cache: a state says all that shaped its rows or decides how 
   Cache same = with([](Options& o) {
     o.scale = 0.5;  // the default
     o.rollback = 3;
-    o.sample = 1;
+    o.mass_sample = 1;
   });
   CHECK(refused(same, state) == "");
   CHECK(same.size() == 37);
@@ -108,7 +108,7 @@ TEST_CASE("landmark_cache: a state says all that shaped its rows or decides how 
 
 TEST_CASE("landmark_cache: numbers that no stream reaches are refused before memory is taken",
           "[stream][state][errors]") {
-  const Options options{.block = 4, .top_k = 2, .local_blocks = 1, .capacity = 3};
+  const Options options{.block_size = 4, .top_k = 2, .window_blocks = 1, .capacity = 3};
   const std::string state = saved(filled_cache(options));
   Cache cache(shape, options, turned);
   const auto refuses = [&](const std::vector<std::int64_t>& numbers, const std::string& words) {
@@ -140,7 +140,7 @@ TEST_CASE("landmark_cache: rows of no bytes do not let a file promise blocks wit
           "[stream][state][errors]") {
   for (const StreamShape& empty :
        {StreamShape{1, 1, 1, 0, 0}, StreamShape{0, 1, 1, 4, 4}, StreamShape{1, 0, 0, 4, 4}}) {
-    landmark_cache<float> cache(empty, {.block = 2});
+    landmark_cache<float> cache(empty, {.block_size = 2});
     const std::string state = saved(cache);
     const Index blocks = Index{1} << 40;
     CHECK(refused(cache, with_numbers(state, fields, {2 * blocks, blocks, 0, 0, 0})).find("the payload is") !=
@@ -150,7 +150,7 @@ TEST_CASE("landmark_cache: rows of no bytes do not let a file promise blocks wit
         Shape{empty.batch, empty.heads, empty.kv_heads, 21, 21, empty.head_dim, empty.value_dim});
     extend(cache, call, 0, 11);
     extend(cache, call, 11, 10);
-    landmark_cache<float> loaded(empty, {.block = 2});
+    landmark_cache<float> loaded(empty, {.block_size = 2});
     CHECK(refused(loaded, saved(cache)) == "");
     CHECK(loaded.size() == 21);
     CHECK(loaded.blocks() == 10);
@@ -161,7 +161,8 @@ TEST_CASE("landmark_cache: rows of no bytes do not let a file promise blocks wit
 
 TEST_CASE("hybrid_stream: a state says its options, and holds a memory of the blocks that were evicted",
           "[stream][state][errors]") {
-  hybrid_options options{.block = 4, .top_k = 1, .window_blocks = 1, .capacity = 2, .evicted_at_once = 1};
+  hybrid_options options{
+      .block_size = 4, .top_k = 1, .window_blocks = 1, .capacity = 2, .evicted_at_once = 1};
   Random random(2);
   Call<float> call(Shape{1, 2, 1, 40, 40, 4, 4}, Values::normal, random);
   hybrid_stream<float> stream(shape, options), shorter(shape, options);
@@ -180,9 +181,9 @@ TEST_CASE("hybrid_stream: a state says its options, and holds a memory of the bl
   differs([](hybrid_options& o) { o.capacity = 3; }, "capacity is 2 in the file, wanted 3");
   differs([](hybrid_options& o) { o.evicted_at_once = 2; },
           "the number of blocks that are dropped together is 1 in the file, wanted 2");
-  differs([](hybrid_options& o) { o.window_blocks = 2; }, "local_blocks is 1 in the file, wanted 2");
+  differs([](hybrid_options& o) { o.window_blocks = 2; }, "window_blocks is 1 in the file, wanted 2");
   differs([](hybrid_options& o) { o.scale = 2; }, "scale is 0.5 in the file, wanted 2");
-  differs([](hybrid_options& o) { o.first = InfiniFirst::gate; },
+  differs([](hybrid_options& o) { o.empty_memory = EmptyMemory::gate; },
           "hybrid_stream::load: first is bypass in the file, wanted gate as in this stream");
 
   // The memory from before the evictions that can be undone comes first, and this is the one of now.
@@ -197,12 +198,12 @@ TEST_CASE("hybrid_stream: its scale multiplies scores and leaves the memory alon
   Random random(3);
   Call<float> call(Shape{1, 2, 1, 60, 60, 4, 4}, Values::normal, random), scaled = call.unrun();
   const hybrid_options options{
-      .block = 4, .top_k = 1, .window_blocks = 1, .capacity = 1, .evicted_at_once = 1};
+      .block_size = 4, .top_k = 1, .window_blocks = 1, .capacity = 1, .evicted_at_once = 1};
   hybrid_options doubled = options;
   doubled.scale = 1;  // twice 1 / sqrt(4)
   hybrid_stream<float> stream(shape, options), other(shape, doubled);
-  landmark_cache<float> cache(shape,
-                              {.block = 4, .top_k = 1, .local_blocks = 1, .exact_window = true, .scale = 1});
+  landmark_cache<float> cache(
+      shape, {.block_size = 4, .top_k = 1, .window_blocks = 1, .exact_window = true, .scale = 1});
   Call<float> before_eviction = call.unrun();
   extend(stream, call, 0, 11);
   extend(other, scaled, 0, 11);

@@ -54,10 +54,10 @@ void check_near(const Call<T>& got, const Call<T>& wanted, double most) {
 
 TEST_CASE("landmark_cache: the reference, block by block retrieved, for every option", "[stream][oracle]") {
   for_each_case(60, [](Random& random) {
-    const Options options{.block = random.between(2, 9),
+    const Options options{.block_size = random.between(2, 9),
                           .top_k = random.between(0, 4),
                           .select = random.pick(all_selections),
-                          .local_blocks = random.chance(0.3) ? random.between(1, 3) : 0,
+                          .window_blocks = random.chance(0.3) ? random.between(1, 3) : 0,
                           .exact_window = random.chance(0.3),
                           .capacity = random.chance(0.3) ? random.between(1, 5) : 0};
     const Index kv_heads = random.between(1, 2);
@@ -67,8 +67,8 @@ TEST_CASE("landmark_cache: the reference, block by block retrieved, for every op
     call.v = Tensor<double>(call.q.batch, kv_heads, call.q.rows, 5);
     fill(call.q, call.k, call.v, random.pick({Values::normal, Values::peaked}), random);
     Call<double> exact = call.unrun();
-    INFO("block " << options.block << " top_k " << options.top_k << " select " << int(options.select)
-                  << " local " << options.local_blocks << " exact window " << options.exact_window
+    INFO("block " << options.block_size << " top_k " << options.top_k << " select " << int(options.select)
+                  << " local " << options.window_blocks << " exact window " << options.exact_window
                   << " capacity " << options.capacity);
     const auto check = [&](auto cache, auto reference) {
       for (Index first = 0; first < call.q.rows;) {
@@ -112,11 +112,11 @@ TEST_CASE("landmark_cache: with every block retrieved, any chunks give landmark 
   whole.run(landmark_attention{landmarks::every(8), turned});
   for (const Index length : {1, 5, 8, 50, 300}) {
     for (const Index local : {0, 3}) {
-      landmark_cache<float, rotary> stingy(shape_of(call), {.block = 8, .top_k = 100, .local_blocks = local},
-                                           turned);
+      landmark_cache<float, rotary> stingy(shape_of(call),
+                                           {.block_size = 8, .top_k = 100, .window_blocks = local}, turned);
       stream(stingy, call, length);
       check_near(call, whole, 4e-6);
-      landmark_cache<float, rotary, exact_positions> exact(shape_of(call), {.block = 8, .top_k = 100},
+      landmark_cache<float, rotary, exact_positions> exact(shape_of(call), {.block_size = 8, .top_k = 100},
                                                            turned);
       stream(exact, call, length);
       check_near(call, whole, 4e-6);
@@ -133,7 +133,7 @@ TEST_CASE("landmark_cache: a block that a query does not retrieve has no share",
     call.k.values[static_cast<std::size_t>(j)] = static_cast<float>(std::log(c[static_cast<std::size_t>(j)]));
     call.v.values[static_cast<std::size_t>(j)] = static_cast<float>(values[static_cast<std::size_t>(j)]);
   }
-  landmark_cache<float> cache(shape_of(call), {.block = 3, .top_k = 1});
+  landmark_cache<float> cache(shape_of(call), {.block_size = 3, .top_k = 1});
   stream(cache, call, 1);
   CHECK(std::abs(call.out.values[6] - 4.0f) < 1e-6f);
   CHECK(cache.retrieved(0, 0, 0)[0] == 1);
@@ -162,7 +162,7 @@ TEST_CASE("landmark_cache: where blocks stand under stingy positions", "[stream]
 TEST_CASE("landmark_cache: of equal landmarks the oldest are retrieved, rising", "[stream][law]") {
   for (const auto select : all_selections) {
     Call<float> call(Shape{1, 4, 2, 40, 40, 4, 4});
-    landmark_cache<float> cache(shape_of(call), {.block = 4, .top_k = 3, .select = select});
+    landmark_cache<float> cache(shape_of(call), {.block_size = 4, .top_k = 3, .select = select});
     stream(cache, call, 4);
     const auto chosen = cache.retrieved(0, 3, 2);
     CHECK(std::vector<Index>(chosen.begin(), chosen.end()) == std::vector<Index>{0, 1, 2});
@@ -172,7 +172,7 @@ TEST_CASE("landmark_cache: of equal landmarks the oldest are retrieved, rising",
 TEST_CASE("landmark_cache: the oldest blocks leave a cache of limited capacity", "[stream][law]") {
   Random random(3);
   Call<float> call(Shape{2, 2, 1, 100, 100, 8, 8}, Values::normal, random);
-  landmark_cache<float> cache(shape_of(call), {.block = 5, .top_k = 50, .capacity = 7});
+  landmark_cache<float> cache(shape_of(call), {.block_size = 5, .top_k = 50, .capacity = 7});
   stream(cache, call, 3);
   CHECK(cache.blocks() == 7);
   CHECK(cache.dropped() == 13);
@@ -194,7 +194,7 @@ TEST_CASE("landmark_cache: cut at blocks, any chunks give the results of single 
       Call<double> call(Shape{2, 4, 2, 120, 120, 8, 6});
       fill(call.q, call.k, call.v, Values::normal, random);
       Call<double> steps = call.unrun(), whole = call.unrun();
-      Options options{.block = 7, .top_k = 2, .select = select, .local_blocks = local, .capacity = 6};
+      Options options{.block_size = 7, .top_k = 2, .select = select, .window_blocks = local, .capacity = 6};
       landmark_cache<double, rotary> by_steps(shape_of(call), options, turned), cut_nowhere = by_steps;
       stream(by_steps, steps, 1);
       stream(cut_nowhere, whole, 5);
@@ -215,7 +215,7 @@ TEST_CASE("landmark_cache: threads change no bit", "[stream][bits]") {
   Random random(4);
   for (const auto select : all_selections) {
     Call<float> call(Shape{1, 6, 2, 200, 200, 24, 16}, Values::normal, random), own = call.unrun();
-    const Options options{.block = 7, .top_k = 3, .select = select};
+    const Options options{.block_size = 7, .top_k = 3, .select = select};
     landmark_cache<float> cache(shape_of(call), options), other(shape_of(call), options);
     for (Index i = 0; i < 200; i += 40) {
       extend(cache, call, i, 40, 1);
@@ -229,7 +229,7 @@ TEST_CASE("landmark_cache: a copy and the original go separate ways", "[stream][
   Random random(5);
   Call<float> call(Shape{1, 2, 1, 60, 60, 8, 8}, Values::normal, random), wanted = call.unrun(),
                                                                           elsewhere = call.unrun();
-  const Options options{.block = 6, .top_k = 2};
+  const Options options{.block_size = 6, .top_k = 2};
   landmark_cache<float> whole(shape_of(call), options), cache = whole;
   stream(whole, wanted, 10);
   extend(cache, call, 0, 10);
@@ -249,7 +249,7 @@ TEST_CASE("landmark_cache: a copy and the original go separate ways", "[stream][
 TEST_CASE("landmark_cache: reordered rows go on as the rows that they were", "[stream][law]") {
   Random random(6);
   Call<float> call(Shape{3, 2, 1, 50, 50, 8, 8}, Values::normal, random);
-  const Options options{.block = 6, .top_k = 2};
+  const Options options{.block_size = 6, .top_k = 2};
   const std::vector<Index> rows{2, 0, 2};
   landmark_cache<float> cache(shape_of(call), options);
   extend(cache, call, 0, 33);
@@ -277,14 +277,14 @@ TEST_CASE("landmark_cache: reordered rows go on as the rows that they were", "[s
   CHECK(refusal([&] { cache.reorder(outside); }).find("a row is 3") != std::string::npos);
 }
 
-TEST_CASE("landmark_cache: absorbed tokens are like those whose outputs nobody read", "[stream][law]") {
+TEST_CASE("landmark_cache: appended tokens are like those whose outputs nobody read", "[stream][law]") {
   Random random(7);
   Call<float> call(Shape{1, 4, 2, 80, 80, 8, 8}, Values::normal, random), own = call.unrun();
-  const Options options{.block = 6, .top_k = 2};
+  const Options options{.block_size = 6, .top_k = 2};
   landmark_cache<float> cache(shape_of(call), options), other(shape_of(call), options);
   extend(cache, call, 0, 70);
   extend(cache, call, 70, 10);
-  other.absorb(std::as_const(own.k).view().slice_rows(0, 70), std::as_const(own.v).view().slice_rows(0, 70));
+  other.append(std::as_const(own.k).view().slice_rows(0, 70), std::as_const(own.v).view().slice_rows(0, 70));
   extend(other, own, 70, 10);
   for (Index h = 0; h < 4; ++h)
     CHECK(std::equal(own.out.row(0, h, 70), own.out.row(0, h, 70) + 10 * 8, call.out.row(0, h, 70)));
@@ -293,7 +293,7 @@ TEST_CASE("landmark_cache: absorbed tokens are like those whose outputs nobody r
 TEST_CASE("landmark_cache: saved, loaded and continued as if never interrupted", "[stream][state]") {
   Random random(8);
   Call<float> call(Shape{2, 4, 2, 60, 60, 8, 6}, Values::normal, random), own = call.unrun();
-  const Options options{.block = 5, .top_k = 2, .capacity = 6};
+  const Options options{.block_size = 5, .top_k = 2, .capacity = 6};
   const rotary turned(Pairing::half_split);
   landmark_cache<float, rotary> cache(shape_of(call), options, turned),
       loaded(shape_of(call), options, turned);
@@ -321,7 +321,7 @@ TEST_CASE("landmark_cache: saved, loaded and continued as if never interrupted",
     CHECK_THROWS_AS(loaded.load(broken), Error);
   }
   CHECK(loaded.size() == before);
-  landmark_cache<float, rotary> other(shape_of(call), {.block = 6, .top_k = 2, .capacity = 6}, turned);
+  landmark_cache<float, rotary> other(shape_of(call), {.block_size = 6, .top_k = 2, .capacity = 6}, turned);
   std::istringstream again(bytes);
   CHECK(refusal([&] { other.load(again); }).find("block is 5 in the file, wanted 6 as in this stream") !=
         std::string::npos);
@@ -358,7 +358,7 @@ struct RowIndex {
 TEST_CASE("landmark_cache: an index that names the best blocks changes nothing", "[stream][index]") {
   Random random(9);
   const rotary turned(Pairing::half_split);
-  const Options options{.block = 5, .top_k = 3, .capacity = 20};
+  const Options options{.block_size = 5, .top_k = 3, .capacity = 20};
   Call<float> call(Shape{2, 4, 2, 150, 150, 16, 8}, Values::normal, random), own = call.unrun();
   landmark_cache<float, rotary> cache(shape_of(call), options, turned);
   landmark_cache<float, rotary, stingy_positions, RowIndex> indexed(shape_of(call), options, turned, {},
@@ -395,9 +395,9 @@ TEST_CASE("landmark_cache: shapes and options that do not fit are refused", "[st
     CAPTURE(text);
     CHECK(text.find(words) != std::string::npos);
   };
-  refuses(shape, {.block = 1}, "block is 1, wanted at least 2");
+  refuses(shape, {.block_size = 1}, "block is 1, wanted at least 2");
   refuses(shape, {.top_k = -1}, "top_k is -1");
-  refuses(shape, {.local_blocks = -1}, "local_blocks is -1");
+  refuses(shape, {.window_blocks = -1}, "window_blocks is -1");
   refuses(shape, {.capacity = -1}, "capacity is -1");
   refuses({1, 4, 3, 8, 6}, {}, "with kv_heads a divisor of heads");
 
@@ -407,6 +407,6 @@ TEST_CASE("landmark_cache: shapes and options that do not fit are refused", "[st
         std::string::npos);
   CHECK(cache.size() == 0);
   CHECK(refusal([&] {
-          cache.absorb(std::as_const(call.k).view(), std::as_const(call.v).view());
+          cache.append(std::as_const(call.k).view(), std::as_const(call.v).view());
         }).find("v is [1, 2, 5, 6], wanted [1, 2, 5, 5]") != std::string::npos);
 }

@@ -23,8 +23,8 @@ using longspan::dilated_attention;
 using longspan::hybrid_stream;
 using longspan::infini_attention;
 using longspan::landmark_cache;
+using longspan::LseStream;
 using longspan::openmp;
-using longspan::PartialStream;
 using longspan::softmax_attention;
 using longspan::Stream;
 using longspan::StreamShape;
@@ -40,35 +40,35 @@ auto infini() {
   return attend;
 }
 
-static_assert(PartialStream<decltype(exact().stream(shape))>);
-static_assert(PartialStream<decltype(exact().stream<std::int8_t>(shape))>);
-static_assert(PartialStream<decltype(exact().stream<double>(shape)), double>);
-static_assert(PartialStream<decltype(longnet().stream(shape))>);
-static_assert(PartialStream<decltype(longnet().stream<double>(shape)), double>);
-static_assert(PartialStream<decltype(longnet().stream<std::int8_t>(shape))>);
-static_assert(PartialStream<landmark_cache<>>);
-static_assert(PartialStream<landmark_cache<double>, double>);
-static_assert(PartialStream<landmark_cache<std::int8_t>>);
+static_assert(LseStream<decltype(exact().stream(shape))>);
+static_assert(LseStream<decltype(exact().stream<std::int8_t>(shape))>);
+static_assert(LseStream<decltype(exact().stream<double>(shape)), double>);
+static_assert(LseStream<decltype(longnet().stream(shape))>);
+static_assert(LseStream<decltype(longnet().stream<double>(shape)), double>);
+static_assert(LseStream<decltype(longnet().stream<std::int8_t>(shape))>);
+static_assert(LseStream<landmark_cache<>>);
+static_assert(LseStream<landmark_cache<double>, double>);
+static_assert(LseStream<landmark_cache<std::int8_t>>);
 static_assert(Stream<decltype(infini().stream(shape))>);
 static_assert(Stream<decltype(infini().stream<double>(shape)), double>);
-static_assert(!PartialStream<decltype(infini().stream(shape))>);
+static_assert(!LseStream<decltype(infini().stream(shape))>);
 static_assert(!Stream<softmax_attention<causal>> && !Stream<std::vector<float>>);
 
 /// work(name, stream) for every stream: what swapping the attention of a program comes to.
 template <class Work>
 void for_each_stream(const Work& work) {
   work("kv_cache, one array", exact().stream(shape));
-  work("kv_cache, pages", exact().stream(shape, {.page = 16}));
-  work("kv_cache, ring", ring().stream(shape, {.page = 16}));
-  work("kv_cache, int8", exact().stream<std::int8_t>(shape, {.page = 16}));
+  work("kv_cache, pages", exact().stream(shape, {.page_size = 16}));
+  work("kv_cache, ring", ring().stream(shape, {.page_size = 16}));
+  work("kv_cache, int8", exact().stream<std::int8_t>(shape, {.page_size = 16}));
   work("dilated_cache", longnet().stream(shape));
   work("dilated_cache, int8", longnet().stream<std::int8_t>(shape));
   work("infini_memory", infini().stream(shape));
-  work("landmark_cache", landmark_cache<>(shape, {.block = 8, .top_k = 3}));
-  work("landmark_cache, int8", landmark_cache<std::int8_t>(shape, {.block = 8, .top_k = 3}));
+  work("landmark_cache", landmark_cache<>(shape, {.block_size = 8, .top_k = 3}));
+  work("landmark_cache, int8", landmark_cache<std::int8_t>(shape, {.block_size = 8, .top_k = 3}));
   work("hybrid_stream",
-       hybrid_stream<>(shape,
-                       {.block = 8, .top_k = 3, .window_blocks = 2, .capacity = 4, .evicted_at_once = 2}));
+       hybrid_stream<>(
+           shape, {.block_size = 8, .top_k = 3, .window_blocks = 2, .capacity = 4, .evicted_at_once = 2}));
 }
 
 struct Tokens {

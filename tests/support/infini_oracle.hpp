@@ -33,7 +33,7 @@ Tensor<double> infini_oracle(const Attend& attend, const Call& call, Tensor<doub
       longspan::reference::infini_attention(
           call.q.view().matrix(b, h), call.k.view().matrix(b, h / group), call.v.view().matrix(b, h / group),
           longspan::MatrixView<const double>(local.view().matrix(b, h)), beta_of(attend.beta, h, call.v.cols),
-          attend.segment, attend.rule, attend.first, attend.feature, out.view().matrix(b, h));
+          attend.segment, attend.rule, attend.empty_memory, attend.feature, out.view().matrix(b, h));
     }
   }
   return out;

@@ -23,7 +23,7 @@ inline Shape draw_self_shape(Random& random) {
 }
 
 inline longspan::kv_cache_options draw_options(Random& random) {
-  return {.page = random.pick({0, 0, 7, 16, 64, 256}), .forget = random.chance(0.8)};
+  return {.page_size = random.pick({0, 0, 7, 16, 64, 256}), .evict = random.chance(0.8)};
 }
 
 inline Index draw_longest(Random& random) { return random.pick({1, 3, 20, 400}); }
@@ -34,7 +34,7 @@ void check_stream(C& call, const Attend& attend, Definition what, Random& random
   const Shape shape{call.q.batch, call.q.heads, call.k.heads, call.q.rows,
                     call.k.rows,  call.q.cols,  call.v.cols};
   const longspan::kv_cache_options options = draw_options(random);
-  INFO(shape.text() << " page=" << options.page);
+  INFO(shape.text() << " page=" << options.page_size);
   auto stream = attend.template stream<T>(stream_shape(shape), options);
   extend_in_chunks(stream, call, random, shape.q_len, draw_longest(random));
   const Predicate sees = what.sees;

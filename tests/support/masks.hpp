@@ -14,9 +14,9 @@
 
 namespace test {
 
+using longspan::Coverage;
 using longspan::KeyRange;
 using longspan::KeyRanges;
-using longspan::Seen;
 using longspan::Tile;
 using longspan::operator&;
 using longspan::operator|;
@@ -29,21 +29,21 @@ class AnyMask {
   explicit AnyMask(M mask) : hidden_(std::make_shared<Hidden<M>>(std::move(mask))) {}
 
   bool sees(Index b, Index h, Index i, Index j) const { return hidden_->sees(b, h, i, j); }
-  Seen classify(const Tile& tile) const { return hidden_->classify(tile); }
+  Coverage classify(const Tile& tile) const { return hidden_->classify(tile); }
   KeyRanges key_ranges(const Tile& tile) const { return hidden_->key_ranges(tile); }
 
  private:
   struct Interface {
     virtual ~Interface() = default;
     virtual bool sees(Index b, Index h, Index i, Index j) const = 0;
-    virtual Seen classify(const Tile& tile) const = 0;
+    virtual Coverage classify(const Tile& tile) const = 0;
     virtual KeyRanges key_ranges(const Tile& tile) const = 0;
   };
   template <class M>
   struct Hidden final : Interface {
     explicit Hidden(M m) : mask(std::move(m)) {}
     bool sees(Index b, Index h, Index i, Index j) const override { return longspan::sees(mask, b, h, i, j); }
-    Seen classify(const Tile& tile) const override { return longspan::classify(mask, tile); }
+    Coverage classify(const Tile& tile) const override { return longspan::classify(mask, tile); }
     KeyRanges key_ranges(const Tile& tile) const override { return longspan::key_ranges(mask, tile); }
     M mask;
   };
@@ -63,10 +63,10 @@ struct up_to_twice {  // keys 0 .. 2 i
 struct key_stripes {  // whole stripes of 4 keys, which its classify knows
   static constexpr bool shown(Index j) { return (j >= 0 ? j : j - 3) / 4 % 2 == 0; }
   constexpr bool sees(Index, Index j) const { return shown(j); }
-  constexpr Seen classify(const Tile& tile) const {
+  constexpr Coverage classify(const Tile& tile) const {
     Index seen = 0;
     for (Index j = tile.first_key; j < tile.first_key + tile.keys; ++j) seen += shown(j);
-    return seen == 0 ? Seen::none : seen == tile.keys ? Seen::all : Seen::some;
+    return seen == 0 ? Coverage::none : seen == tile.keys ? Coverage::all : Coverage::some;
   }
 };
 

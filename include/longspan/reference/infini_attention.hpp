@@ -72,7 +72,7 @@ void write(InfiniMemory& memory, MatrixView<const Tk> k, MatrixView<const Tv> v,
 template <class T, class Tk, class Tv, class Feature>
 InfiniMemory infini_attention(MatrixView<const T> q, MatrixView<const Tk> k, MatrixView<const Tv> v,
                               MatrixView<const double> local, const std::vector<double>& beta, Index segment,
-                              InfiniRule rule, InfiniFirst first, const Feature& feature,
+                              InfiniRule rule, EmptyMemory empty_memory, const Feature& feature,
                               MatrixView<double> out) {
   InfiniMemory memory(k.cols, v.cols);
   for (Index begin = 0; begin < q.rows; begin += segment) {
@@ -81,7 +81,7 @@ InfiniMemory infini_attention(MatrixView<const T> q, MatrixView<const Tk> k, Mat
       const std::vector<double> known = read(memory, features(q.row(i), q.cols, feature));
       for (Index c = 0; c < v.cols; ++c) {
         const double gate = 1 / (1 + std::exp(-beta[static_cast<std::size_t>(c)]));
-        const bool bypass = begin == 0 && first == InfiniFirst::bypass;
+        const bool bypass = begin == 0 && empty_memory == EmptyMemory::bypass;
         out.row(i)[c] = bypass ? local.row(i)[c]
                                : gate * known[static_cast<std::size_t>(c)] + (1 - gate) * local.row(i)[c];
       }

@@ -88,7 +88,7 @@ struct landmark_attention {
   template <class Tv>
   double attend_row(const std::vector<double>& scores, MatrixView<const Tv> v, Row& row) const {
     const Index kv_len = v.rows;
-    const auto where = attend.softmax == LandmarkSoftmax::plain ? landmarks::none() : attend.at;
+    const auto where = attend.softmax == LandmarkSoftmax::plain ? landmarks::none() : attend.landmarks;
     const bool grouped = attend.softmax == LandmarkSoftmax::grouped;
     const Index own_block = where.block_of(row.b, row.i, kv_len), count = where.count(row.b, kv_len);
 

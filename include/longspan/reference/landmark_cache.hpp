@@ -33,7 +33,7 @@ class landmark_cache {
               RowsView<Tl> lse) {
     Index first = 0;
     do {
-      const Index left = k.rows - first, to_landmark = options_.block - size_ % options_.block,
+      const Index left = k.rows - first, to_landmark = options_.block_size - size_ % options_.block_size,
                   count = options_.split_at_blocks ? (std::min)(to_landmark, left) : left;
       const Index queries = q.rows == 0 ? 0 : count;  // tokens may come without queries
       RowsView<Tl> piece = lse;
@@ -54,7 +54,7 @@ class landmark_cache {
     seal();
   }
 
-  /// Of query i of the last call, from options.sample tokens of each block that was dropped.
+  /// Of query i of the last call, from options.mass_sample tokens of each block that was dropped.
   const LandmarkMass& mass(Index b, Index h, Index i) const {
     return masses_[at((b * shape_.heads + h) * chunk_ + i)];
   }
@@ -71,9 +71,9 @@ class landmark_cache {
   template <class Tq, class Tk, class Tv, class To, class Tl>
   void extend_piece(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v,
                     TensorView<To> out, RowsView<Tl> lse) {
-    held_ = {sealed_, dropped_, (std::min)(options_.top_k, sealed_), options_.top_k, options_.block};
+    held_ = {sealed_, dropped_, (std::min)(options_.top_k, sealed_), options_.top_k, options_.block_size};
     chunk_ = q.rows;
-    first_ = size_ - (dropped_ + sealed_) * options_.block;
+    first_ = size_ - (dropped_ + sealed_) * options_.block_size;
     for (Index b = 0; b < k.batch; ++b) {
       for (Index h = 0; h < k.heads; ++h) {
         for (Index i = 0; i < k.rows; ++i) {
@@ -98,7 +98,7 @@ class landmark_cache {
 
   /// Blocks that are sealed, and those of them that have left, for the size.
   void seal() {
-    const Index sealed = std::max<Index>(0, size_ / options_.block - options_.local_blocks);
+    const Index sealed = std::max<Index>(0, size_ / options_.block_size - options_.window_blocks);
     dropped_ = options_.capacity > 0 ? std::max<Index>(0, sealed - options_.capacity) : 0;
     sealed_ = sealed - dropped_;
   }
@@ -131,9 +131,9 @@ class landmark_cache {
       for (Index i = 0; i < chunk_; ++i) {
         Row row;
         for (Index n = 0; n < held_.blocks; ++n) {
-          const Index landmark = (dropped_ + n + 1) * options_.block - 1;
+          const Index landmark = (dropped_ + n + 1) * options_.block_size - 1;
           row.push_back(score(query(q, b, h, i), lane(b, h / group).k[at(landmark)],
-                              map_.scored(held_, n) + options_.block - 1));
+                              map_.scored(held_, n) + options_.block_size - 1));
         }
         if (options_.select != LandmarkSelect::per_token_and_head) {
           const double top = row.empty() ? 0 : *std::max_element(row.begin(), row.end());
@@ -183,7 +183,7 @@ class landmark_cache {
 
   template <class Tq, class To, class Tl>
   void attend(TensorView<const Tq> q, Index b, Index h, Index i, TensorView<To> out, RowsView<Tl> lse) {
-    const Index block = options_.block, local = (dropped_ + sealed_) * block, own = first_ + i;
+    const Index block = options_.block_size, local = (dropped_ + sealed_) * block, own = first_ + i;
     const Row row = query(q, b, h, i);
     const Lane& rows = lane(b, h / (shape_.heads / shape_.kv_heads));
     std::vector<std::pair<double, Row>> parts;              // log-weight and output
@@ -212,7 +212,7 @@ class landmark_cache {
   /// The sums of exp(score) over tokens; of a dropped block, those of the sample stand for all.
   template <class Tq>
   void weigh(TensorView<const Tq> q, Index b, Index h, Index i) {
-    const Index block = options_.block, local = (dropped_ + sealed_) * block;
+    const Index block = options_.block_size, local = (dropped_ + sealed_) * block;
     const Row row = query(q, b, h, i);
     const Lane& rows = lane(b, h / (shape_.heads / shape_.kv_heads));
     double attended = 0, dropped = 0;
@@ -221,7 +221,7 @@ class landmark_cache {
         attended += std::exp(score(row, rows.k[at(local + j)], map_.local(held_) + j));
     }
     const std::vector<Index>& chosen = retrieved(b, h, i);
-    const TokenSample sample = TokenSample::of(block - 1, options_.sample);
+    const TokenSample sample = TokenSample::of(block - 1, options_.mass_sample);
     for (Index n = 0; n < held_.blocks; ++n) {
       const Index first = (dropped_ + n) * block;
       const auto found = std::find(chosen.begin(), chosen.end(), dropped_ + n);

@@ -32,7 +32,7 @@
 LONGSPAN_VOCABULARY_BEGIN
 
 struct hybrid_options {
-  Index block = 64;            ///< keys of a block: every block-th key of the stream is a landmark
+  Index block_size = 64;       ///< keys of a block: every block_size-th key of the stream is a landmark
   Index top_k = 4;             ///< blocks outside the window that a query retrieves
   Index window_blocks = 8;     ///< full blocks that are attended token by token, beside the open one
   Index capacity = 1024;       ///< blocks outside the window that can be retrieved
@@ -42,7 +42,7 @@ struct hybrid_options {
   std::optional<double> scale{};
   MatrixView<const float> beta{};        ///< of the memory's gate: [1 or heads][1 or value_dim]; 0 unless set
   InfiniRule rule = InfiniRule::linear;  ///< how blocks are written to the memory
-  InfiniFirst first = InfiniFirst::bypass;  ///< before anything is: the window and retrieval alone
+  EmptyMemory empty_memory = EmptyMemory::bypass;  ///< before anything is: the window and retrieval alone
 };
 
 LONGSPAN_VOCABULARY_END
@@ -59,12 +59,12 @@ LONGSPAN_NAMESPACE_BEGIN
 ///
 /// Shapes    q [batch, heads, n, head_dim]      k [batch, kv_heads, n, head_dim]
 ///           v [batch, kv_heads, n, value_dim]  out [batch, heads, n, value_dim], any n >= 0. There is no lse
-/// Landmarks every block-th token is one, as in landmark_cache. The memory takes the other tokens
+/// Landmarks every block_size-th token is one, as in landmark_cache. The memory takes the other tokens
 /// Positions none: rotary encodings, if any, are in q and k already, for the memory too
 /// Types     rows and landmarks are kept as T; arithmetic is double where T is, else float, and q's too. With
 ///           std::int8_t the rows of blocks that have left the window are int8 with a scale to each, landmarks
 ///           and the window float
-/// State     bounded: batch * kv_heads * (head_dim + value_dim) * block * (1 + window_blocks + capacity +
+/// State     bounded: batch * kv_heads * (head_dim + value_dim) * block_size * (1 + window_blocks + capacity +
 ///           evicted_at_once) elements of T, and M and z
 /// Rollback  truncate(n) takes back tokens, all outputs after it having the bits of a stream that never had
 ///           them, as far as landmark_cache does. An eviction costs a second memory until it is `rollback`
@@ -89,9 +89,9 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
 
   explicit hybrid_stream(const StreamShape& shape, const hybrid_options& options = {})
       : options_(checked(shape, options)),
-        cache_(shape, {.block = options.block,
+        cache_(shape, {.block_size = options.block_size,
                        .top_k = options.top_k,
-                       .local_blocks = options.window_blocks,
+                       .window_blocks = options.window_blocks,
                        .exact_window = true,
                        .rollback = options.rollback,
                        .scale = options.scale}),
@@ -188,7 +188,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
       if (got < least)
         detail::refuse("hybrid_stream", what, std::to_string(got), "at least " + std::to_string(least));
     };
-    at_least("block", options.block, 2);
+    at_least("block_size", options.block_size, 2);
     at_least("top_k", options.top_k, 0);
     at_least("window_blocks", options.window_blocks, 0);
     at_least("capacity", options.capacity, 0);
@@ -200,25 +200,25 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   /// What is evicted at once is a segment of the memory: summed by itself, added once, and seen from then on.
   static infini_attention<> memory_options(const hybrid_options& options) {
     infini_attention attend;
-    attend.segment = options.evicted_at_once * (options.block - 1);
+    attend.segment = options.evicted_at_once * (options.block_size - 1);
     attend.beta = options.beta;
     attend.rule = options.rule;
-    attend.first = options.first;
+    attend.empty_memory = options.empty_memory;
     return attend;
   }
 
   const detail::BlockCounts& counts() const noexcept { return cache_.store_.counts(); }
   /// What the cache and the memory do not tell of themselves.
   std::vector<detail::StateField> fields() const {
-    return {{"first", static_cast<std::int64_t>(options_.first), [](std::int64_t x) {
-               return std::string(x == static_cast<std::int64_t>(InfiniFirst::gate) ? "gate" : "bypass");
+    return {{"empty_memory", static_cast<std::int64_t>(options_.empty_memory), [](std::int64_t x) {
+               return std::string(x == static_cast<std::int64_t>(EmptyMemory::gate) ? "gate" : "bypass");
              }}};
   }
   /// The memory of a state in which so many blocks had been evicted.
   Memory loaded_memory(std::istream& from, Index evicted) const {
     Memory memory(memory_options(options_), shape());
     memory.load(from);
-    const Index wanted = evicted * (options_.block - 1);
+    const Index wanted = evicted * (options_.block_size - 1);
     for (Index b = 0; b < shape().batch; ++b) {
       if (memory.size(b) != wanted || memory.open_rows(b) != 0) {
         detail::refuse(state.load, "the number of tokens in the memory", std::to_string(memory.size(b)),
@@ -235,7 +235,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
       count = (std::min)(cache_.tokens_to_landmark() + 1, call.q_len() - first);
       const auto part = detail::part_of(call, first, count);
       typename landmark_cache<T>::Undo undo(cache_);
-      cache_.append(part, executor, workspace);
+      cache_.extend_piece(part, executor, workspace);
       memory_.recall(part.q, part.out, inner);
       evict(inner);
       cache_.settle(undo);
@@ -250,23 +250,24 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     if (count == 0) return;
     Memory next = memory_;
     for (Index b = 0; b < shape().batch; ++b) {
-      for (Index n = 0; n < count; ++n) absorb_block(b, n, next, execution);
+      for (Index n = 0; n < count; ++n) append_block(b, n, next, execution);
     }
     past_.push_back({counts().dropped, std::move(next)});
     std::swap(past_.back().memory, memory_);
   }
 
   template <class E>
-  void absorb_block(Index b, Index n, Memory& memory, E& execution) {
+  void append_block(Index b, Index n, Memory& memory, E& execution) {
     if constexpr (Element<T>) {
-      memory.absorb(b, cache_.block_keys(b, n), cache_.block_values(b, n), execution);
+      memory.append(b, cache_.block_keys(b, n), cache_.block_values(b, n), execution);
     } else {
-      const Index heads = shape().kv_heads, rows = options_.block - 1, keys = heads * rows * shape().head_dim;
+      const Index heads = shape().kv_heads, rows = options_.block_size - 1,
+                  keys = heads * rows * shape().head_dim;
       decoded_.resize(static_cast<std::size_t>(keys + heads * rows * shape().value_dim));
       const auto k = compact_view(decoded_.data(), 1, heads, rows, shape().head_dim),
                  v = compact_view(decoded_.data() + keys, 1, heads, rows, shape().value_dim);
       cache_.decode_block(b, n, k, v);
-      memory.absorb(b, k, v, execution);
+      memory.append(b, k, v, execution);
     }
   }
 

@@ -44,11 +44,11 @@ void infini_memory<T, Local, F>::peek(const Q& q, const K& k, const V& v, Out&& 
 
 template <Element T, class Local, FeatureMap F>
 template <TensorLike K, TensorLike V, ExecutionLike E>
-void infini_memory<T, Local, F>::absorb(Index b, const K& k, const V& v, E&& execution) {
-  check_row("infini_memory::absorb", b);
+void infini_memory<T, Local, F>::append(Index b, const K& k, const V& v, E&& execution) {
+  check_row("infini_memory::append", b);
   const auto keys = view(k);
   const auto values = view(v);
-  detail::check_tokens("infini_memory::absorb", keys, values, 1, shape_);
+  detail::check_tokens("infini_memory::append", keys, values, 1, shape_);
   make_room(keys.rows);
   detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
     for (Index first = 0, count = 0; first < keys.rows; first += count) {

@@ -90,9 +90,9 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
       detail::refuse(function, "the mask of the local attention", "one that shows later keys",
                      "causal{}, causal{} & another, or window{.right = 0}: those keys have not come yet");
     }
-    if constexpr (requires { attend_.local.at.fit_any_length(); }) {
-      if (!attend_.local.at.fit_any_length()) {
-        detail::refuse(function, "at of the local attention", "a list of landmarks",
+    if constexpr (requires { attend_.local.landmarks.fit_any_length(); }) {
+      if (!attend_.local.landmarks.fit_any_length()) {
+        detail::refuse(function, "landmarks of the local attention", "a list of landmarks",
                        "every: an open segment ends before some of the list");
       }
     }
@@ -172,10 +172,10 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
 
   /// Appends rows k and v [1, kv_heads, n, ..] to batch row b without queries.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
-  void absorb(Index b, const K& k, const V& v, E&& execution = E{});
+  void append(Index b, const K& k, const V& v, E&& execution = E{});
 
   /// out = g * what the memory gives for q + (1 - g) * out: for a local part that comes from elsewhere. The
-  /// open segment is not seen. Where nothing has been written, `first` says what happens.
+  /// open segment is not seen. Where nothing has been written, `empty_memory` says what happens.
   template <TensorLike Q, TensorLike Out, ExecutionLike E = openmp>
   void recall(const Q& q, Out&& out, E&& execution = E{});
 
@@ -273,7 +273,9 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
                                               memory};
   }
 
-  bool knows(Index b) const noexcept { return written_[at(b)] > 0 || attend_.first == InfiniFirst::gate; }
+  bool knows(Index b) const noexcept {
+    return written_[at(b)] > 0 || attend_.empty_memory == EmptyMemory::gate;
+  }
 
   auto pass_with_gate(Index b, Index rows, Workspace& workspace) {
     auto pass = pass_over(view_of(b, rows));

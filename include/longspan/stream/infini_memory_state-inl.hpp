@@ -42,7 +42,7 @@ std::vector<StateField> options_of_local(const Local& local) {
       fields.push_back({"a segment of the local attention", branch.segment});
       fields.push_back({"a dilation of the local attention", branch.dilation});
     }
-  } else if constexpr (requires { local.at, local.softmax, local.leak; }) {
+  } else if constexpr (requires { local.landmarks, local.softmax, local.leak; }) {
     fields = {{"softmax of the local attention", static_cast<std::int64_t>(local.softmax)},
               {"leak of the local attention", local.leak}};
   }
@@ -63,7 +63,7 @@ std::vector<StateField> infini_fields(const Attend& attend, const StreamShape& s
   std::int64_t kind = 99;
   if (is_softmax_attention<std::remove_cvref_t<decltype(local)>>) kind = 1;
   if constexpr (requires { local.branches, local.phase; }) kind = 2;
-  if constexpr (requires { local.at, local.leak; }) kind = 3;
+  if constexpr (requires { local.landmarks, local.leak; }) kind = 3;
   std::vector<StateField> fields{
       element_field<T>(),
       {"batch", shape.batch},
@@ -74,7 +74,7 @@ std::vector<StateField> infini_fields(const Attend& attend, const StreamShape& s
       {"segment", attend.segment},
       {"rule", static_cast<std::int64_t>(attend.rule),
        [](std::int64_t x) { return std::string(x == 0 ? "linear" : "delta"); }},
-      {"first", static_cast<std::int64_t>(attend.first),
+      {"empty_memory", static_cast<std::int64_t>(attend.empty_memory),
        [](std::int64_t x) { return std::string(x == 0 ? "gate" : "bypass"); }},
       {"memory_uses_positions", attend.memory_uses_positions, yes_or_no},
       {"absolute_positions", attend.absolute_positions, yes_or_no},

@@ -34,8 +34,8 @@ const StreamShape& kv_cache<T, M, S, P>::checked(const StreamShape& shape, const
                    "a token that fits into the memory of a computer");
   }
   detail::check_stream_parts(name, attend, shape);
-  if (options.page < 0 || options.page > most)
-    detail::refuse(name, "the page", std::to_string(options.page),
+  if (options.page_size < 0 || options.page_size > most)
+    detail::refuse(name, "page_size", std::to_string(options.page_size),
                    "at least 0 and at most " + std::to_string(most) + " tokens");
   if (options.rollback < 0)
     detail::refuse(name, "rollback", std::to_string(options.rollback), "at least 0 tokens");
@@ -52,7 +52,7 @@ std::vector<detail::StateField> kv_cache<T, M, S, P>::fields() const {
   const auto positions = detail::position_fields(attend_.position);
   std::vector<detail::StateField> fields(shape.begin(), shape.end());
   fields.push_back(detail::element_field<T>());
-  fields.push_back({"page", options_.page});
+  fields.push_back({"page_size", options_.page_size});
   fields.insert(fields.end(), positions.begin(), positions.end());
   const double scale = detail::resolved_scale(kind.load, attend_.scale, shape_.head_dim);
   fields.push_back(detail::real_field("scale", scale));
@@ -76,7 +76,7 @@ void kv_cache<T, M, S, P>::load(std::istream& from) {
   detail::check_fields(kind.load, found, wanted);
   const Index size = found.back(), most = detail::KeyPages<T>::most_tokens(shape_);
   if (size < 0 || size > most) refuse_size(kind.load, std::to_string(size), "0.." + std::to_string(most));
-  detail::KeyPages<T> loaded(shape_, options_.page);
+  detail::KeyPages<T> loaded(shape_, options_.page_size);
   loaded.load(reader, size);
   reader.finish();
   for (Index b = 0; b < shape_.batch; ++b) {

@@ -40,7 +40,7 @@ LONGSPAN_NAMESPACE_BEGIN
 ///
 ///   softmax_attention attend{causal{} & window{.left = 4095}, rotary(Pairing::half_split)};
 ///   const StreamShape shape{.heads = 32, .kv_heads = 8, .head_dim = 128, .value_dim = 128};
-///   auto cache = attend.stream<Eigen::bfloat16>(shape, {.page = 256});
+///   auto cache = attend.stream<Eigen::bfloat16>(shape, {.page_size = 256});
 ///   cache.extend(q, k, v, out);  // a prompt, a chunk or a single token; lse and an execution may follow
 ///
 /// Shapes    q [batch, heads, n, head_dim]      k [batch, kv_heads, n, head_dim]
@@ -80,7 +80,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
         mask_(detail::stream_mask(attend_.mask)),
         shape_(checked(shape, options, attend_)),
         options_(options),
-        pages_(shape, options.page) {}
+        pages_(shape, options.page_size) {}
   kv_cache(const kv_cache&) = default;
   kv_cache(kv_cache&&) = default;
   /// Changes nothing if it throws.
@@ -146,11 +146,11 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
 
   /// Appends tokens whose queries are not needed.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
-  void absorb(const K& k, const V& v, E&& execution = E{}) {
+  void append(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
     const auto values = view(v);
-    detail::check_tokens("kv_cache::absorb", keys, values, shape_.batch, shape_);
-    check_growth("kv_cache::absorb", keys.rows);
+    detail::check_tokens("kv_cache::append", keys, values, shape_.batch, shape_);
+    check_growth("kv_cache::append", keys.rows);
     detail::with_executor(execution, [&](const auto& executor) {
       in_pieces(keys.rows, [&](Index first, Index count) {
         keep(keys.slice_rows(first, count), values.slice_rows(first, count), executor);
@@ -193,7 +193,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     check_growth(function, call.q_len());
     detail::check_reach(function, mask_, shape_.batch, shape_.heads, size(), size() + call.q_len());
     in_pieces(call.q_len(), [&](Index first, Index count) {
-      append(detail::part_of(call, first, count), executor, workspace);
+      extend_piece(detail::part_of(call, first, count), executor, workspace);
     });
   }
 
@@ -215,7 +215,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
       if (next < end) evict(undo.size);
     }
     undo.stream = nullptr;
-    if (options_.page > 0 && full_pages() != full_pages_) {
+    if (options_.page_size > 0 && full_pages() != full_pages_) {
       full_pages_ = full_pages();
       evict(0);
     }
@@ -236,7 +236,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     return end;
   }
   bool evicts_before(Index size) const {
-    if (options_.page == 0 || !options_.forget) return false;
+    if (options_.page_size == 0 || !options_.evict) return false;
     const KeyRange all{0, least_size(size)};
     for (Index b = 0; b < shape_.batch; ++b) {
       const KeyRanges later = detail::later_keys(mask_, b, all.end);
@@ -247,7 +247,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   }
 
   template <class Call, class E>
-  void append(const Call& call, const E& executor, Workspace& workspace) {
+  void extend_piece(const Call& call, const E& executor, Workspace& workspace) {
     const Index first = size();
     keep(call.k, call.v, executor);
     if constexpr (encodes) {
@@ -296,14 +296,14 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   /// The size to which a stream of `size` tokens promises to go back.
   Index least_size(Index size) const noexcept { return std::max<Index>(0, size - options_.rollback); }
   /// Pages that are full then: only these are ever evicted.
-  Index full_pages() const noexcept { return least_size(size()) / options_.page; }
+  Index full_pages() const noexcept { return least_size(size()) / options_.page_size; }
 
   /// Evicts full pages that hold none of the tokens before `first` and that no later query will see.
   void evict(Index first) {
-    if (options_.page == 0 || !options_.forget) return;
+    if (options_.page_size == 0 || !options_.evict) return;
     for (Index b = 0; b < shape_.batch; ++b)
       pages_.keep_only(b, detail::later_keys(mask_, b, least_size(size())),
-                       detail::divide_up(first, options_.page), full_pages());
+                       detail::divide_up(first, options_.page_size), full_pages());
   }
   void take_back_to(Index tokens) noexcept {
     pages_.truncate(tokens);

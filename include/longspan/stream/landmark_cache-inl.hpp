@@ -24,9 +24,9 @@ struct all_but_landmarks {
   Index block = 1;
 
   constexpr bool sees(Index, Index j) const noexcept { return (j + 1) % block != 0; }
-  constexpr Seen classify(const Tile& tile) const noexcept {
-    if (tile.first_key / block == (tile.first_key + tile.keys) / block) return Seen::all;
-    return tile.keys == 1 ? Seen::none : Seen::some;
+  constexpr Coverage classify(const Tile& tile) const noexcept {
+    if (tile.first_key / block == (tile.first_key + tile.keys) / block) return Coverage::all;
+    return tile.keys == 1 ? Coverage::none : Coverage::some;
   }
 };
 
@@ -50,11 +50,11 @@ void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& e
       first_,
       scale()};
   if (options_.exact_window) {
-    return detail::attend(problem, causal{} & detail::all_but_landmarks{options_.block}, unchanged{},
+    return detail::attend(problem, causal{} & detail::all_but_landmarks{options_.block_size}, unchanged{},
                           position_, executor, workspace, false);
   }
   detail::LandmarkOptions options;
-  options.at = landmarks::every(options_.block);
+  options.landmarks = landmarks::every(options_.block_size);
   detail::landmark_forward(problem, options, causal{}, unchanged{}, position_, executor, workspace);
 }
 
@@ -133,7 +133,7 @@ template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::Ar
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::attend_blocks(const Call& call, const E& executor) {
   const Index padded_value_dim = detail::round_up(shape_.value_dim, w), q_room = group() * padded_head_dim(),
-              scores_room = detail::round_up(options_.block, w) + w, most_places = held_.top_k + 1,
+              scores_room = detail::round_up(options_.block_size, w) + w, most_places = held_.top_k + 1,
               room = padded_value_dim + scores_room + most_places * q_room;
   worker_rows_.resize(at(executor.workers() * room));
   worker_places_.resize(at(executor.workers() * most_places));
@@ -185,17 +185,17 @@ void landmark_cache<T, P, Map, Finder>::write(const Call& call) const {
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& executor) {
-  const Index d = shape_.head_dim, open = store_.counts().open(), lanes = shape_.batch * shape_.kv_heads;
-  open_keys_.resize(at(lanes * open * d));
-  executor.for_each(lanes, [&](Index lane, Index) {
-    Real* keys = open_keys_.data() + lane * open * d;
-    const auto raw = store_.open_k().matrix(lane / shape_.kv_heads, lane % shape_.kv_heads);
+  const Index d = shape_.head_dim, open = store_.counts().open(), kv_rows = shape_.batch * shape_.kv_heads;
+  open_keys_.resize(at(kv_rows * open * d));
+  executor.for_each(kv_rows, [&](Index kv_row, Index) {
+    Real* keys = open_keys_.data() + kv_row * open * d;
+    const auto raw = store_.open_k().matrix(kv_row / shape_.kv_heads, kv_row % shape_.kv_heads);
     detail::copy_rows(raw.data, raw.row_stride, open, d, keys);
     position_.encode(MatrixView<Real>{keys, open, d, d}, 0, Role::key);
   });
 
   const Index q_room = group() * padded_head_dim(), most_places = held_.top_k + 1,
-              room = detail::round_up(options_.block, w) + w + (1 + most_places) * q_room;
+              room = detail::round_up(options_.block_size, w) + w + (1 + most_places) * q_room;
   worker_rows_.resize((std::max)(worker_rows_.size(), at(executor.workers() * room)));
   worker_places_.resize((std::max)(worker_places_.size(), at(executor.workers() * most_places)));
   masses_.resize(at(shape_.batch * shape_.heads * chunk_));
@@ -217,15 +217,15 @@ void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& 
                                            open, d, d};
     for (Index g = 0; g < group(); ++g) {
       detail::ScoreMass<Real> attended, dropped;
-      for (Index j = 0; j <= first_ + i; j += options_.block) {
-        const Index tokens = (std::min)(options_.block - 1, first_ + i + 1 - j);
+      for (Index j = 0; j <= first_ + i; j += options_.block_size) {
+        const Index tokens = (std::min)(options_.block_size - 1, first_ + i + 1 - j);
         detail::add_sample<Real>(open_queries + g * padded_head_dim(), padded_head_dim(),
                                  {{open_rows.row(j), open - j, d, d}, {}, true},
                                  TokenSample::of(tokens, tokens), tokens, scores, attended);
       }
-      const Index h = kv_head * group() + g, tokens = options_.block - 1;
+      const Index h = kv_head * group() + g, tokens = options_.block_size - 1;
       const std::span<const Index> chosen = retrieved(b, h, i);
-      const auto sample = TokenSample::of(tokens, options_.sample);
+      const auto sample = TokenSample::of(tokens, options_.mass_sample);
       for (Index n = 0, rank = 0; n < held_.blocks; ++n) {
         const bool is_chosen = rank < held_.top_k && chosen[at(rank)] == n;
         const Real* q = query_at(g, is_chosen ? map_.attended(held_, n, rank) : map_.scored(held_, n));
@@ -237,7 +237,7 @@ void landmark_cache<T, P, Map, Finder>::weigh_tokens(const Call& call, const E& 
       masses_[at((b * shape_.heads + h) * chunk_ + i)] = {attended.lse(), dropped.lse()};
     }
   };
-  const Index tasks = lanes * chunk_, of_task = std::max<Index>(1, held_.blocks),
+  const Index tasks = kv_rows * chunk_, of_task = std::max<Index>(1, held_.blocks),
               at_once = std::max<Index>(1, store_.heads_at_once() / of_task);
   for (Index first = 0; first < tasks; first += (std::min)(at_once, tasks - first)) {
     const Index count = (std::min)(at_once, tasks - first);
@@ -251,9 +251,9 @@ void landmark_cache<T, P, Map, Finder>::decode_block(Index b, Index n, TensorVie
                                                      TensorView<Real> v) const {
   check_block("landmark_cache::decode_block", b, n);
   detail::check_tokens("landmark_cache::decode_block", k, v, 1, shape_);
-  if (k.rows != options_.block - 1)
+  if (k.rows != options_.block_size - 1)
     detail::refuse("landmark_cache::decode_block", "the number of rows of k", std::to_string(k.rows),
-                   std::to_string(options_.block - 1));
+                   std::to_string(options_.block_size - 1));
   for (Index h = 0; h < shape_.kv_heads; ++h) {
     const auto run = store_.rows(b, h, n);
     for (Index j = 0; j < k.rows; ++j) {
@@ -270,8 +270,7 @@ void landmark_cache<T, P, Map, Finder>::decode_block(Index b, Index n, TensorVie
 
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 LandmarkMass landmark_cache<T, P, Map, Finder>::mass(Index b, Index h, Index i) const {
-  if (options_.sample == 0)
-    detail::refuse("landmark_cache::mass", "the sample of the options", "0", "at least 1");
+  if (options_.mass_sample == 0) detail::refuse("landmark_cache::mass", "mass_sample", "0", "at least 1");
   const auto query = at((b * shape_.heads + h) * chunk_ + i);
   if (i < 0 || i >= chunk_ || query >= masses_.size()) {
     detail::refuse("landmark_cache::mass", "the query", std::to_string(i),

@@ -41,13 +41,13 @@ LONGSPAN_NAMESPACE_BEGIN
 /// have the highest scores: one group of the own block's tokens and of the landmarks of the others.
 ///
 ///   landmark_cache<float, rotary> cache({.heads = 32, .kv_heads = 8, .head_dim = 128, .value_dim = 128},
-///                                       {.block = 64, .top_k = 4}, rotary(Pairing::half_split));
+///                                       {.block_size = 64, .top_k = 4}, rotary(Pairing::half_split));
 ///   cache.extend(q, k, v, out);  // a chunk, or one token; lse and an execution may follow
 ///
 /// Shapes    q [batch, heads, n, head_dim]   k [batch, kv_heads, n, head_dim]   v [.., n, value_dim]
 ///           out [batch, heads, n, value_dim]   lse [batch, heads, n]
 ///           n may differ from call to call, and a chunk may cross blocks.
-/// Landmarks every block-th token is one; `tokens_to_landmark` says how many come before the next.
+/// Landmarks every block_size-th token is one; `tokens_to_landmark` says how many come before the next.
 /// Positions are written by the cache, q and k come without: stingy_positions, exact_positions or your own.
 /// Index     every_landmark scores all blocks; an index of your own names some, see LandmarkIndex.
 /// Types     tensors of any type of softmax_attention. T is what keys, values and landmarks are kept in, a
@@ -67,9 +67,9 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           them. That reaches back options.rollback tokens from the largest size so far, often more, and
 ///           never before a block that `drop` removed; can_truncate(n) says it beforehand. Costs the rows of
 ///           sealed blocks, and dropped blocks, for `rollback` tokens: bytes() counts them.
-/// File      with options.file, sealed blocks that no truncation reaches are written there and attended
+/// File      with options.path, sealed blocks that no truncation reaches are written there and attended
 ///           there; landmarks, the open part and the blocks of the last `rollback` tokens are in memory, and
-///           of the file about `resident` bytes beyond what one query retrieves. A cache that opens the file of
+///           of the file about `resident_bytes` beyond what one query retrieves. A cache that opens the file of
 ///           an earlier one has all blocks that were sealed `rollback` tokens before its end, size() tokens,
 ///           whenever the process ended; the later tokens have to come again. (Not when the machine stops:
 ///           nothing is flushed to the disk.) Opening reads the file once, compares its checksums, and locks
@@ -100,8 +100,8 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
         store_(empty_store(options.capacity, options.capacity > 0 ? 1 : 0)),
         choice_(options.select, shape.batch, shape.heads, shape.kv_heads) {
     position_.check(shape.head_dim);
-    if (options.file.empty()) return;
-    detail::open_landmark_blocks(options.file, options.resident, row_fields(), store_);
+    if (options.path.empty()) return;
+    detail::open_landmark_blocks(options.path, options.resident_bytes, row_fields(), store_);
     index_blocks(0);
   }
   landmark_cache(const landmark_cache&) = default;
@@ -117,10 +117,10 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
 
   /// Appends tokens without queries.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
-  void absorb(const K& k, const V& v, E&& execution = E{}) {
+  void append(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
     const auto values = view(v);
-    detail::check_tokens("landmark_cache::absorb", keys, values, shape_.batch, shape_);
+    detail::check_tokens("landmark_cache::append", keys, values, shape_.batch, shape_);
     Undo undo(*this);
     store_.reserve(keys.rows);
     store_.append(keys, values);
@@ -136,7 +136,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   /// Sealed blocks that have left.
   Index dropped() const noexcept { return store_.counts().dropped; }
   /// How many tokens come before the next landmark.
-  Index tokens_to_landmark() const noexcept { return options_.block - 1 - size() % options_.block; }
+  Index tokens_to_landmark() const noexcept { return options_.block_size - 1 - size() % options_.block_size; }
   /// Memory of keys, values and landmarks: those shared with copies and those kept for a truncation included,
   /// those in a file not.
   Index bytes() const noexcept { return store_.bytes(); }
@@ -145,18 +145,18 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   std::span<const Index> retrieved(Index b, Index h, Index i) const {
     return held_.top_k == 0 ? std::span<const Index>() : choice_.of(b, h, i);
   }
-  /// With options.sample: the softmax mass of what query i of the last call attended, against that of the
-  /// blocks it did not retrieve, all standing where the cache put them. Of those blocks `sample` tokens each,
+  /// With options.mass_sample: the softmax mass of what query i of the last call attended, against that of the
+  /// blocks it did not retrieve, all standing where the cache put them. Of those blocks `mass_sample` tokens each,
   /// always the same, stand for all: an unbiased estimate of their sum where the order of tokens says
   /// nothing, exact where the sample is the block, and blind to a single token that it does not hold. With
   /// it, outputs differ from those of softmax attention to all tokens by the share that was passed over and
-  /// by how landmarks weigh the blocks. Costs sample / block of a scan of all keys for each query.
+  /// by how landmarks weigh the blocks. Costs mass_sample / block_size of a scan of all keys for each query.
   LandmarkMass mass(Index b, Index h, Index i) const;
   /// Blocks that had left before the last call.
   Index retrieved_from() const noexcept { return held_.dropped; }
 
   /// Keys and values of sealed block n of batch row b, without its landmark, as they are kept: [1, kv_heads,
-  /// block - 1, ..]. Of a cache of int8, whose rows are numbers only with their scales, `decode_block` has them.
+  /// block_size - 1, ..]. Of a cache of int8, whose rows are numbers only with their scales, `decode_block` has them.
   TensorView<const T> block_keys(Index b, Index n) const
   requires Element<T>
   {
@@ -167,7 +167,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   {
     return block_rows(b, n, false);
   }
-  /// The same in the arithmetic type, into k and v [1, kv_heads, block - 1, ..].
+  /// The same in the arithmetic type, into k and v [1, kv_heads, block_size - 1, ..].
   void decode_block(Index b, Index n, TensorView<Real> k, TensorView<Real> v) const;
   /// Forgets the oldest sealed blocks, for good: no truncation goes back to where one of them was not sealed.
   void drop(Index count);
@@ -187,8 +187,8 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   void reorder(std::span<const Index> rows);
 
   void save(std::ostream& to) const { detail::save_landmark_store(to, fields(), store_); }
-  /// Takes over the state of a cache of the same shape, options and position; `rollback`, `sample`, `file` and
-  /// `resident` may differ. Changes nothing if that fails.
+  /// Takes over the state of a cache of the same shape, options and position; `rollback`, `mass_sample`, `path` and
+  /// `resident_bytes` may differ. Changes nothing if that fails.
   void load(std::istream& from);
 
  private:
@@ -227,7 +227,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
       const Index left = call.q_len() - first,
                   count = options_.split_at_blocks ? (std::min)(tokens_to_landmark() + 1, left) : left;
       Undo undo(*this);
-      append(detail::part_of(call, first, count), executor, workspace);
+      extend_piece(detail::part_of(call, first, count), executor, workspace);
       settle(undo);
       first += count;
     } while (first < call.q_len());
@@ -235,11 +235,11 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
 
   /// Appends tokens, answers their queries and seals blocks; nothing is settled yet.
   template <class Call, class E>
-  void append(const Call& call, const E& executor, Workspace& workspace) {
+  void extend_piece(const Call& call, const E& executor, Workspace& workspace) {
     if (is_index_stale_) index_anew();
     store_.reserve(call.q.rows);
     const detail::BlockCounts& counts = store_.counts();
-    held_ = {blocks(), dropped(), (std::min)(options_.top_k, blocks()), options_.top_k, options_.block};
+    held_ = {blocks(), dropped(), (std::min)(options_.top_k, blocks()), options_.top_k, options_.block_size};
     chunk_ = call.q.rows;
     first_ = counts.open();
     store_.append(call.k, call.v);
@@ -250,7 +250,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
         attend_blocks(call, executor);
       }
       write(call);
-      if (options_.sample > 0) weigh_tokens(call, executor);
+      if (options_.mass_sample > 0) weigh_tokens(call, executor);
     }
     seal(executor);
   }
@@ -260,7 +260,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   Index padded_head_dim() const noexcept { return detail::round_up(shape_.head_dim, w); }
   double scale() const { return detail::resolved_scale("landmark_cache", options_.scale, shape_.head_dim); }
   /// Where block n stood when its landmark was encoded.
-  Index stored_place(Index n) const { return places_of_text ? (held_.dropped + n) * options_.block : 0; }
+  Index stored_place(Index n) const { return places_of_text ? (held_.dropped + n) * options_.block_size : 0; }
   /// Position of query i.
   Index position_of(Index i) const { return map_.local(held_) + first_ + i; }
 
@@ -284,14 +284,14 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
 
   detail::LandmarkStore<T> empty_store(Index capacity, Index drop_at_once) const {
     return {shape_,
-            {.block = options_.block,
-             .local_blocks = options_.local_blocks,
+            {.block = options_.block_size,
+             .window_blocks = options_.window_blocks,
              .capacity = capacity,
              .drop_at_once = drop_at_once,
              .rollback = options_.rollback}};
   }
   std::vector<detail::StateField> row_fields() const {
-    return detail::landmark_row_fields<T>(shape_, options_.block, position_, places_of_text);
+    return detail::landmark_row_fields<T>(shape_, options_.block_size, position_, places_of_text);
   }
   std::vector<detail::StateField> fields() const {
     return detail::landmark_fields<T>(shape_, options_, store_.counts(), position_, places_of_text);
@@ -346,10 +346,10 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     check_block(of_keys ? "landmark_cache::block_keys" : "landmark_cache::block_values", b, n);
     const auto rows = [&](Index h) { return of_keys ? store_.rows(b, h, n).k : store_.rows(b, h, n).v; };
     if (shape_.kv_heads == 0)
-      return {nullptr, 1, 0, options_.block - 1, of_keys ? shape_.head_dim : shape_.value_dim};
+      return {nullptr, 1, 0, options_.block_size - 1, of_keys ? shape_.head_dim : shape_.value_dim};
     const auto first = rows(0);
     const Index head_stride = shape_.kv_heads > 1 ? rows(1).data - first.data : 0;
-    return {first.data, 1,           shape_.kv_heads, options_.block - 1,
+    return {first.data, 1,           shape_.kv_heads, options_.block_size - 1,
             first.cols, head_stride, head_stride,     first.row_stride};
   }
 

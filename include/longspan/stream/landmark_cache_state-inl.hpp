@@ -32,7 +32,7 @@ void landmark_cache<T, P, Map, Finder>::clear() {
   const detail::BlockCounts& counts = store_.counts();
   auto empty = empty_store(counts.capacity, counts.drop_at_once);
   if (store_.has_file())
-    detail::replace_landmark_blocks(options_.file, options_.resident, row_fields(), empty);
+    detail::replace_landmark_blocks(options_.path, options_.resident_bytes, row_fields(), empty);
   store_ = std::move(empty);
   forget_last_call();
   is_index_stale_ = finds;
@@ -76,8 +76,8 @@ void landmark_cache<T, P, Map, Finder>::load(std::istream& from) {
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 void landmark_cache<T, P, Map, Finder>::index_blocks(Index first) {
   if constexpr (finds) {
-    for (Index lane = 0; lane < shape_.batch * shape_.kv_heads; ++lane) {
-      const Index b = lane / shape_.kv_heads, h = lane % shape_.kv_heads;
+    for (Index kv_row = 0; kv_row < shape_.batch * shape_.kv_heads; ++kv_row) {
+      const Index b = kv_row / shape_.kv_heads, h = kv_row % shape_.kv_heads;
       const auto keys = store_.landmarks(b, h, 0, blocks());
       std::vector<Real> key(at(keys.cols));
       for (Index n = first; n < blocks(); ++n) {

@@ -47,8 +47,8 @@ concept Stream =
 
 /// A stream whose outputs are partials: they can be merged with others.
 template <class S, class T = float>
-concept PartialStream = Stream<S, T> && requires(S stream, TensorView<const T> in, TensorView<T> out,
-                                                 RowsView<T> lse, openmp& executor) {
+concept LseStream = Stream<S, T> && requires(S stream, TensorView<const T> in, TensorView<T> out,
+                                             RowsView<T> lse, openmp& executor) {
   stream.extend(in, in, in, out, lse);
   stream.extend(in, in, in, out, lse, executor);
 };

@@ -78,7 +78,7 @@ int main() {
     const auto out = longspan::compact_view(result.out, 1, 1, length, dim);
     const auto lse = longspan::compact_rows_view(result.lse, 1, 1, length);
     unit.attend(input(q), input(k), input(v), out, lse, longspan::Pairing::half_split);
-    unit.extend(shape, {.page = 16}, input(q), input(k), input(v),
+    unit.extend(shape, {.page_size = 16}, input(q), input(k), input(v),
                 longspan::compact_view(of_stream.out, 1, 1, length, dim),
                 longspan::compact_rows_view(of_stream.lse, 1, 1, length));
     if (name == "base") of_base = result, stream_of_base = of_stream;

@@ -120,10 +120,10 @@ TEST_CASE("stream_mask: literal for queries with a limit, causal for the others,
           all = all && seen;
         }
       }
-      const longspan::Seen said = longspan::classify(shown, tile);
+      const longspan::Coverage said = longspan::classify(shown, tile);
       REQUIRE(held);
-      REQUIRE((said != longspan::Seen::none || !some));
-      REQUIRE((said != longspan::Seen::all || all));
+      REQUIRE((said != longspan::Coverage::none || !some));
+      REQUIRE((said != longspan::Coverage::all || all));
       // Nothing is looked at that is after all queries of the tile and after all that they may see.
       REQUIRE(((ranges.end() - 1)->end <= std::max<Index>(tile.last_query() + 4, 20)));
     });

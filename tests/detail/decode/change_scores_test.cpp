@@ -305,8 +305,8 @@ TEST_CASE("decode: scores over rows of int8, in pages of any size", "[decode][ga
     const Index group = random.pick<Index>({1, 2, 5, 8}), tokens = random.pick<Index>({5, 40, 270});
     const Shape shape{
         1, 2 * group, 2, tokens, tokens, random.pick<Index>({8, 33}), random.pick<Index>({8, 20})};
-    const longspan::kv_cache_options options{.page = random.pick<Index>({0, 7, 16, 256})};
-    INFO(shape.text() << " page=" << options.page);
+    const longspan::kv_cache_options options{.page_size = random.pick<Index>({0, 7, 16, 256})};
+    INFO(shape.text() << " page=" << options.page_size);
     Call<float> call(shape, random.pick({Values::normal, Values::peaked, Values::log_normal}), random);
     const Tensor<double> k = kept_as_int8(call.k), v = kept_as_int8(call.v);
     const auto check = [&](const auto& attend, const decltype(Definition::score)& function) {

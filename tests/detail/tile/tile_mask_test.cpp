@@ -16,13 +16,13 @@
 #include "support/random.hpp"
 
 using longspan::causal;
+using longspan::Coverage;
 using longspan::documents;
 using longspan::everything;
 using longspan::Index;
 using longspan::KeyRange;
 using longspan::KeyRanges;
 using longspan::padding;
-using longspan::Seen;
 using longspan::segments;
 using longspan::sinks;
 using longspan::Tile;
@@ -152,18 +152,18 @@ const std::vector<Index> lengths{200, 0, 77};
 struct alternating {
   Index width;
   constexpr bool sees(Index i, Index j) const { return j / width % 2 == 0 || i % 2 == 0; }
-  constexpr Seen classify(const Tile& tile) const {
+  constexpr Coverage classify(const Tile& tile) const {
     const Index first = tile.first_key / width, last = (tile.first_key + tile.keys - 1) / width;
-    return first == last && first % 2 == 0 ? Seen::all : Seen::some;
+    return first == last && first % 2 == 0 ? Coverage::all : Coverage::some;
   }
 };
 /// The same with hidden stripes in place of mixed ones.
 struct every_other_stripe {
   Index width;
   constexpr bool sees(Index, Index j) const { return j / width % 2 == 0; }
-  constexpr Seen classify(const Tile& tile) const {
+  constexpr Coverage classify(const Tile& tile) const {
     const Index first = tile.first_key / width, last = (tile.first_key + tile.keys - 1) / width;
-    return first != last ? Seen::some : first % 2 == 0 ? Seen::all : Seen::none;
+    return first != last ? Coverage::some : first % 2 == 0 ? Coverage::all : Coverage::none;
   }
 };
 
@@ -172,9 +172,9 @@ struct every_other_stripe {
 struct query_stripes {
   Index width;
   constexpr bool sees(Index i, Index) const { return i / width % 2 == 0; }
-  constexpr Seen classify(const Tile& tile) const {
+  constexpr Coverage classify(const Tile& tile) const {
     const Index first = tile.first_query / width, last = tile.last_query() / width;
-    return first != last ? Seen::some : first % 2 == 0 ? Seen::all : Seen::none;
+    return first != last ? Coverage::some : first % 2 == 0 ? Coverage::all : Coverage::none;
   }
 };
 
@@ -263,10 +263,10 @@ struct known_squares {
     *asked_outside = *asked_outside || (i / 32 + j / 32) % 3 != 0;
     return (i + j) % 2 == 0;
   }
-  Seen classify(const Tile& tile) const {
+  Coverage classify(const Tile& tile) const {
     const Index i = tile.first_query / 32, j = tile.first_key / 32;
-    if (i != tile.last_query() / 32 || j != (tile.first_key + tile.keys - 1) / 32) return Seen::some;
-    return (i + j) % 3 == 0 ? Seen::some : (i + j) % 3 == 1 ? Seen::none : Seen::all;
+    if (i != tile.last_query() / 32 || j != (tile.first_key + tile.keys - 1) / 32) return Coverage::some;
+    return (i + j) % 3 == 0 ? Coverage::some : (i + j) % 3 == 1 ? Coverage::none : Coverage::all;
   }
 };
 

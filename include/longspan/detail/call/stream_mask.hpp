@@ -64,17 +64,17 @@ struct CausalWhereUnlimited {
   constexpr bool sees(Index batch, Index h, Index i, Index j) const {
     return longspan::sees(mask, batch, h, i, j) && (j <= i || limits({batch, h, 1, i, 1, 0, 0}));
   }
-  constexpr Seen classify(const Tile& tile) const {
-    const Seen seen = longspan::classify(mask, tile);
+  constexpr Coverage classify(const Tile& tile) const {
+    const Coverage seen = longspan::classify(mask, tile);
     const KeyRange keys_of_tile = tile.key_range();
-    if (seen == Seen::none || keys_of_tile.end <= tile.first_query + 1 || limits(tile)) return seen;
+    if (seen == Coverage::none || keys_of_tile.end <= tile.first_query + 1 || limits(tile)) return seen;
     bool hidden = true, whole = true;
     for_each_query(tile, [&](const Tile& query) {
       const bool shown = keys_of_tile.end <= query.first_query + 1 || limits(query);
       hidden = hidden && !shown && keys_of_tile.begin > query.first_query;
       whole = whole && shown;
     });
-    return hidden ? Seen::none : whole ? seen : Seen::some;
+    return hidden ? Coverage::none : whole ? seen : Coverage::some;
   }
   constexpr KeyRanges key_ranges(const Tile& tile) const {
     const KeyRanges ranges = longspan::key_ranges(mask, tile);

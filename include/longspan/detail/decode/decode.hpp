@@ -187,8 +187,8 @@ class Decode {
   /// All queries at once, as far as a packet has lanes for them.
   void absorb_run(const QueryLanes& queries, const Run& run, KeyRange keys, const Tk* next_keys,
                   const Worker& worker, const RowAccumulator<Real>& state) const {
-    const Seen seen = classify(mask_, queries.tile(0, queries_, keys));
-    if (seen == Seen::none) return;
+    const Coverage seen = classify(mask_, queries.tile(0, queries_, keys));
+    if (seen == Coverage::none) return;
     with_queries(std::min<Index>(w, slots_), [&]<int count>() {
       if constexpr (count <= lanes<Real>) {
         for (Index first = 0; first < slots_; first += count) {
@@ -208,7 +208,7 @@ class Decode {
 
   template <int count>
   void absorb_pass(const QueryLanes& queries, Index first, const Run& run, KeyRange range,
-                   const Tk* next_keys, Seen seen, const Worker& worker,
+                   const Tk* next_keys, Coverage seen, const Worker& worker,
                    const RowAccumulator<Real>& state) const {
     const Index keys = run.k.rows;
     // Arrays are as fast, or faster with 8 queries, where the rows behind the block are asked for.
@@ -217,14 +217,14 @@ class Decode {
                             call_.head_dim(), worker.scores, is_short ? run.v.data : nullptr);
     if constexpr (is_scaled) scale_scores<count>(worker.scores, run.k_scale, keys);
     const Index scores = round_up(keys, w) * count;
-    if (seen == Seen::some) hide<count>(queries, first, range, worker);
+    if (seen == Coverage::some) hide<count>(queries, first, range, worker);
     if constexpr (changes_score) seen = change<count>(queries, first, range, seen, worker);
     std::fill(worker.scores + keys * count, worker.scores + scores, FloatArithmetic<Real>::masked_score);
 
     alignas(64) Real rescale[std::size_t(w)];
     state.template weigh<count>(worker.scores, scores, first, rescale);
     if constexpr (is_scaled) scale_scores<count>(worker.scores, run.v_scale, keys);
-    const bool plain = seen == Seen::all || all_finite(run);
+    const bool plain = seen == Coverage::all || all_finite(run);
     if (!plain) return add_seen_values<count>(run.v, worker, first, state, rescale);
     add_values_of_pass<count>(run.v, worker, first, state, rescale, is_short ? next_keys : nullptr);
   }
@@ -284,18 +284,19 @@ class Decode {
 
   /// Takes the scores through the score function. `some` where that, or the mask before, hides a key.
   template <int count>
-  Seen change(const QueryLanes& queries, Index first, KeyRange keys, Seen seen, const Worker& worker) const {
-    const bool masked = seen == Seen::some;
+  Coverage change(const QueryLanes& queries, Index first, KeyRange keys, Coverage seen,
+                  const Worker& worker) const {
+    const bool masked = seen == Coverage::some;
     const bool hides = change_scores(
         ScoreBlock<Real>{worker.scores, masked ? worker.seen : nullptr, queries, first, count, keys}, score_);
-    if (!masked && !hides) return Seen::all;
+    if (!masked && !hides) return Coverage::all;
     for (Index at = 0; at < (keys.end - keys.begin) * count; ++at) {
       const bool sees =
           (!masked || worker.seen[at]) && worker.scores[at] != FloatArithmetic<Real>::masked_score;
       worker.seen[at] = sees;
       if (!sees) worker.scores[at] = FloatArithmetic<Real>::masked_score;
     }
-    return Seen::some;
+    return Coverage::some;
   }
 
   bool all_finite(const Run& run) const {

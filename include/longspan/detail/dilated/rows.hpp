@@ -75,12 +75,12 @@ struct UnmetMask {
     return longspan::sees(*mask, b, h, n, m);
   }
 
-  Seen classify(const Tile& tile) const {
+  Coverage classify(const Tile& tile) const {
     const KeyRange first = rows.segment(tile.first_query), last = rows.segment(tile.last_query());
     const KeyRange keys = tile.key_range();
-    if (!KeyRange{first.begin, last.end}.overlaps(keys)) return Seen::none;
-    Seen seen = longspan::classify(*mask, rows.spread(tile));
-    if (!KeyRange{last.begin, first.end}.contains(keys)) seen = (std::min)(seen, Seen::some);
+    if (!KeyRange{first.begin, last.end}.overlaps(keys)) return Coverage::none;
+    Coverage seen = longspan::classify(*mask, rows.spread(tile));
+    if (!KeyRange{last.begin, first.end}.contains(keys)) seen = (std::min)(seen, Coverage::some);
     for (const Branch& branch : earlier) seen = (std::min)(seen, unmet(branch, rows.spread(tile)));
     return seen;
   }
@@ -91,16 +91,16 @@ struct UnmetMask {
  private:
   /// How much of a tile an earlier branch leaves. Where it keeps every row of this one, as in a schedule of
   /// multiples, it has met the keys of its own segment and no others.
-  Seen unmet(const Branch& branch, const Tile& tile) const {
+  Coverage unmet(const Branch& branch, const Tile& tile) const {
     const Index keys_from = tile.first_key / branch.segment,
                 keys_to = (tile.first_key + tile.keys - 1) / branch.segment;
     const Index queries_from = tile.first_query / branch.segment,
                 queries_to = tile.last_query() / branch.segment;
-    if (keys_to < queries_from || keys_from > queries_to) return Seen::all;
+    if (keys_to < queries_from || keys_from > queries_to) return Coverage::all;
     const bool keeps_all =
         branch.segment % branch.dilation == 0 && rows.step % branch.dilation == 0 &&
         covers(branch, head_offset(phase, tile.first_head, heads, branch.dilation), rows.first);
-    return keeps_all && keys_from == keys_to && queries_from == queries_to ? Seen::none : Seen::some;
+    return keeps_all && keys_from == keys_to && queries_from == queries_to ? Coverage::none : Coverage::some;
   }
 };
 

@@ -71,7 +71,7 @@ struct InfiniPass {
     const Problem<Tq, Tk, Tv, To> call{q.slice_rows(0, queries), k, v, out.slice_rows(0, queries), {}};
     if constexpr (requires { local.check_call(call); }) {
       check_sizes(local, call, rows_of);
-    } else if constexpr (PartialFunctor<Local, Real>) {
+    } else if constexpr (LseFunctor<Local, Real>) {
       attend(q.slice_rows(0, 0), k, v, out.slice_rows(0, 0), 0, false, executor, workspace, rows_of);
     }
   }

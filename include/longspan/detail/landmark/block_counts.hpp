@@ -13,11 +13,11 @@ namespace detail {
 /// size and not on `rollback`; that says how long blocks stay kept that a truncation brings back.
 struct BlockCounts {
   // From the options.
-  Index block = 2;         ///< tokens of a block
-  Index local_blocks = 0;  ///< full blocks that are not sealed yet
-  Index capacity = 0;      ///< blocks that can be retrieved
-  Index drop_at_once = 0;  ///< blocks beyond the capacity that are dropped together; 0: none is dropped
-  Index rollback = 0;      ///< tokens that can be taken back
+  Index block = 2;          ///< tokens of a block
+  Index window_blocks = 0;  ///< full blocks that are not sealed yet
+  Index capacity = 0;       ///< blocks that can be retrieved
+  Index drop_at_once = 0;   ///< blocks beyond the capacity that are dropped together; 0: none is dropped
+  Index rollback = 0;       ///< tokens that can be taken back
 
   // The state.
   Index tokens = 0;   ///< size of the stream
@@ -31,7 +31,7 @@ struct BlockCounts {
   Index open() const noexcept { return tokens - sealed * block; }
 
   /// Blocks that are sealed in a stream of `size` tokens.
-  Index sealed_at(Index size) const noexcept { return (std::max)(opened, size / block - local_blocks); }
+  Index sealed_at(Index size) const noexcept { return (std::max)(opened, size / block - window_blocks); }
   /// Blocks that are dropped where `count` are sealed.
   Index dropped_at(Index count) const noexcept {
     const bool is_full = drop_at_once > 0 && count - drop_at_once >= capacity;
@@ -46,7 +46,7 @@ struct BlockCounts {
 
   /// The least size that the stream can be truncated to: fewer tokens would unseal a settled block.
   Index least() const noexcept {
-    return settled <= opened ? opened * block : (settled + local_blocks) * block;
+    return settled <= opened ? opened * block : (settled + window_blocks) * block;
   }
   void truncate(Index size) noexcept {
     tokens = size;

@@ -45,7 +45,7 @@ std::vector<StateField> landmark_row_fields(const StreamShape& shape, Index bloc
 template <StoredElement T, Position P>
 std::vector<StateField> landmark_fields(const StreamShape& shape, const landmark_cache_options& options,
                                         const BlockCounts& counts, const P& position, bool as_in_text) {
-  auto fields = landmark_row_fields<T>(shape, options.block, position, as_in_text);
+  auto fields = landmark_row_fields<T>(shape, options.block_size, position, as_in_text);
   const auto select_text = [](std::int64_t x) {
     static constexpr const char* names[] = {"per_token_and_head", "max_over_heads", "max_over_tokens",
                                             "max_over_both", "per_kv_group"};
@@ -55,7 +55,7 @@ std::vector<StateField> landmark_fields(const StreamShape& shape, const landmark
       {"heads", shape.heads},
       {"top_k", options.top_k},
       {"select", static_cast<std::int64_t>(options.select), select_text},
-      {"local_blocks", options.local_blocks},
+      {"window_blocks", options.window_blocks},
       yes_or_no("exact_window", options.exact_window),
       yes_or_no("split_at_blocks", options.split_at_blocks),
       {"capacity", counts.capacity},

@@ -38,9 +38,9 @@ class LandmarkForward {
         score_(score),
         position_(position),
         tiles_(call, Queries::changes_score ? 1 : call.group(), workers) {
-    for (Index b = 0; b < (options.at.same_in_all_rows() ? 1 : call.k.batch); ++b) {
-      for (Index m = 0; m <= options.at.count(b, call.kv_len()); ++m) {
-        const LandmarkBlock block = landmark_block(options.at, b, m, call.kv_len());
+    for (Index b = 0; b < (options.landmarks.same_in_all_rows() ? 1 : call.k.batch); ++b) {
+      for (Index m = 0; m <= options.landmarks.count(b, call.kv_len()); ++m) {
+        const LandmarkBlock block = landmark_block(options.landmarks, b, m, call.kv_len());
         widest_ = (std::max)(widest_, block.end() - block.tokens.begin);
       }
     }
@@ -71,8 +71,8 @@ class LandmarkForward {
   };
 
   LandmarkPlan take_plan(Arena& arena) const {
-    const bool same_in_all_rows = options_.at.same_in_all_rows() && !options_.has_controlled();
-    return LandmarkPlan::take(arena, options_.at, call_.k.batch, call_.kv_len(), Policy::keys_in_block,
+    const bool same_in_all_rows = options_.landmarks.same_in_all_rows() && !options_.has_controlled();
+    return LandmarkPlan::take(arena, options_.landmarks, call_.k.batch, call_.kv_len(), Policy::keys_in_block,
                               same_in_all_rows,
                               [&](Index b, Index m) { return options_.is_controlled(b, m); });
   }
@@ -120,7 +120,8 @@ class LandmarkForward {
       for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb_chunk(chunk, keys, worker.scratch);
       return;
     }
-    const LandmarkBlock block = landmark_block(options_.at, lanes.batch, chunk.first_block, chunk.keys.end);
+    const LandmarkBlock block =
+        landmark_block(options_.landmarks, lanes.batch, chunk.first_block, chunk.keys.end);
     for (Index t = 0; t < tiles; ++t) worker.tiles[t].start_wide();
     for (Index first = block.tokens.begin; first < block.tokens.end; first += Policy::keys_in_block) {
       const Index count = (std::min)(Policy::keys_in_block, block.tokens.end - first);

@@ -15,7 +15,7 @@ namespace detail {
 
 /// The options of the grouped softmax. A view without memory means that its option is not used.
 struct LandmarkOptions {
-  landmarks at = landmarks::none();
+  longspan::landmarks landmarks = longspan::landmarks::none();
   bool grouped = true;                ///< false: landmarks are absent, and all tokens are one group
   bool leak = false;                  ///< a landmark whose block has no visible token keeps its share
   TensorView<const float> gate_keep;  ///< [batch, heads, q_len, blocks], factors of the gates of the blocks

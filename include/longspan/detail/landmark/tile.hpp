@@ -68,7 +68,7 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
     options_ = &options;
     if (options.has_controlled()) controlled_.clear(stride_);
     for (Index lane = 0; lane < stride_; ++lane)
-      own_block_[lane] = options.at.block_of(queries.batch, queries.position(lane), kv_len);
+      own_block_[lane] = options.landmarks.block_of(queries.batch, queries.position(lane), kv_len);
   }
 
   /// Does block m belong to one of the queries?
@@ -80,7 +80,7 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
     if (runs.empty()) return;
     score_runs(keys, runs, scratch);
     for (Index m = chunk.first_block; m < chunk.first_block + chunk.blocks; ++m) {
-      const LandmarkBlock block = landmark_block(options_->at, lanes_.batch, m, chunk.keys.end);
+      const LandmarkBlock block = landmark_block(options_->landmarks, lanes_.batch, m, chunk.keys.end);
       if (!chunk.controlled) {
         absorb_block(block, keys, runs, LandmarkLanes{}, scratch, state_);
         continue;
@@ -103,7 +103,8 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
   }
   /// `landmark` holds one key if the block is closed.
   void finish_wide(const LandmarkChunk& chunk, const Block& landmark, const Scratch& scratch) {
-    const LandmarkBlock block = landmark_block(options_->at, lanes_.batch, chunk.first_block, chunk.keys.end);
+    const LandmarkBlock block =
+        landmark_block(options_->landmarks, lanes_.batch, chunk.first_block, chunk.keys.end);
     const Accumulator<Real>& tokens = wide_.whole();
     if (block.closed) {
       Runs runs;

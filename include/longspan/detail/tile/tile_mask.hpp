@@ -52,7 +52,7 @@ class TileMask {
   KeyRanges ranges() const { return key_ranges(*mask_, lanes_.tile(0, lanes_.count, {0, 0})); }
 
   /// What the queries in packet c see of the keys.
-  Seen classify(int c, KeyRange keys) const {
+  Coverage classify(int c, KeyRange keys) const {
     return longspan::classify(*mask_, lanes_.tile(c * w, w, keys));
   }
 
@@ -92,13 +92,13 @@ class TileMask {
   }
 
   /// What packet c sees of the keys [begin, end) of the block that was entered, a strip.
-  Seen classify_entered(int c, Index begin, Index end) const {
+  Coverage classify_entered(int c, Index begin, Index end) const {
     static_assert(64 % keys_in_strip<Real> == 0);
     const std::size_t word = static_cast<std::size_t>(begin) / 64;
     const std::uint64_t keys = bits_of_range({begin, end}, 64 * static_cast<Index>(word));
     const PacketBits& of_packet = bits_[std::size_t(c)];
     const bool any = (keys & of_packet.any[word]) != 0, all = (keys & ~of_packet.all[word]) == 0;
-    return any ? all ? Seen::all : Seen::some : Seen::none;
+    return any ? all ? Coverage::all : Coverage::some : Coverage::none;
   }
 
   /// The condition under which the queries in packet c see key j.
@@ -127,12 +127,12 @@ class TileMask {
   void ask_classify(int c, Index keys, Words& open, Words& seen) const {
     for (Index begin = 0; begin < keys; begin += keys_in_strip<Real>) {
       const Index end = (std::min)(keys, begin + keys_in_strip<Real>);
-      const Seen of_strip = classify(c, {first_key_ + begin, first_key_ + end});
-      if (of_strip == Seen::some) continue;
+      const Coverage of_strip = classify(c, {first_key_ + begin, first_key_ + end});
+      if (of_strip == Coverage::some) continue;
       const Words strip = words_of({begin, end});
       for (std::size_t n = 0; n < words; ++n) {
         open[n] &= ~strip[n];
-        if (of_strip == Seen::all) seen[n] |= strip[n];
+        if (of_strip == Coverage::all) seen[n] |= strip[n];
       }
     }
   }
@@ -185,12 +185,12 @@ class TileMask<Real, M> {
     return KeyRanges({keys_.front().begin, keys_.back().end});
   }
 
-  Seen classify(int c, KeyRange keys) const {
-    if constexpr (!may_hide) return Seen::all;
+  Coverage classify(int c, KeyRange keys) const {
+    if constexpr (!may_hide) return Coverage::all;
     const KeyRange first = keys_[at(c * lanes<Real>)], last = keys_[at((c + 1) * lanes<Real> - 1)];
     const bool some = KeyRange{first.begin, last.end}.overlaps(keys),
                all = KeyRange{last.begin, first.end}.contains(keys);
-    return some ? all ? Seen::all : Seen::some : Seen::none;
+    return some ? all ? Coverage::all : Coverage::some : Coverage::none;
   }
 
   /// Ends are held relative to the block, where they are small numbers and exact in Real.
@@ -206,7 +206,7 @@ class TileMask<Real, M> {
       end_[at(lane)] = relative(of_lane.end);
     }
   }
-  Seen classify_entered(int c, Index begin, Index end) const {
+  Coverage classify_entered(int c, Index begin, Index end) const {
     return classify(c, {first_key_ + begin, first_key_ + end});
   }
   Packet<Real> visible(int c, Index j) const {
@@ -254,9 +254,9 @@ template <class SeenBy>
 Run run_of(int packets, Index begin, Index end, const SeenBy& seen_by) {
   unsigned seen = 0, whole = 0;  // bits of packets; no branch, since edges of masks are not foreseen
   for (int c = 0; c < packets; ++c) {
-    const Seen of_packet = seen_by(c);
-    seen |= unsigned(of_packet != Seen::none) << c;
-    whole |= unsigned(of_packet == Seen::all) << c;
+    const Coverage of_packet = seen_by(c);
+    seen |= unsigned(of_packet != Coverage::none) << c;
+    whole |= unsigned(of_packet == Coverage::all) << c;
   }
   const int first = seen == 0 ? 0 : std::countr_zero(seen), behind = static_cast<int>(std::bit_width(seen));
   // A packet between two that see something takes part, hidden.
