@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "longspan/amx.hpp"
 #include "longspan/softmax_attention.hpp"
 #include "support/catch.hpp"
 #include "support/oracle.hpp"
@@ -36,14 +37,14 @@ inline Shape draw_shape(Random& random) {
   return shape;
 }
 
+/// Tests use matrix tiles where the machine has them.
+inline const bool requested_amx = longspan::request_amx();
+
 /// What products in bfloat16 add: weights are rounded (2^-8 at worst), after an exponential good to 7.5e-5,
 /// as is their sum.
 template <class Tq, class Tk, class Tv, class To>
-Allowance allowance_of([[maybe_unused]] bool bf16_products) {
-#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
-  if (bf16_products && longspan::detail::is_all<Eigen::bfloat16, Tq, Tk, Tv, To>)
-    return {0x1p-8 + 1.5e-4, 1e-4};
-#endif
+Allowance allowance_of(bool bf16_products) {
+  if (bf16_products && longspan::detail::rounds_weights<Tq, Tk, Tv, To>()) return {0x1p-8 + 1.5e-4, 1e-4};
   return {};
 }
 

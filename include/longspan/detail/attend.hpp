@@ -60,11 +60,27 @@ class WithTiles {
   const E& executor_;
 };
 
-#if defined(LONGSPAN_EMULATE_AMX)
+#if defined(LONGSPAN_HAS_AMX_ARITHMETIC) && defined(LONGSPAN_EMULATE_AMX)
+#define LONGSPAN_USES_AMX 1
 using TileUnit = EmulatedTiles;
-#elif defined(LONGSPAN_TARGETS_AMX)
+#elif defined(LONGSPAN_HAS_AMX_ARITHMETIC) && defined(LONGSPAN_TARGETS_AMX)
+#define LONGSPAN_USES_AMX 1
 using TileUnit = HardwareTiles;
 #endif
+
+/// Whether calls on these types multiply in bfloat16 where they may (see softmax_attention::bf16_products), which rounds
+/// their weights.
+template <class Tq, class Tk, class Tv, class To>
+bool rounds_weights() {
+  constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv>;
+#if defined(LONGSPAN_USES_AMX)
+  if (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)&&amx_is_permitted()) return true;
+#endif
+#if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
+  if (is_bf16 && is_all<Eigen::bfloat16, To>) return true;
+#endif
+  return false;
+}
 
 /// Calls work.operator()<Policy>(executor) with the arithmetic policy of a call.
 template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
@@ -73,7 +89,7 @@ void with_arithmetic(const Problem<Tq, Tk, Tv, To>& call, [[maybe_unused]] bool 
   [[maybe_unused]] constexpr bool is_bf16 =
       is_all<Eigen::bfloat16, Tq, Tk, Tv> && std::is_same_v<P, no_position>;
   [[maybe_unused]] const bool may_round = bf16_products && static_cast<float>(call.scale) > 1e-30f;
-#if defined(LONGSPAN_HAS_AMX_ARITHMETIC)
+#if defined(LONGSPAN_USES_AMX)
   if constexpr (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)) {
     if (may_round && amx_is_permitted()) {
       work.template operator()<AmxArithmetic<TileUnit>>(WithTiles<TileUnit, E>(executor));

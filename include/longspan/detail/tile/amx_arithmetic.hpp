@@ -11,8 +11,7 @@
 
 #include "longspan/detail/simd/tile_unit.hpp"
 
-#if (defined(LONGSPAN_TARGETS_AMX) || defined(LONGSPAN_EMULATE_AMX)) && defined(__AVX512BW__) && \
-    defined(__AVX512DQ__) && !defined(EIGEN_DONT_VECTORIZE)
+#if defined(__AVX512BW__) && defined(__AVX512DQ__) && !defined(EIGEN_DONT_VECTORIZE)
 #define LONGSPAN_HAS_AMX_ARITHMETIC 1
 
 #include <immintrin.h>
@@ -175,6 +174,17 @@ struct AmxArithmetic {
     for (; v != end; v += 16)
       found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(v), exponent_bits), exponent_bits);
     return found == 0;
+  }
+
+  /// A multiple of 16 pairs, with 0 for what is infinite or NaN.
+  static void copy_finite(const Value* from, Index pairs, Value* to) {
+    const __m512i exponent_bits = _mm512_set1_epi16(0x7f80);
+    for (Index i = 0; i < pairs; i += 16) {
+      const __m512i values = _mm512_loadu_si512(from + i);
+      const __mmask32 finite =
+          _mm512_cmpneq_epi16_mask(_mm512_and_si512(values, exponent_bits), exponent_bits);
+      _mm512_storeu_si512(to + i, _mm512_maskz_mov_epi16(finite, values));
+    }
   }
 
   static Packet<float> weight_of(const Weight* p, Index j, Index stride) {

@@ -168,9 +168,8 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_positi
   bool copies_all_ = false;
 };
 
-/// A tile whose row max is one that weights are made with, not the highest score: a whole number, at most most_rise below
-/// the highest. It rises seldom, and what was added before is then multiplied by a power of two, which is exact; so a
-/// score is read once.
+/// A tile whose row max is the reference that weights are made with, not always the highest score: it may lie up to
+/// most_rise below. It rises seldom, so that a score is read once, and what was added before is multiplied then.
 ///
 /// A block: for each 32 keys
 ///   scores; change and mask them; weights and their sums
@@ -205,7 +204,8 @@ class AmxTile : public QueryTile<AmxArithmetic<Unit>, M, S> {
         absorb_step(pass, run, first);
       if (Base::must_check_values(run) && !Base::values_finite(block, run)) {
         add_values(pass, run.begin);
-        Base::value_run_past_hidden(block, run, Base::weights_of(run, scratch), pass.state.o);
+        for (Index first = run.begin; first < run.end; first += Policy::keys_in_step)
+          add_values_past_hidden(pass, run, first);
         pass.first_waiting = run.end;
       }
     }
@@ -330,8 +330,7 @@ class AmxTile : public QueryTile<AmxArithmetic<Unit>, M, S> {
       const __m512 rise = pass.has_huge_max ? Policy::template exponent<true>(score.raw, by, before.raw)
                                             : Policy::template exponent<false>(score.raw, by, before.raw);
       const __mmask16 risen = _mm512_cmp_ps_mask(rise, most, _CMP_GT_OQ);
-      const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(score.raw, by), _MM_FROUND_TO_POS_INF | 8);
-      raised[c].raw = _mm512_mask_mov_ps(before.raw, risen, whole);
+      raised[c].raw = _mm512_mask_mul_ps(before.raw, risen, score.raw, by);
       rescale[c] = exp_score(before - raised[c]);
       rescale[c].raw = _mm512_mask_mov_ps(_mm512_set1_ps(1), risen, rescale[c].raw);
       any = any || risen != 0;
@@ -369,6 +368,39 @@ class AmxTile : public QueryTile<AmxArithmetic<Unit>, M, S> {
       });
     }
     pass.first_waiting = end;
+  }
+
+  /// A weight of 0 does not hide a value that is NaN or infinite. The values of the 32 keys from `first` on are added
+  /// without such values first, so that a lane that sees none of them has the bits that it has without them; then
+  /// they are added to the lanes that see them.
+  void add_values_past_hidden(const Pass& pass, const Run& run, Index first) const {
+    const Block& block = pass.block;
+    const Index columns = block.v_stride, lane = run.first_packet * w;
+    const auto* weights = pass.scratch.weights + first / 2 * stride_ + lane;
+    auto* finite = reinterpret_cast<typename Policy::Value*>(pass.scratch.block_output);
+    Policy::copy_finite(block.v + first / 2 * columns, 16 * columns, finite);
+    with_packets(run.packets, [&]<int packets>() {
+      Policy::template add_values<packets>(finite, columns, weights, 1, pass.state.o + lane, stride_);
+    });
+    const Packet<float> zero = broadcast(0.0f);
+    for (Index j = first; j < (std::min)(run.end, first + Policy::keys_in_step); ++j) {
+      for (Index column = 0; column < columns; ++column) {
+        const float value = Policy::value_of(block.v, columns, j, column);
+        if (is_finite(value)) continue;
+        for (int c = 0; c < run.packets; ++c) {
+          const Packet<float> p = Policy::weight_of(weights + c * w, j - first, stride_);
+          Packet<float> hidden = changes_score ? equal(p, zero) : less(zero, zero);
+          if constexpr (TileMask<float, M>::may_hide) {
+            if ((run.partial >> (run.first_packet + c) & 1u) != 0)
+              hidden =
+                  select(mask_.visible(run.first_packet + c, block.first_key + j), hidden, equal(zero, zero));
+          }
+          float* to = pass.state.o + column * stride_ + lane + c * w;
+          const Packet<float> before = load<float>(static_cast<const float*>(to));
+          store(to, select(hidden, before, fma(broadcast(value), p, before)));
+        }
+      }
+    }
   }
 };
 
