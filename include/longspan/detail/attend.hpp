@@ -13,6 +13,7 @@
 #include "longspan/detail/tile/float_arithmetic.hpp"
 #include "longspan/detail/tile/forward.hpp"
 #include "longspan/detail/tile/key_run.hpp"
+#include "longspan/detail/tuning.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
@@ -77,7 +78,7 @@ bool rounds_weights() {
   if (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)&&amx_is_permitted()) return true;
 #endif
 #if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
-  if (is_bf16 && is_all<Eigen::bfloat16, To>) return true;
+  if (tuning::bf16_pairs && is_bf16 && is_all<Eigen::bfloat16, To>) return true;
 #endif
   return false;
 }
@@ -98,7 +99,7 @@ void with_arithmetic(const Problem<Tq, Tk, Tv, To>& call, [[maybe_unused]] bool 
   }
 #endif
 #if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
-  if constexpr (is_bf16 && is_all<Eigen::bfloat16, To> && std::is_same_v<S, unchanged>) {
+  if constexpr (tuning::bf16_pairs && is_bf16 && is_all<Eigen::bfloat16, To> && std::is_same_v<S, unchanged>) {
     if (may_round && call.head_dim() % 2 == 0) {
       work.template operator()<Bf16Arithmetic>(executor);
       return;

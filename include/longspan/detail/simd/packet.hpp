@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "longspan/detail/simd/eigen_core.hpp"
+#include "longspan/detail/tuning.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -257,7 +258,8 @@ inline constexpr Index cache_line = 64;
 template <bool once = false>
 LONGSPAN_INLINE void prefetch_line(std::uintptr_t address) {
 #if defined(__GNUC__) || defined(__clang__)
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, once ? 0 : 3);
+  constexpr int streaming = tuning::stream_prefetch == 0 ? 0 : tuning::stream_prefetch == 1 ? 2 : 3;
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, once ? streaming : 3);
 #else
   static_cast<void>(address);
 #endif
