@@ -106,7 +106,7 @@ TEST_CASE("kv_cache: a chunk with all keys that its queries may see is answered 
         for (; !holds_its_keys(sees, first, first + count); ++count) {
           if (random.chance(0.7)) continue;
           const std::string before = saved(stream);
-          REQUIRE(refusal([&] { extend(stream, call, first, count); }).find(" may see the keys up to ") !=
+          REQUIRE(refusal([&] { extend(stream, call, first, count); }).find(" may see keys up to ") !=
                   std::string::npos);
           REQUIRE(saved(stream) == before);
         }
@@ -141,8 +141,8 @@ TEST_CASE("kv_cache: a chunk that is too short for its mask is refused in a sent
   const softmax_attention attend{causal{} | sinks{8}};
   auto stream = attend.stream(stream_shape(shape)), other = stream;
   CHECK(refusal([&] { extend(stream, call, 0, 5); }) ==
-        "longspan: kv_cache::extend: the chunk is the tokens 0 to 4, but query 0 may see the keys up to 7, "
-        "wanted a longer chunk that holds these keys, or the mask causal{} & mask");
+        "longspan: kv_cache::extend: the chunk is the tokens 0 to 4, but query 0 may see keys up to 7, "
+        "wanted a longer chunk that contains these keys, or the mask causal{} & mask");
   CHECK(stream.size() == 0);
   CHECK(stream.bytes() == 0);
   extend(stream, call, 0, 20);
@@ -157,7 +157,7 @@ TEST_CASE("kv_cache: a chunk that is too short for its mask is refused in a sent
   CHECK(same_rows(call, again, 5, 20));
   // A window with a right side never ends with its chunk.
   auto both_ways = softmax_attention{window{.left = 3, .right = 2}}.stream(stream_shape(shape));
-  CHECK(refusal([&] { extend(both_ways, call, 0, 40); }).find("query 38 may see the keys up to 40") !=
+  CHECK(refusal([&] { extend(both_ways, call, 0, 40); }).find("query 38 may see keys up to 40") !=
         std::string::npos);
   // A user's range mask that promises what it does not keep.
   struct falls {

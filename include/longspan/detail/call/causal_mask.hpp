@@ -10,8 +10,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// M without the keys after a query. A type of its own only if it must be, so that a stream runs the kernels that calls
-/// of its functor run.
+/// M without the keys after a query. It is a new type only where necessary, so that a stream runs the same kernels as
+/// calls of its functor.
 template <class M>
 using CausalMask =
     std::conditional_t<hides_later_keys<M>, M,

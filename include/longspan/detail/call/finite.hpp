@@ -1,5 +1,5 @@
-// Finite numbers told from infinities and NaN by their bits: with -ffinite-math-only a compiler takes every
-// comparison for one of finite numbers.
+// Distinguishes finite numbers from infinities and NaN by their bits: with -ffinite-math-only a compiler assumes that
+// every number is finite.
 #pragma once
 
 #include <bit>
