@@ -1,4 +1,4 @@
-// Attention for a few queries to a KV head: each key and value row is read once for all of them.
+// Attention for a few queries per KV head: each key and value row is read once for all of them.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Up to so many queries (q_len times the heads of a group) take this path; more are as fast in the lanes.
+/// The maximum number of queries per KV head (q_len times the heads of a group) for this kernel. With more queries the
+/// tiled kernel, whose lanes hold queries, is at least as fast.
 inline constexpr Index most_decode_queries = 8;
 
 template <class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S>
@@ -40,7 +41,7 @@ class Decode {
   using Run = KeyRun<Tk, Tv>;
   static constexpr Index w = lanes<Real>;
 
-  /// Of the call's own k and v only the shapes are read: the rows are in `keys`.
+  /// Reads only the shapes of the call's k and v: the rows come from `keys`.
   Decode(const Call& call, const Keys& keys, const M& mask, const S& score)
       : call_(call),
         keys_(keys),
@@ -74,24 +75,26 @@ class Decode {
   }
 
  private:
-  /// Rows are in no cache, and nobody reads them again before the next call, unless in a pass for more slots.
+  /// Rows of k and v come from DRAM and are used once per call, unless there are more slots than lanes and therefore
+  /// several passes.
   static constexpr PrefetchHint hint =
       w >= most_decode_queries ? PrefetchHint::streaming : PrefetchHint::reused;
   static constexpr bool is_scaled = std::is_same_v<Tk, std::int8_t>;
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
-  /// One query reads K and V fastest in long chunks of each (256 keys: 88 % of the stream rate, 64: 83 %), and
-  /// more queries are as fast. Being the same for all, a query's bits do not tell how many others there are.
+  /// With one query, long alternating blocks of K and V are read fastest (percent of the stream rate with 256 keys: 88,
+  /// with 64 keys: 83); with more queries the length makes no difference. One length for all calls keeps the bits of a
+  /// query independent of the number of other queries.
   static constexpr Index block_keys = 256;
 
   struct Worker {
-    Real* q = nullptr;           ///< [slots][q_stride], scaled, zero behind head_dim
-    Real* scores = nullptr;      ///< [block_keys * slots of a pass], and one packet
+    Real* q = nullptr;           ///< [slots][q_stride], scaled, zero after head_dim
+    Real* scores = nullptr;      ///< [block_keys * slots of a pass], plus one packet
     bool* seen = nullptr;        ///< the same shape
-    Real* value_sums = nullptr;  ///< as large as the rows of o of all slots
+    Real* value_sums = nullptr;  ///< [slots][value_dim rounded up to whole packets]
   };
 
-  /// Only chunks that somebody sees are work: the last token of 2^20 under a window of 2^12 would else
-  /// take 2.3 ms, where that of 2^13 takes 1.1.
+  /// Only key chunks that some query may see become tasks. Without this, decoding the last of 2^20 tokens with a window
+  /// of 2^12 takes 2.3 ms instead of the 1.1 ms of the last of 2^13 tokens.
   void find_chunks() {
     if (call_.kv_len() <= keys_in_chunk) return seen_.add({0, 1});
     for (Index kv_head = 0; kv_head < call_.k.batch * call_.k.heads; ++kv_head) {
@@ -158,7 +161,7 @@ class Decode {
     state.clear();
     pack_queries(queries, worker.q);
     const Index from = chunk * keys_in_chunk, to = (std::min)(call_.kv_len(), from + keys_in_chunk);
-    // A run is taken in when the next is known, whose keys are then asked for in time.
+    // Each run is absorbed only when the next one is known, so that the keys of the next run can be prefetched.
     Run run;
     KeyRange run_keys;
     const auto absorb = [&](const Tk* next_keys) {
@@ -184,7 +187,7 @@ class Decode {
     absorb(nullptr);
   }
 
-  /// All queries at once, as far as a packet has lanes for them.
+  /// Absorbs a run for as many queries at a time as a packet has lanes.
   void absorb_run(const QueryLanes& queries, const Run& run, KeyRange keys, const Tk* next_keys,
                   const Worker& worker, const RowAccumulator<Real>& state) const {
     const Coverage seen = classify(mask_, queries.tile(0, queries_, keys));
@@ -211,7 +214,8 @@ class Decode {
                    const Tk* next_keys, Coverage seen, const Worker& worker,
                    const RowAccumulator<Real>& state) const {
     const Index keys = run.k.rows;
-    // Arrays are as fast, or faster with 8 queries, where the rows behind the block are asked for.
+    // For contiguous arrays, prefetching the rows after the block is as fast as prefetching the next read, and faster
+    // with 8 queries.
     const bool is_short = keys < block_keys;
     score_keys<count, hint>(run.k.data, run.k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
                             call_.head_dim(), worker.scores, is_short ? run.v.data : nullptr);
@@ -229,7 +233,7 @@ class Decode {
     add_values_of_pass<count>(run.v, worker, first, state, rescale, is_short ? next_keys : nullptr);
   }
 
-  /// Accumulators of add_values: as many as leave registers for the rows.
+  /// The number of accumulators of add_values that leaves registers for the rows.
   static constexpr int value_accumulators = vector_registers == 32 ? 16 : 8;
   static constexpr int most_value_packets = vector_registers == 32 ? 8 : 4;
 
@@ -259,7 +263,7 @@ class Decode {
     }
   }
 
-  /// Do the sums of whole rows of `packets` packets fit in registers?
+  /// True if the sums of whole rows of `packets` packets fit in registers.
   template <int count>
   static bool fits_registers(Index packets) {
     return std::has_single_bit(std::size_t(packets)) && packets <= most_value_packets &&
@@ -282,7 +286,7 @@ class Decode {
     }
   }
 
-  /// Takes the scores through the score function. `some` where that, or the mask before, hides a key.
+  /// Applies the score function. Returns Seen::some if it, or the mask before it, hides a key.
   template <int count>
   Coverage change(const QueryLanes& queries, Index first, KeyRange keys, Coverage seen,
                   const Worker& worker) const {
@@ -313,7 +317,7 @@ class Decode {
     return true;
   }
 
-  /// A weight of 0 does not hide a value that is NaN or infinite: here hidden pairs are left out one by one.
+  /// A weight of 0 does not hide a value that is NaN or infinite, so this function skips hidden pairs one by one.
   template <int count>
   void add_seen_values(MatrixView<const Tv> v, const Worker& worker, Index first,
                        const RowAccumulator<Real>& state, const Real* rescale) const {
@@ -334,7 +338,7 @@ class Decode {
     }
   }
 
-  /// Chunks to spans, spans to the whole, as everywhere (see keys_in_chunk).
+  /// Merges chunks into spans, and spans into the result (see keys_in_chunk for the reason).
   void join(Index kv_head, RowAccumulator<Real>* parts) const {
     constexpr Index in_span = keys_in_span / keys_in_chunk;
     for (Index first = 0, next = 0; first < chunks_; first = next) {
@@ -368,10 +372,10 @@ class Decode {
   const M& mask_;
   const S& score_;
   Index queries_;
-  /// The queries up to a power of two: those behind repeat the last one, so that rows are read once. Seven heads to
-  /// a KV head take 0.76 of the time of passes of 4, 2 and 1.
+  /// The number of queries rounded up to a power of two; surplus slots repeat the last query. All queries then share
+  /// one pass over the rows: with seven heads per KV head it takes 0.76 of the time of passes of 4, 2 and 1 queries.
   Index slots_;
-  KeyRanges seen_;  ///< numbers of chunks
+  KeyRanges seen_;  ///< the visible chunks, by their numbers
   Index chunks_ = 1;
 };
 
