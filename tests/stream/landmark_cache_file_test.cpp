@@ -179,7 +179,7 @@ TEST_CASE("landmark_cache: where the file cannot be replaced, clear is an error 
   std::filesystem::create_directory(options.path);
   CHECK(refusal([&] { cache.clear(); }).find("cannot replace") != std::string::npos);
   std::filesystem::create_directory(options.path + ".new");
-  CHECK(refusal([&] { cache.clear(); }).find("cannot be opened") != std::string::npos);
+  CHECK(refusal([&] { cache.clear(); }).find("is not accessible") != std::string::npos);
   CHECK(cache.size() == 40);
   extend(cache, call, 40, 50);
   extend(wanted, own, 40, 50);
@@ -273,7 +273,7 @@ TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[strea
         }).find("the position encoding is rotary in the file, wanted none") != std::string::npos);
   CHECK(refusal([&] {
           Cache(shape, {.path = folder.file("no/such/folder")}, turned);
-        }).find("one that cannot be opened") != std::string::npos);
+        }).find("is not accessible") != std::string::npos);
   const Cache open(shape, options, turned);
   CHECK(refusal([&] { Cache(shape, options, turned); }).find("in use") != std::string::npos);
 }
@@ -306,7 +306,7 @@ TEST_CASE("landmark_cache: a disk that is full is an error that changes nothing"
   REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
   for (const std::string& text : {of_extend, of_absorb}) {
     CAPTURE(text);
-    CHECK(text.find("is one that takes no more (File too large)") != std::string::npos);
+    CHECK(text.find("is not writable (File too large)") != std::string::npos);
   }
   CHECK(cache.blocks() == blocks);
   CHECK(cache.size() == 34);

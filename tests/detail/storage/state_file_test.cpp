@@ -73,7 +73,7 @@ TEST_CASE("state file: every flip of a bit is refused", "[state_file]") {
 
 TEST_CASE("state file: what is wrong is said", "[state_file]") {
   CHECK(refusal([] { loaded("no such thing, but long enough for a whole header"); }) ==
-        "longspan: sample::load: the file is no state of longspan, wanted one that begins with \"longspan\"");
+        "longspan: sample::load: the file is not a state of longspan, wanted a file that begins with \"longspan\"");
   CHECK(refusal([] { loaded(saved({}).substr(0, 20)); }) ==
         "longspan: sample::load: the header is cut short, wanted 32 bytes");
   CHECK(refusal([] {
@@ -113,7 +113,7 @@ TEST_CASE("state file: a stream that takes no more is told", "[state_file]") {
   StateWriter writer(to, kind, sample.numbers, 8);
   writer.array(sample.floats.data(), 2);
   CHECK(refusal([&] { writer.finish(); }) ==
-        "longspan: sample::save: the stream is broken or full, wanted one that takes 8 bytes of state");
+        "longspan: sample::save: the output stream is broken or full, wanted space for 8 bytes of state");
 }
 
 TEST_CASE("state file: a promise of much costs no memory", "[state_file]") {

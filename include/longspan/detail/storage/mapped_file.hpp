@@ -1,4 +1,4 @@
-// The calls of POSIX that a file of blocks needs; what fails is one sentence.
+// The POSIX calls that a file of blocks needs. A failed call throws Error with the system's reason.
 #pragma once
 
 #include <fcntl.h>
@@ -24,10 +24,10 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// A file that is open for one owner, others being locked out.
+/// A file that is open and locked for one owner.
 class MappedFile {
  public:
-  /// Bytes of the file, to be read only.
+  /// A read-only mapping of bytes of the file.
   class Mapping {
    public:
     Mapping(int file, Index offset, Index length) {
@@ -59,13 +59,13 @@ class MappedFile {
 
   MappedFile(std::string path, std::string_view function) : path_(std::move(path)), function_(function) {
     file_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (file_ < 0) fail("one that cannot be opened", "a file that can be read and written");
+    if (file_ < 0) fail("not accessible", "a file that can be read and written");
     if (::flock(file_, LOCK_EX | LOCK_NB) != 0) {
       const int error = errno;
       ::close(std::exchange(file_, -1));
       if (error == EWOULDBLOCK) refuse(function_, name(), "in use", "a file that no other cache has open");
       errno = error;
-      fail("one that cannot be locked", "a file of its own");
+      fail("not lockable", "a file that can be locked");
     }
   }
   MappedFile(const MappedFile&) = delete;
@@ -76,7 +76,7 @@ class MappedFile {
 
   Index size() const {
     struct ::stat status {};
-    if (::fstat(file_, &status) != 0 || !S_ISREG(status.st_mode)) damaged("no regular file");
+    if (::fstat(file_, &status) != 0 || !S_ISREG(status.st_mode)) damaged("not a regular file");
     return static_cast<Index>(status.st_size);
   }
 
@@ -85,7 +85,7 @@ class MappedFile {
     while (count > 0) {
       const auto got = ::pread(file_, bytes, static_cast<std::size_t>(count), static_cast<off_t>(from));
       if (got < 0 && errno == EINTR) continue;
-      if (got < 0) fail("one that cannot be read", "a file that can");
+      if (got < 0) fail("not readable", "a file that can be read");
       if (got == 0) damaged("cut short");
       bytes += got;
       from += got;
@@ -98,7 +98,7 @@ class MappedFile {
     while (count > 0) {
       const auto put = ::pwrite(file_, bytes, static_cast<std::size_t>(count), static_cast<off_t>(to));
       if (put < 0 && errno == EINTR) continue;
-      if (put <= 0) fail("one that takes no more", std::to_string(count) + " bytes more on its disk");
+      if (put <= 0) fail("not writable", "space for " + std::to_string(count) + " more bytes");
       bytes += put;
       to += put;
       count -= put;
@@ -116,13 +116,13 @@ class MappedFile {
       error = ::posix_fallocate(file_, static_cast<off_t>(from), static_cast<off_t>(count));
     if (error == 0) return;
     errno = error;
-    fail("one that takes no more", std::to_string(count) + " bytes more on its disk");
+    fail("not writable", "space for " + std::to_string(count) + " more bytes");
 #endif
   }
 
   void give_back([[maybe_unused]] Index from, [[maybe_unused]] Index count) const noexcept {
 #if defined(FALLOC_FL_PUNCH_HOLE)
-    // Where it fails the space stays taken, which harms no result.
+    // If this fails, the space stays in use, which does not affect results.
     [[maybe_unused]] const int failed = ::fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                                                     static_cast<off_t>(from), static_cast<off_t>(count));
 #endif
@@ -130,21 +130,22 @@ class MappedFile {
 
   Mapping map(Index from, Index count) const {
     Mapping mapping(file_, from, count);
-    if (!mapping.is_there()) fail("one that cannot be mapped", "address space for it");
+    if (!mapping.is_there()) fail("not mappable", "address space for the mapping");
     return mapping;
   }
 
-  /// The file of that name, if there is one, has no name any more.
+  /// Removes the file of that name, if there is one.
   static void remove(const std::string& path) noexcept { ::unlink(path.c_str()); }
-  /// Gives the file another name, and so replaces a file that has it.
+  /// Gives the file another name, replacing a file of that name.
   void rename(const std::string& path) {
     std::string to = path;
-    if (::rename(path_.c_str(), to.c_str()) != 0) fail("one that cannot replace " + to, "a file that can");
+    if (::rename(path_.c_str(), to.c_str()) != 0)
+      fail("not able to replace " + to, "a name that the file can be given");
     path_.swap(to);
   }
 
   [[noreturn]] void damaged(const std::string& how) const {
-    refuse(function_, name(), how, "an empty one, or one that a cache of the same shape has written");
+    refuse(function_, name(), how, "an empty file, or one that a cache of the same shape has written");
   }
 
  private:

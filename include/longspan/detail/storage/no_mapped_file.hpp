@@ -1,4 +1,4 @@
-// Where the system has no files that can be mapped: to open one is an error.
+// MappedFile for systems without mapped files: opening one throws Error.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ class MappedFile {
   };
 
   MappedFile(const std::string& path, std::string_view function) {
-    refuse(function, "the file " + path, "one to be mapped", "none: this system has no mapped files");
+    refuse(function, "the file " + path, "a mapped file", "none, because this system has no mapped files");
   }
 
   Index size() const { return 0; }
