@@ -225,7 +225,7 @@ TEST_CASE("dense_mask: check names the shape that it has, and the one that the c
   CHECK(says(0, 1, 4, 16) != "");
   const TensorView<const std::uint8_t> tensor = compact_view(bytes.data(), 1, 1, 4, 16);
   CHECK(test::refusal([&] { dense_mask(tensor, 3).check(call); }) ==
-        "longspan: softmax_attention: the dense_mask is for queries at positions 3 to 6, wanted one that has "
+        "longspan: softmax_attention: the dense_mask is for queries at positions 3 to 6, wanted rows for "
         "positions 12 to 15");
   CHECK(test::refusal([&] { dense_mask(tensor, 13).check(call); }) != "");
 }

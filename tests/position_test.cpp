@@ -344,21 +344,23 @@ TEST_CASE("position: a base, a scale or a place that is no number to turn by is 
 
 TEST_CASE("position: rows that cannot be paired are refused", "[position][errors]") {
   using test::refusal;
-  CHECK(refusal([] { rotary(Pairing::half_split).check(7); }) ==
-        "longspan: rotary: the number of turned dimensions is 7, wanted an even number of at most head_dim = "
-        "7");
-  CHECK(refusal([] { rotary(Pairing::interleaved, 10000, 3).check(8); }) ==
-        "longspan: rotary: the number of turned dimensions is 3, wanted an even number of at most head_dim = "
-        "8");
+  CHECK(
+      refusal([] { rotary(Pairing::half_split).check(7); }) ==
+      "longspan: rotary: the number of rotated dimensions is 7, wanted an even number of at most head_dim = "
+      "7");
+  CHECK(
+      refusal([] { rotary(Pairing::interleaved, 10000, 3).check(8); }) ==
+      "longspan: rotary: the number of rotated dimensions is 3, wanted an even number of at most head_dim = "
+      "8");
   CHECK(refusal([] { rotary(Pairing::interleaved, 10000, 10).check(8); }) ==
-        "longspan: rotary: the number of turned dimensions is 10, wanted an even number of at most head_dim "
+        "longspan: rotary: the number of rotated dimensions is 10, wanted an even number of at most head_dim "
         "= 8");
   CHECK(refusal([] { rotary(Pairing::interleaved, 10000, -2).check(8); }) ==
-        "longspan: rotary: the number of turned dimensions is -2, wanted an even number of at most head_dim "
+        "longspan: rotary: the number of rotated dimensions is -2, wanted an even number of at most head_dim "
         "= 8");
   CHECK(
       refusal([] { xpos(Pairing::interleaved).check(5); }) ==
-      "longspan: xpos: the number of turned dimensions is 5, wanted an even number of at most head_dim = 5");
+      "longspan: xpos: the number of rotated dimensions is 5, wanted an even number of at most head_dim = 5");
   CHECK(refusal([] { rotary(Pairing::half_split).check(0); }) == "");
   CHECK(refusal([] { rotary(Pairing::half_split, 10000, 6).check(7); }) == "");
   CHECK(refusal([] { no_position{}.check(7); }) == "");

@@ -1,4 +1,4 @@
-// The one exception of the library, and how its text is made.
+// The exception of the library, and the functions that build its text.
 #pragma once
 
 #include <cstdio>
@@ -15,9 +15,9 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// A shape, an option or a file that cannot be accepted. The text names function, argument, got and wanted.
-/// Thrown before anything is written. Values of tensors are never an error. One type in all translation units,
-/// whatever their flags: what one throws another catches.
+/// Thrown for a shape, an option or a file that a function does not accept, before it writes anything. The text names
+/// the function, the argument, what it is, and what is wanted. Values of tensors are never an error. The type is the
+/// same in all translation units, whatever their flags, so that one can catch what another throws.
 class Error : public std::invalid_argument {
  public:
   LONGSPAN_INLINE explicit Error(const std::string& text) : std::invalid_argument(text) {}
@@ -29,8 +29,8 @@ LONGSPAN_VOCABULARY_END
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Throws Error. Compiled with -fno-exceptions it calls LONGSPAN_ERROR_HANDLER(text) if the including program
-/// defines that macro (it must not return), and else prints the text and aborts.
+/// Throws Error. With -fno-exceptions it calls LONGSPAN_ERROR_HANDLER(text) if the including program defines that macro
+/// (the handler must not return); otherwise it prints the text and aborts.
 [[noreturn]] inline void raise(const std::string& text) {
 #if defined(__cpp_exceptions)
   throw Error(text);

@@ -1,4 +1,4 @@
-// All of Longspan.
+// Includes all of Longspan.
 #pragma once
 
 #include "longspan/call_sizes.hpp"

@@ -41,7 +41,7 @@ TEST_CASE("reference rotary: position 1, both pairings", "[reference]") {
   CHECK(near(row({0, 1, 0, 0}, rotary(Pairing::half_split), 1), {0, c2, 0, s2}));
 }
 
-TEST_CASE("reference rotary: position, base and the number of turned dimensions", "[reference]") {
+TEST_CASE("reference rotary: position, base and the number of rotated dimensions", "[reference]") {
   CHECK(near(row({1, 0, 0, 0}, rotary(Pairing::interleaved), -3), {std::cos(3.0), -std::sin(3.0), 0, 0}));
   CHECK(near(row({0, 0, 1, 0}, rotary(Pairing::interleaved, 16), 2), {0, 0, std::cos(0.5), std::sin(0.5)}));
   CHECK(near(row({1, 7, 5, 6}, rotary(Pairing::interleaved, 10000, 2), 1), {c1 - 7 * s1, s1 + 7 * c1, 5, 6}));
