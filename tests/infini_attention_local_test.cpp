@@ -262,17 +262,15 @@ TEST_CASE("infini_attention: what local attention refuses is refused before anyt
         "longspan: landmark_attention: a landmark of batch row 0 is 15, wanted rising keys from 0 to 7");
 
   CHECK(refusal([&] { options(landmark_attention{landmarks::at(keys)}, 16).stream(stream_shape(shape)); }) ==
-        "longspan: infini_memory: landmarks of the local attention is a list of landmarks, wanted every: an "
-        "open "
-        "segment ends before some of the list");
+        "longspan: infini_memory: landmarks of the local attention is a list of landmarks, wanted "
+        "landmarks::every(n), because a list does not fit an open segment");
 
   const std::vector<float> factors(1);
   landmark_attention dropped = grouped();
   dropped.gate_keep = longspan::compact_view(factors.data(), 1, 1, 1, 1);
   CHECK(refusal([&] { run(options(dropped, 16), call); }) ==
-        "longspan: infini_attention: gate_keep or control of the local attention is given, wanted none: they "
-        "hold "
-        "rows of one call, and each segment is another");
+        "longspan: infini_attention: gate_keep or control of the local attention is given, wanted none, "
+        "because they index rows of one call and each segment is a separate call");
 }
 
 TEST_CASE("infini_attention: landmarks listed by hand, where all segments have them", "[options][infini]") {

@@ -1,4 +1,4 @@
-// expect: the local attention of a stream cannot be infini_attention
+// expect: the local functor of a stream must not be infini_attention
 #include <longspan/longspan.hpp>
 
 // It wants a query for each key; the rows of an open segment come a few at a time.

@@ -75,10 +75,9 @@ TEST_CASE("dilated_cache: how far it can go back, and what it says beyond", "[er
   extend(stream, call, 0, 130);
   CHECK(stream.can_truncate(100));
   CHECK_FALSE(stream.can_truncate(99));
-  CHECK(
-      refusal([&] { stream.truncate(99); }) ==
-      "longspan: dilated_cache::truncate: the number of tokens is 99, wanted 100..130: rows of the segments "
-      "before are dropped");
+  CHECK(refusal([&] { stream.truncate(99); }) ==
+        "longspan: dilated_cache::truncate: the number of tokens is 99, wanted 100..130, because rows of "
+        "earlier segments have been dropped");
   CHECK(stream.size() == 130);
   CHECK(stream.can_truncate(0));
   CHECK(refusal([&] {

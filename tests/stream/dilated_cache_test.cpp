@@ -350,7 +350,6 @@ TEST_CASE("dilated_cache: what it refuses", "[errors]") {
   CHECK(refusal([&] {
           shifted.stream({1, 2, 2, 4, 4});
         }) ==
-        "longspan: dilated_cache: first_query is 3, wanted unset: queries are at the positions after the "
-        "tokens "
-        "before");
+        "longspan: dilated_cache: first_query is 3, wanted no value, because queries are at the positions of "
+        "their tokens");
 }

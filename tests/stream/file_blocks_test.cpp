@@ -116,18 +116,18 @@ TEST_CASE("file_blocks: what it refuses", "[errors]") {
 
   SequenceFiles wrong = files;
   wrong.k = folder / "missing.bin";
-  CHECK(error(shape, wrong) == "longspan: file_blocks: the file " + wrong.k +
-                                   " is one that cannot be opened, wanted a file to read");
+  CHECK(error(shape, wrong) ==
+        "longspan: file_blocks: the file " + wrong.k + " is not accessible, wanted a file that can be read");
   wrong = files;
   wrong.out = folder / "no_folder" + "/out.bin";
-  CHECK(error(shape, wrong).find("is one that cannot be opened, wanted a file to write to") !=
+  CHECK(error(shape, wrong).find("is not accessible, wanted a file that can be written") !=
         std::string::npos);
   wrong.out = files.v;
   CHECK(error(shape, wrong).find("is both input and output") != std::string::npos);
   wrong = files;
   wrong.header_bytes = 7;
   CHECK(error(shape, wrong) == "longspan: file_blocks: the file " + files.q +
-                                   " is of 1280 bytes, wanted 7 and a multiple of the 128 of a token");
+                                   " is of 1280 bytes, wanted 7 plus a multiple of the 128 of a token");
   CHECK(error({2, 4, 2, 8, 6}, files).find("the batch is 2, wanted 1") != std::string::npos);
   CHECK(error({1, 4, 3, 8, 6}, files) != "");
 
@@ -146,8 +146,7 @@ TEST_CASE("file_blocks: a file that shrinks while it is read is refused, and the
   fs::resize_file(files.k, 500 * 2 * 8 * sizeof(float));
   CHECK_NOTHROW(source.open(0, 500));
   CHECK(refusal([&] { source.open(900, 100); }) ==
-        "longspan: file_blocks: the file " + files.k +
-            " is one that breaks off, wanted the rows of tokens up to 1000");
+        "longspan: file_blocks: the file " + files.k + " is cut short, wanted the rows of tokens up to 1000");
   CHECK(refusal([&] { source.open(950, 51); }) ==
         "longspan: file_blocks: the range of tokens is 51 from 950 on, wanted within [0, 1000)");
   CHECK(fs::file_size(files.out) == 0);
@@ -175,6 +174,6 @@ TEST_CASE("file_blocks: a disk that is full is one sentence", "[errors]") {
   files.out = "/dev/full";
   file_blocks<float> source(shape, files);
   source.open(0, 10);
-  CHECK(refusal([&] { source.close(0, 10); }).find("the file /dev/full is one that takes no more") !=
+  CHECK(refusal([&] { source.close(0, 10); }).find("the file /dev/full is not writable") !=
         std::string::npos);
 }

@@ -178,8 +178,8 @@ TEST_CASE("infini_memory: how far it can go back, what it says beyond, and what 
   auto stream = options(20).stream({1, 2, 1, 4, 4}, {.rollback = 16});
   extend(stream, call, 0, 130);
   CHECK(refusal([&] { stream.truncate(79); }) ==
-        "longspan: infini_memory::truncate: the number of tokens is 79, wanted 100..130: the memory cannot "
-        "forget the tokens before");
+        "longspan: infini_memory::truncate: the number of tokens is 79, wanted 100..130, because earlier "
+        "tokens cannot be removed from the memory");
   CHECK(stream.size() == 130);
   CHECK(refusal([&] {
           options(20).stream({1, 2, 1, 4, 4}, {.rollback = -1});

@@ -480,7 +480,7 @@ TEST_CASE("infini_memory: a stream of no batch rows has no tokens", "[stream][in
   stream.clear();
   CHECK(stream.size(-1) == 0);
   CHECK(refusal([&] { stream.reset(0); }) ==
-        "longspan: infini_memory::reset: the batch row is 0, wanted none: the batch is 0");
+        "longspan: infini_memory::reset: the batch row is 0, wanted none, because the batch is 0");
 }
 
 TEST_CASE("infini_memory: what a score throws leaves whole tokens, and peek as it was", "[stream][infini]") {
@@ -519,9 +519,8 @@ TEST_CASE("infini_memory: a window that shows later keys is refused", "[stream][
     });
   };
   const std::string text =
-      "longspan: infini_memory: the mask of the local attention is one that shows later keys, wanted "
-      "causal{}, "
-      "causal{} & another, or window{.right = 0}: those keys have not come yet";
+      "longspan: infini_memory: the mask of the local attention is a mask that shows later keys, wanted "
+      "causal{}, causal{} & another mask, or window{.right = 0}, because later keys do not exist yet";
   using longspan::causal;
   using longspan::window;
   CHECK(said(window{.left = 3, .right = 3}) == text);

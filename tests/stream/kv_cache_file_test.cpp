@@ -192,7 +192,7 @@ TEST_CASE("kv_cache: flags of kept rows are 0 or 1, and 1 in an array", "[state]
   state.set_payload(Forged::raw(std::vector<std::int64_t>{1, 7}) + state.payload().substr(16));
   CHECK(refused(paged, state.read()) == "longspan: kv_cache::load: a flag of kept rows is 7, wanted 0 or 1");
   state.set_payload(Forged::raw(std::vector<std::int64_t>{0, 0}));
-  CHECK(says(refused(paged, state.read()), "a state without keys that the mask will show"));
+  CHECK(says(refused(paged, state.read()), "a state without some keys that later queries may see"));
   CHECK(array.size() == 3);
   CHECK(paged.size() == 3);
 }

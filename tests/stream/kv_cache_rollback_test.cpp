@@ -116,7 +116,7 @@ TEST_CASE("kv_cache: one step too far back is refused in a sentence that names t
     CHECK(refusal([&] { stream.truncate(least - 1); }) ==
           "longspan: kv_cache::truncate: the number of tokens is " + std::to_string(least - 1) +
               ", wanted at least " + std::to_string(least) +
-              ": the keys before are evicted, with rollback = 9");
+              ", because earlier keys are evicted (rollback = 9)");
     CHECK(stream.size() == 290);
     // What was given up once cannot come back: the largest size so far counts.
     stream.truncate(least);

@@ -188,7 +188,7 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
         attend.stream({1, 2, 2, huge, 4});
       }));
   CHECK(says("kv_cache: the shape", [&] { attend.stream({1, huge, huge, 4, 4}); }));
-  CHECK(says("wanted a token that fits", [&] { attend.stream({huge, 1, 1, 0, 0}); }));
+  CHECK(says("wanted a shape whose tokens fit into memory", [&] { attend.stream({huge, 1, 1, 0, 0}); }));
   CHECK(says("kv_cache: the shape", [&] { attend.stream({1, 1, 1, 2 * huge, 6 * huge}); }));
   CHECK(says("kv_cache: page_size is 1152921504606846976, wanted at least 0 and at most", [&] {
     attend.stream({1, 2, 2, 4, 4}, {.page_size = huge});
@@ -209,7 +209,7 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
   softmax_attention unscaled = attend;
   unscaled.scale = NAN;
   CHECK(says("kv_cache: scale is nan, wanted a finite number", [&] { unscaled.stream({1, 2, 2, 4, 4}); }));
-  CHECK(says("first_query is 7, wanted unset", [&] { placed.stream({1, 2, 2, 4, 4}); }));
+  CHECK(says("first_query is 7, wanted no value", [&] { placed.stream({1, 2, 2, 4, 4}); }));
   auto stream = attend.stream({1, 2, 2, 4, 4}, {.page_size = 8});
   Call<float> call(Shape{1, 2, 1, 5, 5, 4, 4}), right(Shape{1, 2, 2, 40, 40, 4, 4});
   CHECK(says("1 KV heads", [&] { extend(stream, call, 0, 5); }));
@@ -223,8 +223,9 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
   }));
   auto ring = softmax_attention{window{.left = 10}}.stream({1, 2, 2, 4, 4}, {.page_size = 8, .rollback = 0});
   extend(ring, right, 0, 40);
-  CHECK(says("kv_cache::truncate: the number of tokens is 30, wanted at least 34: the keys",
-             [&] { ring.truncate(30); }));
+  CHECK(says(
+      "kv_cache::truncate: the number of tokens is 30, wanted at least 34, because earlier keys are evicted",
+      [&] { ring.truncate(30); }));
   ring.truncate(39);
   CHECK(ring.size() == 39);
 }

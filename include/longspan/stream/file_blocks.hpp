@@ -1,4 +1,4 @@
-// A source of blocks whose rows lie in files, for sequences that only a disk holds.
+// A source of blocks whose rows are in files, for sequences that do not fit into memory.
 #pragma once
 
 #include <algorithm>
@@ -17,12 +17,12 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// The files of a sequence: elements in the order of this machine, [tokens, heads, head_dim] in q, [tokens,
+/// The files of a sequence: elements in the byte order of this machine, [tokens, heads, head_dim] in q, [tokens,
 /// kv_heads, head_dim] in k, [tokens, kv_heads, value_dim] in v, [tokens, heads, value_dim] in out.
 struct SequenceFiles {
-  std::string q, k, v;     ///< are read
-  std::string out;         ///< is written, and made if there is none; rows that are not written stay
-  Index header_bytes = 0;  ///< before the first row of q, k and v: 128 in most .npy files
+  std::string q, k, v;  ///< files to read
+  std::string out;      ///< file to write, created if there is none; rows that are not written stay unchanged
+  Index header_bytes = 0;  ///< bytes before the first row of q, k and v: 128 in most .npy files
 };
 
 /// A BlockSource over files of T.
@@ -33,9 +33,9 @@ struct SequenceFiles {
 ///
 /// Shapes  those of the stream, whose batch is 1
 /// State   the rows of one block
-/// Throws  Error, with the name of the file, for one that cannot be opened, that does not hold whole rows, as
-///         many as the others, or that breaks off while it is read; and when a disk takes no more. Outputs
-///         of blocks that were closed before are in the file, and the source can go on after an error
+/// Throws  Error, with the name of the file, if a file cannot be opened, does not consist of whole rows, has
+///         another number of rows than the others, or ends early while it is read, or if the disk is full. The
+///         outputs of closed blocks are then in the file, and the source can still be used
 template <MutableElement T>
 class file_blocks {
  public:
@@ -57,14 +57,13 @@ class file_blocks {
                        "the " + std::to_string(q_.tokens) + " of " + files.q);
       }
     }
-    // Made if there is none, kept if there is one.
+    // Creates the file if there is none; an existing file is kept.
     std::ofstream(out_name_, std::ios::binary | std::ios::app);
     out_.open(out_name_, std::ios::binary | std::ios::in | std::ios::out);
-    if (!out_)
-      detail::refuse(name, "the file " + out_name_, "one that cannot be opened", "a file to write to");
+    if (!out_) detail::refuse(name, "the file " + out_name_, "not accessible", "a file that can be written");
   }
 
-  /// Tokens in the files.
+  /// The number of tokens in the files.
   Index length() const noexcept { return q_.tokens; }
 
   Block open(Index first, Index count) {
@@ -78,7 +77,7 @@ class file_blocks {
             token_major(values_.data(), heads_, count, value_dim_)};
   }
 
-  /// Writes the outputs of [first, first + count), the block that was opened last.
+  /// Writes the outputs of the rows [first, first + count), the block that was opened last.
   void close(Index first, Index count) {
     if (first < 0 || count < 0 || count * heads_ * value_dim_ > std::ssize(values_)) {
       detail::refuse(name, "the range of tokens",
@@ -86,12 +85,12 @@ class file_blocks {
                      "the block that is open");
     }
     const Index token = heads_ * value_dim_ * element;
-    out_.clear();  // of an error of the call before
+    out_.clear();  // clears an error of an earlier call
     out_.seekp(static_cast<std::streamoff>(first * token));
     out_.write(reinterpret_cast<const char*>(values_.data()), static_cast<std::streamsize>(count * token));
     out_.flush();
     if (!out_) {
-      detail::refuse(name, "the file " + out_name_, "one that takes no more",
+      detail::refuse(name, "the file " + out_name_, "not writable",
                      "space for the rows of tokens from " + std::to_string(first) + " on");
     }
   }
@@ -104,7 +103,7 @@ class file_blocks {
     detail::check_stream_shape(name, shape);
     if (shape.batch != 1) detail::refuse(name, "the batch", std::to_string(shape.batch), "1");
     if (files.out == files.q || files.out == files.k || files.out == files.v)
-      detail::refuse(name, "the file " + files.out, "both input and output", "a file of its own for out");
+      detail::refuse(name, "the file " + files.out, "both input and output", "a separate file for out");
     return shape;
   }
 
@@ -127,12 +126,12 @@ class file_blocks {
           header(header_bytes),
           file(where, std::ios::binary | std::ios::ate) {
       const auto size = file ? static_cast<Index>(file.tellg()) : Index{-1};
-      if (size < 0) detail::refuse(name, title(), "one that cannot be opened", "a file to read");
+      if (size < 0) detail::refuse(name, title(), "not accessible", "a file that can be read");
       const Index token = heads * cols * element, bytes = size - header;
       if (header < 0 || bytes < 0 || (token == 0 ? bytes != 0 : bytes % token != 0)) {
         detail::refuse(
             name, title(), "of " + std::to_string(size) + " bytes",
-            std::to_string(header) + " and a multiple of the " + std::to_string(token) + " of a token");
+            std::to_string(header) + " plus a multiple of the " + std::to_string(token) + " of a token");
       }
       tokens = token == 0 ? 0 : bytes / token;
     }
@@ -142,11 +141,11 @@ class file_blocks {
     TensorView<const T> read(Index first, Index count) {
       const Index token = heads * cols;
       block.resize(static_cast<std::size_t>(count * token));
-      file.clear();  // of an error of the call before
+      file.clear();  // clears an error of an earlier call
       file.seekg(static_cast<std::streamoff>(header + first * token * element));
       file.read(reinterpret_cast<char*>(block.data()), static_cast<std::streamsize>(count * token * element));
       if (!file) {
-        detail::refuse(name, title(), "one that breaks off",
+        detail::refuse(name, title(), "cut short",
                        "the rows of tokens up to " + std::to_string(first + count));
       }
       return token_major(static_cast<const T*>(block.data()), heads, count, cols);

@@ -1,4 +1,4 @@
-// What all streams have in common: a program that decodes with one decodes with each.
+// The concept of a stream: a program that decodes with one stream can decode with every other.
 #pragma once
 
 #include <concepts>
@@ -12,23 +12,23 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// A functor carried from call to call, for queries of T. A copy is a stream of its own.
+/// A functor with a state that it keeps from call to call, for queries of T. A copy is an independent stream.
 ///
 ///   shape()                     the sizes of all its calls
-///   size(), bytes()             number of tokens appended; memory of what is kept of them
-///   extend(q, k, v, out)        appends any number of tokens and computes their outputs; an execution may
-///                               follow. All streams but infini_memory also take an lse before it
-///   clear()                     forgets everything
-///   truncate(n)                 takes back all tokens but the first n. The last `rollback` tokens (an option of
-///                               each stream) before the largest size that the stream has had can be taken back;
-///                               results and bits of every token that stays are those of a stream that never saw
-///                               the others. Beyond that it may throw Error, and then changes nothing
-///   can_truncate(n)             will truncate(n) succeed?
-///   save(to), load(from)        a checked file. A load that throws changes nothing
+///   size(), bytes()             the number of tokens; the memory of what the stream keeps of them
+///   extend(q, k, v, out)        appends any number of tokens and computes their outputs; an execution is optional.
+///                               All streams except infini_memory and hybrid_stream also take an lse before it
+///   clear()                     removes all tokens
+///   truncate(n)                 removes all tokens except the first n. The last `rollback` tokens (an option of
+///                               each stream) before the largest size that the stream has had can always be
+///                               removed; later results have the bits of a stream that never saw the removed
+///                               tokens. For smaller n it may throw Error, and then changes nothing
+///   can_truncate(n)             true if truncate(n) will succeed
+///   save(to), load(from)        writes and reads a file with checksums. A load that throws changes nothing
 ///
-/// How tokens are cut into calls of `extend` changes outputs only within the error bound, except in landmark_cache: each
-/// chunk retrieves from the blocks that were sealed before it. Its option split_at_blocks makes its results those of
-/// single steps.
+/// How tokens are cut into calls of `extend` changes outputs only within the error bound, except in landmark_cache,
+/// where a chunk retrieves only from the blocks that were sealed before it. Its option split_at_blocks makes its
+/// results those of single tokens.
 template <class S, class T = float>
 concept Stream =
     std::copyable<S> && requires(S stream, const S& seen, TensorView<const T> in, TensorView<T> out,
@@ -45,7 +45,7 @@ concept Stream =
       stream.load(from);
     };
 
-/// A stream whose outputs are partials: they can be merged with others.
+/// A stream that also returns an lse, so that its outputs can be merged with other partials.
 template <class S, class T = float>
 concept LseStream = Stream<S, T> && requires(S stream, TensorView<const T> in, TensorView<T> out,
                                              RowsView<T> lse, openmp& executor) {
