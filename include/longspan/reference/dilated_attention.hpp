@@ -1,4 +1,4 @@
-// Dilated attention again, naive and in double: what the fast kernels are held to.
+// Naive dilated attention in double: the reference for the fast kernels.
 #pragma once
 
 #include <algorithm>
@@ -20,8 +20,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
-/// longspan::dilated_attention with the same parts and options: for each query the keys of every branch that
-/// keeps it, one behind the other, and one softmax over all of them.
+/// longspan::dilated_attention with the same parts and options: for each query a list of the keys of every branch that
+/// keeps it, one branch after the other, and one softmax over the list.
 template <Mask M = everything, Score S = unchanged, Position P = no_position>
 struct dilated_attention {
   std::vector<Branch> branches;
@@ -50,7 +50,7 @@ struct dilated_attention {
   void operator()(const Q& q, const K& k, const V& v, Out&& out, Lse&& lse) const {
     const Index heads = view(q).heads, kv_len = view(k).rows;
     softmax_rows(*this, q, k, v, out, lse, [&](Index b, Index h, Index i) {
-      std::vector<Index> met;  // keys; those from kv_len on are zeros
+      std::vector<Index> met;  // keys; an index >= kv_len means a key of zeros
       for (std::size_t n = 0; n < branches.size(); ++n) append_keys(n, b, h, heads, i, kv_len, met);
       return met;
     });
@@ -70,7 +70,7 @@ struct dilated_attention {
       if (sees(mask, b, h, i, j)) met.push_back(j);
     }
     if (!zero_pad_compat || begin >= kv_len) return;
-    // torchscale: min(w, kv_len) rows to each segment that has a key, and these filled up to a multiple of r.
+    // torchscale pads each segment that has a key to min(w, kv_len) rows, and these to a multiple of r.
     const Index rows = ((std::min)(w, kv_len) + r - 1) / r;
     for (Index t = kept_rows((std::min)(w, kv_len - begin), s, r); t < rows; ++t) {
       const Index j = begin + s + t * r;

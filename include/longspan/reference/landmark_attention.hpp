@@ -1,4 +1,4 @@
-// Landmark attention again, naive and in double: what the fast kernel is held to.
+// Naive landmark attention in double: the reference for the fast kernel.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
-/// longspan::landmark_attention with its options: `landmark_attention exact{attend}`. Outputs and lse of any
-/// type, arithmetic in double, scores one by one.
+/// longspan::landmark_attention with the same options: `landmark_attention exact{attend}`. Outputs and lse may have any
+/// type; arithmetic is double, and scores are computed one by one.
 template <class Attend>
 struct landmark_attention {
   Attend attend;
@@ -76,7 +76,7 @@ struct landmark_attention {
 
   static std::size_t at(Index i, Index c, Index cols) { return static_cast<std::size_t>(i * cols + c); }
 
-  /// log sum exp of the scores of the keys of a group, -infinity where it sees none.
+  /// log sum exp of the scores of the keys of a group; -infinity if the query sees none of them.
   static double log_sum_exp_of(const std::vector<double>& scores, const std::vector<Index>& keys) {
     double top = nothing, sum = 0;
     for (const Index j : keys) top = std::fmax(top, scores[at(0, j, 0)]);

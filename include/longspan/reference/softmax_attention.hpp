@@ -1,4 +1,4 @@
-// Softmax attention again, naive and in double: what the fast kernels are held to.
+// Naive softmax attention in double: the reference for the fast kernels.
 #pragma once
 
 #include <optional>
@@ -17,8 +17,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
-/// longspan::softmax_attention with the same parts and options. Outputs and lse of any type, arithmetic in
-/// double; cost 2 * q_len * kv_len * (head_dim + value_dim) scalar flop per head.
+/// longspan::softmax_attention with the same parts and options. Outputs and lse may have any type; arithmetic is
+/// double. The cost is 2 * q_len * kv_len * (head_dim + value_dim) scalar flop per head.
 template <Mask M = everything, Score S = unchanged, Position P = no_position>
 struct softmax_attention {
   M mask{};
