@@ -1,5 +1,5 @@
-// The one dispatch: few queries go to the decode kernel, more to tiles; the arithmetic follows the element types and the
-// processor; little work stays on the caller's thread.
+// The only dispatch: few queries go to the decode kernel, more to tiles; the element types and the processor determine
+// the arithmetic; small calls stay on the calling thread.
 #pragma once
 
 #include <type_traits>
@@ -27,11 +27,12 @@ namespace detail {
 template <class T, class... Types>
 inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
 
-/// Work for which waking a team of threads costs more than it saves: about 5 us of one core in small tiles, or reading.
+/// Below so much work, waking a team of threads costs more than it saves: about 5 us of one core, in small tiles or for
+/// reading.
 inline constexpr double least_parallel_tile_flop = 4e5;
 inline constexpr double least_parallel_decode_flop = 1e5;
 
-/// task(executor), or task(serial{}) for little work. Results have the same bits.
+/// Calls task(executor), or task(serial{}) if there is little work. Results have the same bits.
 template <class E, class Task>
 void run_where_it_pays(double flop, double least_parallel, const E& executor, const Task& task) {
   if (flop < least_parallel) {
