@@ -18,18 +18,18 @@ TEST_CASE("Error: is a std::invalid_argument that keeps its text", "[error]") {
   CHECK_THROWS_AS(detail::raise("no"), std::invalid_argument);
 }
 
-TEST_CASE("refuse: names function, argument, got and wanted", "[error]") {
+TEST_CASE("refuse: the text names function, argument, got and wanted", "[error]") {
   CHECK(test::refusal([] { detail::refuse("attend", "k", "[1, 2, 3, 4]", "[1, 2, 3, 5]"); }) ==
         "longspan: attend: k is [1, 2, 3, 4], wanted [1, 2, 3, 5]");
   CHECK(test::refusal([] { detail::refuse("", "", "", ""); }) == "longspan: :  is , wanted ");
 }
 
-TEST_CASE("raise: takes any text, however long", "[error]") {
+TEST_CASE("raise: accepts a text of any length", "[error]") {
   const std::string text(10000, 'x');
   CHECK(test::refusal([&] { detail::raise(text); }) == text);
 }
 
-TEST_CASE("shape_text: of numbers and of views", "[error]") {
+TEST_CASE("shape_text: from numbers and from views", "[error]") {
   CHECK(detail::shape_text(1, 2, 3) == "[1, 2, 3]");
   CHECK(detail::shape_text(1, 2, 3, 4) == "[1, 2, 3, 4]");
   CHECK(detail::shape_text(0, 0, 0, 0) == "[0, 0, 0, 0]");

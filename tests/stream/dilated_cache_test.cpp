@@ -74,7 +74,7 @@ const Branches three{{16, 1}, {50, 3}, {64, 4}};
 
 }  // namespace
 
-TEST_CASE("dilated_cache: chunks and single tokens give the one-shot result at every position", "[law]") {
+TEST_CASE("dilated_cache: chunks and single tokens match a single call at every position", "[law]") {
   for_each_case(60, [](Random& random) {
     const longspan::rotary turn(longspan::Pairing::interleaved);
     check_stream(random, dilated_attention{three, causal{}},
@@ -87,7 +87,7 @@ TEST_CASE("dilated_cache: chunks and single tokens give the one-shot result at e
   });
 }
 
-TEST_CASE("dilated_cache: the bits of the one call, where segments do not share tiles", "[bits]") {
+TEST_CASE("dilated_cache: has the bits of a single call if segments do not share tiles", "[bits]") {
   Random random(1);
   const Shape shape{1, 4, 2, 5000, 5000, 8, 8};
   Call<float> once(shape, Values::normal, random), chunks = once.unrun();
@@ -98,7 +98,7 @@ TEST_CASE("dilated_cache: the bits of the one call, where segments do not share 
   CHECK(chunks.same_outputs(once));
 }
 
-TEST_CASE("dilated_cache: single tokens have the same bits on any number of threads", "[bits][slow]") {
+TEST_CASE("dilated_cache: single tokens have the same bits with any number of threads", "[bits][slow]") {
   Random random(4);
   const Shape shape{2, 6, 2, 3000, 3000, 24, 20};
   Call<float> call(shape, Values::normal, random);
@@ -120,7 +120,7 @@ TEST_CASE("dilated_cache: single tokens have the same bits on any number of thre
   for (const Index threads : {2, 3, 7}) CHECK(decoded(threads) == alone);
 }
 
-TEST_CASE("dilated_cache: keeps the rows of open segments that its offsets keep, and no others", "[state]") {
+TEST_CASE("dilated_cache: keeps exactly the rows of open segments that its offsets keep", "[state]") {
   Random random(2);
   const Shape shape{1, 2, 1, 1500, 1500, 4, 4};
   Call<float> call(shape, Values::normal, random);
@@ -145,12 +145,12 @@ TEST_CASE("dilated_cache: keeps the rows of open segments that its offsets keep,
   CHECK(most_bytes == (64 + 2 * 64 + 2 * 13) * 8 * Index{sizeof(float)});
 }
 
-TEST_CASE("dilated_cache: closed segments are forgotten", "[state]") {
+TEST_CASE("dilated_cache: closed segments have no effect", "[state]") {
   Random random(3);
   const Shape shape{1, 2, 2, 300, 300, 4, 4};
   Call<float> call(shape, Values::normal, random), spoiled = call;
   const dilated_attention attend{Branches{{50, 1}, {100, 2}}, causal{}};
-  for (float& x : spoiled.v.values) x = NAN;  // of the first 200 tokens, in both heads
+  for (float& x : spoiled.v.values) x = NAN;  // the values of the first 200 tokens, in both heads
   for (Index h = 0; h < 2; ++h) std::copy_n(call.v.row(0, h, 200), 100 * 4, spoiled.v.row(0, h, 200));
   auto stream = attend.stream(stream_shape(shape)), of_spoiled = attend.stream(stream_shape(shape));
   extend(stream, call, 0, 300);
@@ -159,7 +159,7 @@ TEST_CASE("dilated_cache: closed segments are forgotten", "[state]") {
     CHECK(std::equal(call.out.row(0, h, 200), call.out.row(0, h, 200) + 400, spoiled.out.row(0, h, 200)));
 }
 
-TEST_CASE("dilated_cache: copies go their own ways, and clear begins anew", "[state]") {
+TEST_CASE("dilated_cache: copies are independent, and clear starts again", "[state]") {
   Random random(4);
   const Shape shape{2, 3, 1, 200, 200, 8, 8};
   Call<float> call(shape, Values::normal, random), beam = call.unrun(), again = call.unrun();
@@ -179,8 +179,7 @@ TEST_CASE("dilated_cache: copies go their own ways, and clear begins anew", "[st
   CHECK(again.same_outputs(call));
 }
 
-TEMPLATE_TEST_CASE("dilated_cache: what was saved goes on where it stopped", "[state]", float, double,
-                   bfloat16) {
+TEMPLATE_TEST_CASE("dilated_cache: a loaded state continues the stream", "[state]", float, double, bfloat16) {
   Random random(5);
   const Shape shape{2, 4, 2, 160, 160, 8, 6};
   Call<TestType> call(shape, Values::normal, random), later = call.unrun();
@@ -201,7 +200,7 @@ TEMPLATE_TEST_CASE("dilated_cache: what was saved goes on where it stopped", "[s
   }
 }
 
-TEST_CASE("dilated_cache: a file that is damaged or of another stream is refused, and nothing changes",
+TEST_CASE("dilated_cache: a damaged file or one of another stream is refused, and nothing changes",
           "[state][errors]") {
   Random random(6);
   const Shape shape{1, 2, 1, 100, 100, 4, 4};
@@ -216,7 +215,7 @@ TEST_CASE("dilated_cache: a file that is damaged or of another stream is refused
   for (const std::size_t length : {std::size_t{0}, std::size_t{40}, bytes.size() / 2, bytes.size() - 1})
     CHECK_FALSE(refused(stream, bytes.substr(0, length)).empty());
 
-  // A whole file, rightly summed, whose header claims more than can be.
+  // A complete file with right checksums whose header has impossible numbers.
   const auto forged = [&](std::size_t number, std::int64_t value) {
     std::string state = bytes;
     std::memcpy(&state[32 + 8 * number], &value, 8);
@@ -251,7 +250,8 @@ TEST_CASE("dilated_cache: a file that is damaged or of another stream is refused
   CHECK(after.same_outputs(call));
 }
 
-TEST_CASE("dilated_cache: a file of other options is refused by the name of the option", "[state][errors]") {
+TEST_CASE("dilated_cache: a file with other options is refused by the name of the option",
+          "[state][errors]") {
   Random random(7);
   Call<float> call(Shape{1, 2, 1, 60, 60, 4, 4}, Values::normal, random);
   const longspan::rotary turn(longspan::Pairing::half_split, 1e4);
@@ -296,7 +296,7 @@ TEST_CASE("dilated_cache: a file of other options is refused by the name of the 
   CHECK(said(options.stream<bfloat16>(shape)) == "scale is 0.5 in the file, wanted 0.25 as in this stream");
 }
 
-TEST_CASE("dilated_cache: without values it writes the lse of the one call", "[state]") {
+TEST_CASE("dilated_cache: with value_dim 0 it writes the lse of a single call", "[state]") {
   Random random(8);
   for (const Index head_dim : {0, 8}) {
     const Shape shape{2, 4, 2, 70, 70, head_dim, 0};
@@ -314,7 +314,7 @@ TEST_CASE("dilated_cache: without values it writes the lse of the one call", "[s
   }
 }
 
-TEST_CASE("dilated_cache: without a mask it runs the kernels of causal", "[bits]") {
+TEST_CASE("dilated_cache: without a mask it runs the same kernels as with causal", "[bits]") {
   Random random(9);
   const Shape shape{1, 4, 2, 200, 200, 16, 16};
   Call<float> with(shape, Values::normal, random), without = with.unrun();
@@ -327,7 +327,7 @@ TEST_CASE("dilated_cache: without a mask it runs the kernels of causal", "[bits]
   CHECK(without.same_outputs(with));
 }
 
-TEST_CASE("dilated_cache: what it refuses", "[errors]") {
+TEST_CASE("dilated_cache: invalid options and shapes are refused", "[errors]") {
   const dilated_attention attend{three, causal{}};
   CHECK(refusal([&] {
           attend.stream({1, 3, 2, 4, 4});

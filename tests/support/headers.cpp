@@ -1,1 +1,1 @@
-// The precompiled header needs a target that is compiled.
+// This file exists because a precompiled header needs a target with a source file.
