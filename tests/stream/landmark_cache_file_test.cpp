@@ -177,7 +177,7 @@ TEST_CASE("landmark_cache: if the file cannot be replaced, clear throws and chan
   extend(wanted, own, 0, 40);
   std::filesystem::remove(options.path);
   std::filesystem::create_directory(options.path);
-  CHECK(refusal([&] { cache.clear(); }).find("cannot replace") != std::string::npos);
+  CHECK(refusal([&] { cache.clear(); }).find("is not able to replace") != std::string::npos);
   std::filesystem::create_directory(options.path + ".new");
   CHECK(refusal([&] { cache.clear(); }).find("is not accessible") != std::string::npos);
   CHECK(cache.size() == 40);
