@@ -1,4 +1,4 @@
-// Decoding: a stream that has taken a prompt in, and goes on token by token.
+// Decoding: a stream with a prompt, which continues token by token.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace bench {
 
 struct Decoder {
-  /// Takes in token i of the inputs and writes row i of the output.
+  /// Appends token i of the inputs and writes row i of the output.
   std::function<void(Index i)> step;
   std::function<double()> state_bytes;
 };
@@ -29,7 +29,7 @@ longspan::TensorView<T> batch_row(longspan::TensorView<T> x, Index b) {
   return x;
 }
 
-/// The stream behind the first `prompt` tokens, without their outputs where it can do without.
+/// The stream after the first `prompt` tokens, without computing their outputs if possible.
 template <class Stream, class Execution>
 void take_in(Stream& stream, const Inputs<float>& in, Index prompt, longspan::TensorView<float> out,
              Execution& execution) {
