@@ -31,9 +31,9 @@ struct kv_cache_options {
   /// 4096, pages of 256: 1 %, of 64: 5 %, of 16: 13 %.
   Index page_size = 0;
   /// Evict a page when the mask will not show any of its keys again. With `causal{} & window{W}`, or
-  /// `causal{} & (window{W} | sinks{4})`, about (W + rollback) / page_size + 2 pages remain: a token takes 1.1 ms and the
-  /// stream 38 MB (W 4096, page_size 256, sizes as above, one thread), after 2^22 tokens as after 2^13. One array keeps
-  /// everything.
+  /// `causal{} & (window{W} | sinks{4})`, about (W + rollback) / page_size + 2 pages remain: a token takes 1.1 ms and
+  /// the stream 38 MB (W 4096, page_size 256, sizes as above, one thread), after 2^22 tokens as after 2^13. One array
+  /// keeps everything.
   bool evict = true;
   /// `truncate` can remove the last `rollback` tokens before the largest size that the stream has had; pages are
   /// evicted so many tokens later. After that the stream has the results and bits of one that never saw the removed

@@ -70,8 +70,8 @@ using TileUnit = EmulatedTiles;
 using TileUnit = HardwareTiles;
 #endif
 
-/// Whether calls on these types multiply in bfloat16 where they may (see softmax_attention::bf16_products), which rounds
-/// their weights.
+/// Whether calls on these types multiply in bfloat16 where they may (see softmax_attention::bf16_products), which
+/// rounds their weights.
 template <class Tq, class Tk, class Tv, class To>
 bool rounds_weights() {
   constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv>;

@@ -54,7 +54,8 @@ class landmark_cache {
     seal();
   }
 
-  /// The mass of query i of the last call, estimated from options.mass_sample tokens of each block that was not retrieved.
+  /// The mass of query i of the last call, estimated from options.mass_sample tokens of each block that was not
+  /// retrieved.
   const LandmarkMass& mass(Index b, Index h, Index i) const {
     return masses_[at((b * shape_.heads + h) * chunk_ + i)];
   }

@@ -42,7 +42,7 @@ struct hybrid_options {
   std::optional<double> scale{};
   MatrixView<const float> beta{};        ///< of the memory's gate: [1 or heads][1 or value_dim]; 0 unless set
   InfiniRule rule = InfiniRule::linear;  ///< how blocks are written to the memory
-  EmptyMemory empty_memory = EmptyMemory::bypass;  ///< while the memory is empty; bypass: window and retrieval only
+  EmptyMemory empty_memory = EmptyMemory::bypass;  ///< bypass: no gate while the memory is empty
 };
 
 LONGSPAN_VOCABULARY_END

@@ -46,7 +46,8 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Shapes    q [batch, heads, n, head_dim]   k [batch, kv_heads, n, head_dim]   v [.., n, value_dim]
 ///           out [batch, heads, n, value_dim]   lse [batch, heads, n]
 ///           n may differ from call to call, and a chunk may cross blocks.
-/// Landmarks every block_size-th token is a landmark; `tokens_to_landmark` returns the number of tokens before the next one.
+/// Landmarks every block_size-th token is a landmark; `tokens_to_landmark` returns the number of tokens before
+///           the next one.
 /// Positions the cache applies the encoding to q and k, at stingy_positions, exact_positions or a user-defined
 ///           PositionMap.
 /// Index     every_landmark scores all blocks; a user-defined index proposes some blocks, see LandmarkIndex.
@@ -144,12 +145,13 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   std::span<const Index> retrieved(Index b, Index h, Index i) const {
     return held_.top_k == 0 ? std::span<const Index>() : choice_.of(b, h, i);
   }
-  /// With options.mass_sample: the softmax mass of the tokens that query i of the last call attended to, and that of the
-  /// blocks that it did not retrieve, all at the positions that the cache gives them. The mass of a block that was
-  /// not retrieved is estimated from `mass_sample` tokens, always the same ones. The estimate is unbiased if the order of
-  /// tokens carries no information, exact if the sample is the whole block, and cannot notice a single token outside
-  /// the sample. Outputs differ from softmax attention to all tokens by this dropped share, and by the weights that
-  /// landmarks give to blocks. For each query the estimate costs mass_sample / block_size of a scan of all keys.
+  /// With options.mass_sample: the softmax mass of the tokens that query i of the last call attended to, and that of
+  /// the blocks that it did not retrieve, all at the positions that the cache gives them. The mass of a block that
+  /// was not retrieved is estimated from `mass_sample` tokens, always the same ones. The estimate is unbiased if the
+  /// order of tokens carries no information, exact if the sample is the whole block, and cannot notice a single token
+  /// outside the sample. Outputs differ from softmax attention to all tokens by this dropped share, and by the
+  /// weights that landmarks give to blocks. For each query the estimate costs mass_sample / block_size of a scan of
+  /// all keys.
   LandmarkMass mass(Index b, Index h, Index i) const;
   /// The number of blocks that had been dropped before the last call.
   Index retrieved_from() const noexcept { return held_.dropped; }
@@ -166,8 +168,8 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   {
     return block_rows(b, n, false);
   }
-  /// Converts keys and values of the block to the arithmetic type and writes them to k and v [1, kv_heads, block_size - 1,
-  /// columns].
+  /// Converts keys and values of the block to the arithmetic type and writes them to k and v
+  /// [1, kv_heads, block_size - 1, columns].
   void decode_block(Index b, Index n, TensorView<Real> k, TensorView<Real> v) const;
   /// Drops the `count` oldest sealed blocks permanently: no truncation can unseal them.
   void drop(Index count);
@@ -187,8 +189,8 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   void reorder(std::span<const Index> rows);
 
   void save(std::ostream& to) const { detail::save_landmark_store(to, fields(), store_); }
-  /// Loads the state of a cache with the same shape, options and position encoding; `rollback`, `mass_sample`, `path` and
-  /// `resident_bytes` may differ. Changes nothing if it throws.
+  /// Loads the state of a cache with the same shape, options and position encoding; `rollback`, `mass_sample`, `path`
+  /// and `resident_bytes` may differ. Changes nothing if it throws.
   void load(std::istream& from);
 
  private:

@@ -286,7 +286,7 @@ class Decode {
     }
   }
 
-  /// Applies the score function. Returns Seen::some if it, or the mask before it, hides a key.
+  /// Applies the score function. Returns Coverage::some if it, or the mask before it, hides a key.
   template <int count>
   Coverage change(const QueryLanes& queries, Index first, KeyRange keys, Coverage seen,
                   const Worker& worker) const {
