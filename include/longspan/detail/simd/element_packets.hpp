@@ -48,8 +48,8 @@ Packet<float> load_half(const Eigen::half* from);
 void store_half(Eigen::half* to, Packet<float> x);
 #endif
 
-// Two packets of floats into one of pairs of bfloat16, rounded to nearest, as the bits of a packet of floats: the first
-// of each pair is in the lower half.
+// Rounds two packets of floats to nearest bfloat16 and interleaves them: 32-bit lane i of the result has lane i of
+// `first` in its lower half and lane i of `second` in its upper half.
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(EIGEN_VECTORIZE_AVX512)
 inline constexpr bool converts_pairs = true;
 

@@ -301,7 +301,8 @@ LONGSPAN_INLINE void transpose(Packet<Real> (&rows)[std::size_t(lanes<Real>)]) {
 }
 
 #if defined(EIGEN_VECTORIZE_AVX512)
-/// 64 shuffles for the 144 of Eigen: rows are mixed within quarters of a register first, then whole quarters.
+/// 64 shuffles, where Eigen needs 144: the first step permutes within quarters of a register, the second whole
+/// quarters.
 LONGSPAN_INLINE void transpose(Packet<float> (&rows)[16]) {
   __m512 quarters[16];
   LONGSPAN_UNROLL
