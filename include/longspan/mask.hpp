@@ -49,7 +49,7 @@ LONGSPAN_NAMESPACE_BEGIN
 //
 //   bool sees(Index i, Index j) const                true if the query at position i sees key j
 //   bool sees(Index b, Index h, Index i, Index j)    the same, if it depends on the batch row or the head
-//   Coverage classify(const Tile&) const                 `none` and `all` must be correct; `some` is always allowed
+//   Coverage classify(const Tile&) const             `none` and `all` must be correct; `some` is always allowed
 //   KeyRanges key_ranges(const Tile&) const          every key outside of them is hidden from the whole tile
 //   std::uint64_t seen_bits(Index b, Index h, Index i, Index first, std::uint64_t asked) const
 //                                                    the same as `sees`, for 64 keys at once: bit n of the result
