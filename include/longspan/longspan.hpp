@@ -1,6 +1,7 @@
 // All of Longspan.
 #pragma once
 
+#include "longspan/amx.hpp"
 #include "longspan/call_sizes.hpp"
 #include "longspan/compose.hpp"
 #include "longspan/dense_mask.hpp"
