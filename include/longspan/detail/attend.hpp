@@ -31,14 +31,11 @@ inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
 inline constexpr double least_parallel_tile_flop = 4e5;
 inline constexpr double least_parallel_decode_flop = 1e5;
 
-/// task(executor), or task(serial{}) for little work. Results have the same bits.
-template <class E, class Task>
-void run_where_it_pays(double flop, double least_parallel, const E& executor, const Task& task) {
-  if (flop < least_parallel) {
-    run_without_denormals(serial{}, task);
-  } else {
-    task(executor);
-  }
+/// task(executor), or task(serial) for little work. Results have the same bits.
+template <class Task>
+void run_where_it_pays(double flop, double least_parallel, const WithoutDenormals& executor, const Task& task) {
+  const serial alone;
+  task(flop < least_parallel ? WithoutDenormals(alone) : executor);
 }
 
 /// An executor whose tasks may use the tiles of `Unit`.

@@ -4,13 +4,14 @@
 // the others 2 to 9 times; on Zen 3 with SSE2 the worst case took 2.3 times as long, with AVX2 1.1 times.
 #pragma once
 
+#include <memory>
 #include <type_traits>
 
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 #if defined(__SSE2__)
-#include <immintrin.h>
+#include <xmmintrin.h>
 #endif
 
 LONGSPAN_NAMESPACE_BEGIN
@@ -66,37 +67,52 @@ class DenormalsAreZero {
 
 /// An executor whose tasks run so, whichever thread they are on: bits then do not depend on the executor. The library
 /// runs all of its tasks on one.
-template <class E>
+///
+/// The type of the executor that it runs on is not part of its own type: each kernel is compiled once, whatever
+/// executors a program has, and a task costs two more calls through a pointer.
 class WithoutDenormals {
  public:
-  explicit WithoutDenormals(const E& executor) noexcept : executor_(executor) {}
+  template <class E>
+  explicit WithoutDenormals(const E& executor) noexcept
+      : executor_(std::addressof(executor)),
+        workers_([](const void* e) -> Index { return static_cast<const E*>(e)->workers(); }),
+        for_each_([](const void* e, Index tasks, Task task) {
+          static_cast<const E*>(e)->for_each(tasks, [task](Index t, Index worker) {
+            const DenormalsAreZero mode;
+            task.run(task.context, t, worker);
+          });
+        }) {}
+  WithoutDenormals(const WithoutDenormals&) = default;
 
-  Index workers() const { return executor_.workers(); }
+  Index workers() const { return workers_(executor_); }
 
-  template <class Task>
-  void for_each(Index tasks, Task&& task) const {
-    executor_.for_each(tasks, [&task](Index t, Index worker) {
-      const DenormalsAreZero mode;
-      task(t, worker);
-    });
+  template <class Work>
+  void for_each(Index tasks, Work&& work) const {
+    using Run = std::remove_reference_t<Work>;
+    for_each_(executor_, tasks, {const_cast<void*>(static_cast<const void*>(std::addressof(work))),
+                                 [](void* context, Index t, Index worker) {
+                                   (*static_cast<Run*>(context))(t, worker);
+                                 }});
   }
 
  private:
-  const E& executor_;
-};
+  struct Task {
+    void* context;
+    void (*run)(void* context, Index t, Index worker);
+  };
 
-template <class E>
-inline constexpr bool is_without_denormals = false;
-template <class E>
-inline constexpr bool is_without_denormals<WithoutDenormals<E>> = true;
+  const void* executor_;
+  Index (*workers_)(const void* executor);
+  void (*for_each_)(const void* executor, Index tasks, Task task);
+};
 
 /// work(executor) with an executor that is WithoutDenormals.
 template <class E, class Work>
 void run_without_denormals(const E& executor, const Work& work) {
-  if constexpr (is_without_denormals<E>) {
+  if constexpr (std::is_same_v<E, WithoutDenormals>) {
     work(executor);
   } else {
-    work(WithoutDenormals<E>(executor));
+    work(WithoutDenormals(executor));
   }
 }
 
