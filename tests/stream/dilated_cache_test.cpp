@@ -81,6 +81,14 @@ TEST_CASE("dilated_cache: chunks and single tokens give the one-shot result at e
                  longspan::reference::dilated_attention{three, causal{}});
     check_stream(random, dilated_attention{three, causal{}, turn, longspan::softcap{2}},
                  longspan::reference::dilated_attention{three, causal{}, turn, longspan::softcap{2}});
+    const longspan::softcap cap{2};
+    const auto near_heads = [](double s, Index b, Index h, Index i, Index j) {
+      return j % 5 == b ? -INFINITY : s + 0.1 * double(b + 1) * double(h + 1) / double(i - j + 1);
+    };
+    check_stream(random, dilated_attention{three, causal{}, near_heads},
+                 longspan::reference::dilated_attention{three, causal{}, near_heads});
+    check_stream(random, dilated_attention{three, causal{}, cap | near_heads},
+                 longspan::reference::dilated_attention{three, causal{}, cap | near_heads});
     const longspan::window near{.left = 20};
     check_stream(random, dilated_attention{three, near},
                  longspan::reference::dilated_attention{three, causal{} & near});
@@ -145,6 +153,22 @@ void check_literal(const M& mask, Random& random) {
 }
 
 }  // namespace
+
+TEST_CASE("dilated_cache: one token and alibi, whose slopes differ from head to head", "[law]") {
+  Random random(11);
+  const Shape shape{2, 6, 2, 200, 200, 16, 16};
+  const std::vector<float> slopes{0.5f, 0.25f, 0.125f, 1, 2, 0.75f};
+  const longspan::alibi bias{slopes};
+  Call<double> exact(shape, Values::normal, random), tokens = exact.unrun();
+  longspan::reference::dilated_attention{three, causal{}, bias}(
+      exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(), exact.lse.view());
+  auto stream = dilated_attention{three, causal{}, bias}.stream<double>(stream_shape(shape));
+  for (Index n = 0; n < shape.q_len; ++n) extend(stream, tokens, n, 1);
+  for (std::size_t n = 0; n < exact.out.values.size(); ++n)
+    REQUIRE(std::abs(tokens.out.values[n] - exact.out.values[n]) < 1e-12);
+  for (std::size_t n = 0; n < exact.lse.values.size(); ++n)
+    REQUIRE(std::abs(tokens.lse.values[n] - exact.lse.values[n]) < 1e-12);
+}
 
 TEST_CASE("dilated_cache: a chunk with all keys that its queries may see is answered as by the one call",
           "[law]") {

@@ -59,7 +59,7 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Error     that of dilated_attention over the rows as they are kept. Keeping rounds each element of k and
 ///           v: bfloat16 by 2^-9 of it, half by 2^-12, int8 by 1 / 254 of the largest of its row
 /// Bits      do not depend on how rows are cut into calls of more than one token, nor on tokens that were taken
-///           back. One token, with no mask but causal, no score and Overlap::multiset, has a kernel of its own
+///           back. One token, with no mask but causal and Overlap::multiset, has a kernel of its own
 /// Masked    as in kv_cache: the mask of the functor, taken literally for every query whose keys it limits to the
 ///           right, as `causal{} | sinks{n}` does. Every other query sees no key after itself. A chunk holds all
 ///           keys that its branches and the mask show to its queries, or is refused
@@ -338,9 +338,9 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         &attend_.branches, &strand_of_,      &rows_, shape_.heads, static_cast<Index>(strands_.size()),
         shape_.head_dim,   shape_.value_dim, least_};
     const detail::Dilation dilation{attend_.branches, attend_.phase, attend_.overlap, false};
-    if constexpr (std::is_same_v<Shown, causal> && std::is_same_v<S, unchanged>) {
+    if constexpr (std::is_same_v<Shown, causal>) {
       if (q.rows == 1 && attend_.overlap == Overlap::multiset && attend_.branches.size() <= 64)
-        return detail::decode_dilated(problem, stored, dilation, executor, workspace);
+        return detail::decode_dilated(problem, stored, dilation, attend_.score, executor, workspace);
     }
     double keys = 0;
     for (const detail::Strand& strand : strands_)
