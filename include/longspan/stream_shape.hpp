@@ -30,9 +30,8 @@ struct kv_cache_options {
   /// with an array, 5 to 30 % with 64 and 15 to 50 % with 16; a chunk of 512 against 4096 1, 5 and 13 %.
   Index page_size = 0;
   /// Evict a page when the mask will show none of its keys again: with `causal{} & window{W}`, or
-  /// `causal{} & (window{W} | sinks{4})`, a ring of about (W + rollback) / page_size + 2 pages remains: 38 MB and
-  /// 1.1 ms for a token (W 4096, page_size 256, sizes as above, one thread) after 2^22 tokens as after 2^13. An
-  /// array keeps everything.
+  /// `causal{} & (window{W} | sinks{4})`, a ring of about (W + rollback) / page_size + 2 pages remains, however many
+  /// tokens have come: 38 MB with W 4096, pages of 256 and the sizes above. An array keeps everything.
   bool evict = true;
   /// The last `rollback` tokens before the largest size that the stream has had can be taken back: pages are
   /// evicted that much later. Tokens that stay have the results and bits of a stream that never saw the others.

@@ -14,9 +14,9 @@
 #include <utility>
 #include <vector>
 
-#include "longspan/detail/call/causal_mask.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/call/stream_mask.hpp"
 #include "longspan/detail/dilated/decode.hpp"
 #include "longspan/detail/dilated/forward.hpp"
 #include "longspan/detail/dilated/strands.hpp"
@@ -37,8 +37,8 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// A causal dilated_attention carried from call to call: `extend` appends rows after those of the calls
-/// before, and each query gets what the one call over all rows would write for it.
+/// dilated_attention carried from call to call: `extend` appends rows after those of the calls before, and each
+/// query gets what the one call over all rows would write for it.
 ///
 ///   dilated_attention attend{geometric_branches_to({2048, 1}, 2, longest), causal{}};
 ///   auto stream = attend.stream({.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64});
@@ -59,9 +59,11 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Error     that of dilated_attention over the rows as they are kept. Keeping rounds each element of k and
 ///           v: bfloat16 by 2^-9 of it, half by 2^-12, int8 by 1 / 254 of the largest of its row
 /// Bits      do not depend on how rows are cut into calls of more than one token, nor on tokens that were taken
-///           back. One token, with no mask but causal, no score and Overlap::multiset, has a kernel of its own
-/// Masked    the mask of the functor, and all keys after a query
-/// Throws    Error when shapes disagree, before anything changes. What an executor or a score throws, and
+///           back. One token, with no mask but causal and Overlap::multiset, has a kernel of its own
+/// Masked    as in kv_cache: the mask of the functor, taken literally for every query whose keys it limits to the
+///           right, as `causal{} | sinks{n}` does. Every other query sees no key after itself. A chunk holds all
+///           keys that its branches and the mask show to its queries, or is refused
+/// Throws    Error when shapes disagree or a chunk is too short for its mask, before anything changes. What an executor or a score throws, and
 ///           bad_alloc, leaves a stream that has appended the first size() tokens, perhaps some of the call's.
 ///           An assignment or a load that throws changes nothing
 template <StoredElement T, Mask M, Score S, Position P>
@@ -74,7 +76,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   dilated_cache(dilated_attention<M, S, P> attend, const StreamShape& shape,
                 const dilated_cache_options& options = {})
       : attend_(std::move(attend)),
-        mask_(detail::causal_mask(attend_.mask)),
+        mask_(detail::stream_mask(attend_.mask)),
         shape_(shape),
         options_(options) {
     detail::check_branches(function, attend_.branches);
@@ -85,6 +87,10 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     if (attend_.first_query != queries_end_at_keys) {
       detail::refuse(function, "first_query", std::to_string(attend_.first_query),
                      "unset: queries are at the positions after the tokens before");
+    }
+    if (!detail::hides_later_keys<Shown> && attend_.zero_pad_compat) {
+      detail::refuse(function, "zero_pad_compat", "true with a mask that may show later keys",
+                     "false, or causal{} & the mask: a stream has no zeros after the last key");
     }
     const Index group = shape.kv_heads == 0 ? 1 : shape.heads / shape.kv_heads;
     for (std::size_t n = 0; n < attend_.branches.size(); ++n) {
@@ -163,7 +169,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
  private:
   friend detail::StreamCalls<dilated_cache, true>;
   using Rows = detail::StrandRows<Key, T>;
-  using Causal = detail::CausalMask<M>;
+  using Shown = detail::StreamMask<M>;
   static constexpr bool encodes = !std::is_same_v<P, no_position>, is_scaled = std::is_same_v<T, std::int8_t>;
   static constexpr std::string_view function = "dilated_cache";
 
@@ -210,9 +216,14 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     static_assert(
         std::is_same_v<typename Call::Real, Real>,
         "longspan: the stream computes in double if its rows are double, else in float, and so must q");
-    const Index most = tokens_at_once();
-    for (Index first = 0; first < call.q_len(); first += most)
-      take_in(detail::part_of(call, first, (std::min)(most, call.q_len() - first)), executor, workspace);
+    const auto shown = mask_ & detail::UntilSegmentEnd{attend_.branches};
+    const Index begin = size_, end = begin + call.q_len();
+    detail::check_reach(function, shown, shape_.batch, shape_.heads, begin, end);
+    while (size_ < end) {
+      const Index next =
+          detail::end_of_piece(shown, shape_.batch, shape_.heads, size_, end, tokens_at_once());
+      take_in(detail::part_of(call, size_ - begin, next - size_), executor, workspace);
+    }
   }
 
   template <class Call, class E>
@@ -327,9 +338,9 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         &attend_.branches, &strand_of_,      &rows_, shape_.heads, static_cast<Index>(strands_.size()),
         shape_.head_dim,   shape_.value_dim, least_};
     const detail::Dilation dilation{attend_.branches, attend_.phase, attend_.overlap, false};
-    if constexpr (std::is_same_v<Causal, causal> && std::is_same_v<S, unchanged>) {
+    if constexpr (std::is_same_v<Shown, causal>) {
       if (q.rows == 1 && attend_.overlap == Overlap::multiset && attend_.branches.size() <= 64)
-        return detail::decode_dilated(problem, stored, dilation, executor, workspace);
+        return detail::decode_dilated(problem, stored, dilation, attend_.score, executor, workspace);
     }
     double keys = 0;
     for (const detail::Strand& strand : strands_)
@@ -352,7 +363,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   }
 
   dilated_attention<M, S, P> attend_;
-  Causal mask_;
+  Shown mask_;
   StreamShape shape_;
   dilated_cache_options options_;
   std::vector<detail::Strand> strands_;

@@ -226,14 +226,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   Index end_of_piece(Index first, Index end) const {
     constexpr Index most = 2048;
     if (end - first <= most || !evicts_before(end)) return end;
-    if constexpr (detail::hides_later_keys<Shown>) return first + most;
-    Index reach = first;
-    for (Index i = first; i < end; ++i) {
-      if (i >= first + most && reach <= i) return i;
-      for (Index b = 0; b < shape_.batch; ++b)
-        reach = (std::max)(reach, detail::reach_of(mask_, b, shape_.heads, i));
-    }
-    return end;
+    return detail::end_of_piece(mask_, shape_.batch, shape_.heads, first, end, most);
   }
   bool evicts_before(Index size) const {
     if (options_.page_size == 0 || !options_.evict) return false;

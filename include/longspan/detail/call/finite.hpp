@@ -1,5 +1,5 @@
-// Finite numbers told from infinities and NaN by their bits: with -ffinite-math-only a compiler takes every
-// comparison for one of finite numbers.
+// Finite numbers told from infinities and NaN by their bits: a compiler that was told of no infinity and no NaN answers
+// every comparison as if there were none.
 #pragma once
 
 #include <bit>
@@ -10,6 +10,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
+/// Neither infinite nor NaN.
 constexpr bool is_finite(double x) noexcept {
   constexpr std::uint64_t exponent = 0x7ff;
   return (std::bit_cast<std::uint64_t>(x) >> 52 & exponent) != exponent;

@@ -12,6 +12,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "longspan/detail/call/finite.hpp"
 #include "longspan/detail/simd/eigen_core.hpp"
 #include "longspan/detail/tuning.hpp"
 #include "longspan/version.hpp"
@@ -89,12 +90,6 @@ template <std::floating_point Real>
 LONGSPAN_INLINE bool is_minus_infinity(Real x) {
   return std::bit_cast<BitsOf<Real>>(x) ==
          std::bit_cast<BitsOf<Real>>(-std::numeric_limits<Real>::infinity());
-}
-/// Neither infinite nor NaN.
-template <std::floating_point Real>
-LONGSPAN_INLINE bool is_finite(Real x) {
-  constexpr auto infinity = std::bit_cast<BitsOf<Real>>(std::numeric_limits<Real>::infinity());
-  return (std::bit_cast<BitsOf<Real>>(x) & infinity) != infinity;
 }
 template <std::floating_point Real>
 LONGSPAN_INLINE bool is_nan(Real x) {
