@@ -248,11 +248,11 @@ TEST_CASE("hybrid_stream: what was saved goes on where it stopped, and a damaged
   const std::string whole = file.str();
   for (std::size_t at = 0; at < whole.size(); at += 1 + whole.size() / 97) {
     std::stringstream cut(whole.substr(0, at));
-    CHECK(refusal([&] { loaded.load(cut); }) != "");
+    CHECK(file_refusal([&] { loaded.load(cut); }) != "");
     std::string flipped = whole;
     flipped[at] = static_cast<char>(flipped[at] ^ 4);
     std::stringstream damaged(flipped);
-    CHECK(refusal([&] { loaded.load(damaged); }) != "");
+    CHECK(file_refusal([&] { loaded.load(damaged); }) != "");
   }
   CHECK(loaded.size() == length);
 }

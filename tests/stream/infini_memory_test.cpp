@@ -220,15 +220,15 @@ TEST_CASE("infini_memory: a damaged file changes nothing", "[stream][file][infin
   extend(target, call, 0, 7);
   const std::string whole = saved(stream), before = saved(target);
   for (std::size_t bytes = 0; bytes < whole.size(); ++bytes)
-    CHECK_THROWS_AS(load(target, whole.substr(0, bytes)), longspan::Error);
+    CHECK_THROWS_AS(load(target, whole.substr(0, bytes)), longspan::FileError);
   for (std::size_t bit = 0; bit < 8 * whole.size(); ++bit) {
     std::string flipped = whole;
     flipped[bit / 8] = static_cast<char>(flipped[bit / 8] ^ (1 << bit % 8));
-    CHECK_THROWS_AS(load(target, flipped), longspan::Error);
+    CHECK_THROWS_AS(load(target, flipped), longspan::FileError);
   }
   CHECK(saved(target) == before);
   auto other = options(5).stream({1, 1, 1, 3, 2});
-  CHECK(refusal([&] { load(other, whole); }) ==
+  CHECK(file_refusal([&] { load(other, whole); }) ==
         "longspan: infini_memory::load: segment is 4 in the file, wanted 5 as in this stream");
 }
 
@@ -243,7 +243,8 @@ TEST_CASE("infini_memory: what does not fit is refused", "[stream][errors][infin
   Random random(9);
   Call<float> call(Shape{1, 2, 1, 4, 4, 8, 8}, Values::normal, random);
   CHECK(refusal([&] { extend(stream, call, 0, 4); }) ==
-        "longspan: infini_memory: q is [1, 2, 4, 8] with 1 KV heads and value_dim 8, wanted [1, 2, 4, 8] "
+        "longspan: infini_memory::extend: q is [1, 2, 4, 8] with 1 KV heads and value_dim 8, wanted [1, 2, "
+        "4, 8] "
         "with 2 "
         "and 8");
   CHECK(stream.size() == 0);
@@ -378,7 +379,7 @@ TEST_CASE("infini_memory: a file of other options is refused by the name of the 
   auto attend = options(8);
   attend.empty_memory = EmptyMemory::bypass;
   CHECK(said(stream, attend.stream<bfloat16>(shape)) ==
-        "first is gate in the file, wanted bypass as in this stream");
+        "empty_memory is gate in the file, wanted bypass as in this stream");
   attend = options(8);
   attend.local.scale = 0.25;
   CHECK(said(stream, attend.stream<bfloat16>(shape)) ==

@@ -58,7 +58,7 @@ inline std::vector<std::int64_t> numbers_of(std::span<const Branch> branches) {
   return numbers;
 }
 
-/// Throws Error and names the first branch in which a file differs from the stream that loads it.
+/// Throws FileError and names the first branch in which a file differs from the stream that loads it.
 inline void check_numbers_of(std::span<const Branch> branches, std::span<const std::int64_t> in_file) {
   const std::vector<std::int64_t> wanted = numbers_of(branches);
   for (std::size_t n = 0; n < wanted.size(); ++n) {
@@ -79,8 +79,8 @@ Index dilated_cache<T, M, S, P>::payload_bytes(Index least, Index size) const {
   for (const detail::Strand& strand : strands_)
     claimed += static_cast<double>(rows_between(strand, least, size)) * static_cast<double>(of_row);
   if (claimed * static_cast<double>(batch) > 1e18) {
-    detail::refuse(detail::dilated_state.load, "the number of tokens", std::to_string(size),
-                   "one whose rows fit into memory");
+    detail::refuse<FileError>(detail::dilated_state.load, "the number of tokens", std::to_string(size),
+                              "one whose rows fit into memory");
   }
   Index bytes = 0;
   for (const detail::Strand& strand : strands_) bytes += rows_between(strand, least, size) * of_row;
@@ -113,13 +113,15 @@ void dilated_cache<T, M, S, P>::load(std::istream& from) {
   const Index rollback = found[fields.size()], least = found[fields.size() + 1],
               size = found[fields.size() + 2];
   if (rollback < options_.rollback) {
-    detail::refuse(name, "rollback", std::to_string(rollback) + " in the file",
-                   "at least " + std::to_string(options_.rollback) + " as in this stream");
+    detail::refuse<FileError>(name, "rollback", std::to_string(rollback) + " in the file",
+                              "at least " + std::to_string(options_.rollback) + " as in this stream");
   }
   if (size < 0 || size > most)
-    detail::refuse(name, "the number of tokens", std::to_string(size), "0.." + std::to_string(most));
+    detail::refuse<FileError>(name, "the number of tokens", std::to_string(size),
+                              "0.." + std::to_string(most));
   if (least < 0 || least > size)
-    detail::refuse(name, "the least number of tokens", std::to_string(least), "0.." + std::to_string(size));
+    detail::refuse<FileError>(name, "the least number of tokens", std::to_string(least),
+                              "0.." + std::to_string(size));
   detail::check_numbers_of(attend_.branches,
                            reader.template array<std::int64_t>(2 * std::ssize(attend_.branches)));
   reader.expect_payload(payload_bytes(least, size));

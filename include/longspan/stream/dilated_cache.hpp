@@ -77,13 +77,13 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         mask_(detail::causal_mask(attend_.mask)),
         shape_(shape),
         options_(options) {
-    detail::check_branches(function, attend_.branches);
-    detail::check_stream_shape(function, shape_);
-    detail::check_stream_parts(function, attend_, shape);
+    detail::check_branches(class_name, attend_.branches);
+    detail::check_stream_shape(class_name, shape_);
+    detail::check_stream_parts(class_name, attend_, shape);
     if (options.rollback < 0)
-      detail::refuse(function, "rollback", std::to_string(options.rollback), "at least 0 tokens");
+      detail::refuse(class_name, "rollback", std::to_string(options.rollback), "at least 0 tokens");
     if (attend_.first_query != queries_end_at_keys) {
-      detail::refuse(function, "first_query", std::to_string(attend_.first_query),
+      detail::refuse(class_name, "first_query", std::to_string(attend_.first_query),
                      "unset: queries are at the positions after the tokens before");
     }
     const Index group = shape.kv_heads == 0 ? 1 : shape.heads / shape.kv_heads;
@@ -156,7 +156,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   /// Writes the rows, those for a step back as well. A stream of the same functor, shape and T, and of no
   /// larger rollback, can load them.
   void save(std::ostream& to) const;
-  /// Takes over what `save` wrote. Throws Error, and changes nothing, if the file is damaged, or names the
+  /// Takes over what `save` wrote. Throws FileError, and changes nothing, if the file is damaged, or names the
   /// first option in which the stream that wrote it was another.
   void load(std::istream& from);
 
@@ -165,7 +165,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   using Rows = detail::StrandRows<Key, T>;
   using Causal = detail::CausalMask<M>;
   static constexpr bool encodes = !std::is_same_v<P, no_position>, is_scaled = std::is_same_v<T, std::int8_t>;
-  static constexpr std::string_view function = "dilated_cache";
+  static constexpr std::string_view class_name = "dilated_cache", function = "dilated_cache::extend";
 
   Index row_bytes() const {
     return shape_.head_dim * static_cast<Index>(sizeof(Key)) +

@@ -221,8 +221,9 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     const Index wanted = evicted * (options_.block_size - 1);
     for (Index b = 0; b < shape().batch; ++b) {
       if (memory.size(b) != wanted || memory.open_rows(b) != 0) {
-        detail::refuse(state.load, "the number of tokens in the memory", std::to_string(memory.size(b)),
-                       std::to_string(wanted) + " for the blocks that have been evicted");
+        detail::refuse<FileError>(state.load, "the number of tokens in the memory",
+                                  std::to_string(memory.size(b)),
+                                  std::to_string(wanted) + " for the blocks that have been evicted");
       }
     }
     return memory;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -28,9 +29,10 @@ void infini_memory<T, Local, F>::peek(const Q& q, const K& k, const V& v, Out&& 
     infini_memory copy = *this;
     return copy.extend(q, k, v, out, execution);
   }
-  const auto call = detail::checked_problem(function, view(q), view(k), view(v), view(out),
+  constexpr std::string_view function_name = "infini_memory::peek";
+  const auto call = detail::checked_problem(function_name, view(q), view(k), view(v), view(out),
                                             detail::no_rows<detail::LseOf<Q>>());
-  detail::check_stream_call(function, call, shape_);
+  detail::check_stream_call(function_name, call, shape_);
   make_room(call.q_len());
   detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
     check_local(call, executor, workspace);

@@ -79,20 +79,20 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
   infini_memory(infini_attention<Local, F> attend, const StreamShape& shape,
                 const infini_memory_options& options = {})
       : attend_(std::move(attend)), shape_(shape), options_(options), open_(shape) {
-    detail::check_stream_shape(function, shape);
-    attend_.check(function, shape.batch, shape.heads, shape.head_dim, shape.value_dim);
+    detail::check_stream_shape(class_name, shape);
+    attend_.check(class_name, shape.batch, shape.heads, shape.head_dim, shape.value_dim);
     attend_.check_segment(shape);
     if (!attend_.lengths.empty())
-      detail::refuse(function, "lengths", "given", "none: a stream has no padding");
+      detail::refuse(class_name, "lengths", "given", "none: a stream has no padding");
     if (options.rollback < 0)
-      detail::refuse(function, "rollback", std::to_string(options.rollback), "at least 0 tokens");
+      detail::refuse(class_name, "rollback", std::to_string(options.rollback), "at least 0 tokens");
     if (!detail::LocalHidesLaterKeys<Local>::holds(attend_.local)) {
-      detail::refuse(function, "the mask of the local attention", "one that shows later keys",
+      detail::refuse(class_name, "the mask of the local attention", "one that shows later keys",
                      "causal{}, causal{} & another, or window{.right = 0}: those keys have not come yet");
     }
     if constexpr (requires { attend_.local.landmarks.fit_any_length(); }) {
       if (!attend_.local.landmarks.fit_any_length()) {
-        detail::refuse(function, "landmarks of the local attention", "a list of landmarks",
+        detail::refuse(class_name, "landmarks of the local attention", "a list of landmarks",
                        "every: an open segment ends before some of the list");
       }
     }
@@ -185,13 +185,13 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
 
   /// Writes the state. A stream of the same functor, shape and T, and of no larger rollback, can load it.
   void save(std::ostream& to) const;
-  /// Takes over what `save` wrote. Throws Error, and changes nothing, if the file is damaged, holds a norm that
+  /// Takes over what `save` wrote. Throws FileError, and changes nothing, if the file is damaged, holds a norm that
   /// is negative or not finite, or names the first option in which the stream that wrote it was another.
   void load(std::istream& from);
 
  private:
   friend detail::StreamCalls<infini_memory, false>;
-  static constexpr std::string_view function = "infini_memory";
+  static constexpr std::string_view class_name = "infini_memory", function = "infini_memory::extend";
 
   static std::size_t at(Index b) noexcept { return static_cast<std::size_t>(b); }
 

@@ -160,7 +160,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
 
   /// Writes the rows; a stream of the same shape, T, page, positions and scale can load them.
   void save(std::ostream& to) const;
-  /// Takes over what `save` wrote; as many tokens can be taken back as the file has the rows for. Throws Error,
+  /// Takes over what `save` wrote; as many tokens can be taken back as the file has the rows for. Throws FileError,
   /// and changes nothing, where the file is damaged or belongs to another kind of stream.
   void load(std::istream& from);
 

@@ -79,9 +79,9 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Error     that of landmark_attention over the rows as they are kept; int8 rounds each element of a sealed
 ///           row by 1 / 254 of the largest of the row.
 /// Bits      do not depend on the executor, nor on how many threads it has.
-/// Throws    Error when shapes or options disagree, or the disk has no space for what a call writes, before
-///           anything changes; and where a file is damaged, not one of this cache, or in use. A call that
-///           throws, for want of memory too, leaves the cache as it was; with split_at_blocks, with the
+/// Throws    Error when shapes or options disagree; FileError if the disk has no space for what a call writes, or
+///           the file is damaged, of another cache, or in use; each before anything changes. A call that
+///           throws, std::bad_alloc too, leaves the cache as it was; with split_at_blocks, with the
 ///           pieces before the one that failed. Outputs may have been written.
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), sections 3.2 and 3.2.1.
 template <StoredElement T = float, Position P = no_position, PositionMap Map = stingy_positions,
@@ -302,7 +302,8 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     masses_.clear();
   }
   void refuse_with_file(const char* name) const {
-    if (store_.has_file()) detail::refuse(name, "the store of blocks", "a file", "memory");
+    if (store_.has_file())
+      detail::fail(name, "the blocks of this cache are in a file, and only blocks in memory can be replaced");
   }
 
   template <class Call, class E>
@@ -338,8 +339,9 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
 
   void check_block(const char* name, Index b, Index n) const {
     if (b < 0 || b >= shape_.batch || n < 0 || n >= blocks())
-      detail::refuse(name, "block n of batch row b", std::to_string(n) + " of " + std::to_string(b),
-                     "one of " + std::to_string(blocks()) + " of " + std::to_string(shape_.batch));
+      detail::fail(name, "block " + std::to_string(n) + " of batch row " + std::to_string(b) +
+                             " does not exist: there are " + std::to_string(blocks()) + " blocks and " +
+                             std::to_string(shape_.batch) + " batch rows");
   }
 
   TensorView<const T> block_rows(Index b, Index n, bool of_keys) const {
