@@ -281,7 +281,7 @@ TEST_CASE("infini_memory: recall is the gate alone", "[stream][infini]") {
   Call<float> call(shape, Values::normal, random);
   const std::vector<float> beta{0.5f, -1, 2, 0};
   infini_attention attend = options(16);
-  attend.beta = {beta.data(), 4, 1, 1};
+  attend.beta = longspan::per_head_gate(beta);
   auto stream = attend.stream(stream_shape(shape));
   extend(stream, call, 0, 80);  // five segments: none is open
 
@@ -439,7 +439,7 @@ TEST_CASE("infini_memory: a norm below the least one counts as it", "[stream][in
   Tensor<float> x(1, 1, 4, 8, -30.0f), ones(1, 1, 4, 6, 1.0f), out(1, 1, 4, 6, 0.0f);
   infini_attention attend = options(4);
   const float beta = 100;
-  attend.beta = {&beta, 1, 1, 1};
+  attend.beta = longspan::scalar_gate(beta);
   auto stream = attend.stream({1, 1, 1, 8, 6});
   stream.append(0, x.view(), ones.view());
   stream.recall(x.view(), out.view());

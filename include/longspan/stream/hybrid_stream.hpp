@@ -21,6 +21,7 @@
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
+#include "longspan/gates.hpp"
 #include "longspan/infini_attention.hpp"
 #include "longspan/infini_options.hpp"
 #include "longspan/stream/infini_memory.hpp"
@@ -40,7 +41,7 @@ struct hybrid_options {
   Index rollback = 16;         ///< as in landmark_cache_options; costs a copy of the memory after an eviction
   /// Multiplies q.k; 1 / sqrt(head_dim) unless set. The memory's features are of q and k as they come.
   std::optional<double> scale{};
-  MatrixView<const float> beta{};        ///< of the memory's gate: [1 or heads][1 or value_dim]; 0 unless set
+  MatrixView<const float> beta{};        ///< of the memory's gate, as in infini_attention; 0 unless set
   InfiniRule rule = InfiniRule::linear;  ///< how blocks are written to the memory
   EmptyMemory empty_memory = EmptyMemory::bypass;  ///< before anything is: the window and retrieval alone
 };
