@@ -275,6 +275,40 @@ TEST_CASE("infini_memory: appended rows leave the state of rows whose outputs no
   }
 }
 
+TEST_CASE("infini_memory: reorder takes the length of a row, its memory and what can be taken back along",
+          "[stream][infini]") {
+  Random random(12);
+  const Shape shape{2, 4, 2, 90, 90, 12, 9};
+  Call<float> call(shape, Values::normal, random);
+  infini_attention<> attend = options(16, InfiniRule::delta);
+  auto stream = attend.stream(stream_shape(shape), {.rollback = 20});
+  const auto append = [&](auto& to, Index b, Index of, Index first, Index count) {
+    const auto row = [&](auto& x) {
+      auto part = std::as_const(x).view().slice_rows(first, count);
+      part.data = part.row(of, 0, 0);
+      part.batch = 1;
+      return part;
+    };
+    to.append(b, row(call.k), row(call.v));
+  };
+  append(stream, 0, 0, 0, 70);
+  append(stream, 1, 1, 0, 37);
+  stream.reorder(std::vector<Index>{1, 0});
+  CHECK(stream.size(0) == 37);
+  CHECK(stream.size(1) == 70);
+  CHECK(stream.open_rows(0) == 5);
+  auto wanted = attend.stream(stream_shape(shape), {.rollback = 20});
+  append(wanted, 0, 1, 0, 37);
+  append(wanted, 1, 0, 0, 70);
+  CHECK(saved(stream) == saved(wanted));
+  append(stream, 0, 1, 37, 28);
+  append(wanted, 0, 1, 37, 28);
+  REQUIRE(stream.can_truncate(60));
+  stream.truncate(60);
+  wanted.truncate(60);
+  CHECK(saved(stream) == saved(wanted));
+}
+
 TEST_CASE("infini_memory: recall is the gate alone", "[stream][infini]") {
   Random random(22);
   const Shape shape{2, 4, 2, 80, 80, 12, 9};

@@ -1,6 +1,7 @@
-// The state of a dilated_cache, written and read.
+// What a dilated_cache appends without queries and reorders, and its state, written and read.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <istream>
@@ -13,15 +14,19 @@
 #include <utility>
 #include <vector>
 
+#include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/storage/state_fields.hpp"
 #include "longspan/detail/storage/state_file.hpp"
 #include "longspan/dilation.hpp"
+#include "longspan/eigen.hpp"
 #include "longspan/error.hpp"
+#include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/options.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
 #include "longspan/stream/dilated_cache.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -85,6 +90,33 @@ Index dilated_cache<T, M, S, P>::payload_bytes(Index least, Index size) const {
   Index bytes = 0;
   for (const detail::Strand& strand : strands_) bytes += rows_between(strand, least, size) * of_row;
   return 2 * std::ssize(attend_.branches) * static_cast<Index>(sizeof(std::int64_t)) + bytes * batch;
+}
+
+template <StoredElement T, Mask M, Score S, Position P>
+template <TensorLike K, TensorLike V, ExecutionLike E>
+void dilated_cache<T, M, S, P>::append(const K& k, const V& v, E&& execution) {
+  const auto keys = view(k);
+  const auto values = view(v);
+  detail::check_tokens("dilated_cache::append", keys, values, shape_.batch, shape_);
+  const Index most = tokens_at_once();
+  detail::with_executor(execution, [&](const auto& executor) {
+    for (Index first = 0; first < keys.rows; first += most) {
+      const Index count = (std::min)(most, keys.rows - first);
+      keep(keys.slice_rows(first, count), values.slice_rows(first, count), executor);
+      count_rows(size_ + count);
+    }
+  });
+}
+
+template <StoredElement T, Mask M, Score S, Position P>
+void dilated_cache<T, M, S, P>::reorder(std::span<const Index> rows) {
+  detail::check_reorder("dilated_cache::reorder", rows, shape_.batch);
+  const auto strands = std::ssize(strands_);
+  std::vector<Rows> reordered;
+  reordered.reserve(rows_.size());
+  for (const Index row : rows)
+    reordered.insert(reordered.end(), rows_.begin() + row * strands, rows_.begin() + (row + 1) * strands);
+  rows_ = std::move(reordered);
 }
 
 template <StoredElement T, Mask M, Score S, Position P>

@@ -129,6 +129,13 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
 
   void clear() noexcept { size_ = least_ = 0; }
 
+  /// Appends tokens whose queries are not needed.
+  template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
+  void append(const K& k, const V& v, E&& execution = E{});
+
+  /// Batch row b becomes what row rows[b] was: the step of a beam search. Changes nothing if it throws.
+  void reorder(std::span<const Index> rows);
+
   /// Can the stream become the one that has had its first `tokens` tokens only? The last `rollback` tokens
   /// before its largest size can always be taken back, and more where no segment has closed since.
   bool can_truncate(Index tokens) const noexcept {
@@ -217,22 +224,33 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
 
   template <class Call, class E>
   void take_in(const Call& call, const E& executor, Workspace& workspace) {
-    const Index end = size_ + call.q_len(), strands = static_cast<Index>(strands_.size());
-    make_room(end);
+    const Index end = size_ + call.q_len();
+    keep(call.k, call.v, executor);
+    // Without values there is an lse still.
+    if (call.q_len() > 0 && shape_.batch > 0 && shape_.heads > 0) attend(call, end, executor, workspace);
+    count_rows(end);
+  }
+
+  /// Copies rows after those of all strands, without counting them.
+  template <class Tk, class Tv, class E>
+  void keep(TensorView<Tk> k, TensorView<Tv> v, const E& executor) {
+    const Index strands = static_cast<Index>(strands_.size());
+    make_room(size_ + k.rows);
     const auto copy = [&](Index n, Index worker) {
-      append(n / strands, strands_[static_cast<std::size_t>(n % strands)], call,
-             rows_[static_cast<std::size_t>(n)],
-             encodes ? key_rows_.data() + worker * shape_.head_dim : nullptr);
+      copy_rows(n / strands, strands_[static_cast<std::size_t>(n % strands)], k, v,
+                rows_[static_cast<std::size_t>(n)],
+                encodes ? key_rows_.data() + worker * shape_.head_dim : nullptr);
     };
     detail::run_where_it_pays(
-        static_cast<double>(call.q_len() * shape_.batch * strands * row_bytes()), 1e5, executor,
+        static_cast<double>(k.rows * shape_.batch * strands * row_bytes()), 1e5, executor,
         [&](const auto& where) {
           if constexpr (encodes)
             key_rows_.resize(static_cast<std::size_t>(where.workers() * shape_.head_dim));
           where.for_each(shape_.batch * strands, copy);
         });
-    // Without values there is an lse still.
-    if (call.q_len() > 0 && shape_.batch > 0 && shape_.heads > 0) attend(call, end, executor, workspace);
+  }
+  /// Counts the rows up to token `end`, and drops those that no later token sees.
+  void count_rows(Index end) {
     const Index least = (std::max)(least_, end - options_.rollback);
     for (std::size_t n = 0; n < rows_.size(); ++n)
       drop_before(least, strands_[n % strands_.size()], end, rows_[n]);
@@ -257,11 +275,12 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     }
   }
 
-  /// Copies the rows of the call that a strand keeps after those it has.
-  template <class Call>
-  void append(Index b, const detail::Strand& strand, const Call& call, Rows& rows, Real* encoded) const {
+  /// Copies the rows that a strand keeps after those it has.
+  template <class Tk, class Tv>
+  void copy_rows(Index b, const detail::Strand& strand, TensorView<Tk> k, TensorView<Tv> v, Rows& rows,
+                 Real* encoded) const {
     const Branch& branch = attend_.branches[strand.branch];
-    const Index end = size_ + call.q_len();
+    const Index end = size_ + k.rows;
     Index row = rows_between(strand, least_, size_);
     for (Index begin = size_ / branch.segment * branch.segment; begin < end;) {
       const Index past = std::max<Index>(0, size_ - begin);
@@ -269,7 +288,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
       Index t = kept_rows(past, strand.offset, branch.dilation);
       for (const Index last = kept_rows(length, strand.offset, branch.dilation); t < last; ++t, ++row) {
         const Index n = begin + strand.offset + t * branch.dilation, i = n - size_;
-        const auto* key = call.k.row(b, strand.kv_head, i);
+        const auto* key = k.row(b, strand.kv_head, i);
         if constexpr (encodes) {
           detail::store_row(key, shape_.head_dim, encoded);
           attend_.position.encode(MatrixView<Real>{encoded, 1, shape_.head_dim, shape_.head_dim}, n,
@@ -278,7 +297,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         } else {
           store(key, shape_.head_dim, rows.k, rows.k_scale, row);
         }
-        store(call.v.row(b, strand.kv_head, i), shape_.value_dim, rows.v, rows.v_scale, row);
+        store(v.row(b, strand.kv_head, i), shape_.value_dim, rows.v, rows.v_scale, row);
       }
       begin += length;
     }

@@ -8,6 +8,7 @@
 #include <istream>
 #include <limits>
 #include <ostream>
+#include <span>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -170,9 +171,15 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E = openmp>
   void peek(const Q& q, const K& k, const V& v, Out&& out, E&& execution = E{});
 
-  /// Appends rows k and v [1, kv_heads, n, ..] to batch row b without queries.
+  /// Appends tokens whose queries are not needed: k and v [batch, kv_heads, n, ..], or [1, kv_heads, n, ..] to
+  /// batch row b alone.
+  template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
+  void append(const K& k, const V& v, E&& execution = E{});
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(Index b, const K& k, const V& v, E&& execution = E{});
+
+  /// Batch row b becomes what row rows[b] was: the step of a beam search. Changes nothing if it throws.
+  void reorder(std::span<const Index> rows);
 
   /// out = g * what the memory gives for q + (1 - g) * out: for a local part that comes from elsewhere. The
   /// open segment is not seen. Where nothing has been written, `empty_memory` says what happens.
@@ -243,6 +250,9 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
 
   template <class Call, class E>
   void take_in(const Call& call, Index b, Index rows, const E& executor, Workspace& workspace);
+  template <class Tk, class Tv, class E>
+  void append_rows(TensorView<Tk> k, TensorView<Tv> v, Index b, Index rows, const E& executor,
+                   Workspace& workspace);
 
   /// Copies rows that fit into the open segment after those that it has, without counting them, and writes the
   /// outputs of their queries.
@@ -356,6 +366,9 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
 
   Index payload_bytes(Index options_of_local, bool has_base, const std::vector<std::int64_t>& stored,
                       const std::vector<std::int64_t>& closed) const;
+  /// Becomes what another stream of the same functor, shape and rollback is. The functor stays, since one that
+  /// holds a lambda cannot be assigned.
+  void take_state(infini_memory&& other) noexcept;
   /// Drops what a rollback of 0 does not keep.
   void keep_no_closed();
 

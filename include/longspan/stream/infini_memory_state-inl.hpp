@@ -246,15 +246,36 @@ void infini_memory<T, Local, F>::load(std::istream& from) {
     }
   }
   if (options_.rollback == 0) loaded.keep_no_closed();
-  // The functor stays: one that holds a lambda cannot be assigned.
-  m_ = std::move(loaded.m_);
-  z_ = std::move(loaded.z_);
-  base_m_ = std::move(loaded.base_m_);
-  base_z_ = std::move(loaded.base_z_);
-  open_ = std::move(loaded.open_);
-  filled_ = std::move(loaded.filled_);
-  written_ = std::move(loaded.written_);
-  closed_ = std::move(loaded.closed_);
+  take_state(std::move(loaded));
+}
+
+template <Element T, class Local, FeatureMap F>
+void infini_memory<T, Local, F>::take_state(infini_memory&& other) noexcept {
+  m_ = std::move(other.m_);
+  z_ = std::move(other.z_);
+  base_m_ = std::move(other.base_m_);
+  base_z_ = std::move(other.base_z_);
+  open_ = std::move(other.open_);
+  filled_ = std::move(other.filled_);
+  written_ = std::move(other.written_);
+  closed_ = std::move(other.closed_);
+}
+
+template <Element T, class Local, FeatureMap F>
+void infini_memory<T, Local, F>::reorder(std::span<const Index> rows) {
+  detail::check_reorder("infini_memory::reorder", rows, shape_.batch);
+  infini_memory next = *this;
+  for (Index b = 0; b < shape_.batch; ++b) {
+    const Index from = rows[at(b)];
+    next.view_of(b, 1).copy(view_of(from, 1));
+    if (options_.rollback > 0)
+      next.view_of(next.base_m_, next.base_z_, b, 1).copy(view_of(base_m_, base_z_, from, 1));
+    next.open_.write(open_.keys(from, 1, 0, stored(from)), open_.values(from, 1, 0, stored(from)), b, 1, 0);
+    next.filled_[at(b)] = filled_[at(from)];
+    next.written_[at(b)] = written_[at(from)];
+    next.closed_[at(b)] = closed_[at(from)];
+  }
+  take_state(std::move(next));
 }
 
 template <Element T, class Local, FeatureMap F>

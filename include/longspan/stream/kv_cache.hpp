@@ -134,13 +134,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
 
   /// Batch row b becomes what row rows[b] was: the step of a beam search. Rows share pages.
   void reorder(std::span<const Index> rows) {
-    constexpr std::string_view name = "kv_cache::reorder";
-    if (static_cast<Index>(rows.size()) != shape_.batch)
-      detail::refuse(name, "the number of rows", std::to_string(rows.size()), std::to_string(shape_.batch));
-    for (const Index row : rows) {
-      if (row < 0 || row >= shape_.batch)
-        detail::refuse(name, "a row", std::to_string(row), "0 to " + std::to_string(shape_.batch - 1));
-    }
+    detail::check_reorder("kv_cache::reorder", rows, shape_.batch);
     pages_.reorder(rows);
   }
 
