@@ -16,7 +16,7 @@ struct Source {
   std::function<Inputs<float>(Index length)> first;
 };
 
-/// Throws UsageError, or longspan::Error for a file that is no tensor.
+/// Throws UsageError, or longspan::FileError for a file that is no tensor.
 Source open_source(const Options& options);
 
 }  // namespace bench

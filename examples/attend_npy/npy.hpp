@@ -69,7 +69,7 @@ constexpr std::size_t most_dimensions = 32;
 constexpr std::string_view magic = "\x93NUMPY";
 
 [[noreturn]] inline void refuse(const std::string& path, const std::string& why) {
-  throw longspan::Error(path + ": " + why);
+  throw longspan::FileError(path + ": " + why);
 }
 
 /// Text of a file, safe to show on a terminal.
@@ -281,7 +281,7 @@ std::vector<T> read_values(InputFile& file, const std::string& path, const std::
 
 }  // namespace detail
 
-/// Throws longspan::Error, the text of which starts with the path, unless the file holds an array of float32
+/// Throws longspan::FileError, the text of which starts with the path, unless the file holds an array of float32
 /// or float64 in C order and nothing else.
 inline Array read(const std::string& path) {
   detail::InputFile file(path);

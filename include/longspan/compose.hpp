@@ -93,7 +93,7 @@ merged(Parts...) -> merged<Parts...>;
 ///   gated attend{MatrixView<const float>{beta.data(), heads, 1, 1}, memory, local};
 ///   attend(q, k, v, out, execution);  // execution may be left out; there is no lse
 ///
-/// Shapes    those of a and b; beta as for `gate`: 1 or heads rows, 1 or value_dim columns. No beta is a 0
+/// Shapes    those of a and b; beta as for `gate` (see gates.hpp): 1 or heads rows, 1 or value_dim columns. No beta is a 0
 /// Aliasing  out overlaps no input
 /// Cost      that of a and b, and one pass. Scratch: an output, two where out is not in the arithmetic's type
 /// Error     that of `gate`. A side whose gate is 0 has no effect, even if it gives NaN

@@ -1,4 +1,4 @@
-// The one exception of the library, and how its text is made.
+// The two exceptions of the library, and how their texts are made.
 #pragma once
 
 #include <cstdio>
@@ -15,13 +15,22 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// A shape, an option or a file that cannot be accepted. The text names function, argument, got and wanted.
-/// Thrown before anything is written. Values of tensors are never an error. One type in all translation units,
-/// whatever their flags: what one throws another catches.
+/// A shape, an option or another argument that cannot be accepted. The text names function, argument, got and
+/// wanted. Thrown before anything is written. Values of tensors are never an error. Error and FileError are each
+/// one type in all translation units, whatever their flags: what one throws another catches.
 class Error : public std::invalid_argument {
  public:
   LONGSPAN_INLINE explicit Error(const std::string& text) : std::invalid_argument(text) {}
   LONGSPAN_INLINE explicit Error(const char* text) : std::invalid_argument(text) {}
+};
+
+/// A file, or a C++ stream of bytes, that cannot be used although the arguments are right: it cannot be opened,
+/// is in use, is damaged, holds the state of a stream with other options, or its disk is full. The text names
+/// function and file, and the system's reason if there is one.
+class FileError : public std::runtime_error {
+ public:
+  LONGSPAN_INLINE explicit FileError(const std::string& text) : std::runtime_error(text) {}
+  LONGSPAN_INLINE explicit FileError(const char* text) : std::runtime_error(text) {}
 };
 
 LONGSPAN_VOCABULARY_END
@@ -29,11 +38,12 @@ LONGSPAN_VOCABULARY_END
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Throws Error. Compiled with -fno-exceptions it calls LONGSPAN_ERROR_HANDLER(text) if the including program
-/// defines that macro (it must not return), and else prints the text and aborts.
-[[noreturn]] inline void raise(const std::string& text) {
+/// Throws E. Compiled with -fno-exceptions it calls LONGSPAN_ERROR_HANDLER(text) if the including program
+/// defines that macro (it must not return), and otherwise prints the text and aborts.
+template <class E = Error>
+[[noreturn]] void raise(const std::string& text) {
 #if defined(__cpp_exceptions)
-  throw Error(text);
+  throw E(text);
 #elif defined(LONGSPAN_ERROR_HANDLER)
   LONGSPAN_ERROR_HANDLER(text.c_str());
 #else
@@ -42,11 +52,18 @@ namespace detail {
 #endif
 }
 
-[[noreturn]] inline void refuse(std::string_view function, std::string_view argument, std::string_view got,
-                                std::string_view wanted) {
+template <class E = Error>
+[[noreturn]] void refuse(std::string_view function, std::string_view argument, std::string_view got,
+                         std::string_view wanted) {
   std::string text = "longspan: ";
   text.append(function).append(": ").append(argument).append(" is ").append(got);
-  raise(text.append(", wanted ").append(wanted));
+  raise<E>(text.append(", wanted ").append(wanted));
+}
+
+/// Throws E with a sentence of its own.
+template <class E = Error>
+[[noreturn]] void fail(std::string_view function, std::string_view sentence) {
+  raise<E>(std::string("longspan: ").append(function).append(": ").append(sentence));
 }
 
 /// A number in at most six digits: 0, -1.5, nan.

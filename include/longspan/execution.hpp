@@ -78,7 +78,9 @@ class Workspace {
     return memory_.get();
   }
 
-  std::size_t bytes() const noexcept { return size_ + (inner_ == nullptr ? 0 : inner_->bytes()); }
+  Index bytes() const noexcept {
+    return static_cast<Index>(size_) + (inner_ == nullptr ? 0 : inner_->bytes());
+  }
 
   /// A workspace beside this one, for a functor that calls another while it uses its own.
   Workspace& inner() {

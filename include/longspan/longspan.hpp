@@ -12,6 +12,7 @@
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/functor.hpp"
+#include "longspan/gates.hpp"
 #include "longspan/infini_attention.hpp"
 #include "longspan/infini_options.hpp"
 #include "longspan/key_ranges.hpp"

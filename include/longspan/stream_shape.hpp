@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -104,6 +105,16 @@ void check_tokens(std::string_view function, const K& k, const V& v, Index batch
   };
   wanted(k, "k", shape.head_dim);
   wanted(v, "v", shape.value_dim);
+}
+
+/// Refuses a `reorder` that does not name a batch row of the stream for each of its batch rows.
+inline void check_reorder(std::string_view function, std::span<const Index> rows, Index batch) {
+  if (static_cast<Index>(rows.size()) != batch)
+    refuse(function, "the number of rows", std::to_string(rows.size()), std::to_string(batch));
+  for (const Index row : rows) {
+    if (row < 0 || row >= batch)
+      refuse(function, "a row", std::to_string(row), "0 to " + std::to_string(batch - 1));
+  }
 }
 
 /// Rows [first, first + count) of a call, lse as well.

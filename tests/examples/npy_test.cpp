@@ -32,7 +32,7 @@ std::string refusal(const TemporaryFolder& folder, const std::string& bytes) {
   try {
     npy::read(folder.file("x.npy"));
     return "";
-  } catch (const longspan::Error& error) {
+  } catch (const longspan::FileError& error) {
     const std::string text = error.what(), start = folder.file("x.npy") + ": ";
     REQUIRE(text.substr(0, start.size()) == start);
     return text.substr(start.size());
@@ -227,7 +227,7 @@ TEST_CASE("npy: what is no regular file is refused without waiting for it", "[np
   const auto reason = [&](const std::string& path) -> std::string {
     try {
       npy::read(path);
-    } catch (const longspan::Error& error) {
+    } catch (const longspan::FileError& error) {
       return error.what();
     }
     return "";
@@ -268,7 +268,7 @@ TEST_CASE("npy: a flipped bit of the header is refused or leaves a whole array",
     try {
       check_consistent(npy::read(folder.file("x.npy")));
       ++read;
-    } catch (const longspan::Error&) {
+    } catch (const longspan::FileError&) {
       ++refused;
     }
   }
@@ -296,7 +296,7 @@ TEST_CASE("npy: files damaged at random are refused or leave a whole array", "[n
     folder.write("x.npy", damaged);
     try {
       check_consistent(npy::read(folder.file("x.npy")));
-    } catch (const longspan::Error&) {
+    } catch (const longspan::FileError&) {
       ++refused;
     }
   }

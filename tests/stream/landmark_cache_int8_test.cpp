@@ -238,7 +238,7 @@ TEST_CASE("landmark_cache: a sealed block decodes to the rows that are kept", "[
   }
   CHECK(refusal([&] {
           cache.decode_block(1, 99, keys.view(), values.view());
-        }).starts_with("longspan: landmark_cache::decode_block: block n of batch row b is 99 of 1"));
+        }).starts_with("longspan: landmark_cache::decode_block: block 99 of batch row 1 does not exist"));
   CHECK(refusal([&] {
           cache.decode_block(0, 0, values.view(), values.view());
         }).starts_with("longspan: landmark_cache::decode_block: k is"));

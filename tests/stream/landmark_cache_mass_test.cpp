@@ -148,7 +148,7 @@ TEMPLATE_TEST_CASE("landmark_cache: 16-bit blocks of values that need no more ch
   CHECK(loaded.blocks() == narrow.blocks());
   file.clear();
   file.seekg(0);
-  CHECK(refusal([&] { wide.load(file); }).find("in the file, wanted float") != std::string::npos);
+  CHECK(file_refusal([&] { wide.load(file); }).find("in the file, wanted float") != std::string::npos);
 }
 
 TEMPLATE_TEST_CASE("landmark_cache: 16-bit blocks with positions are rounded once more", "[stream][types]",

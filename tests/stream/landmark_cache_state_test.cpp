@@ -72,7 +72,7 @@ TEST_CASE("landmark_cache: a state says all that shaped its rows or decides how 
     change(changed);
     return Cache(shape, changed, turned);
   };
-  differs(with([](Options& o) { o.block_size = 5; }), "block is 4 in the file, wanted 5");
+  differs(with([](Options& o) { o.block_size = 5; }), "block_size is 4 in the file, wanted 5");
   differs(with([](Options& o) { o.top_k = 1; }), "top_k is 2 in the file, wanted 1");
   differs(with([](Options& o) { o.select = LandmarkSelect::per_kv_group; }),
           "select is per_token_and_head in the file, wanted per_kv_group");
@@ -184,7 +184,7 @@ TEST_CASE("hybrid_stream: a state says its options, and holds a memory of the bl
   differs([](hybrid_options& o) { o.window_blocks = 2; }, "window_blocks is 1 in the file, wanted 2");
   differs([](hybrid_options& o) { o.scale = 2; }, "scale is 0.5 in the file, wanted 2");
   differs([](hybrid_options& o) { o.empty_memory = EmptyMemory::gate; },
-          "hybrid_stream::load: first is bypass in the file, wanted gate as in this stream");
+          "hybrid_stream::load: empty_memory is bypass in the file, wanted gate as in this stream");
 
   // The memory from before the evictions that can be undone comes first, and this is the one of now.
   const auto part = [](const auto& x) { return saved(x); };

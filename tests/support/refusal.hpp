@@ -21,11 +21,22 @@ std::string refusal(const Call& call) {
   return {};
 }
 
+/// The text of the FileError that `call` throws; empty if it throws none.
+template <class Call>
+std::string file_refusal(const Call& call) {
+  try {
+    call();
+  } catch (const longspan::FileError& error) {
+    return error.what();
+  }
+  return {};
+}
+
 /// What a stream says of a saved state that it does not take.
 template <class Stream>
 std::string refused(Stream& into, const std::string& state) {
   std::istringstream from(state);
-  return refusal([&] { into.load(from); });
+  return file_refusal([&] { into.load(from); });
 }
 
 /// Every `step`-th byte of a saved state changed: `loader` refuses each.

@@ -79,13 +79,13 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         mask_(detail::stream_mask(attend_.mask)),
         shape_(shape),
         options_(options) {
-    detail::check_branches(function, attend_.branches);
-    detail::check_stream_shape(function, shape_);
-    detail::check_stream_parts(function, attend_, shape);
+    detail::check_branches(class_name, attend_.branches);
+    detail::check_stream_shape(class_name, shape_);
+    detail::check_stream_parts(class_name, attend_, shape);
     if (options.rollback < 0)
-      detail::refuse(function, "rollback", std::to_string(options.rollback), "at least 0 tokens");
+      detail::refuse(class_name, "rollback", std::to_string(options.rollback), "at least 0 tokens");
     if (attend_.first_query != queries_end_at_keys) {
-      detail::refuse(function, "first_query", std::to_string(attend_.first_query),
+      detail::refuse(class_name, "first_query", std::to_string(attend_.first_query),
                      "unset: queries are at the positions after the tokens before");
     }
     if (!detail::hides_later_keys<Shown> && attend_.zero_pad_compat) {
@@ -135,6 +135,13 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
 
   void clear() noexcept { size_ = least_ = 0; }
 
+  /// Appends tokens whose queries are not needed.
+  template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
+  void append(const K& k, const V& v, E&& execution = E{});
+
+  /// Batch row b becomes what row rows[b] was: the step of a beam search. Changes nothing if it throws.
+  void reorder(std::span<const Index> rows);
+
   /// Can the stream become the one that has had its first `tokens` tokens only? The last `rollback` tokens
   /// before its largest size can always be taken back, and more where no segment has closed since.
   bool can_truncate(Index tokens) const noexcept {
@@ -162,7 +169,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   /// Writes the rows, those for a step back as well. A stream of the same functor, shape and T, and of no
   /// larger rollback, can load them.
   void save(std::ostream& to) const;
-  /// Takes over what `save` wrote. Throws Error, and changes nothing, if the file is damaged, or names the
+  /// Takes over what `save` wrote. Throws FileError, and changes nothing, if the file is damaged, or names the
   /// first option in which the stream that wrote it was another.
   void load(std::istream& from);
 
@@ -171,7 +178,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   using Rows = detail::StrandRows<Key, T>;
   using Shown = detail::StreamMask<M>;
   static constexpr bool encodes = !std::is_same_v<P, no_position>, is_scaled = std::is_same_v<T, std::int8_t>;
-  static constexpr std::string_view function = "dilated_cache";
+  static constexpr std::string_view class_name = "dilated_cache", function = "dilated_cache::extend";
 
   Index row_bytes() const {
     return shape_.head_dim * static_cast<Index>(sizeof(Key)) +
@@ -228,22 +235,33 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
 
   template <class Call, class E>
   void take_in(const Call& call, const E& executor, Workspace& workspace) {
-    const Index end = size_ + call.q_len(), strands = static_cast<Index>(strands_.size());
-    make_room(end);
+    const Index end = size_ + call.q_len();
+    keep(call.k, call.v, executor);
+    // Without values there is an lse still.
+    if (call.q_len() > 0 && shape_.batch > 0 && shape_.heads > 0) attend(call, end, executor, workspace);
+    count_rows(end);
+  }
+
+  /// Copies rows after those of all strands, without counting them.
+  template <class Tk, class Tv, class E>
+  void keep(TensorView<Tk> k, TensorView<Tv> v, const E& executor) {
+    const Index strands = static_cast<Index>(strands_.size());
+    make_room(size_ + k.rows);
     const auto copy = [&](Index n, Index worker) {
-      append(n / strands, strands_[static_cast<std::size_t>(n % strands)], call,
-             rows_[static_cast<std::size_t>(n)],
-             encodes ? key_rows_.data() + worker * shape_.head_dim : nullptr);
+      copy_rows(n / strands, strands_[static_cast<std::size_t>(n % strands)], k, v,
+                rows_[static_cast<std::size_t>(n)],
+                encodes ? key_rows_.data() + worker * shape_.head_dim : nullptr);
     };
     detail::run_where_it_pays(
-        static_cast<double>(call.q_len() * shape_.batch * strands * row_bytes()), 1e5, executor,
+        static_cast<double>(k.rows * shape_.batch * strands * row_bytes()), 1e5, executor,
         [&](const auto& where) {
           if constexpr (encodes)
             key_rows_.resize(static_cast<std::size_t>(where.workers() * shape_.head_dim));
           where.for_each(shape_.batch * strands, copy);
         });
-    // Without values there is an lse still.
-    if (call.q_len() > 0 && shape_.batch > 0 && shape_.heads > 0) attend(call, end, executor, workspace);
+  }
+  /// Counts the rows up to token `end`, and drops those that no later token sees.
+  void count_rows(Index end) {
     const Index least = (std::max)(least_, end - options_.rollback);
     for (std::size_t n = 0; n < rows_.size(); ++n)
       drop_before(least, strands_[n % strands_.size()], end, rows_[n]);
@@ -268,11 +286,12 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     }
   }
 
-  /// Copies the rows of the call that a strand keeps after those it has.
-  template <class Call>
-  void append(Index b, const detail::Strand& strand, const Call& call, Rows& rows, Real* encoded) const {
+  /// Copies the rows that a strand keeps after those it has.
+  template <class Tk, class Tv>
+  void copy_rows(Index b, const detail::Strand& strand, TensorView<Tk> k, TensorView<Tv> v, Rows& rows,
+                 Real* encoded) const {
     const Branch& branch = attend_.branches[strand.branch];
-    const Index end = size_ + call.q_len();
+    const Index end = size_ + k.rows;
     Index row = rows_between(strand, least_, size_);
     for (Index begin = size_ / branch.segment * branch.segment; begin < end;) {
       const Index past = std::max<Index>(0, size_ - begin);
@@ -280,7 +299,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
       Index t = kept_rows(past, strand.offset, branch.dilation);
       for (const Index last = kept_rows(length, strand.offset, branch.dilation); t < last; ++t, ++row) {
         const Index n = begin + strand.offset + t * branch.dilation, i = n - size_;
-        const auto* key = call.k.row(b, strand.kv_head, i);
+        const auto* key = k.row(b, strand.kv_head, i);
         if constexpr (encodes) {
           detail::store_row(key, shape_.head_dim, encoded);
           attend_.position.encode(MatrixView<Real>{encoded, 1, shape_.head_dim, shape_.head_dim}, n,
@@ -289,7 +308,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         } else {
           store(key, shape_.head_dim, rows.k, rows.k_scale, row);
         }
-        store(call.v.row(b, strand.kv_head, i), shape_.value_dim, rows.v, rows.v_scale, row);
+        store(v.row(b, strand.kv_head, i), shape_.value_dim, rows.v, rows.v_scale, row);
       }
       begin += length;
     }

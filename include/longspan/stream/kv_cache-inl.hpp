@@ -76,7 +76,8 @@ void kv_cache<T, M, S, P>::load(std::istream& from) {
   detail::StateReader reader(from, kind, found);
   detail::check_fields(kind.load, found, wanted);
   const Index size = found.back(), most = detail::KeyPages<T>::most_tokens(shape_);
-  if (size < 0 || size > most) refuse_size(kind.load, std::to_string(size), "0.." + std::to_string(most));
+  if (size < 0 || size > most)
+    reader.reject("the number of tokens", std::to_string(size), "0.." + std::to_string(most));
   detail::KeyPages<T> loaded(shape_, options_.page_size);
   loaded.load(reader, size);
   reader.finish();

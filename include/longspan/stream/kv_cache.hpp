@@ -134,13 +134,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
 
   /// Batch row b becomes what row rows[b] was: the step of a beam search. Rows share pages.
   void reorder(std::span<const Index> rows) {
-    constexpr std::string_view name = "kv_cache::reorder";
-    if (static_cast<Index>(rows.size()) != shape_.batch)
-      detail::refuse(name, "the number of rows", std::to_string(rows.size()), std::to_string(shape_.batch));
-    for (const Index row : rows) {
-      if (row < 0 || row >= shape_.batch)
-        detail::refuse(name, "a row", std::to_string(row), "0 to " + std::to_string(shape_.batch - 1));
-    }
+    detail::check_reorder("kv_cache::reorder", rows, shape_.batch);
     pages_.reorder(rows);
   }
 
@@ -160,7 +154,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
 
   /// Writes the rows; a stream of the same shape, T, page, positions and scale can load them.
   void save(std::ostream& to) const;
-  /// Takes over what `save` wrote; as many tokens can be taken back as the file has the rows for. Throws Error,
+  /// Takes over what `save` wrote; as many tokens can be taken back as the file has the rows for. Throws FileError,
   /// and changes nothing, where the file is damaged or belongs to another kind of stream.
   void load(std::istream& from);
 

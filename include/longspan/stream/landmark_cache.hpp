@@ -40,8 +40,8 @@ LONGSPAN_NAMESPACE_BEGIN
 /// its own chunk, whose full blocks count by their landmarks) and to the top_k sealed blocks whose landmarks
 /// have the highest scores: one group of the own block's tokens and of the landmarks of the others.
 ///
-///   landmark_cache<float, rotary> cache({.heads = 32, .kv_heads = 8, .head_dim = 128, .value_dim = 128},
-///                                       {.block_size = 64, .top_k = 4}, rotary(Pairing::half_split));
+///   landmark_retrieval retrieve{{.block_size = 64, .top_k = 4}, rotary(Pairing::half_split)};
+///   auto cache = retrieve.stream({.heads = 32, .kv_heads = 8, .head_dim = 128, .value_dim = 128});
 ///   cache.extend(q, k, v, out);  // a chunk, or one token; lse and an execution may follow
 ///
 /// Shapes    q [batch, heads, n, head_dim]   k [batch, kv_heads, n, head_dim]   v [.., n, value_dim]
@@ -79,17 +79,17 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Error     that of landmark_attention over the rows as they are kept; int8 rounds each element of a sealed
 ///           row by 1 / 254 of the largest of the row.
 /// Bits      do not depend on the executor, nor on how many threads it has.
-/// Throws    Error when shapes or options disagree, or the disk has no space for what a call writes, before
-///           anything changes; and where a file is damaged, not one of this cache, or in use. A call that
-///           throws, for want of memory too, leaves the cache as it was; with split_at_blocks, with the
+/// Throws    Error when shapes or options disagree; FileError if the disk has no space for what a call writes, or
+///           the file is damaged, of another cache, or in use; each before anything changes. A call that
+///           throws, std::bad_alloc too, leaves the cache as it was; with split_at_blocks, with the
 ///           pieces before the one that failed. Outputs may have been written.
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), sections 3.2 and 3.2.1.
-template <StoredElement T = float, Position P = no_position, PositionMap Map = stingy_positions,
-          LandmarkIndex<detail::ArithmeticOf<T>> Finder = every_landmark>
+template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Finder>, true> {
  public:
   using Real = detail::ArithmeticOf<T>;
 
+  /// As landmark_retrieval::stream.
   explicit landmark_cache(const StreamShape& shape, const landmark_cache_options& options = {},
                           const P& position = P{}, const Map& map = Map{}, const Finder& finder = Finder{})
       : shape_(detail::checked(shape, options)),
@@ -115,16 +115,14 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     return *this = std::move(copy);
   }
 
-  /// Appends tokens without queries.
+  /// Appends tokens whose queries are not needed.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
     const auto values = view(v);
     detail::check_tokens("landmark_cache::append", keys, values, shape_.batch, shape_);
     Undo undo(*this);
-    store_.reserve(keys.rows);
-    store_.append(keys, values);
-    detail::with_executor(execution, [&](const auto& executor) { seal(executor); });
+    detail::with_executor(execution, [&](const auto& executor) { append_piece(keys, values, executor); });
     settle(undo);
   }
 
@@ -233,7 +231,14 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     } while (first < call.q_len());
   }
 
-  /// Appends tokens, answers their queries and seals blocks; nothing is settled yet.
+  /// Appends tokens and seals blocks; nothing is settled yet.
+  template <class Tk, class Tv, class E>
+  void append_piece(TensorView<Tk> k, TensorView<Tv> v, const E& executor) {
+    store_.reserve(k.rows);
+    store_.append(k, v);
+    seal(executor);
+  }
+  /// The same, and answers the queries of the tokens.
   template <class Call, class E>
   void extend_piece(const Call& call, const E& executor, Workspace& workspace) {
     if (is_index_stale_) index_anew();
@@ -302,7 +307,8 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     masses_.clear();
   }
   void refuse_with_file(const char* name) const {
-    if (store_.has_file()) detail::refuse(name, "the store of blocks", "a file", "memory");
+    if (store_.has_file())
+      detail::fail(name, "the blocks of this cache are in a file, and only blocks in memory can be replaced");
   }
 
   template <class Call, class E>
@@ -338,8 +344,9 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
 
   void check_block(const char* name, Index b, Index n) const {
     if (b < 0 || b >= shape_.batch || n < 0 || n >= blocks())
-      detail::refuse(name, "block n of batch row b", std::to_string(n) + " of " + std::to_string(b),
-                     "one of " + std::to_string(blocks()) + " of " + std::to_string(shape_.batch));
+      detail::fail(name, "block " + std::to_string(n) + " of batch row " + std::to_string(b) +
+                             " does not exist: there are " + std::to_string(blocks()) + " blocks and " +
+                             std::to_string(shape_.batch) + " batch rows");
   }
 
   TensorView<const T> block_rows(Index b, Index n, bool of_keys) const {
