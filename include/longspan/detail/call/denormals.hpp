@@ -88,10 +88,10 @@ class WithoutDenormals {
 
   template <class Work>
   void for_each(Index tasks, Work&& work) const {
-    using Run = std::remove_reference_t<Work>;
+    using WorkType = std::remove_reference_t<Work>;
     for_each_(executor_, tasks, {const_cast<void*>(static_cast<const void*>(std::addressof(work))),
                                  [](void* context, Index t, Index worker) {
-                                   (*static_cast<Run*>(context))(t, worker);
+                                   (*static_cast<WorkType*>(context))(t, worker);
                                  }});
   }
 

@@ -71,13 +71,12 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
     std::array<const float*, std::size_t(keys_in_chunk)> factor_of;  // of each key, null: no weight
     factor_of.fill(nullptr);
     alignas(64) float rescale[std::size_t(most_lanes)], all_rescales[std::size_t(most_lanes)];
-    bool none_shut = true;
     for (Index n = 0; n < chunk.blocks; ++n) {
       const LandmarkBlock block =
           landmark_block(options_->landmarks, lanes_.batch, chunk.first_block + n, chunk.keys.end);
       const KeyRange tokens{block.tokens.begin - keys.first_key, block.tokens.end - keys.first_key};
       float* factor = factors_ + n * most_lanes;
-      none_shut = absorb_softmax(block, tokens, all, scratch, state, rescale, factor) && none_shut;
+      absorb_softmax(block, tokens, all, scratch, state, rescale, factor);
       for (Index j = tokens.begin; j < tokens.end; ++j) factor_of[std::size_t(j)] = factor;
       // Blocks before this one are measured with the row max of the last.
       for (Index before = 0; before < n; ++before) multiply(factors_ + before * most_lanes, rescale);
@@ -94,8 +93,10 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
           multiply_packet(state.o + column * stride_ + c * w, all_rescales + c * w);
       }
     });
-    const bool hides = runs.any_partial() || !none_shut || changes_score;
-    const bool finite = !hides || Policy::values_finite(keys.v, keys.v_stride, divide_up(keys.keys, 2), 0);
+    // Landmarks have a weight of 0, which does not hide a value that is NaN.
+    if (keys.values_finite < 0)
+      keys.values_finite = Policy::values_finite(keys.v, keys.v_stride, divide_up(keys.keys, 2), 0) ? 1 : 0;
+    const bool finite = keys.values_finite != 0;
     for (const Run& run : runs) {
       if (finite) {
         add_values(keys, run, keys.v + run.begin / 2 * keys.v_stride, run.begin, run.end, scratch, state);
@@ -122,8 +123,8 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
   }
 
   /// The softmax within a block, whose scores become exp_score(score - row max of the block), and its part of the row:
-  /// `factor` for its weights, `rescale` for what came before. True if every lane may reach it.
-  bool absorb_softmax(const LandmarkBlock& block, KeyRange tokens, bool all, const Scratch& scratch,
+  /// `factor` for its weights, `rescale` for what came before.
+  void absorb_softmax(const LandmarkBlock& block, KeyRange tokens, bool all, const Scratch& scratch,
                       const Accumulator<float>& state, float* rescale, float* factor) const {
     const auto reach = Base::reach_of(block, all, {});
     const Packet<float> by = broadcast(Queries::score_factor());
@@ -150,7 +151,6 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
       }
     });
     Base::add_part(block, reach, landmark, row_max, sum, state, rescale, factor);
-    return reach.none_shut;
   }
 
   /// weights[j / 2] of two keys, each exp score times the factor of its block. A lane whose factor is 0 has weight 0, even
@@ -182,7 +182,8 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
     const Index lane = run.first_packet * w;
     with_packets(run.packets, [&]<int packets>() {
       Policy::template add_values<packets>(v, keys.v_stride, scratch.weights + begin / 2 * stride_ + lane,
-                                           divide_up(end - begin, Policy::keys_in_step), state.o + lane, stride_);
+                                           divide_up(end - begin, Policy::keys_in_step), state.o + lane,
+                                           stride_);
     });
   }
 
