@@ -95,8 +95,8 @@ bool rounds_weights() {
 
 /// Calls work.operator()<Policy>(executor) with the arithmetic of matrix tiles or, where they are not to be used, of float.
 template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
-void with_tile_or_float_arithmetic(const Problem<Tq, Tk, Tv, To>& call, [[maybe_unused]] bool bf16_products,
-                                   const E& executor, const Work& work) {
+void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To>& call,
+                                   [[maybe_unused]] bool bf16_products, const E& executor, const Work& work) {
 #if defined(LONGSPAN_USES_AMX)
   constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv> && std::is_same_v<P, no_position>;
   if constexpr (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)) {
