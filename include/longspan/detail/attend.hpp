@@ -83,7 +83,7 @@ inline constexpr float least_scale = 1e-30f;
 /// their weights.
 template <class Tq, class Tk, class Tv, class To>
 bool rounds_weights() {
-  constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv>;
+  [[maybe_unused]] constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv>;
 #if defined(LONGSPAN_USES_AMX)
   if (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)&&amx_is_permitted()) return true;
 #endif
@@ -98,7 +98,7 @@ template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, 
 void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To>& call,
                                    [[maybe_unused]] bool bf16_products, const E& executor, const Work& work) {
 #if defined(LONGSPAN_USES_AMX)
-  constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv> && std::is_same_v<P, no_position>;
+  [[maybe_unused]] constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv> && std::is_same_v<P, no_position>;
   if constexpr (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)) {
     if (bf16_products && static_cast<float>(call.scale) > least_scale && amx_is_permitted()) {
       work.template operator()<AmxArithmetic<TileUnit>>(WithTiles<TileUnit, E>(executor));
