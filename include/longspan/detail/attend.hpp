@@ -83,10 +83,9 @@ inline constexpr float least_scale = 1e-30f;
 /// their weights.
 template <class Tq, class Tk, class Tv, class To>
 bool rounds_weights() {
-  [[maybe_unused]] constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv>;
-#if defined(LONGSPAN_USES_AMX)
-  if (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)&&amx_is_permitted()) return true;
-#endif
+  constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv>;
+  constexpr bool tiles_write = is_all<float, To> || is_all<Eigen::bfloat16, To>;
+  if (is_bf16 && tiles_write && uses_tiles()) return true;
 #if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
   if (tuning::bf16_pairs && is_bf16 && is_all<Eigen::bfloat16, To>) return true;
 #endif
@@ -98,7 +97,8 @@ template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, 
 void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To>& call,
                                    [[maybe_unused]] bool bf16_products, const E& executor, const Work& work) {
 #if defined(LONGSPAN_USES_AMX)
-  [[maybe_unused]] constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv> && std::is_same_v<P, no_position>;
+  [[maybe_unused]] constexpr bool is_bf16 =
+      is_all<Eigen::bfloat16, Tq, Tk, Tv> && std::is_same_v<P, no_position>;
   if constexpr (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)) {
     if (bf16_products && static_cast<float>(call.scale) > least_scale && amx_is_permitted()) {
       work.template operator()<AmxArithmetic<TileUnit>>(WithTiles<TileUnit, E>(executor));

@@ -12,8 +12,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// How far ahead rows are prefetched, in bytes. 16 KB: the same time; 2 and 4 KB: 5-10 % slower.
-inline constexpr Index prefetch_distance = 8192;
+/// How far ahead rows are prefetched, in bytes.
+inline constexpr Index prefetch_distance = tuning::prefetch_distance;
 
 /// How a kernel prefetches later rows. `streaming`: rows that are read once, with a non-temporal hint that does not
 /// evict other data; a decode step over DRAM then takes 3-10 % less time. `reused`: rows that are read again.

@@ -98,11 +98,7 @@ LONGSPAN_INLINE bool is_nan(Real x) {
 }
 
 /// Vector registers of the machine: 32 with AVX-512, NEON and AltiVec, else 16.
-#if defined(EIGEN_VECTORIZE_AVX512) || defined(EIGEN_VECTORIZE_NEON) || defined(EIGEN_VECTORIZE_ALTIVEC)
-inline constexpr int vector_registers = 32;
-#else
-inline constexpr int vector_registers = 16;
-#endif
+inline constexpr int vector_registers = LONGSPAN_VECTOR_REGISTERS;
 #if defined(EIGEN_VECTORIZE_FMA) || defined(EIGEN_VECTORIZE_NEON) || defined(EIGEN_VECTORIZE_ALTIVEC)
 inline constexpr bool has_fused_multiply_add = true;
 #else

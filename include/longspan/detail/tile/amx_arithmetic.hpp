@@ -45,7 +45,7 @@ struct AmxArithmetic {
   using Value = Pair;
   using Weight = Pair;
   static constexpr Index keys_in_row = 2;
-  static constexpr Index keys_in_block = 256;
+  static constexpr Index keys_in_block = tuning::keys_in_tile_block;
   static constexpr Index keys_in_step = 32;  ///< keys whose scores are made together
   static constexpr Index columns_in_step = 32;
   static constexpr Index columns_in_tile = 16;  ///< outputs have a multiple of this

@@ -50,16 +50,16 @@ struct KeyBlock<AmxArithmetic<Unit>> {
 };
 
 /// The transposed values of the first keys of one KV head, kept by a worker from task to task: transposing them for
-/// every 192 queries takes 9 % of a call at head_dim 64 (Intel AMX).
+/// every 192 queries would take 9 % of a call.
 template <class Unit>
 class KeptValues {
  public:
   using Policy = AmxArithmetic<Unit>;
   using Value = typename Policy::Value;
 
-  /// For at most `keys` keys, and at most 4 MB.
+  /// For at most `keys` keys, and at most kept_value_bytes.
   static KeptValues take(Arena& arena, Index padded_value_dim, Index keys) {
-    constexpr Index most_bytes = Index{4} << 20;
+    constexpr Index most_bytes = tuning::kept_value_bytes;
     KeptValues kept;
     kept.in_block_ = Policy::keys_in_block / 2 * padded_value_dim;
     if (kept.in_block_ == 0) return kept;
