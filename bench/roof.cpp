@@ -56,6 +56,8 @@ std::vector<Limit> all_limits(std::span<const Index> threads) {
     limits.push_back(
         measured("bf16 dot product", "GFLOP/s", threads, [](Index n) { return bf16_dot_peak(n); }));
   }
+  if (tile_peak(1) > 0)
+    limits.push_back(measured("bf16 matrix tiles", "GFLOP/s", threads, [](Index n) { return tile_peak(n); }));
   limits.push_back(measured_read("read L1, 24 KiB per thread", threads, 24 * kib, true));
   limits.push_back(measured_read("read L2, 192 KiB per thread", threads, 192 * kib, true));
   limits.push_back(measured_read("read L3, 3 MiB per thread", threads, 3 * mib, true));

@@ -1,4 +1,5 @@
-# longspan_own_target(<target>): what all of Longspan's own programs are compiled with, and no user's.
+# longspan_own_target(<target> [ANY_PROCESSOR]): what all of Longspan's own programs are compiled with, and no user's.
+# ANY_PROCESSOR: the target says for which processor it is compiled.
 include(CheckCXXCompilerFlag)
 
 set(LONGSPAN_OWN_COMPILE_OPTIONS -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion)
@@ -26,7 +27,6 @@ if(LONGSPAN_MARCH)
     message(STATUS "longspan: ${CMAKE_CXX_COMPILER_ID} does not know -march=native, LONGSPAN_NATIVE has no effect")
     set(LONGSPAN_MARCH "")
   endif()
-  list(APPEND LONGSPAN_OWN_COMPILE_OPTIONS ${LONGSPAN_MARCH})
 endif()
 
 set(LONGSPAN_OWN_LINK_OPTIONS "")
@@ -39,5 +39,8 @@ endif()
 function(longspan_own_target target)
   target_link_libraries(${target} PRIVATE longspan::longspan)
   target_compile_options(${target} PRIVATE ${LONGSPAN_OWN_COMPILE_OPTIONS})
+  if(NOT ARGV1 STREQUAL ANY_PROCESSOR)
+    target_compile_options(${target} PRIVATE ${LONGSPAN_MARCH})
+  endif()
   target_link_options(${target} PRIVATE ${LONGSPAN_OWN_LINK_OPTIONS})
 endfunction()

@@ -195,16 +195,16 @@ TEST_CASE("gated: matches the gated references, and a closed gate returns the ot
       of_far(call, longspan::reference::dilated_attention{far.branches, causal{}});
   Tensor<double> wanted = of_near.out;
   longspan::reference::gate({wide.data(), 4, 1, 1}, of_near.out.view(), of_far.out.view(), wanted.view());
-  CHECK(distance(run(gated{Beta{beta.data(), 4, 1, 1}, near, far}).values, wanted.values) < 2e-6);
+  CHECK(distance(run(gated{longspan::per_head_gate(beta), near, far}).values, wanted.values) < 2e-6);
 
   constexpr float infinite = std::numeric_limits<float>::infinity();
   for (const float logit : {infinite, -infinite}) {
-    const auto shut = run(gated{Beta{&logit, 1, 1, 1}, near, far});
+    const auto shut = run(gated{longspan::scalar_gate(logit), near, far});
     CHECK(shut == (logit > 0 ? run(near) : run(far)));
   }
   // Without beta the gate is 1/2.
   const float even = 0;
-  CHECK(run(gated{Beta{}, near, far}) == run(gated{Beta{&even, 1, 1, 1}, near, far}));
+  CHECK(run(gated{Beta{}, near, far}) == run(gated{longspan::scalar_gate(even), near, far}));
 }
 
 TEMPLATE_TEST_CASE("gated: bfloat16 and double outputs are within one more rounding", "[gauge]", bfloat16,

@@ -18,6 +18,17 @@ TEST_CASE("Error: is a std::invalid_argument that keeps its text", "[error]") {
   CHECK_THROWS_AS(detail::raise("no"), std::invalid_argument);
 }
 
+TEST_CASE("FileError: is a std::runtime_error that keeps its text, and no Error", "[error]") {
+  STATIC_REQUIRE(std::is_base_of_v<std::runtime_error, longspan::FileError>);
+  STATIC_REQUIRE_FALSE(std::is_base_of_v<longspan::Error, longspan::FileError>);
+  CHECK(std::string(longspan::FileError("the text").what()) == "the text");
+  CHECK(std::string(longspan::FileError(std::string("the text")).what()) == "the text");
+  CHECK(test::file_refusal([] { detail::refuse<longspan::FileError>("load", "the file", "empty", "one"); }) ==
+        "longspan: load: the file is empty, wanted one");
+  CHECK(test::file_refusal([] { detail::fail<longspan::FileError>("load", "cannot open x"); }) ==
+        "longspan: load: cannot open x");
+}
+
 TEST_CASE("refuse: the text names function, argument, got and wanted", "[error]") {
   CHECK(test::refusal([] { detail::refuse("attend", "k", "[1, 2, 3, 4]", "[1, 2, 3, 5]"); }) ==
         "longspan: attend: k is [1, 2, 3, 4], wanted [1, 2, 3, 5]");

@@ -268,14 +268,14 @@ TEST_CASE("Execution: keeps its workspace from call to call", "[execution]") {
   Execution<serial> execution;
   const std::byte* memory = nullptr;
   longspan::detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-    STATIC_REQUIRE(std::is_same_v<decltype(executor), const longspan::detail::WithoutDenormals<serial>&>);
+    STATIC_REQUIRE(std::is_same_v<decltype(executor), const longspan::detail::WithoutDenormals&>);
     memory = workspace.reserve(1000);
   });
   CHECK(execution.workspace.bytes() == 1000);
   longspan::detail::with_workspace(
       execution, [&](const auto&, Workspace& workspace) { CHECK(workspace.reserve(900) == memory); });
   longspan::detail::with_executor(execution, [](const auto& executor) {
-    STATIC_REQUIRE(std::is_same_v<decltype(executor), const longspan::detail::WithoutDenormals<serial>&>);
+    STATIC_REQUIRE(std::is_same_v<decltype(executor), const longspan::detail::WithoutDenormals&>);
     CHECK(executor.workers() == 1);
   });
 

@@ -122,7 +122,7 @@ TEST_CASE("infini_attention: local dilated and landmark attention, in one call a
       auto attend = options(local, random.pick(std::vector<Index>{1, 5, 16, 48, 50, 64, 1000}),
                             random.chance(0.5) ? InfiniRule::linear : InfiniRule::delta);
       attend.empty_memory = random.chance(0.7) ? EmptyMemory::gate : EmptyMemory::bypass;
-      attend.beta = {beta.data(), shape.heads, 1, 1};
+      attend.beta = longspan::per_head_gate(beta);
       INFO(shape.text() << " segment=" << attend.segment << " rule=" << int(attend.rule));
       const Tensor<double> wanted = oracle(attend, call);
       run(attend, call);
@@ -163,7 +163,7 @@ TEST_CASE("infini_attention: with a closed gate the result is the local functor 
     Call<float> call({2, 6, 2, 130, 130, 24, 16}, Values::normal, random), alone = call;
     auto attend = options(local, 48);
     const float beta = -infinity;
-    attend.beta = {&beta, 1, 1, 1};
+    attend.beta = longspan::scalar_gate(beta);
     run(attend, call);
     run_segments([&](const auto&... x) { local(x...); }, alone, 48);
     CHECK(call.out == alone.out);

@@ -81,7 +81,7 @@ TEST_CASE("infini_attention: a closed gate gives local attention, an open one th
   infini_attention attend;
   attend.segment = 32;
   float beta = -infinity;
-  attend.beta = {&beta, 1, 1, 1};
+  attend.beta = longspan::scalar_gate(beta);
   run(attend, call);
   softmax_attention{causal{} & longspan::segments{32}}(std::as_const(local.q).view(),
                                                        std::as_const(local.k).view(),
@@ -121,7 +121,7 @@ TEST_CASE("infini_attention: the order of past tokens does not matter to a linea
   infini_attention attend;
   attend.segment = 32;
   const float beta = infinity;
-  attend.beta = {&beta, 1, 1, 1};
+  attend.beta = longspan::scalar_gate(beta);
   run(attend, call);
   run(attend, swapped);
   for (Index i = 32; i < 64; ++i) {
@@ -256,8 +256,8 @@ TEST_CASE("infini_attention: invalid arguments are refused, and nothing is writt
   attend.segment = 0;
   CHECK(said(attend) == "longspan: infini_attention: the segment is 0, wanted at least 1");
   attend.segment = 4;
-  const std::vector<float> beta(9);
-  attend.beta = {beta.data(), 3, 1, 1};
+  const std::vector<float> beta(3);
+  attend.beta = longspan::per_head_gate(beta);
   CHECK(said(attend) == "longspan: infini_attention: beta is [3, 1], wanted [1 or 4, 1 or 16]");
   attend.beta = {};
   const std::vector<Index> lengths{1, 2};

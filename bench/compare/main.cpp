@@ -6,6 +6,7 @@
 #include "compare/earlier.hpp"
 #include "compare/results.hpp"
 #include "compare/source.hpp"
+#include "longspan/amx.hpp"
 #include "longspan/eigen.hpp"
 
 namespace bench {
@@ -47,6 +48,7 @@ int refused(const char* sentence) {
 }  // namespace bench
 
 int main(int count, char** words) {
+  longspan::request_amx();
   // eigen_naive is parallel over heads, so Eigen must not start threads within a head.
   Eigen::setNbThreads(1);
   try {

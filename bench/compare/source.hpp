@@ -16,7 +16,7 @@ struct Source {
   std::function<Inputs<float>(Index length)> first;
 };
 
-/// Throws UsageError, or longspan::Error if a file is not a tensor.
+/// Throws UsageError, or longspan::FileError if a file is not a tensor.
 Source open_source(const Options& options);
 
 }  // namespace bench

@@ -5,7 +5,9 @@
 
 #include <string>
 
+#include "longspan/amx.hpp"
 #include "longspan/eigen.hpp"
+#include "support/huge_pages.hpp"
 #include "support/machine.hpp"
 #include "support/roof.hpp"
 
@@ -37,6 +39,7 @@ inline void report_flop(benchmark::State& state, double flop, double seconds, do
 /// main() of a program whose benchmarks are registered by `add_all`.
 template <class AddAll>
 int run_benchmarks(int count, char** words, const AddAll& add_all) {
+  longspan::request_amx();
   Eigen::setNbThreads(1);  // the naive version is parallel over heads
   benchmark::Initialize(&count, words);
   if (benchmark::ReportUnrecognizedArguments(count, words)) return 2;
@@ -47,6 +50,8 @@ int run_benchmarks(int count, char** words, const AddAll& add_all) {
   benchmark::AddCustomContext("instructions", machine.instructions);
   benchmark::AddCustomContext("eigen", machine.eigen);
   benchmark::AddCustomContext("longspan", machine.longspan);
+  benchmark::AddCustomContext("matrix tiles", longspan::request_amx() ? "used" : "none");
+  benchmark::AddCustomContext("pages", huge_pages_text());
   add_all();
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();

@@ -1,12 +1,12 @@
-// A compact [batch, heads, rows, cols] tensor that owns its memory, 64-byte aligned.
+// A compact [batch, heads, rows, cols] tensor that owns its memory: 64-byte aligned, on huge pages where it is large.
 #pragma once
 
 #include <memory>
 #include <span>
 #include <type_traits>
 
-#include "longspan/execution.hpp"
 #include "longspan/view.hpp"
+#include "support/huge_pages.hpp"
 
 namespace bench {
 
@@ -20,7 +20,8 @@ class OwnedTensor {
   /// Filled with zeros.
   OwnedTensor(Index batch, Index heads, Index rows, Index cols) : size_(batch * heads * rows * cols) {
     static_assert(std::is_trivially_destructible_v<T>);
-    T* data = reinterpret_cast<T*>(memory_.reserve(static_cast<std::size_t>(size_) * sizeof(T)));
+    memory_ = huge_memory(static_cast<std::size_t>(size_) * sizeof(T));
+    T* data = reinterpret_cast<T*>(memory_.get());
     std::uninitialized_value_construct_n(data, size_);
     view_ = longspan::compact_view(data, batch, heads, rows, cols);
   }
@@ -31,7 +32,7 @@ class OwnedTensor {
   std::span<const T> values() const { return {view_.data, static_cast<std::size_t>(size_)}; }
 
  private:
-  longspan::Workspace memory_;
+  PagedMemory memory_;
   longspan::TensorView<T> view_;
   Index size_ = 0;
 };

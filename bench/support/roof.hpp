@@ -7,7 +7,10 @@
 #include <cstddef>
 #include <vector>
 
+#include "longspan/amx.hpp"
 #include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/simd/tile_unit.hpp"
+#include "longspan/execution.hpp"
 #include "support/owned_tensor.hpp"
 #include "support/timing.hpp"
 
@@ -100,6 +103,22 @@ template <class Real>
 }
 #endif
 
+#if defined(LONGSPAN_TARGETS_AMX)
+/// The same for matrix tiles: six sums, all operands in registers.
+[[gnu::noinline]] inline void multiply_tiles(Index rounds) {
+  using Unit = longspan::detail::HardwareTiles;
+  const Unit::Scope configured;
+  alignas(64) const std::array<float, 256> zeros{};
+  Unit::load<6>(zeros.data(), 64);
+  Unit::load<7>(zeros.data(), 64);
+  Unit::zero<0>(), Unit::zero<1>(), Unit::zero<2>(), Unit::zero<3>(), Unit::zero<4>(), Unit::zero<5>();
+  for (Index n = 0; n < rounds; ++n) {
+    Unit::add_products<0, 6, 7>(), Unit::add_products<1, 6, 7>(), Unit::add_products<2, 6, 7>();
+    Unit::add_products<3, 6, 7>(), Unit::add_products<4, 6, 7>(), Unit::add_products<5, 6, 7>();
+  }
+}
+#endif
+
 /// Start values: the factor, the addend, then different numbers, because the compiler might merge equal chains.
 inline std::array<float, 64> chain_starts() {
   std::array<float, 64> start{};
@@ -164,6 +183,23 @@ inline double bf16_dot_peak([[maybe_unused]] Index threads, [[maybe_unused]] dou
 #else
   return 0;
 #endif
+}
+
+/// bf16 products by matrix tiles (AMX) of a team, in FLOP/s; 0 where the build or the process has none.
+inline double tile_peak([[maybe_unused]] Index threads, [[maybe_unused]] double seconds = 0.01) {
+#if defined(LONGSPAN_TARGETS_AMX)
+  if (!longspan::request_amx()) return 0;
+  return detail::team_rate(threads, 6 * 2.0 * 16 * 16 * 32, seconds,
+                           [](Index rounds) { detail::multiply_tiles(rounds); });
+#else
+  return 0;
+#endif
+}
+
+/// What the fastest bf16 instruction of this machine does; that of float where there is none.
+inline double bf16_peak(Index threads) {
+  const double dot = bf16_dot_peak(threads, 0.005), tiles = tile_peak(threads, 0.005);
+  return dot + tiles > 0 ? std::max(dot, tiles) : fma_peak(threads);
 }
 
 /// Bytes read per second by a team of threads, each from its own part of one array. (Two threads, one array: 45-68

@@ -69,11 +69,11 @@ int main(int count, char** words) {
     return 2;
   }
   const Text text(needle);
-  longspan::landmark_cache<float> cache({.heads = model::heads,
-                                         .kv_heads = model::kv_heads,
-                                         .head_dim = model::head_dim,
-                                         .value_dim = model::head_dim},
-                                        {.block_size = model::block, .top_k = 4});
+  const longspan::landmark_retrieval retrieve{{.block_size = model::block, .top_k = 4}};
+  auto cache = retrieve.stream({.heads = model::heads,
+                                .kv_heads = model::kv_heads,
+                                .head_dim = model::head_dim,
+                                .value_dim = model::head_dim});
 
   // The text. A model would also have queries here: cache.extend(q, k, v, out).
   for (Index first = 0; first < length; first += model::chunk) {

@@ -70,7 +70,7 @@ int main(int count, char** words) {
   const float beta = std::numeric_limits<float>::infinity();
   longspan::infini_attention attend;
   attend.segment = segment;
-  attend.beta = {&beta, 1, 1, 1};
+  attend.beta = longspan::scalar_gate(beta);
   auto memory = attend.stream({.head_dim = head_dim, .value_dim = value_dim});
 
   Pairs text;

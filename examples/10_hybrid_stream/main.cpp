@@ -76,9 +76,9 @@ int main(int count, char** words) {
     return 2;
   }
   // 512 tokens exact, 16384 that can be retrieved; all older tokens are in the memory.
-  longspan::hybrid_stream<float> stream(
-      {.head_dim = model::head_dim, .value_dim = model::head_dim},
-      {.block_size = model::block, .top_k = 4, .window_blocks = 8, .capacity = 256});
+  const longspan::hybrid_retrieval retrieve{
+      {.block_size = model::block, .top_k = 4, .window_blocks = 8, .capacity = 256}};
+  auto stream = retrieve.stream({.head_dim = model::head_dim, .value_dim = model::head_dim});
   Text text(length);
   longspan::Execution execution;
   std::vector<float> k(model::chunk * model::head_dim), v(model::chunk * model::head_dim),

@@ -71,9 +71,9 @@ int main() {
   const std::vector<Branch> branches{{2048, 1}, {4096, 2}, {8192, 4}};
   bool fine = decode("kv_cache", softmax_attention{causal{}}.stream(shape));
   fine &= decode("kv_cache, int8", softmax_attention{causal{}}.stream<std::int8_t>(shape));
-  fine &= decode("landmark_cache", landmark_cache<float>(shape, {.block_size = 64, .top_k = 4}));
+  fine &= decode("landmark_cache", landmark_retrieval{{.block_size = 64, .top_k = 4}}.stream(shape));
   fine &= decode("infini_memory", infini_attention{}.stream(shape));
   fine &= decode("dilated_cache", dilated_attention{branches, causal{}}.stream(shape));
-  fine &= decode("hybrid_stream", hybrid_stream<float>(shape, {.capacity = 32}));
+  fine &= decode("hybrid_stream", hybrid_retrieval{{.capacity = 32}}.stream(shape));
   return fine ? 0 : 1;
 }

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <exception>
+#include <longspan/amx.hpp>
 #include <new>
 #include <span>
 #include <string>
@@ -84,6 +85,7 @@ void run(std::string_view name, std::span<const std::string_view> words) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  longspan::request_amx();
   const std::vector<std::string_view> words(argv + (argc > 0 ? 1 : 0), argv + argc);
   if (words.empty()) {
     std::fputs(help().c_str(), stderr);

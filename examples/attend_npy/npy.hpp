@@ -69,7 +69,7 @@ constexpr std::size_t most_dimensions = 32;
 constexpr std::string_view magic = "\x93NUMPY";
 
 [[noreturn]] inline void refuse(const std::string& path, const std::string& why) {
-  throw longspan::Error(path + ": " + why);
+  throw longspan::FileError(path + ": " + why);
 }
 
 /// Text from a file, made safe to print on a terminal.
@@ -281,7 +281,7 @@ std::vector<T> read_values(InputFile& file, const std::string& path, const std::
 
 }  // namespace detail
 
-/// Reads an array. Throws longspan::Error, whose text starts with the path, unless the file contains exactly one
+/// Reads an array. Throws longspan::FileError, whose text starts with the path, unless the file contains exactly one
 /// array of float32 or float64 in C order.
 inline Array read(const std::string& path) {
   detail::InputFile file(path);

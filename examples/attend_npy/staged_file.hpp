@@ -23,13 +23,13 @@ inline std::filesystem::path checked_target(const std::string& path) {
   const fs::file_status status = fs::status(path, error);
   if (fs::exists(status)) {
     if (!fs::is_regular_file(status)) {
-      throw longspan::Error(path + ": is there already and is not a regular file");
+      throw longspan::FileError(path + ": is there already and is not a regular file");
     }
     return fs::canonical(path);
   }
   const fs::path folder = fs::absolute(path).parent_path();
   if (!fs::is_directory(folder, error)) {
-    throw longspan::Error(path + ": the folder to write it in does not exist");
+    throw longspan::FileError(path + ": the folder to write it in does not exist");
   }
   return fs::canonical(folder) / fs::path(path).filename();
 }
@@ -128,7 +128,7 @@ class StagedFile {
   }
 
   [[noreturn]] void fail(const std::string& reason) const {
-    throw longspan::Error(path_ + ": cannot be written: " + reason);
+    throw longspan::FileError(path_ + ": cannot be written: " + reason);
   }
 
   std::string path_;

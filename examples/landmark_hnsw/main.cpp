@@ -115,9 +115,9 @@ int main(int count, char** words) {
   }
   const longspan::StreamShape shape{.head_dim = head_dim, .value_dim = head_dim};
   const longspan::landmark_cache_options options{.block_size = block, .top_k = 4};
-  const Index all = ask(longspan::landmark_cache<float>(shape, options), length, questions, "every one");
-  using Indexed =
-      longspan::landmark_cache<float, longspan::no_position, longspan::stingy_positions, HnswIndex>;
-  const Index some = ask(Indexed(shape, options, {}, {}, HnswIndex(16)), length, questions, "hnswlib");
+  const longspan::landmark_retrieval every_one{options};
+  const longspan::landmark_retrieval indexed{options, HnswIndex(16)};
+  const Index all = ask(every_one.stream(shape), length, questions, "every one");
+  const Index some = ask(indexed.stream(shape), length, questions, "hnswlib");
   return all == questions && some >= questions * 9 / 10 ? 0 : 1;
 }

@@ -80,7 +80,9 @@ class Workspace {
     return memory_.get();
   }
 
-  std::size_t bytes() const noexcept { return size_ + (inner_ == nullptr ? 0 : inner_->bytes()); }
+  Index bytes() const noexcept {
+    return static_cast<Index>(size_) + (inner_ == nullptr ? 0 : inner_->bytes());
+  }
 
   /// A second workspace, for a functor that calls another functor while it uses this one.
   Workspace& inner() {

@@ -14,6 +14,7 @@
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/functor.hpp"
+#include "longspan/gates.hpp"
 #include "longspan/infini_options.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/softmax_attention.hpp"
@@ -40,7 +41,7 @@ class infini_memory;
 ///   infini_attention attend{dilated_attention{{{512, 1}, {1024, 2}}, causal{}}};
 ///   infini_attention attend{landmark_attention{landmarks::every(64)}};
 ///   attend.segment = 1024;
-///   attend.beta = {beta.data(), heads, 1, 1};
+///   attend.beta = per_head_gate(beta);                              // a logit for each head, see gates.hpp
 ///   attend(q, k, v, out, execution);                               // execution is optional
 ///
 /// infini_memory (stream/infini_memory.hpp) keeps M, z and the open segment from call to call.
@@ -80,7 +81,7 @@ struct infini_attention {
   Local local{};
   F feature{};
   Index segment = 2048;
-  MatrixView<const float> beta{};  ///< [1 or heads][1 or value_dim]; 0 unless set
+  MatrixView<const float> beta{};  ///< [1 or heads][1 or value_dim], see gates.hpp; 0 unless set
   InfiniRule rule = InfiniRule::linear;
   EmptyMemory empty_memory = EmptyMemory::gate;
   std::span<const Index> lengths{};    ///< of each batch row; kv_len unless set

@@ -81,6 +81,10 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
   /// groups use 0 and 1 / (1 - rate); if null, all factors are 1.
   TensorView<const float> gate_keep{};
   landmark_control control{};
+  /// Multiply in bfloat16 where q, k and v are bfloat16 and the process may use matrix tiles (see request_amx),
+  /// blocks have at most 128 keys, none is controlled, and there is no position encoding. It adds 2^-8 sum_j w_ij
+  /// |v_j| to the error of out, and 2e-4 to that of lse.
+  bool bf16_products = true;
 
   template <class... Parts>
   requires(std::is_same_v<M, detail::PartOf<detail::MaskPart, causal, Parts...>> &&
@@ -109,7 +113,7 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
     const detail::LandmarkOptions options{plain ? longspan::landmarks::none() : landmarks,
                                           softmax == LandmarkSoftmax::grouped, leak, gate_keep, control};
     detail::landmark_forward(call.at(name, first_query, scale), options, mask, score, position, executor,
-                             workspace);
+                             workspace, bf16_products);
   }
 
   template <class Problem>

@@ -9,11 +9,16 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "longspan/detail/call/parts.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/storage/rows.hpp"
 #include "longspan/error.hpp"
 #include "longspan/options.hpp"
+#include "longspan/position.hpp"
 #include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -182,5 +187,81 @@ struct every_landmark {
     return {};
   }
 };
+
+template <StoredElement T = float, Position P = no_position, PositionMap Map = stingy_positions,
+          LandmarkIndex<detail::ArithmeticOf<T>> Finder = every_landmark>
+class landmark_cache;
+
+namespace detail {
+
+struct PositionMapPart {
+  template <class X>
+  static constexpr bool is = PositionMap<X>;
+};
+struct LandmarkIndexPart {
+  template <class X>
+  static constexpr bool is = LandmarkIndex<X, float> || LandmarkIndex<X, double>;
+};
+
+/// The type of the part of that kind among the parts of a landmark_retrieval, or Default if there is none.
+template <class Kind, class Default, class... Parts>
+struct RetrievalPart {
+  static_assert(
+      ((PositionPart::is<Parts> + PositionMapPart::is<Parts> + LandmarkIndexPart::is<Parts> == 1) && ...),
+      "longspan: each part of landmark_retrieval is a position encoding (position.hpp), a position map "
+      "or an index of landmarks (landmark_retrieval.hpp)");
+  static_assert((int(Kind::template is<Parts>) + ... + 0) <= 1,
+                "longspan: landmark_retrieval takes one position encoding, one position map and one index");
+  using type = typename FindPart<Kind, Default, Parts...>::type;
+};
+template <class Kind, class Default, class... Parts>
+using RetrievalPartOf = typename RetrievalPart<Kind, Default, Parts...>::type;
+
+}  // namespace detail
+
+/// Attention that retrieves landmark blocks, as a value from which streams are made: options, and then a position
+/// encoding, a position map and an index of landmarks, in any order and each optional.
+///
+///   landmark_retrieval retrieve{{.block_size = 64, .top_k = 4}, rotary(Pairing::half_split)};
+///   auto cache = retrieve.stream<Eigen::bfloat16>(shape);  // a landmark_cache
+template <Position P = no_position, PositionMap Map = stingy_positions, class Finder = every_landmark>
+struct landmark_retrieval {
+  landmark_cache_options options{};
+  P position{};
+  Map map{};
+  Finder finder{};
+
+  landmark_retrieval() = default;
+  template <class... Parts>
+  requires(std::is_same_v<P, detail::RetrievalPartOf<detail::PositionPart, no_position, Parts...>> &&
+           std::is_same_v<Map,
+                          detail::RetrievalPartOf<detail::PositionMapPart, stingy_positions, Parts...>> &&
+           std::is_same_v<Finder,
+                          detail::RetrievalPartOf<detail::LandmarkIndexPart, every_landmark, Parts...>>)
+  explicit landmark_retrieval(landmark_cache_options with, Parts... parts)
+      : options(std::move(with)),
+        position(detail::take_part<detail::PositionPart, P>(parts...)),
+        map(detail::take_part<detail::PositionMapPart, Map>(parts...)),
+        finder(detail::take_part<detail::LandmarkIndexPart, Finder>(parts...)) {}
+
+  /// A landmark_cache<T, P, Map, Finder>, which keeps rows as T. Include longspan/stream/landmark_cache.hpp
+  /// before the call.
+  template <StoredElement T = float>
+  auto stream(const StreamShape& shape) const {
+    using Stream = landmark_cache<T, P, Map, Finder>;
+    constexpr bool has_header = detail::Complete<Stream>;
+    static_assert(has_header,
+                  "longspan: landmark_retrieval::stream needs #include <longspan/stream/landmark_cache.hpp>");
+    if constexpr (has_header) return Stream(shape, options, position, map, finder);
+  }
+};
+
+template <class... Parts>
+requires(sizeof...(Parts) > 0)
+landmark_retrieval(landmark_cache_options, Parts...)
+    -> landmark_retrieval<detail::RetrievalPartOf<detail::PositionPart, no_position, Parts...>,
+                          detail::RetrievalPartOf<detail::PositionMapPart, stingy_positions, Parts...>,
+                          detail::RetrievalPartOf<detail::LandmarkIndexPart, every_landmark, Parts...>>;
+landmark_retrieval(landmark_cache_options = {}) -> landmark_retrieval<>;
 
 LONGSPAN_NAMESPACE_END

@@ -1,6 +1,7 @@
 // Includes all of Longspan.
 #pragma once
 
+#include "longspan/amx.hpp"
 #include "longspan/call_sizes.hpp"
 #include "longspan/compose.hpp"
 #include "longspan/dense_mask.hpp"
@@ -11,6 +12,7 @@
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/functor.hpp"
+#include "longspan/gates.hpp"
 #include "longspan/infini_attention.hpp"
 #include "longspan/infini_options.hpp"
 #include "longspan/key_ranges.hpp"

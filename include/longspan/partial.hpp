@@ -23,6 +23,7 @@
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
+#include "longspan/gates.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -202,7 +203,7 @@ void check_gate(std::string_view function, const MatrixView<const Real>& beta, c
 /// memory and b the output of local attention.
 ///
 /// Shapes    a, b, out [batch, heads, rows, cols]; beta [1], [heads] or [heads, cols], as a view of
-///           1 or heads rows and 1 or cols columns
+///           1 or heads rows and 1 or cols columns: scalar_gate(logit), per_head_gate(logits)
 /// Aliasing  out may be a or b
 /// Cost      one pass
 /// Error     6 u (g |a| + (1 - g) |b|). A side whose gate is 0 has no effect, even if it contains NaN

@@ -40,7 +40,8 @@ class kv_cache;
 /// Positions row i of q stands at position `first_query` + i, key j at j.
 /// Aliasing  out and lse overlap no input, nor each other.
 /// Cost      2 * q_len * kv_len * (head_dim + value_dim) flop per head, less what the mask skips in blocks of
-///           keys. Scratch for each worker about 16 * (head_dim + value_dim + 128) packets, none per key.
+///           keys. Scratch for each worker about 16 * (head_dim + value_dim + 128) packets, none per key; with
+///           matrix tiles up to 4 MB more, for the transposed values of a head.
 ///           For one token a softcap costs at most 13 % of the call, alibi 6 %, a bias or a cheap lambda 20 %
 ///           (Zen 3, one thread).
 /// Error     |out - exact| <= 16 u (1 + a_i) sum_j p_ij |v_j|, a_i = sum_j p_ij scale sum_c |q_ic k_jc|, plus
@@ -70,9 +71,11 @@ struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true
   P position{};
   std::optional<double> scale{};            ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
-  /// Where q, k, v and out are all bfloat16 and the processor multiplies bfloat16 pairs (AVX512-BF16), do so:
-  /// twice as fast; weights are then rounded to bfloat16, which adds 2^-8 sum_j p_ij |v_j| to the error of
-  /// out, and 1e-4 to that of lse.
+  /// Multiply in bfloat16 where q, k and v are bfloat16, there is no position encoding, and the processor is fast at it:
+  /// by matrix tiles where the process may use them (see request_amx; out bfloat16 or float), else by bfloat16
+  /// pairs on AMD processors with AVX512-BF16 (out bfloat16, no score). Scores are exact products all the same;
+  /// weights are rounded, which adds 2^-8 sum_j p_ij |v_j| to the error of out, and 1e-4 to that of lse. With
+  /// tiles a value of 2^111 / kv_len or more may make an output infinite.
   bool bf16_products = true;
 
   softmax_attention() = default;

@@ -32,7 +32,7 @@ TEST_CASE("attend_npy infini: results and memory agree with the reference, in an
       longspan::infini_attention attend;
       attend.segment = 16;
       attend.rule = delta ? InfiniRule::delta : InfiniRule::linear;
-      attend.beta = {beta.data(), 4, 1, 1};
+      attend.beta = longspan::per_head_gate(beta);
       const auto exact = test::infini_oracle(attend, call);
       const auto out = loaded(folder, "out.npy", {2, 4, 50, 5});
       for (std::size_t n = 0; n < out.size(); ++n) REQUIRE(std::abs(double(out[n]) - exact.values[n]) < 3e-5);

@@ -148,7 +148,7 @@ TEST_CASE("attend_npy hybrid_stream: agrees with the library's stream, in any ch
       .block_size = 4, .top_k = 2, .window_blocks = 1, .capacity = 3, .evicted_at_once = 2};
   const Words keys{"block=4", "top_k=2", "window_blocks=1", "capacity=3", "evicted_at_once=2"};
   check(keys, options);
-  options.beta = {beta.data(), 6, 1, 1};
+  options.beta = longspan::per_head_gate(beta);
   options.rule = longspan::InfiniRule::delta;
   options.empty_memory = longspan::EmptyMemory::gate;
   check(with(keys, {"rule=delta", "first=gate", "--beta", "beta.npy"}), options);

@@ -32,7 +32,7 @@ std::string refusal(const TemporaryFolder& folder, const std::string& bytes) {
   try {
     npy::read(folder.file("x.npy"));
     return "";
-  } catch (const longspan::Error& error) {
+  } catch (const longspan::FileError& error) {
     const std::string text = error.what(), start = folder.file("x.npy") + ": ";
     REQUIRE(text.substr(0, start.size()) == start);
     return text.substr(start.size());
@@ -226,7 +226,7 @@ TEST_CASE("npy: only regular files are read, others are refused without blocking
   const auto reason = [&](const std::string& path) -> std::string {
     try {
       npy::read(path);
-    } catch (const longspan::Error& error) {
+    } catch (const longspan::FileError& error) {
       return error.what();
     }
     return "";
@@ -267,7 +267,7 @@ TEST_CASE("npy: a flipped bit in the header is refused or gives a consistent arr
     try {
       check_consistent(npy::read(folder.file("x.npy")));
       ++read;
-    } catch (const longspan::Error&) {
+    } catch (const longspan::FileError&) {
       ++refused;
     }
   }
@@ -295,7 +295,7 @@ TEST_CASE("npy: randomly damaged files are refused or give a consistent array", 
     folder.write("x.npy", damaged);
     try {
       check_consistent(npy::read(folder.file("x.npy")));
-    } catch (const longspan::Error&) {
+    } catch (const longspan::FileError&) {
       ++refused;
     }
   }

@@ -18,7 +18,7 @@ std::string refusal(const std::string& path) {
   try {
     StagedFile file(path);
     return "";
-  } catch (const longspan::Error& error) {
+  } catch (const longspan::FileError& error) {
     return error.what();
   }
 }
@@ -82,7 +82,7 @@ TEST_CASE("StagedFile: all files are committed or none", "[staged_file][errors]"
     files.emplace_back(folder.file("c"));
     for (StagedFile& file : files) write(file, "new");
     std::filesystem::create_directory(folder.file("c"));  // appears after the check
-    CHECK_THROWS_AS(StagedFile::put_in_place(files), longspan::Error);
+    CHECK_THROWS_AS(StagedFile::put_in_place(files), longspan::FileError);
   }
   CHECK(folder.names() == (with_previous ? std::set<std::string>{"a", "c"} : std::set<std::string>{"c"}));
   if (with_previous) CHECK(folder.read("a") == "old");
@@ -125,7 +125,7 @@ TEST_CASE("StagedFile: a full disk is noticed, at the latest when the file is cl
     const SmallDisk small(16);  // no assertions in this scope: the test's own report may go to a file
     write(files[0], std::string(size, 'x'));
     StagedFile::put_in_place(files);
-  } catch (const longspan::Error& error) {
+  } catch (const longspan::FileError& error) {
     text = error.what();
   }
   CHECK(text == folder.file("a") + ": cannot be written: File too large");

@@ -81,10 +81,118 @@ TEST_CASE("dilated_cache: chunks and single tokens match a single call at every 
                  longspan::reference::dilated_attention{three, causal{}});
     check_stream(random, dilated_attention{three, causal{}, turn, longspan::softcap{2}},
                  longspan::reference::dilated_attention{three, causal{}, turn, longspan::softcap{2}});
+    const longspan::softcap cap{2};
+    const auto near_heads = [](double s, Index b, Index h, Index i, Index j) {
+      return j % 5 == b ? -INFINITY : s + 0.1 * double(b + 1) * double(h + 1) / double(i - j + 1);
+    };
+    check_stream(random, dilated_attention{three, causal{}, near_heads},
+                 longspan::reference::dilated_attention{three, causal{}, near_heads});
+    check_stream(random, dilated_attention{three, causal{}, cap | near_heads},
+                 longspan::reference::dilated_attention{three, causal{}, cap | near_heads});
     const longspan::window near{.left = 20};
     check_stream(random, dilated_attention{three, near},
                  longspan::reference::dilated_attention{three, causal{} & near});
   });
+}
+
+namespace {
+
+/// Does a branch or the mask show a query of tokens [first, end) a key after them?
+template <class M>
+bool shows_later_keys(const M& mask, const Branches& branches, Index first, Index end) {
+  for (Index i = first; i < end; ++i) {
+    for (Index j = end; j < 400; ++j) {
+      for (const Branch& branch : branches) {
+        if (i / branch.segment != j / branch.segment) continue;
+        if (longspan::sees(mask, 0, 0, i, j) || longspan::sees(mask, 1, 0, i, j)) return true;
+      }
+    }
+  }
+  return false;
+}
+
+template <class Stream>
+std::string saved(const Stream& stream) {
+  std::ostringstream to;
+  stream.save(to);
+  return to.str();
+}
+
+/// A stream under `mask` against the one call, for each of the chunks that hold their keys; others are refused.
+template <class M>
+void check_literal(const M& mask, Random& random) {
+  using longspan::Overlap;
+  dilated_attention attend{three, mask};
+  longspan::reference::dilated_attention oracle{three, mask};
+  attend.overlap = oracle.overlap = random.pick({Overlap::multiset, Overlap::set});
+  // The longest sequence of at most 150 tokens that ends with all that is seen.
+  Shape shape{2, 4, 2, 150, 150, 8, 8};
+  while (shows_later_keys(mask, three, 0, shape.q_len)) --shape.q_len;
+  shape.kv_len = shape.q_len;
+  Call<double> exact(shape, Values::normal, random), call = exact.unrun();
+  oracle(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(), exact.lse.view());
+  auto stream = attend.template stream<double>(stream_shape(shape));
+  while (stream.size() < shape.q_len) {
+    const Index first = stream.size();
+    Index count = std::min(shape.q_len - first, random.between(1, 40));
+    for (; shows_later_keys(mask, three, first, first + count); ++count) {
+      if (random.chance(0.7)) continue;
+      const std::string before = saved(stream);
+      REQUIRE(refusal([&] { extend(stream, call, first, count); }).find(" may see the keys up to ") !=
+              std::string::npos);
+      REQUIRE(saved(stream) == before);
+    }
+    extend(stream, call, first, count);
+  }
+  for (std::size_t n = 0; n < exact.out.values.size(); ++n)
+    REQUIRE(std::abs(call.out.values[n] - exact.out.values[n]) < 1e-12);
+  for (std::size_t n = 0; n < exact.lse.values.size(); ++n) {
+    const double got = call.lse.values[n], wanted = exact.lse.values[n];
+    REQUIRE((got == wanted || std::abs(got - wanted) < 1e-12));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("dilated_cache: one token and alibi, whose slopes differ from head to head", "[law]") {
+  Random random(11);
+  const Shape shape{2, 6, 2, 200, 200, 16, 16};
+  const std::vector<float> slopes{0.5f, 0.25f, 0.125f, 1, 2, 0.75f};
+  const longspan::alibi bias{slopes};
+  Call<double> exact(shape, Values::normal, random), tokens = exact.unrun();
+  longspan::reference::dilated_attention{three, causal{}, bias}(
+      exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(), exact.lse.view());
+  auto stream = dilated_attention{three, causal{}, bias}.stream<double>(stream_shape(shape));
+  for (Index n = 0; n < shape.q_len; ++n) extend(stream, tokens, n, 1);
+  for (std::size_t n = 0; n < exact.out.values.size(); ++n)
+    REQUIRE(std::abs(tokens.out.values[n] - exact.out.values[n]) < 1e-12);
+  for (std::size_t n = 0; n < exact.lse.values.size(); ++n)
+    REQUIRE(std::abs(tokens.lse.values[n] - exact.lse.values[n]) < 1e-12);
+}
+
+TEST_CASE("dilated_cache: a chunk with all keys that its queries may see is answered as by the one call",
+          "[law]") {
+  using namespace longspan;
+  const std::vector<Index> lengths{50, 23}, starts{0, 9, 30, 31, 80, 200};
+  for_each_case(8, [&](Random& random) {
+    check_literal(causal{} | sinks{21}, random);
+    check_literal(causal{} | sinks{90}, random);  // the prefix ends after two branches' first segments
+    check_literal(segments{12} | sinks{5}, random);
+    check_literal(padding{lengths}, random);
+    check_literal(window{.left = 7, .right = 6}, random);
+    check_literal(documents{starts}, random);
+  });
+}
+
+TEST_CASE("dilated_cache: a long chunk is cut only where no query sees beyond the cut", "[bits]") {
+  Random random(12);
+  const Shape shape{2, 8, 2, 3000, 3000, 8, 8};
+  Call<float> once(shape, Values::normal, random), chunk = once.unrun();
+  const dilated_attention attend{Branches{{2500, 1}, {4100, 3}}, causal{} | longspan::sinks{1500}};
+  once.run(attend);
+  auto stream = attend.stream(stream_shape(shape));
+  extend(stream, chunk, 0, 3000);
+  CHECK(chunk.same_outputs(once));
 }
 
 TEST_CASE("dilated_cache: has the bits of a single call if segments do not share tiles", "[bits]") {
@@ -345,6 +453,17 @@ TEST_CASE("dilated_cache: invalid options and shapes are refused", "[errors]") {
           stream.extend(uneven.q.view(), uneven.k.view(), uneven.v.view(), uneven.out.view());
         }).find("rows of k is 6, wanted 5") != std::string::npos);
   CHECK(stream.size() == 0);
+  auto prefix = dilated_attention{three, causal{} | longspan::sinks{8}}.stream({1, 2, 1, 4, 4});
+  CHECK(refusal([&] { extend(prefix, call, 0, 5); }) ==
+        "longspan: dilated_cache: the chunk is the tokens 0 to 4, but query 0 may see the keys up to 7, "
+        "wanted a "
+        "longer chunk that holds these keys, or the mask causal{} & mask");
+  CHECK(prefix.size() == 0);
+  dilated_attention padded{three, causal{} | longspan::sinks{8}};
+  padded.zero_pad_compat = true;
+  CHECK(refusal([&] {
+          padded.stream({1, 2, 1, 4, 4});
+        }).find("dilated_cache: zero_pad_compat is true") != std::string::npos);
   dilated_attention shifted = attend;
   shifted.first_query = 3;
   CHECK(refusal([&] {

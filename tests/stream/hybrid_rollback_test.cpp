@@ -37,7 +37,7 @@ void check_law(std::uint32_t seed) {
                              .rollback = rollback,
                              .rule = random.pick({InfiniRule::linear, InfiniRule::delta}),
                              .empty_memory = random.pick({EmptyMemory::bypass, EmptyMemory::gate})};
-      options.beta = {logits.data(), 4, 1, 1};
+      options.beta = longspan::per_head_gate(logits);
       INFO("block " << options.block_size << " top_k " << options.top_k << " window " << options.window_blocks
                     << " capacity " << options.capacity << " evicted at once " << options.evicted_at_once
                     << " rollback " << rollback);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <span>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -35,7 +36,7 @@ const std::vector<float> logits{-1, 0.5f, 2, 0};
 hybrid_options small_options() {
   hybrid_options options{
       .block_size = 10, .top_k = 2, .window_blocks = 2, .capacity = 5, .evicted_at_once = 3};
-  options.beta = {logits.data(), 4, 1, 1};
+  options.beta = longspan::per_head_gate(logits);
   return options;
 }
 
@@ -248,11 +249,11 @@ TEST_CASE("hybrid_stream: a loaded state continues the stream, and a damaged fil
   const std::string whole = file.str();
   for (std::size_t at = 0; at < whole.size(); at += 1 + whole.size() / 97) {
     std::stringstream cut(whole.substr(0, at));
-    CHECK(refusal([&] { loaded.load(cut); }) != "");
+    CHECK(file_refusal([&] { loaded.load(cut); }) != "");
     std::string flipped = whole;
     flipped[at] = static_cast<char>(flipped[at] ^ 4);
     std::stringstream damaged(flipped);
-    CHECK(refusal([&] { loaded.load(damaged); }) != "");
+    CHECK(file_refusal([&] { loaded.load(damaged); }) != "");
   }
   CHECK(loaded.size() == length);
 }
@@ -266,7 +267,7 @@ TEST_CASE("hybrid_stream: invalid options and shapes are refused", "[errors]") {
   options.block_size = 1;
   CHECK(error() == "longspan: hybrid_stream: block is 1, wanted at least 2");
   options = small_options();
-  options.beta = {logits.data(), 3, 1, 1};
+  options.beta = longspan::per_head_gate(std::span(logits).first(3));
   CHECK(error().find("beta is [3, 1]") != std::string::npos);
 
   hybrid_stream<float> stream(shape, small_options());

@@ -221,15 +221,15 @@ TEST_CASE("infini_memory: a damaged file changes nothing", "[stream][file][infin
   extend(target, call, 0, 7);
   const std::string whole = saved(stream), before = saved(target);
   for (std::size_t bytes = 0; bytes < whole.size(); ++bytes)
-    CHECK_THROWS_AS(load(target, whole.substr(0, bytes)), longspan::Error);
+    CHECK_THROWS_AS(load(target, whole.substr(0, bytes)), longspan::FileError);
   for (std::size_t bit = 0; bit < 8 * whole.size(); ++bit) {
     std::string flipped = whole;
     flipped[bit / 8] = static_cast<char>(flipped[bit / 8] ^ (1 << bit % 8));
-    CHECK_THROWS_AS(load(target, flipped), longspan::Error);
+    CHECK_THROWS_AS(load(target, flipped), longspan::FileError);
   }
   CHECK(saved(target) == before);
   auto other = options(5).stream({1, 1, 1, 3, 2});
-  CHECK(refusal([&] { load(other, whole); }) ==
+  CHECK(file_refusal([&] { load(other, whole); }) ==
         "longspan: infini_memory::load: segment is 4 in the file, wanted 5 as in this stream");
 }
 
@@ -244,7 +244,8 @@ TEST_CASE("infini_memory: invalid shapes and options are refused", "[stream][err
   Random random(9);
   Call<float> call(Shape{1, 2, 1, 4, 4, 8, 8}, Values::normal, random);
   CHECK(refusal([&] { extend(stream, call, 0, 4); }) ==
-        "longspan: infini_memory: q is [1, 2, 4, 8] with 1 KV heads and value_dim 8, wanted [1, 2, 4, 8] "
+        "longspan: infini_memory::extend: q is [1, 2, 4, 8] with 1 KV heads and value_dim 8, wanted [1, 2, "
+        "4, 8] "
         "with 2 "
         "and 8");
   CHECK(stream.size() == 0);
@@ -275,13 +276,47 @@ TEST_CASE("infini_memory: rows without queries leave the same state as rows with
   }
 }
 
+TEST_CASE("infini_memory: reorder takes the length of a row, its memory and what can be taken back along",
+          "[stream][infini]") {
+  Random random(12);
+  const Shape shape{2, 4, 2, 90, 90, 12, 9};
+  Call<float> call(shape, Values::normal, random);
+  infini_attention<> attend = options(16, InfiniRule::delta);
+  auto stream = attend.stream(stream_shape(shape), {.rollback = 20});
+  const auto append = [&](auto& to, Index b, Index of, Index first, Index count) {
+    const auto row = [&](auto& x) {
+      auto part = std::as_const(x).view().slice_rows(first, count);
+      part.data = part.row(of, 0, 0);
+      part.batch = 1;
+      return part;
+    };
+    to.append(b, row(call.k), row(call.v));
+  };
+  append(stream, 0, 0, 0, 70);
+  append(stream, 1, 1, 0, 37);
+  stream.reorder(std::vector<Index>{1, 0});
+  CHECK(stream.size(0) == 37);
+  CHECK(stream.size(1) == 70);
+  CHECK(stream.open_rows(0) == 5);
+  auto wanted = attend.stream(stream_shape(shape), {.rollback = 20});
+  append(wanted, 0, 1, 0, 37);
+  append(wanted, 1, 0, 0, 70);
+  CHECK(saved(stream) == saved(wanted));
+  append(stream, 0, 1, 37, 28);
+  append(wanted, 0, 1, 37, 28);
+  REQUIRE(stream.can_truncate(60));
+  stream.truncate(60);
+  wanted.truncate(60);
+  CHECK(saved(stream) == saved(wanted));
+}
+
 TEST_CASE("infini_memory: recall applies only the gate and the memory", "[stream][infini]") {
   Random random(22);
   const Shape shape{2, 4, 2, 80, 80, 12, 9};
   Call<float> call(shape, Values::normal, random);
   const std::vector<float> beta{0.5f, -1, 2, 0};
   infini_attention attend = options(16);
-  attend.beta = {beta.data(), 4, 1, 1};
+  attend.beta = longspan::per_head_gate(beta);
   auto stream = attend.stream(stream_shape(shape));
   extend(stream, call, 0, 80);  // five segments: none is open
 
@@ -379,7 +414,7 @@ TEST_CASE("infini_memory: a file with other options is refused by the name of th
   auto attend = options(8);
   attend.empty_memory = EmptyMemory::bypass;
   CHECK(said(stream, attend.stream<bfloat16>(shape)) ==
-        "first is gate in the file, wanted bypass as in this stream");
+        "empty_memory is gate in the file, wanted bypass as in this stream");
   attend = options(8);
   attend.local.scale = 0.25;
   CHECK(said(stream, attend.stream<bfloat16>(shape)) ==
@@ -440,7 +475,7 @@ TEST_CASE("infini_memory: a norm below the smallest one is replaced by it", "[st
   Tensor<float> x(1, 1, 4, 8, -30.0f), ones(1, 1, 4, 6, 1.0f), out(1, 1, 4, 6, 0.0f);
   infini_attention attend = options(4);
   const float beta = 100;
-  attend.beta = {&beta, 1, 1, 1};
+  attend.beta = longspan::scalar_gate(beta);
   auto stream = attend.stream({1, 1, 1, 8, 6});
   stream.append(0, x.view(), ones.view());
   stream.recall(x.view(), out.view());

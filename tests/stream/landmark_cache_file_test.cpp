@@ -177,9 +177,9 @@ TEST_CASE("landmark_cache: if the file cannot be replaced, clear throws and chan
   extend(wanted, own, 0, 40);
   std::filesystem::remove(options.path);
   std::filesystem::create_directory(options.path);
-  CHECK(refusal([&] { cache.clear(); }).find("is not able to replace") != std::string::npos);
+  CHECK(file_refusal([&] { cache.clear(); }).find("is not able to rename to") != std::string::npos);
   std::filesystem::create_directory(options.path + ".new");
-  CHECK(refusal([&] { cache.clear(); }).find("is not accessible") != std::string::npos);
+  CHECK(file_refusal([&] { cache.clear(); }).find("cannot open the file") != std::string::npos);
   CHECK(cache.size() == 40);
   extend(cache, call, 40, 50);
   extend(wanted, own, 40, 50);
@@ -239,7 +239,7 @@ TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[strea
   const std::string good = contents(options.path);
   const auto refusal_of = [&](const std::string& bytes) {
     write_contents(options.path, bytes);
-    std::string text = refusal([&] { Cache(shape, options, turned); });
+    std::string text = file_refusal([&] { Cache(shape, options, turned); });
     CHECK(contents(options.path) == bytes);
     return text;
   };
@@ -256,26 +256,27 @@ TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[strea
   CHECK(refusal_of(tampered).find("damaged in block 1") != std::string::npos);
   for (std::size_t length = 1; length < good.size(); length += length < 200 ? 1 : 613)
     REQUIRE(refusal_of(good.substr(0, length)).find("cut short") != std::string::npos);
-  CHECK(refusal_of(std::string(10000, 'x')).find("another file") != std::string::npos);
+  CHECK(refusal_of(std::string(10000, 'x')).find("is of another kind") != std::string::npos);
 
   write_contents(options.path, good);
-  CHECK(refusal([&] {
+  CHECK(file_refusal([&] {
           Cache(shape, {.block_size = 6, .path = options.path}, turned);
-        }).find("block is 5 in the file, wanted 6") != std::string::npos);
-  CHECK(refusal([&] {
+        }).find("block_size is 5 in the file, wanted 6") != std::string::npos);
+  CHECK(file_refusal([&] {
           landmark_cache<float, rotary>(shape, options, turned);
         }).find("their positions in the text is yes in the file, wanted no") != std::string::npos);
-  CHECK(refusal([&] {
+  CHECK(file_refusal([&] {
           Cache(shape, options, rotary(Pairing::half_split, 500000));
         }).find("the base of the positions is 10000 in the file, wanted 500000") != std::string::npos);
-  CHECK(refusal([&] {
+  CHECK(file_refusal([&] {
           landmark_cache<float, no_position, exact_positions>(shape, options);
         }).find("the position encoding is rotary in the file, wanted none") != std::string::npos);
-  CHECK(refusal([&] {
+  CHECK(file_refusal([&] {
           Cache(shape, {.path = folder.file("no/such/folder")}, turned);
-        }).find("is not accessible") != std::string::npos);
+        }).find("cannot open the file") != std::string::npos);
   const Cache open(shape, options, turned);
-  CHECK(refusal([&] { Cache(shape, options, turned); }).find("in use") != std::string::npos);
+  CHECK(file_refusal([&] { Cache(shape, options, turned); }).find("is in use by another cache") !=
+        std::string::npos);
 }
 
 TEST_CASE("landmark_cache: a full disk throws an Error and changes nothing", "[stream][file]") {
@@ -297,16 +298,17 @@ TEST_CASE("landmark_cache: a full disk throws an Error and changes nothing", "[s
   };
   REQUIRE(::setrlimit(RLIMIT_FSIZE, &full) == 0);
   const auto outputs = call.out.values;
-  const std::string of_extend = refusal([&] { extend(cache, call, 33, 7); });
-  const std::string of_absorb = refusal([&] {
+  const std::string of_extend = file_refusal([&] { extend(cache, call, 33, 7); });
+  const std::string of_append = file_refusal([&] {
     cache.append(std::as_const(call.k).view().slice_rows(33, 7),
                  std::as_const(call.v).view().slice_rows(33, 7));
   });
   extend(cache, call, 33, 1);  // writes nothing
   REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
-  for (const std::string& text : {of_extend, of_absorb}) {
+  for (const std::string& text : {of_extend, of_append}) {
     CAPTURE(text);
-    CHECK(text.find("is not writable (File too large)") != std::string::npos);
+    CHECK(text.find("longspan: landmark_cache: cannot write ") == 0);
+    CHECK(text.ends_with(" bytes to the file " + options.path + ": File too large"));
   }
   CHECK(cache.blocks() == blocks);
   CHECK(cache.size() == 34);
@@ -342,11 +344,12 @@ TEST_CASE("landmark_cache: a copy reads the file and keeps its own blocks in mem
   Cache moved = std::move(cache);
   CHECK(moved.blocks() == 6);
   const std::vector<Index> rows{0, 0};
-  CHECK(refusal([&] { moved.reorder(rows); }).find("reorder: the store of blocks is a file") !=
+  CHECK(refusal([&] { moved.reorder(rows); }).find("reorder: the blocks of this cache are in a file") !=
         std::string::npos);
   std::stringstream state;
   moved.save(state);
-  CHECK(refusal([&] { moved.load(state); }).find("load: the store of blocks is a file") != std::string::npos);
+  CHECK(refusal([&] { moved.load(state); }).find("load: the blocks of this cache are in a file") !=
+        std::string::npos);
   fresh.load(state);
   CHECK(fresh.blocks() == 6);
   copy.reorder(rows);

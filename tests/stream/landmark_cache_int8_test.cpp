@@ -238,7 +238,7 @@ TEST_CASE("landmark_cache: decode_block returns the stored rows", "[int8]") {
   }
   CHECK(refusal([&] {
           cache.decode_block(1, 99, keys.view(), values.view());
-        }).starts_with("longspan: landmark_cache::decode_block: the block is 99 of batch row 1"));
+        }).starts_with("longspan: landmark_cache::decode_block: block 99 of batch row 1 does not exist"));
   CHECK(refusal([&] {
           cache.decode_block(0, 0, values.view(), values.view());
         }).starts_with("longspan: landmark_cache::decode_block: k is"));

@@ -149,7 +149,7 @@ TEMPLATE_TEST_CASE("landmark_cache: with 16-bit numbers 16-bit blocks change not
   CHECK(loaded.blocks() == narrow.blocks());
   file.clear();
   file.seekg(0);
-  CHECK(refusal([&] { wide.load(file); }).find("in the file, wanted float") != std::string::npos);
+  CHECK(file_refusal([&] { wide.load(file); }).find("in the file, wanted float") != std::string::npos);
 }
 
 TEMPLATE_TEST_CASE("landmark_cache: 16-bit blocks with positions are within one more rounding",

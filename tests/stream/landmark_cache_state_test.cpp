@@ -72,7 +72,7 @@ TEST_CASE("landmark_cache: a state contains all properties that determine its ro
     change(changed);
     return Cache(shape, changed, turned);
   };
-  differs(with([](Options& o) { o.block_size = 5; }), "block is 4 in the file, wanted 5");
+  differs(with([](Options& o) { o.block_size = 5; }), "block_size is 4 in the file, wanted 5");
   differs(with([](Options& o) { o.top_k = 1; }), "top_k is 2 in the file, wanted 1");
   differs(with([](Options& o) { o.select = LandmarkSelect::per_kv_group; }),
           "select is per_token_and_head in the file, wanted per_kv_group");
@@ -184,7 +184,7 @@ TEST_CASE("hybrid_stream: a state contains its options, and the memory of the ev
   differs([](hybrid_options& o) { o.window_blocks = 2; }, "window_blocks is 1 in the file, wanted 2");
   differs([](hybrid_options& o) { o.scale = 2; }, "scale is 0.5 in the file, wanted 2");
   differs([](hybrid_options& o) { o.empty_memory = EmptyMemory::gate; },
-          "hybrid_stream::load: first is bypass in the file, wanted gate as in this stream");
+          "hybrid_stream::load: empty_memory is bypass in the file, wanted gate as in this stream");
 
   // The state must contain the memory before the evictions that can be undone; this is the current memory.
   const auto part = [](const auto& x) { return saved(x); };

@@ -314,19 +314,20 @@ TEST_CASE("landmark_cache: a loaded state continues the stream", "[stream][state
   const Index before = loaded.size();
   for (std::size_t length = 0; length < bytes.size(); length += 1 + length / 9) {
     std::istringstream cut(bytes.substr(0, length));
-    CHECK_THROWS_AS(loaded.load(cut), Error);
+    CHECK_THROWS_AS(loaded.load(cut), longspan::FileError);
   }
   for (std::size_t byte = 0; byte < 160; ++byte) {
     std::string flipped = bytes;
     flipped[byte] = static_cast<char>(flipped[byte] ^ 4);
     std::istringstream broken(flipped);
-    CHECK_THROWS_AS(loaded.load(broken), Error);
+    CHECK_THROWS_AS(loaded.load(broken), longspan::FileError);
   }
   CHECK(loaded.size() == before);
   landmark_cache<float, rotary> other(shape_of(call), {.block_size = 6, .top_k = 2, .capacity = 6}, turned);
   std::istringstream again(bytes);
-  CHECK(refusal([&] { other.load(again); }).find("block is 5 in the file, wanted 6 as in this stream") !=
-        std::string::npos);
+  CHECK(file_refusal([&] {
+          other.load(again);
+        }).find("block_size is 5 in the file, wanted 6 as in this stream") != std::string::npos);
 }
 
 namespace {

@@ -1,8 +1,12 @@
 #include "longspan/stream/stream.hpp"
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "longspan/stream/dilated_cache.hpp"
@@ -20,9 +24,11 @@ namespace {
 using namespace test;
 using longspan::causal;
 using longspan::dilated_attention;
+using longspan::hybrid_retrieval;
 using longspan::hybrid_stream;
 using longspan::infini_attention;
 using longspan::landmark_cache;
+using longspan::landmark_retrieval;
 using longspan::LseStream;
 using longspan::openmp;
 using longspan::softmax_attention;
@@ -52,6 +58,8 @@ static_assert(LseStream<landmark_cache<std::int8_t>>);
 static_assert(Stream<decltype(infini().stream(shape))>);
 static_assert(Stream<decltype(infini().stream<double>(shape)), double>);
 static_assert(!LseStream<decltype(infini().stream(shape))>);
+static_assert(Stream<hybrid_stream<>> && Stream<hybrid_stream<double>, double>);
+static_assert(!LseStream<hybrid_stream<>>);
 static_assert(!Stream<softmax_attention<causal>> && !Stream<std::vector<float>>);
 
 /// Calls work(name, stream) for every stream, as a program that exchanges its attention would.
@@ -64,11 +72,13 @@ void for_each_stream(const Work& work) {
   work("dilated_cache", longnet().stream(shape));
   work("dilated_cache, int8", longnet().stream<std::int8_t>(shape));
   work("infini_memory", infini().stream(shape));
-  work("landmark_cache", landmark_cache<>(shape, {.block_size = 8, .top_k = 3}));
-  work("landmark_cache, int8", landmark_cache<std::int8_t>(shape, {.block_size = 8, .top_k = 3}));
-  work("hybrid_stream",
-       hybrid_stream<>(
-           shape, {.block_size = 8, .top_k = 3, .window_blocks = 2, .capacity = 4, .evicted_at_once = 2}));
+  const landmark_retrieval blocks{{.block_size = 8, .top_k = 3}};
+  work("landmark_cache", blocks.stream(shape));
+  work("landmark_cache, int8", blocks.stream<std::int8_t>(shape));
+  const hybrid_retrieval hybrid{
+      {.block_size = 8, .top_k = 3, .window_blocks = 2, .capacity = 4, .evicted_at_once = 2}};
+  work("hybrid_stream", hybrid.stream(shape));
+  work("hybrid_stream, int8", hybrid.stream<std::int8_t>(shape));
 }
 
 struct Tokens {
@@ -119,6 +129,82 @@ TEST_CASE("stream: one loop decodes with every stream", "[law]") {
     CHECK(stream.size() == 0);
     CHECK(decode(stream, tokens, 100) == out);
   });
+}
+
+TEST_CASE("stream: tokens that are appended without queries are seen like others", "[law]") {
+  const Tokens tokens;
+  for_each_stream([&](const char* name, auto stream) {
+    INFO(name);
+    auto appended = stream;
+    appended.append(tokens.k.view().slice_rows(0, 40), tokens.v.view().slice_rows(0, 40));
+    CHECK(appended.size() == 40);
+    CHECK(same_rows(decode(appended, tokens, 100), decode(stream, tokens, 100), 40, 100));
+    CHECK(refusal([&] { appended.append(tokens.v.view(), tokens.k.view()); }).find("::append: k is") !=
+          std::string::npos);
+    CHECK(appended.size() == 100);
+  });
+}
+
+TEST_CASE("stream: peek writes what extend would write, and leaves the stream as it is", "[law]") {
+  const Tokens tokens;
+  const auto saved = [](const auto& stream) {
+    std::ostringstream to;
+    stream.save(to);
+    return to.str();
+  };
+  for_each_stream([&](const char* name, auto stream) {
+    INFO(name);
+    decode(stream, tokens, 75);
+    const std::string before = saved(stream);
+    const auto part = [](auto& x) { return x.view().slice_rows(75, 25); };
+    Tensor<float> seen(2, 6, 100, 12), out(2, 6, 100, 12);
+    stream.peek(part(tokens.q), part(tokens.k), part(tokens.v), part(seen));
+    CHECK(stream.size() == 75);
+    CHECK(saved(stream) == before);
+    stream.extend(part(tokens.q), part(tokens.k), part(tokens.v), part(out));
+    CHECK(same_rows(seen, out, 75, 100));
+  });
+}
+
+TEST_CASE("stream: reorder makes a batch row what another was", "[state]") {
+  const Tokens tokens;
+  Tokens twins;
+  for (auto* x : {&twins.q, &twins.k, &twins.v}) {
+    const auto half = static_cast<std::ptrdiff_t>(x->values.size() / 2);
+    std::copy_n(x->values.begin() + half, half, x->values.begin());
+  }
+  for_each_stream([&](const char* name, auto stream) {
+    INFO(name);
+    decode(stream, tokens, 75);
+    auto reordered = stream;
+    reordered.reorder(std::vector<Index>{1, 1});
+    CHECK(reordered.size() == 75);
+    const Tensor<float> out = decode(stream, tokens, 100), of_both = decode(reordered, twins, 100);
+    for (Index h = 0; h < 6; ++h) {
+      for (Index b = 0; b < 2; ++b)
+        REQUIRE(std::equal(of_both.row(b, h, 75), of_both.row(b, h, 99) + 12, out.row(1, h, 75)));
+    }
+    const auto refused = [&](const std::vector<Index>& rows) {
+      return refusal([&] { reordered.reorder(rows); });
+    };
+    CHECK(refused({0}).find("::reorder: the number of rows is 1, wanted 2") != std::string::npos);
+    CHECK(refused({0, 2}).find("::reorder: a row is 2, wanted 0 to 1") != std::string::npos);
+    CHECK(refused({-1, 0}).find("::reorder: a row is -1, wanted 0 to 1") != std::string::npos);
+  });
+}
+
+TEST_CASE("landmark_retrieval: parts in any order", "[stream]") {
+  using namespace longspan;
+  const landmark_cache_options options{.block_size = 4, .top_k = 1};
+  const rotary turned(Pairing::half_split);
+  STATIC_REQUIRE(std::is_same_v<decltype(landmark_retrieval{options}), landmark_retrieval<>>);
+  STATIC_REQUIRE(std::is_same_v<decltype(landmark_retrieval{options, exact_positions{}, turned}),
+                                landmark_retrieval<rotary, exact_positions>>);
+  const landmark_retrieval retrieve{options, exact_positions{}, turned};
+  const landmark_retrieval copy = retrieve;
+  auto stream = copy.stream<double>(shape);
+  STATIC_REQUIRE(std::is_same_v<decltype(stream), landmark_cache<double, rotary, exact_positions>>);
+  CHECK(stream.tokens_to_landmark() == 3);
 }
 
 TEST_CASE("stream: a copy and a loaded file continue a stream", "[state]") {

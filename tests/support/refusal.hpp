@@ -21,11 +21,22 @@ std::string refusal(const Call& call) {
   return {};
 }
 
-/// The text of the Error that a stream throws for a saved state; empty if it loads the state.
+/// The text of the FileError that `call` throws; empty if it throws none.
+template <class Call>
+std::string file_refusal(const Call& call) {
+  try {
+    call();
+  } catch (const longspan::FileError& error) {
+    return error.what();
+  }
+  return {};
+}
+
+/// The text of the FileError that a stream throws for a saved state; empty if it loads the state.
 template <class Stream>
 std::string refused(Stream& into, const std::string& state) {
   std::istringstream from(state);
-  return refusal([&] { into.load(from); });
+  return file_refusal([&] { into.load(from); });
 }
 
 /// Changes every `step`-th byte of a saved state in turn and checks that the stream throws an Error of `loader`.

@@ -32,14 +32,12 @@ inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
 inline constexpr double least_parallel_tile_flop = 4e5;
 inline constexpr double least_parallel_decode_flop = 1e5;
 
-/// Calls task(executor), or task(serial{}) if there is little work. Results have the same bits.
-template <class E, class Task>
-void run_where_it_pays(double flop, double least_parallel, const E& executor, const Task& task) {
-  if (flop < least_parallel) {
-    run_without_denormals(serial{}, task);
-  } else {
-    task(executor);
-  }
+/// Calls task(executor), or task(serial) if there is little work. Results have the same bits.
+template <class Task>
+void run_where_it_pays(double flop, double least_parallel, const WithoutDenormals& executor,
+                       const Task& task) {
+  const serial alone;
+  task(flop < least_parallel ? WithoutDenormals(alone) : executor);
 }
 
 /// An executor whose tasks may use the tiles of `Unit`.
@@ -70,44 +68,65 @@ using TileUnit = EmulatedTiles;
 using TileUnit = HardwareTiles;
 #endif
 
+/// Are matrix tiles used?
+inline bool uses_tiles() {
+#if defined(LONGSPAN_USES_AMX)
+  return amx_is_permitted();
+#else
+  return false;
+#endif
+}
+
+/// Scores come out of bfloat16 products unscaled, and their highest is looked for: the scale has to be positive.
+inline constexpr float least_scale = 1e-30f;
+
 /// Whether calls on these types multiply in bfloat16 where they may (see softmax_attention::bf16_products), which
 /// rounds their weights.
 template <class Tq, class Tk, class Tv, class To>
 bool rounds_weights() {
   constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv>;
-#if defined(LONGSPAN_USES_AMX)
-  if (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)&&amx_is_permitted()) return true;
-#endif
+  constexpr bool tiles_write = is_all<float, To> || is_all<Eigen::bfloat16, To>;
+  if (is_bf16 && tiles_write && uses_tiles()) return true;
 #if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
   if (tuning::bf16_pairs && is_bf16 && is_all<Eigen::bfloat16, To>) return true;
 #endif
   return false;
 }
 
-/// Calls work.operator()<Policy>(executor) with the arithmetic policy of a call.
+/// Calls work.operator()<Policy>(executor) with the arithmetic of matrix tiles or, where they are not to be used, of
+/// float.
 template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
-void with_arithmetic(const Problem<Tq, Tk, Tv, To>& call, [[maybe_unused]] bool bf16_products,
-                     const E& executor, const Work& work) {
+void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To>& call,
+                                   [[maybe_unused]] bool bf16_products, const E& executor, const Work& work) {
+#if defined(LONGSPAN_USES_AMX)
   [[maybe_unused]] constexpr bool is_bf16 =
       is_all<Eigen::bfloat16, Tq, Tk, Tv> && std::is_same_v<P, no_position>;
-  [[maybe_unused]] const bool may_round = bf16_products && static_cast<float>(call.scale) > 1e-30f;
-#if defined(LONGSPAN_USES_AMX)
   if constexpr (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)) {
-    if (may_round && amx_is_permitted()) {
+    if (bf16_products && static_cast<float>(call.scale) > least_scale && amx_is_permitted()) {
       work.template operator()<AmxArithmetic<TileUnit>>(WithTiles<TileUnit, E>(executor));
       return;
     }
   }
 #endif
+  work.template operator()<FloatArithmetic<Arithmetic<Tq>>>(executor);
+}
+
+/// The same, with bfloat16 pairs between the two.
+template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
+void with_arithmetic(const Problem<Tq, Tk, Tv, To>& call, bool bf16_products, const E& executor,
+                     const Work& work) {
 #if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
-  if constexpr (tuning::bf16_pairs && is_bf16 && is_all<Eigen::bfloat16, To> && std::is_same_v<S, unchanged>) {
-    if (may_round && call.head_dim() % 2 == 0) {
+  constexpr bool in_pairs = tuning::bf16_pairs && is_all<Eigen::bfloat16, Tq, Tk, Tv, To> &&
+                            std::is_same_v<S, unchanged> && std::is_same_v<P, no_position>;
+  if constexpr (in_pairs) {
+    if (bf16_products && static_cast<float>(call.scale) > least_scale && call.head_dim() % 2 == 0 &&
+        !uses_tiles()) {
       work.template operator()<Bf16Arithmetic>(executor);
       return;
     }
   }
 #endif
-  work.template operator()<FloatArithmetic<Arithmetic<Tq>>>(executor);
+  with_tile_or_float_arithmetic<S, P>(call, bf16_products, executor, work);
 }
 
 /// Attention over the keys and values of `keys` (pages, strands), not of call.k and call.v.

@@ -1,6 +1,7 @@
-// Saving and loading the state of a dilated_cache.
+// dilated_cache: appending rows without queries, reordering batch rows, and saving and loading the state.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <istream>
@@ -13,15 +14,19 @@
 #include <utility>
 #include <vector>
 
+#include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/storage/state_fields.hpp"
 #include "longspan/detail/storage/state_file.hpp"
 #include "longspan/dilation.hpp"
+#include "longspan/eigen.hpp"
 #include "longspan/error.hpp"
+#include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/options.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
 #include "longspan/stream/dilated_cache.hpp"
+#include "longspan/stream_shape.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -58,7 +63,7 @@ inline std::vector<std::int64_t> numbers_of(std::span<const Branch> branches) {
   return numbers;
 }
 
-/// Throws Error and names the first branch in which a file differs from the stream that loads it.
+/// Throws FileError and names the first branch in which a file differs from the stream that loads it.
 inline void check_numbers_of(std::span<const Branch> branches, std::span<const std::int64_t> in_file) {
   const std::vector<std::int64_t> wanted = numbers_of(branches);
   for (std::size_t n = 0; n < wanted.size(); ++n) {
@@ -79,12 +84,39 @@ Index dilated_cache<T, M, S, P>::payload_bytes(Index least, Index size) const {
   for (const detail::Strand& strand : strands_)
     claimed += static_cast<double>(rows_between(strand, least, size)) * static_cast<double>(of_row);
   if (claimed * static_cast<double>(batch) > 1e18) {
-    detail::refuse(detail::dilated_state.load, "the number of tokens", std::to_string(size),
-                   "a number whose rows fit into memory");
+    detail::refuse<FileError>(detail::dilated_state.load, "the number of tokens", std::to_string(size),
+                              "a number whose rows fit into memory");
   }
   Index bytes = 0;
   for (const detail::Strand& strand : strands_) bytes += rows_between(strand, least, size) * of_row;
   return 2 * std::ssize(attend_.branches) * static_cast<Index>(sizeof(std::int64_t)) + bytes * batch;
+}
+
+template <StoredElement T, Mask M, Score S, Position P>
+template <TensorLike K, TensorLike V, ExecutionLike E>
+void dilated_cache<T, M, S, P>::append(const K& k, const V& v, E&& execution) {
+  const auto keys = view(k);
+  const auto values = view(v);
+  detail::check_tokens("dilated_cache::append", keys, values, shape_.batch, shape_);
+  const Index most = tokens_at_once();
+  detail::with_executor(execution, [&](const auto& executor) {
+    for (Index first = 0; first < keys.rows; first += most) {
+      const Index count = (std::min)(most, keys.rows - first);
+      keep(keys.slice_rows(first, count), values.slice_rows(first, count), executor);
+      count_rows(size_ + count);
+    }
+  });
+}
+
+template <StoredElement T, Mask M, Score S, Position P>
+void dilated_cache<T, M, S, P>::reorder(std::span<const Index> rows) {
+  detail::check_reorder("dilated_cache::reorder", rows, shape_.batch);
+  const auto strands = std::ssize(strands_);
+  std::vector<Rows> reordered;
+  reordered.reserve(rows_.size());
+  for (const Index row : rows)
+    reordered.insert(reordered.end(), rows_.begin() + row * strands, rows_.begin() + (row + 1) * strands);
+  rows_ = std::move(reordered);
 }
 
 template <StoredElement T, Mask M, Score S, Position P>
@@ -113,13 +145,15 @@ void dilated_cache<T, M, S, P>::load(std::istream& from) {
   const Index rollback = found[fields.size()], least = found[fields.size() + 1],
               size = found[fields.size() + 2];
   if (rollback < options_.rollback) {
-    detail::refuse(name, "rollback", std::to_string(rollback) + " in the file",
-                   "at least " + std::to_string(options_.rollback) + " as in this stream");
+    detail::refuse<FileError>(name, "rollback", std::to_string(rollback) + " in the file",
+                              "at least " + std::to_string(options_.rollback) + " as in this stream");
   }
   if (size < 0 || size > most)
-    detail::refuse(name, "the number of tokens", std::to_string(size), "0.." + std::to_string(most));
+    detail::refuse<FileError>(name, "the number of tokens", std::to_string(size),
+                              "0.." + std::to_string(most));
   if (least < 0 || least > size)
-    detail::refuse(name, "the least number of tokens", std::to_string(least), "0.." + std::to_string(size));
+    detail::refuse<FileError>(name, "the least number of tokens", std::to_string(least),
+                              "0.." + std::to_string(size));
   detail::check_numbers_of(attend_.branches,
                            reader.template array<std::int64_t>(2 * std::ssize(attend_.branches)));
   reader.expect_payload(payload_bytes(least, size));

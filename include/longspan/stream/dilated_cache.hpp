@@ -14,9 +14,9 @@
 #include <utility>
 #include <vector>
 
-#include "longspan/detail/call/causal_mask.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/call/stream_mask.hpp"
 #include "longspan/detail/dilated/decode.hpp"
 #include "longspan/detail/dilated/forward.hpp"
 #include "longspan/detail/dilated/strands.hpp"
@@ -37,7 +37,7 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// A stream of causal dilated_attention: `extend` appends rows after those of earlier calls, and the output of each
+/// A stream of dilated_attention: `extend` appends rows after those of earlier calls, and the output of each
 /// query is that of a single call over all rows.
 ///
 ///   dilated_attention attend{geometric_branches_to({2048, 1}, 2, longest), causal{}};
@@ -60,10 +60,11 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Error     that of dilated_attention over the stored rows. Storing rounds each element of k and v: bfloat16
 ///           by 2^-9 of the element, half by 2^-12, int8 by 1 / 254 of the largest element of its row
 /// Bits      do not depend on how rows are cut into calls of more than one token, nor on removed tokens. A call
-///           of one token without a score, with no mask other than causal and with Overlap::multiset, has a
-///           kernel of its own
-/// Masked    the mask of the functor, and all keys after a query
-/// Throws    Error if shapes disagree, before anything changes. If an executor or a score throws, or memory runs
+///           of one token, with no mask other than causal and with Overlap::multiset, has a separate kernel
+/// Masked    as in kv_cache: by the mask of the functor, unchanged for every query for which it sets an upper limit
+///           of the keys, as `causal{} | sinks{n}` does. Every other query sees no key after itself. A chunk must
+///           contain all keys that its branches and the mask show to its queries, otherwise extend throws Error
+/// Throws    Error if shapes disagree or a chunk is too short for its mask, before anything changes. If an executor or a score throws, or memory runs
 ///           out (bad_alloc), the stream has appended the first size() tokens, possibly some of the call's. An
 ///           assignment or a load that throws changes nothing
 template <StoredElement T, Mask M, Score S, Position P>
@@ -76,17 +77,21 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   dilated_cache(dilated_attention<M, S, P> attend, const StreamShape& shape,
                 const dilated_cache_options& options = {})
       : attend_(std::move(attend)),
-        mask_(detail::causal_mask(attend_.mask)),
+        mask_(detail::stream_mask(attend_.mask)),
         shape_(shape),
         options_(options) {
-    detail::check_branches(function, attend_.branches);
-    detail::check_stream_shape(function, shape_);
-    detail::check_stream_parts(function, attend_, shape);
+    detail::check_branches(class_name, attend_.branches);
+    detail::check_stream_shape(class_name, shape_);
+    detail::check_stream_parts(class_name, attend_, shape);
     if (options.rollback < 0)
-      detail::refuse(function, "rollback", std::to_string(options.rollback), "at least 0 tokens");
+      detail::refuse(class_name, "rollback", std::to_string(options.rollback), "at least 0 tokens");
     if (attend_.first_query != queries_end_at_keys) {
-      detail::refuse(function, "first_query", std::to_string(attend_.first_query),
+      detail::refuse(class_name, "first_query", std::to_string(attend_.first_query),
                      "no value, because queries are at the positions of their tokens");
+    }
+    if (!detail::hides_later_keys<Shown> && attend_.zero_pad_compat) {
+      detail::refuse(function, "zero_pad_compat", "true with a mask that may show later keys",
+                     "false, or causal{} & the mask: a stream has no zeros after the last key");
     }
     const Index group = shape.kv_heads == 0 ? 1 : shape.heads / shape.kv_heads;
     for (std::size_t n = 0; n < attend_.branches.size(); ++n) {
@@ -132,6 +137,13 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
 
   void clear() noexcept { size_ = least_ = 0; }
 
+  /// Appends tokens without queries: no outputs are computed.
+  template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
+  void append(const K& k, const V& v, E&& execution = E{});
+
+  /// Replaces batch row b by the previous batch row rows[b], as beam search does. Changes nothing if it throws.
+  void reorder(std::span<const Index> rows);
+
   /// True if truncate(tokens) will succeed. The last `rollback` tokens before the largest size can always be removed,
   /// and more if no segment has closed since then.
   bool can_truncate(Index tokens) const noexcept {
@@ -158,16 +170,16 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   /// Writes the rows, including those kept for `truncate`. A stream with the same functor, shape and T, and no larger
   /// rollback, can load them.
   void save(std::ostream& to) const;
-  /// Reads what `save` wrote. Throws Error, and changes nothing, if the file is damaged or was written by a stream with
-  /// other options; the text names the first option that differs.
+  /// Reads what `save` wrote. Throws FileError, and changes nothing, if the file is damaged or was written by a
+  /// stream with other options; the text names the first option that differs.
   void load(std::istream& from);
 
  private:
   friend detail::StreamCalls<dilated_cache, true>;
   using Rows = detail::StrandRows<Key, T>;
-  using Causal = detail::CausalMask<M>;
+  using Shown = detail::StreamMask<M>;
   static constexpr bool encodes = !std::is_same_v<P, no_position>, is_scaled = std::is_same_v<T, std::int8_t>;
-  static constexpr std::string_view function = "dilated_cache";
+  static constexpr std::string_view class_name = "dilated_cache", function = "dilated_cache::extend";
 
   Index row_bytes() const {
     return shape_.head_dim * static_cast<Index>(sizeof(Key)) +
@@ -213,29 +225,45 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     static_assert(
         std::is_same_v<typename Call::Real, Real>,
         "longspan: q must be double if the rows of the stream are double, otherwise float or 16-bit");
-    const Index most = tokens_at_once();
-    for (Index first = 0; first < call.q_len(); first += most)
-      take_in(detail::part_of(call, first, (std::min)(most, call.q_len() - first)), executor, workspace);
+    const auto shown = mask_ & detail::UntilSegmentEnd{attend_.branches};
+    const Index begin = size_, end = begin + call.q_len();
+    detail::check_reach(function, shown, shape_.batch, shape_.heads, begin, end);
+    while (size_ < end) {
+      const Index next =
+          detail::end_of_piece(shown, shape_.batch, shape_.heads, size_, end, tokens_at_once());
+      take_in(detail::part_of(call, size_ - begin, next - size_), executor, workspace);
+    }
   }
 
   template <class Call, class E>
   void take_in(const Call& call, const E& executor, Workspace& workspace) {
-    const Index end = size_ + call.q_len(), strands = static_cast<Index>(strands_.size());
-    make_room(end);
+    const Index end = size_ + call.q_len();
+    keep(call.k, call.v, executor);
+    // Without values there is an lse still.
+    if (call.q_len() > 0 && shape_.batch > 0 && shape_.heads > 0) attend(call, end, executor, workspace);
+    count_rows(end);
+  }
+
+  /// Copies rows after those of all strands, without counting them.
+  template <class Tk, class Tv, class E>
+  void keep(TensorView<Tk> k, TensorView<Tv> v, const E& executor) {
+    const Index strands = static_cast<Index>(strands_.size());
+    make_room(size_ + k.rows);
     const auto copy = [&](Index n, Index worker) {
-      append(n / strands, strands_[static_cast<std::size_t>(n % strands)], call,
-             rows_[static_cast<std::size_t>(n)],
-             encodes ? key_rows_.data() + worker * shape_.head_dim : nullptr);
+      copy_rows(n / strands, strands_[static_cast<std::size_t>(n % strands)], k, v,
+                rows_[static_cast<std::size_t>(n)],
+                encodes ? key_rows_.data() + worker * shape_.head_dim : nullptr);
     };
     detail::run_where_it_pays(
-        static_cast<double>(call.q_len() * shape_.batch * strands * row_bytes()), 1e5, executor,
+        static_cast<double>(k.rows * shape_.batch * strands * row_bytes()), 1e5, executor,
         [&](const auto& where) {
           if constexpr (encodes)
             key_rows_.resize(static_cast<std::size_t>(where.workers() * shape_.head_dim));
           where.for_each(shape_.batch * strands, copy);
         });
-    // Even with value_dim 0 there is an lse.
-    if (call.q_len() > 0 && shape_.batch > 0 && shape_.heads > 0) attend(call, end, executor, workspace);
+  }
+  /// Counts the rows up to token `end`, and drops the rows that no later token sees.
+  void count_rows(Index end) {
     const Index least = (std::max)(least_, end - options_.rollback);
     for (std::size_t n = 0; n < rows_.size(); ++n)
       drop_before(least, strands_[n % strands_.size()], end, rows_[n]);
@@ -260,11 +288,12 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     }
   }
 
-  /// Appends the rows of the call that a strand keeps.
-  template <class Call>
-  void append(Index b, const detail::Strand& strand, const Call& call, Rows& rows, Real* encoded) const {
+  /// Appends the rows that a strand keeps.
+  template <class Tk, class Tv>
+  void copy_rows(Index b, const detail::Strand& strand, TensorView<Tk> k, TensorView<Tv> v, Rows& rows,
+                 Real* encoded) const {
     const Branch& branch = attend_.branches[strand.branch];
-    const Index end = size_ + call.q_len();
+    const Index end = size_ + k.rows;
     Index row = rows_between(strand, least_, size_);
     for (Index begin = size_ / branch.segment * branch.segment; begin < end;) {
       const Index past = std::max<Index>(0, size_ - begin);
@@ -272,7 +301,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
       Index t = kept_rows(past, strand.offset, branch.dilation);
       for (const Index last = kept_rows(length, strand.offset, branch.dilation); t < last; ++t, ++row) {
         const Index n = begin + strand.offset + t * branch.dilation, i = n - size_;
-        const auto* key = call.k.row(b, strand.kv_head, i);
+        const auto* key = k.row(b, strand.kv_head, i);
         if constexpr (encodes) {
           detail::store_row(key, shape_.head_dim, encoded);
           attend_.position.encode(MatrixView<Real>{encoded, 1, shape_.head_dim, shape_.head_dim}, n,
@@ -281,7 +310,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         } else {
           store(key, shape_.head_dim, rows.k, rows.k_scale, row);
         }
-        store(call.v.row(b, strand.kv_head, i), shape_.value_dim, rows.v, rows.v_scale, row);
+        store(v.row(b, strand.kv_head, i), shape_.value_dim, rows.v, rows.v_scale, row);
       }
       begin += length;
     }
@@ -330,9 +359,9 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
         &attend_.branches, &strand_of_,      &rows_, shape_.heads, static_cast<Index>(strands_.size()),
         shape_.head_dim,   shape_.value_dim, least_};
     const detail::Dilation dilation{attend_.branches, attend_.phase, attend_.overlap, false};
-    if constexpr (std::is_same_v<Causal, causal> && std::is_same_v<S, unchanged>) {
+    if constexpr (std::is_same_v<Shown, causal>) {
       if (q.rows == 1 && attend_.overlap == Overlap::multiset && attend_.branches.size() <= 64)
-        return detail::decode_dilated(problem, stored, dilation, executor, workspace);
+        return detail::decode_dilated(problem, stored, dilation, attend_.score, executor, workspace);
     }
     double keys = 0;
     for (const detail::Strand& strand : strands_)
@@ -355,7 +384,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   }
 
   dilated_attention<M, S, P> attend_;
-  Causal mask_;
+  Shown mask_;
   StreamShape shape_;
   dilated_cache_options options_;
   std::vector<detail::Strand> strands_;

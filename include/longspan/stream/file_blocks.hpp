@@ -2,11 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cerrno>
 #include <fstream>
 #include <ios>
 #include <iterator>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 #include "longspan/element.hpp"
@@ -33,9 +35,10 @@ struct SequenceFiles {
 ///
 /// Shapes  those of the stream, whose batch is 1
 /// State   the rows of one block
-/// Throws  Error, with the name of the file, if a file cannot be opened, does not consist of whole rows, has
-///         another number of rows than the others, or ends early while it is read, or if the disk is full. The
-///         outputs of closed blocks are then in the file, and the source can still be used
+/// Throws  FileError, with the name of the file and the system's reason, if a file cannot be opened, does not
+///         consist of whole rows, has another number of rows than the others, or ends early while it is read,
+///         or if the disk is full; Error for arguments. The outputs of closed blocks are then in the file, and
+///         the source can still be used
 template <MutableElement T>
 class file_blocks {
  public:
@@ -53,14 +56,15 @@ class file_blocks {
         value_dim_(shape.value_dim) {
     for (const Rows* rows : {&k_, &v_}) {
       if (rows->tokens != q_.tokens) {
-        detail::refuse(name, rows->title(), "of " + std::to_string(rows->tokens) + " tokens",
-                       "the " + std::to_string(q_.tokens) + " of " + files.q);
+        detail::fail<FileError>(name, rows->title() + " has " + std::to_string(rows->tokens) +
+                                          " tokens, but " + files.q + " has " + std::to_string(q_.tokens));
       }
     }
     // Creates the file if there is none; an existing file is kept.
+    errno = 0;
     std::ofstream(out_name_, std::ios::binary | std::ios::app);
     out_.open(out_name_, std::ios::binary | std::ios::in | std::ios::out);
-    if (!out_) detail::refuse(name, "the file " + out_name_, "not accessible", "a file that can be written");
+    if (!out_) detail::fail<FileError>(name, "cannot open the file " + out_name_ + " for writing" + reason());
   }
 
   /// The number of tokens in the files.
@@ -86,18 +90,24 @@ class file_blocks {
     }
     const Index token = heads_ * value_dim_ * element;
     out_.clear();  // clears an error of an earlier call
+    errno = 0;
     out_.seekp(static_cast<std::streamoff>(first * token));
     out_.write(reinterpret_cast<const char*>(values_.data()), static_cast<std::streamsize>(count * token));
     out_.flush();
     if (!out_) {
-      detail::refuse(name, "the file " + out_name_, "not writable",
-                     "space for the rows of tokens from " + std::to_string(first) + " on");
+      detail::fail<FileError>(name, "cannot write the rows of tokens from " + std::to_string(first) +
+                                        " on to the file " + out_name_ + reason());
     }
   }
 
  private:
   static constexpr std::string_view name = "file_blocks";
   static constexpr Index element = sizeof(T);
+
+  /// Of the last call that failed. Standard streams leave it in errno where the system has one.
+  static std::string reason() {
+    return errno == 0 ? std::string() : ": " + std::error_code(errno, std::generic_category()).message();
+  }
 
   static const StreamShape& checked(const StreamShape& shape, const SequenceFiles& files) {
     detail::check_stream_shape(name, shape);
@@ -120,18 +130,16 @@ class file_blocks {
     std::vector<T> block;
 
     Rows(const std::string& where, Index of_heads, Index of_cols, Index header_bytes)
-        : path(where),
-          heads(of_heads),
-          cols(of_cols),
-          header(header_bytes),
-          file(where, std::ios::binary | std::ios::ate) {
+        : path(where), heads(of_heads), cols(of_cols), header(header_bytes) {
+      errno = 0;
+      file.open(path, std::ios::binary | std::ios::ate);
       const auto size = file ? static_cast<Index>(file.tellg()) : Index{-1};
-      if (size < 0) detail::refuse(name, title(), "not accessible", "a file that can be read");
+      if (size < 0) detail::fail<FileError>(name, "cannot open " + title() + " for reading" + reason());
       const Index token = heads * cols * element, bytes = size - header;
       if (header < 0 || bytes < 0 || (token == 0 ? bytes != 0 : bytes % token != 0)) {
-        detail::refuse(
-            name, title(), "of " + std::to_string(size) + " bytes",
-            std::to_string(header) + " plus a multiple of the " + std::to_string(token) + " of a token");
+        detail::fail<FileError>(name, title() + " has " + std::to_string(size) + " bytes, wanted " +
+                                          std::to_string(header) + " plus a multiple of the " +
+                                          std::to_string(token) + " bytes of a token");
       }
       tokens = token == 0 ? 0 : bytes / token;
     }
@@ -142,11 +150,13 @@ class file_blocks {
       const Index token = heads * cols;
       block.resize(static_cast<std::size_t>(count * token));
       file.clear();  // clears an error of an earlier call
+      errno = 0;
       file.seekg(static_cast<std::streamoff>(header + first * token * element));
       file.read(reinterpret_cast<char*>(block.data()), static_cast<std::streamsize>(count * token * element));
       if (!file) {
-        detail::refuse(name, title(), "cut short",
-                       "the rows of tokens up to " + std::to_string(first + count));
+        detail::fail<FileError>(name, file.eof()
+                                          ? title() + " ends before token " + std::to_string(first + count)
+                                          : "cannot read " + title() + reason());
       }
       return token_major(static_cast<const T*>(block.data()), heads, count, cols);
     }

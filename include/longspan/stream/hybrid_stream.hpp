@@ -7,6 +7,7 @@
 #include <istream>
 #include <optional>
 #include <ostream>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -21,6 +22,7 @@
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
+#include "longspan/gates.hpp"
 #include "longspan/infini_attention.hpp"
 #include "longspan/infini_options.hpp"
 #include "longspan/stream/infini_memory.hpp"
@@ -40,7 +42,7 @@ struct hybrid_options {
   Index rollback = 16;         ///< as in landmark_cache_options; costs a copy of the memory after an eviction
   /// Multiplies q.k; 1 / sqrt(head_dim) unless set. The feature map of the memory is applied to q and k without scale.
   std::optional<double> scale{};
-  MatrixView<const float> beta{};        ///< of the memory's gate: [1 or heads][1 or value_dim]; 0 unless set
+  MatrixView<const float> beta{};        ///< of the memory's gate, as in infini_attention; 0 unless set
   InfiniRule rule = InfiniRule::linear;  ///< how blocks are written to the memory
   EmptyMemory empty_memory = EmptyMemory::bypass;  ///< bypass: no gate while the memory is empty
 };
@@ -54,13 +56,16 @@ LONGSPAN_NAMESPACE_BEGIN
 ///
 ///   out = g * phi(q) M / (phi(q) z) + (1 - g) * A,   g = sigmoid(beta).
 ///
-///   hybrid_stream<float> stream({.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64});
+///   hybrid_retrieval retrieve{{.window_blocks = 8}};
+///   auto stream = retrieve.stream({.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64});
 ///   stream.extend(q, k, v, out);  // a chunk or one token; execution is optional
 ///
 /// Shapes    q [batch, heads, n, head_dim]      k [batch, kv_heads, n, head_dim]
 ///           v [batch, kv_heads, n, value_dim]  out [batch, heads, n, value_dim], any n >= 0. There is no lse
 /// Landmarks every block_size-th token is a landmark, as in landmark_cache. The memory contains the other tokens
-/// Positions none: the caller encodes q and k, for the memory too
+/// Positions the stream applies no encoding. Encode q and k before the call (encode_positions of position.hpp, from
+///           position size() on); cache and memory then use the same encoded rows. A memory of keys without
+///           positions next to a cache of encoded keys would need both forms of every row
 /// Types     rows and landmarks are stored as T. Arithmetic is double if T is, otherwise float; that of q must be
 ///           the same. With std::int8_t the rows of blocks outside the window are int8 with a scale for each
 ///           row; landmarks and the window are float
@@ -130,6 +135,30 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     memory_.clear();
     past_.clear();
   }
+
+  /// Appends tokens whose queries are not needed.
+  template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
+  void append(const K& k, const V& v, E&& execution = E{}) {
+    const auto keys = view(k);
+    const auto values = view(v);
+    detail::check_tokens("hybrid_stream::append", keys, values, shape().batch, shape());
+    detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      by_blocks(keys.rows, executor, workspace, [&](Index first, Index count, auto&) {
+        cache_.append_piece(keys.slice_rows(first, count), values.slice_rows(first, count), executor);
+      });
+    });
+  }
+
+  /// Batch row b becomes what row rows[b] was: the step of a beam search. Changes nothing if it throws.
+  void reorder(std::span<const Index> rows) {
+    detail::check_reorder("hybrid_stream::reorder", rows, shape().batch);
+    hybrid_stream next = *this;
+    next.cache_.reorder(rows);
+    next.memory_.reorder(rows);
+    for (Past& past : next.past_) past.memory.reorder(rows);
+    *this = std::move(next);
+  }
+
   /// True if truncate(tokens) will succeed.
   bool can_truncate(Index tokens) const noexcept { return cache_.can_truncate(tokens); }
   /// Removes all tokens except the first `tokens`; the stream continues as if it had never seen the others.
@@ -224,8 +253,9 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     const Index wanted = evicted * (options_.block_size - 1);
     for (Index b = 0; b < shape().batch; ++b) {
       if (memory.size(b) != wanted || memory.open_rows(b) != 0) {
-        detail::refuse(state.load, "the number of tokens in the memory", std::to_string(memory.size(b)),
-                       std::to_string(wanted) + " for the blocks that have been evicted");
+        detail::refuse<FileError>(state.load, "the number of tokens in the memory",
+                                  std::to_string(memory.size(b)),
+                                  std::to_string(wanted) + " for the blocks that have been evicted");
       }
     }
     return memory;
@@ -233,13 +263,21 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
 
   template <class Call, class E>
   void take(const Call& call, const E& executor, Workspace& workspace) {
-    detail::ExecutionRef<E> inner{executor, workspace};
-    for (Index first = 0, count = 0; first < call.q_len(); first += count) {
-      count = (std::min)(cache_.tokens_to_landmark() + 1, call.q_len() - first);
+    by_blocks(call.q_len(), executor, workspace, [&](Index first, Index count, auto& inner) {
       const auto part = detail::part_of(call, first, count);
-      typename landmark_cache<T>::Undo undo(cache_);
       cache_.extend_piece(part, executor, workspace);
       memory_.recall(part.q, part.out, inner);
+    });
+  }
+
+  /// append(first, count, execution) for the tokens of each block in turn, and evictions in between.
+  template <class E, class Append>
+  void by_blocks(Index tokens, const E& executor, Workspace& workspace, const Append& append) {
+    detail::ExecutionRef<E> inner{executor, workspace};
+    for (Index first = 0, count = 0; first < tokens; first += count) {
+      count = (std::min)(cache_.tokens_to_landmark() + 1, tokens - first);
+      typename landmark_cache<T>::Undo undo(cache_);
+      append(first, count, inner);
       evict(inner);
       cache_.settle(undo);
       std::erase_if(past_, [&](const Past& x) { return x.evicted < counts().gone(); });
@@ -279,6 +317,19 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   landmark_cache<T> cache_;
   Memory memory_;
   std::vector<Past> past_;  ///< earlier memories that a truncation may bring back, the oldest first
+};
+
+/// The options of a hybrid_stream as a value from which streams are made, as from a functor.
+///
+///   hybrid_retrieval retrieve{{.window_blocks = 8, .capacity = 256}};
+///   auto stream = retrieve.stream<Eigen::bfloat16>(shape);
+struct hybrid_retrieval {
+  hybrid_options options{};
+
+  template <StoredElement T = float>
+  hybrid_stream<T> stream(const StreamShape& shape) const {
+    return hybrid_stream<T>(shape, options);
+  }
 };
 
 LONGSPAN_NAMESPACE_END

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -28,9 +29,10 @@ void infini_memory<T, Local, F>::peek(const Q& q, const K& k, const V& v, Out&& 
     infini_memory copy = *this;
     return copy.extend(q, k, v, out, execution);
   }
-  const auto call = detail::checked_problem(function, view(q), view(k), view(v), view(out),
+  constexpr std::string_view function_name = "infini_memory::peek";
+  const auto call = detail::checked_problem(function_name, view(q), view(k), view(v), view(out),
                                             detail::no_rows<detail::LseOf<Q>>());
-  detail::check_stream_call(function, call, shape_);
+  detail::check_stream_call(function_name, call, shape_);
   make_room(call.q_len());
   detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
     check_local(call, executor, workspace);
@@ -51,13 +53,35 @@ void infini_memory<T, Local, F>::append(Index b, const K& k, const V& v, E&& exe
   detail::check_tokens("infini_memory::append", keys, values, 1, shape_);
   make_room(keys.rows);
   detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
-    for (Index first = 0, count = 0; first < keys.rows; first += count) {
-      settle(b, executor, workspace);
-      count = (std::min)(attend_.segment - filled_[at(b)], keys.rows - first);
-      open_.write(keys.slice_rows(first, count), values.slice_rows(first, count), b, 1, stored(b));
-      append_open(b, 1, count, executor, workspace);
-    }
+    append_rows(keys, values, b, 1, executor, workspace);
   });
+}
+
+template <Element T, class Local, FeatureMap F>
+template <TensorLike K, TensorLike V, ExecutionLike E>
+void infini_memory<T, Local, F>::append(const K& k, const V& v, E&& execution) {
+  const auto keys = view(k);
+  const auto values = view(v);
+  detail::check_tokens("infini_memory::append", keys, values, shape_.batch, shape_);
+  make_room(keys.rows);
+  detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+    for_each_run_of_rows([&](Index b, Index rows) {
+      append_rows(detail::batch_rows(keys, b, rows), detail::batch_rows(values, b, rows), b, rows, executor,
+                  workspace);
+    });
+  });
+}
+
+template <Element T, class Local, FeatureMap F>
+template <class Tk, class Tv, class E>
+void infini_memory<T, Local, F>::append_rows(TensorView<Tk> k, TensorView<Tv> v, Index b, Index rows,
+                                             const E& executor, Workspace& workspace) {
+  for (Index first = 0, count = 0; first < k.rows; first += count) {
+    for (Index row = b; row < b + rows; ++row) settle(row, executor, workspace);
+    count = (std::min)(attend_.segment - filled_[at(b)], k.rows - first);
+    open_.write(k.slice_rows(first, count), v.slice_rows(first, count), b, rows, stored(b));
+    append_open(b, rows, count, executor, workspace);
+  }
 }
 
 template <Element T, class Local, FeatureMap F>

@@ -8,6 +8,7 @@
 #include <istream>
 #include <limits>
 #include <ostream>
+#include <span>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -79,21 +80,21 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
   infini_memory(infini_attention<Local, F> attend, const StreamShape& shape,
                 const infini_memory_options& options = {})
       : attend_(std::move(attend)), shape_(shape), options_(options), open_(shape) {
-    detail::check_stream_shape(function, shape);
-    attend_.check(function, shape.batch, shape.heads, shape.head_dim, shape.value_dim);
+    detail::check_stream_shape(class_name, shape);
+    attend_.check(class_name, shape.batch, shape.heads, shape.head_dim, shape.value_dim);
     attend_.check_segment(shape);
     if (!attend_.lengths.empty())
-      detail::refuse(function, "lengths", "given", "none, because a stream has no padding");
+      detail::refuse(class_name, "lengths", "given", "none, because a stream has no padding");
     if (options.rollback < 0)
-      detail::refuse(function, "rollback", std::to_string(options.rollback), "at least 0 tokens");
+      detail::refuse(class_name, "rollback", std::to_string(options.rollback), "at least 0 tokens");
     if (!detail::LocalHidesLaterKeys<Local>::holds(attend_.local)) {
       detail::refuse(
-          function, "the mask of the local attention", "a mask that shows later keys",
+          class_name, "the mask of the local attention", "a mask that shows later keys",
           "causal{}, causal{} & another mask, or window{.right = 0}, because later keys do not exist yet");
     }
     if constexpr (requires { attend_.local.landmarks.fit_any_length(); }) {
       if (!attend_.local.landmarks.fit_any_length()) {
-        detail::refuse(function, "landmarks of the local attention", "a list of landmarks",
+        detail::refuse(class_name, "landmarks of the local attention", "a list of landmarks",
                        "landmarks::every(n), because a list does not fit an open segment");
       }
     }
@@ -173,9 +174,15 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E = openmp>
   void peek(const Q& q, const K& k, const V& v, Out&& out, E&& execution = E{});
 
-  /// Appends rows k and v [1, kv_heads, n, columns] to batch row b without queries.
+  /// Appends tokens whose queries are not needed: k and v [batch, kv_heads, n, ..], or [1, kv_heads, n, columns] to
+  /// batch row b alone.
+  template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
+  void append(const K& k, const V& v, E&& execution = E{});
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(Index b, const K& k, const V& v, E&& execution = E{});
+
+  /// Batch row b becomes what row rows[b] was: the step of a beam search. Changes nothing if it throws.
+  void reorder(std::span<const Index> rows);
 
   /// out = g * (output of the memory for q) + (1 - g) * out, for a local part that was computed elsewhere. Does not
   /// use the open segment. If the memory is empty, the option `empty_memory` determines the result.
@@ -188,14 +195,14 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
 
   /// Writes the state. A stream with the same functor, shape and T, and no larger rollback, can load it.
   void save(std::ostream& to) const;
-  /// Reads what `save` wrote. Throws Error, and changes nothing, if the file is damaged, contains a norm that is
+  /// Reads what `save` wrote. Throws FileError, and changes nothing, if the file is damaged, contains a norm that is
   /// negative or not finite, or was written by a stream with other options; the text names the first option that
   /// differs.
   void load(std::istream& from);
 
  private:
   friend detail::StreamCalls<infini_memory, false>;
-  static constexpr std::string_view function = "infini_memory";
+  static constexpr std::string_view class_name = "infini_memory", function = "infini_memory::extend";
 
   static std::size_t at(Index b) noexcept { return static_cast<std::size_t>(b); }
 
@@ -248,6 +255,9 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
 
   template <class Call, class E>
   void take_in(const Call& call, Index b, Index rows, const E& executor, Workspace& workspace);
+  template <class Tk, class Tv, class E>
+  void append_rows(TensorView<Tk> k, TensorView<Tv> v, Index b, Index rows, const E& executor,
+                   Workspace& workspace);
 
   /// Copies rows, which must fit into the open segment, to its end without counting them, and writes the outputs of
   /// their queries.
@@ -364,6 +374,9 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
 
   Index payload_bytes(Index options_of_local, bool has_base, const std::vector<std::int64_t>& stored,
                       const std::vector<std::int64_t>& closed) const;
+  /// Becomes what another stream of the same functor, shape and rollback is. The functor stays, since one that
+  /// holds a lambda cannot be assigned.
+  void take_state(infini_memory&& other) noexcept;
   /// Drops what is not needed if rollback is 0.
   void keep_no_closed();
 

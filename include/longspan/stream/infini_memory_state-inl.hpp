@@ -113,8 +113,8 @@ Index infini_memory<T, Local, F>::payload_bytes(Index options_of_local, bool has
     claimed +=
         static_cast<double>(stored[b]) * static_cast<double>(of_row) + 8 * static_cast<double>(closed[b]);
   if (claimed > 1e18)
-    detail::refuse(detail::infini_state.load, "the number of rows", std::to_string(claimed) + " bytes",
-                   "rows that fit into memory");
+    detail::refuse<FileError>(detail::infini_state.load, "the number of rows",
+                              std::to_string(claimed) + " bytes", "rows that fit into memory");
   Index bytes = 0;
   for (std::size_t b = 0; b < stored.size(); ++b) bytes += stored[b] * of_row + 8 * closed[b];
   const Index memory = shape_.batch * shape_.kv_heads * shape_.head_dim * (shape_.value_dim + 1) *
@@ -172,8 +172,8 @@ void infini_memory<T, Local, F>::load(std::istream& from) {
   detail::check_fields(name, found, fields);
   const Index rollback = found.back();
   if (rollback < options_.rollback) {
-    detail::refuse(name, "rollback", std::to_string(rollback) + " in the file",
-                   "at least " + std::to_string(options_.rollback) + " as in this stream");
+    detail::refuse<FileError>(name, "rollback", std::to_string(rollback) + " in the file",
+                              "at least " + std::to_string(options_.rollback) + " as in this stream");
   }
   const auto of_local = detail::options_of_local(attend_.local);
   detail::check_fields(name, reader.template array<std::int64_t>(std::ssize(of_local)), of_local);
@@ -182,7 +182,8 @@ void infini_memory<T, Local, F>::load(std::istream& from) {
   const auto numbers = [&] { return reader.template array<std::int64_t>(shape_.batch); };
   const auto check = [&](const char* what, Index got, Index least, Index most) {
     if (got < least || got > most)
-      detail::refuse(name, what, std::to_string(got), std::to_string(least) + ".." + std::to_string(most));
+      detail::refuse<FileError>(name, what, std::to_string(got),
+                                std::to_string(least) + ".." + std::to_string(most));
   };
   loaded.filled_ = numbers();
   loaded.written_ = numbers();
@@ -220,7 +221,7 @@ void infini_memory<T, Local, F>::load(std::istream& from) {
       const auto norm = reader.template array<Real>(shape_.head_dim);
       for (const Real x : norm) {
         if (!(x >= 0 && x <= (std::numeric_limits<Real>::max)()))
-          detail::refuse(name, "a norm", std::to_string(x), "a finite number of at least 0");
+          detail::refuse<FileError>(name, "a norm", std::to_string(x), "a finite number of at least 0");
       }
       std::copy(norm.begin(), norm.end(), memory.norm(head));
     }
@@ -245,15 +246,36 @@ void infini_memory<T, Local, F>::load(std::istream& from) {
     }
   }
   if (options_.rollback == 0) loaded.keep_no_closed();
-  // The functor is not replaced: a functor with a lambda cannot be assigned.
-  m_ = std::move(loaded.m_);
-  z_ = std::move(loaded.z_);
-  base_m_ = std::move(loaded.base_m_);
-  base_z_ = std::move(loaded.base_z_);
-  open_ = std::move(loaded.open_);
-  filled_ = std::move(loaded.filled_);
-  written_ = std::move(loaded.written_);
-  closed_ = std::move(loaded.closed_);
+  take_state(std::move(loaded));
+}
+
+template <Element T, class Local, FeatureMap F>
+void infini_memory<T, Local, F>::take_state(infini_memory&& other) noexcept {
+  m_ = std::move(other.m_);
+  z_ = std::move(other.z_);
+  base_m_ = std::move(other.base_m_);
+  base_z_ = std::move(other.base_z_);
+  open_ = std::move(other.open_);
+  filled_ = std::move(other.filled_);
+  written_ = std::move(other.written_);
+  closed_ = std::move(other.closed_);
+}
+
+template <Element T, class Local, FeatureMap F>
+void infini_memory<T, Local, F>::reorder(std::span<const Index> rows) {
+  detail::check_reorder("infini_memory::reorder", rows, shape_.batch);
+  infini_memory next = *this;
+  for (Index b = 0; b < shape_.batch; ++b) {
+    const Index from = rows[at(b)];
+    next.view_of(b, 1).copy(view_of(from, 1));
+    if (options_.rollback > 0)
+      next.view_of(next.base_m_, next.base_z_, b, 1).copy(view_of(base_m_, base_z_, from, 1));
+    next.open_.write(open_.keys(from, 1, 0, stored(from)), open_.values(from, 1, 0, stored(from)), b, 1, 0);
+    next.filled_[at(b)] = filled_[at(from)];
+    next.written_[at(b)] = written_[at(from)];
+    next.closed_[at(b)] = closed_[at(from)];
+  }
+  take_state(std::move(next));
 }
 
 template <Element T, class Local, FeatureMap F>

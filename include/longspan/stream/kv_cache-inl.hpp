@@ -53,7 +53,8 @@ std::vector<detail::StateField> kv_cache<T, M, S, P>::fields() const {
   std::vector<detail::StateField> fields(shape.begin(), shape.end());
   fields.push_back(detail::element_field<T>());
   fields.push_back({"page_size", options_.page_size});
-  fields.insert(fields.end(), positions.begin(), positions.end());
+  // Not `insert`: g++ then warns of an overflow that cannot be.
+  for (const detail::StateField& position : positions) fields.push_back(position);
   const double scale = detail::resolved_scale(kind.load, attend_.scale, shape_.head_dim);
   fields.push_back(detail::real_field("scale", scale));
   return fields;
@@ -75,7 +76,8 @@ void kv_cache<T, M, S, P>::load(std::istream& from) {
   detail::StateReader reader(from, kind, found);
   detail::check_fields(kind.load, found, wanted);
   const Index size = found.back(), most = detail::KeyPages<T>::most_tokens(shape_);
-  if (size < 0 || size > most) refuse_size(kind.load, std::to_string(size), "0.." + std::to_string(most));
+  if (size < 0 || size > most)
+    reader.reject("the number of tokens", std::to_string(size), "0.." + std::to_string(most));
   detail::KeyPages<T> loaded(shape_, options_.page_size);
   loaded.load(reader, size);
   reader.finish();

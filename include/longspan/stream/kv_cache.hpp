@@ -135,13 +135,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
 
   /// Replaces batch row b by the previous batch row rows[b], as beam search does. Batch rows share pages.
   void reorder(std::span<const Index> rows) {
-    constexpr std::string_view name = "kv_cache::reorder";
-    if (static_cast<Index>(rows.size()) != shape_.batch)
-      detail::refuse(name, "the number of rows", std::to_string(rows.size()), std::to_string(shape_.batch));
-    for (const Index row : rows) {
-      if (row < 0 || row >= shape_.batch)
-        detail::refuse(name, "a row", std::to_string(row), "0 to " + std::to_string(shape_.batch - 1));
-    }
+    detail::check_reorder("kv_cache::reorder", rows, shape_.batch);
     pages_.reorder(rows);
   }
 
@@ -161,8 +155,8 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
 
   /// Writes the rows. A stream with the same shape, T, page_size, position encoding and scale can load them.
   void save(std::ostream& to) const;
-  /// Reads what `save` wrote. The stream can then be truncated as far as the rows in the file allow. Throws Error, and
-  /// changes nothing, if the file is damaged or belongs to another kind of stream.
+  /// Reads what `save` wrote. The stream can then be truncated as far as the rows in the file allow. Throws
+  /// FileError, and changes nothing, if the file is damaged or belongs to another kind of stream.
   void load(std::istream& from);
 
  private:
@@ -227,14 +221,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   Index end_of_piece(Index first, Index end) const {
     constexpr Index most = 2048;
     if (end - first <= most || !evicts_before(end)) return end;
-    if constexpr (detail::hides_later_keys<Shown>) return first + most;
-    Index reach = first;
-    for (Index i = first; i < end; ++i) {
-      if (i >= first + most && reach <= i) return i;
-      for (Index b = 0; b < shape_.batch; ++b)
-        reach = (std::max)(reach, detail::reach_of(mask_, b, shape_.heads, i));
-    }
-    return end;
+    return detail::end_of_piece(mask_, shape_.batch, shape_.heads, first, end, most);
   }
   bool evicts_before(Index size) const {
     if (options_.page_size == 0 || !options_.evict) return false;

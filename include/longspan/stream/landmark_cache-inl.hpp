@@ -56,7 +56,7 @@ void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& e
   }
   detail::LandmarkOptions options;
   options.landmarks = landmarks::every(options_.block_size);
-  detail::landmark_forward(problem, options, causal{}, unchanged{}, position_, executor, workspace);
+  detail::landmark_forward(problem, options, causal{}, unchanged{}, position_, executor, workspace, false);
 }
 
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>

@@ -39,8 +39,8 @@ LONGSPAN_NAMESPACE_BEGIN
 /// chunk, whose full blocks count by their landmarks) and to the top_k sealed blocks whose landmarks have the highest
 /// scores. The tokens of its own block and the landmarks of the other blocks form one softmax group.
 ///
-///   landmark_cache<float, rotary> cache({.heads = 32, .kv_heads = 8, .head_dim = 128, .value_dim = 128},
-///                                       {.block_size = 64, .top_k = 4}, rotary(Pairing::half_split));
+///   landmark_retrieval retrieve{{.block_size = 64, .top_k = 4}, rotary(Pairing::half_split)};
+///   auto cache = retrieve.stream({.heads = 32, .kv_heads = 8, .head_dim = 128, .value_dim = 128});
 ///   cache.extend(q, k, v, out);  // a chunk or one token; lse and execution are optional
 ///
 /// Shapes    q [batch, heads, n, head_dim]   k [batch, kv_heads, n, head_dim]   v [.., n, value_dim]
@@ -79,17 +79,17 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Error     that of landmark_attention over the stored rows; int8 rounds each element of a sealed row by
 ///           1 / 254 of the largest element of the row.
 /// Bits      do not depend on the executor, nor on its number of threads.
-/// Throws    Error if shapes or options disagree, or the disk has no space for what a call writes, before
-///           anything changes; also if a file is damaged, belongs to another cache, or is in use. After a call
-///           that throws, including bad_alloc, the cache is as it was before; with split_at_blocks it has the
+/// Throws    Error if shapes or options disagree; FileError if the disk has no space for what a call writes, or
+///           the file is damaged, belongs to another cache, or is in use; both before anything changes. After a
+///           call that throws, including bad_alloc, the cache is as it was before; with split_at_blocks it has the
 ///           pieces before the one that failed. Outputs may have been written.
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), sections 3.2 and 3.2.1.
-template <StoredElement T = float, Position P = no_position, PositionMap Map = stingy_positions,
-          LandmarkIndex<detail::ArithmeticOf<T>> Finder = every_landmark>
+template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Finder>, true> {
  public:
   using Real = detail::ArithmeticOf<T>;
 
+  /// As landmark_retrieval::stream.
   explicit landmark_cache(const StreamShape& shape, const landmark_cache_options& options = {},
                           const P& position = P{}, const Map& map = Map{}, const Finder& finder = Finder{})
       : shape_(detail::checked(shape, options)),
@@ -122,9 +122,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     const auto values = view(v);
     detail::check_tokens("landmark_cache::append", keys, values, shape_.batch, shape_);
     Undo undo(*this);
-    store_.reserve(keys.rows);
-    store_.append(keys, values);
-    detail::with_executor(execution, [&](const auto& executor) { seal(executor); });
+    detail::with_executor(execution, [&](const auto& executor) { append_piece(keys, values, executor); });
     settle(undo);
   }
 
@@ -235,6 +233,13 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     } while (first < call.q_len());
   }
 
+  /// Appends tokens and seals blocks; `settle` must follow.
+  template <class Tk, class Tv, class E>
+  void append_piece(TensorView<Tk> k, TensorView<Tv> v, const E& executor) {
+    store_.reserve(k.rows);
+    store_.append(k, v);
+    seal(executor);
+  }
   /// Appends tokens, computes the outputs of their queries and seals blocks; `settle` must follow.
   template <class Call, class E>
   void extend_piece(const Call& call, const E& executor, Workspace& workspace) {
@@ -304,7 +309,8 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     masses_.clear();
   }
   void refuse_with_file(const char* name) const {
-    if (store_.has_file()) detail::refuse(name, "the store of blocks", "a file", "memory");
+    if (store_.has_file())
+      detail::fail(name, "the blocks of this cache are in a file, and only blocks in memory can be replaced");
   }
 
   template <class Call, class E>
@@ -340,9 +346,9 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
 
   void check_block(const char* name, Index b, Index n) const {
     if (b < 0 || b >= shape_.batch || n < 0 || n >= blocks())
-      detail::refuse(name, "the block", std::to_string(n) + " of batch row " + std::to_string(b),
-                     "one of " + std::to_string(blocks()) + " blocks of " + std::to_string(shape_.batch) +
-                         " batch rows");
+      detail::fail(name, "block " + std::to_string(n) + " of batch row " + std::to_string(b) +
+                             " does not exist: there are " + std::to_string(blocks()) + " blocks and " +
+                             std::to_string(shape_.batch) + " batch rows");
   }
 
   TensorView<const T> block_rows(Index b, Index n, bool of_keys) const {

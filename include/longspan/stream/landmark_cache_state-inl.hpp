@@ -53,12 +53,7 @@ void landmark_cache<T, P, Map, Finder>::truncate(Index tokens) {
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 void landmark_cache<T, P, Map, Finder>::reorder(std::span<const Index> rows) {
   constexpr const char* name = "landmark_cache::reorder";
-  if (static_cast<Index>(rows.size()) != shape_.batch)
-    detail::refuse(name, "the number of rows", std::to_string(rows.size()), std::to_string(shape_.batch));
-  for (const Index row : rows) {
-    if (row < 0 || row >= shape_.batch)
-      detail::refuse(name, "a row", std::to_string(row), "0 to " + std::to_string(shape_.batch - 1));
-  }
+  detail::check_reorder(name, rows, shape_.batch);
   refuse_with_file(name);
   store_.reorder(rows);
   is_index_stale_ = finds;

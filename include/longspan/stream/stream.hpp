@@ -4,6 +4,7 @@
 #include <concepts>
 #include <istream>
 #include <ostream>
+#include <span>
 
 #include "longspan/execution.hpp"
 #include "longspan/stream_shape.hpp"
@@ -16,8 +17,12 @@ LONGSPAN_NAMESPACE_BEGIN
 ///
 ///   shape()                     the sizes of all its calls
 ///   size(), bytes()             the number of tokens; the memory of what the stream keeps of them
-///   extend(q, k, v, out)        appends any number of tokens and computes their outputs; an execution is optional.
-///                               All streams except infini_memory and hybrid_stream also take an lse before it
+///   extend(q, k, v, out)        appends any number of tokens and computes their outputs; an execution is optional,
+///                               and before it an lse if the stream is an LseStream
+///   peek(q, k, v, out)          computes the same outputs without changing the stream; arguments as for extend. It
+///                               works on a copy of the stream and costs in addition what the copy costs
+///   append(k, v)                appends tokens without queries, computing no outputs; an execution is optional
+///   reorder(rows)               replaces batch row b by the previous batch row rows[b], as beam search does
 ///   clear()                     removes all tokens
 ///   truncate(n)                 removes all tokens except the first n. The last `rollback` tokens (an option of
 ///                               each stream) before the largest size that the stream has had can always be
@@ -26,18 +31,41 @@ LONGSPAN_NAMESPACE_BEGIN
 ///   can_truncate(n)             true if truncate(n) will succeed
 ///   save(to), load(from)        writes and reads a file with checksums. A load that throws changes nothing
 ///
+/// Not every stream can do everything:
+///
+///   an lse                      is written by kv_cache, landmark_cache and dilated_cache. The outputs of
+///                               infini_memory and hybrid_stream are no partials of a softmax
+///   reset(b), append(b, k, v)   one batch row by itself: infini_memory only, whose rows have sizes of their
+///                               own. In the other streams all batch rows have size() tokens
+///   reorder(rows), load(from)   of a landmark_cache whose blocks are in a file throw Error: the file holds
+///                               the blocks of one stream, in the order in which they were sealed
+///
+/// Streams are made from functors and from values like them, always in the same way:
+///
+///   softmax_attention{...}.stream<T>(shape, options)     kv_cache
+///   dilated_attention{...}.stream<T>(shape, options)     dilated_cache
+///   infini_attention{...}.stream<T>(shape, options)      infini_memory
+///   landmark_retrieval{...}.stream<T>(shape)             landmark_cache
+///   hybrid_retrieval{...}.stream<T>(shape)               hybrid_stream
+///
 /// How tokens are cut into calls of `extend` changes outputs only within the error bound, except in landmark_cache,
 /// where a chunk retrieves only from the blocks that were sealed before it. Its option split_at_blocks makes its
 /// results those of single tokens.
 template <class S, class T = float>
 concept Stream =
-    std::copyable<S> && requires(S stream, const S& seen, TensorView<const T> in, TensorView<T> out,
-                                 openmp& executor, std::ostream& to, std::istream& from) {
+    std::copyable<S> &&
+    requires(S stream, const S& seen, TensorView<const T> in, TensorView<T> out, openmp& executor,
+             std::span<const Index> rows, std::ostream& to, std::istream& from) {
       { seen.shape() } -> std::same_as<const StreamShape&>;
       { seen.size() } -> std::same_as<Index>;
       { seen.bytes() } -> std::same_as<Index>;
       stream.extend(in, in, in, out);
       stream.extend(in, in, in, out, executor);
+      stream.peek(in, in, in, out);
+      stream.peek(in, in, in, out, executor);
+      stream.append(in, in);
+      stream.append(in, in, executor);
+      stream.reorder(rows);
       stream.clear();
       stream.truncate(Index{});
       { seen.can_truncate(Index{}) } -> std::same_as<bool>;
@@ -51,6 +79,7 @@ concept LseStream = Stream<S, T> && requires(S stream, TensorView<const T> in, T
                                              RowsView<T> lse, openmp& executor) {
   stream.extend(in, in, in, out, lse);
   stream.extend(in, in, in, out, lse, executor);
+  stream.peek(in, in, in, out, lse, executor);
 };
 
 LONGSPAN_NAMESPACE_END

@@ -14,7 +14,7 @@ namespace {
 
 using namespace longspan;
 using detail::StateKind, detail::StateReader, detail::StateWriter;
-using test::refusal;
+using test::file_refusal;
 
 constexpr StateKind kind{"sample", 3, "sample::save", "sample::load"};
 
@@ -58,7 +58,7 @@ TEST_CASE("state file: reads what was written", "[state_file]") {
 TEST_CASE("state file: every truncation is refused", "[state_file]") {
   const std::string whole = saved({});
   for (std::size_t bytes = 0; bytes < whole.size(); ++bytes) {
-    CHECK_THROWS_AS(loaded(whole.substr(0, bytes)), Error);
+    CHECK_THROWS_AS(loaded(whole.substr(0, bytes)), FileError);
   }
 }
 
@@ -67,37 +67,37 @@ TEST_CASE("state file: every flip of a bit is refused", "[state_file]") {
   for (std::size_t bit = 0; bit < 8 * whole.size(); ++bit) {
     std::string flipped = whole;
     flipped[bit / 8] = static_cast<char>(flipped[bit / 8] ^ (1 << bit % 8));
-    CHECK_THROWS_AS(loaded(flipped), Error);
+    CHECK_THROWS_AS(loaded(flipped), FileError);
   }
 }
 
 TEST_CASE("state file: the error text names what is wrong", "[state_file]") {
-  CHECK(refusal([] { loaded("no such thing, but long enough for a whole header"); }) ==
+  CHECK(file_refusal([] { loaded("no such thing, but long enough for a whole header"); }) ==
         "longspan: sample::load: the file is not a state of longspan, wanted a file that begins with "
         "\"longspan\"");
-  CHECK(refusal([] { loaded(saved({}).substr(0, 20)); }) ==
+  CHECK(file_refusal([] { loaded(saved({}).substr(0, 20)); }) ==
         "longspan: sample::load: the header is cut short, wanted 32 bytes");
-  CHECK(refusal([] {
+  CHECK(file_refusal([] {
           std::istringstream from(saved({}));
           Sample sample;
           StateReader(from, {"other", 3, "", "other::load"}, sample.numbers);
         }) == "longspan: other::load: the file is a state of another kind, wanted other");
-  CHECK(refusal([] {
+  CHECK(file_refusal([] {
           std::istringstream from(saved({}));
           Sample sample;
           StateReader(from, {"sample", 4, "", "sample::load"}, sample.numbers);
         }) == "longspan: sample::load: the layout is version 3 in the file, wanted 4");
-  CHECK(refusal([] {
+  CHECK(file_refusal([] {
           std::istringstream from(saved({}));
           std::array<std::int64_t, 3> numbers{};
           StateReader(from, kind, numbers);
         }) == "longspan: sample::load: the header is 2 numbers, wanted 3");
-  CHECK(refusal([] {
+  CHECK(file_refusal([] {
           std::istringstream from(saved({}));
           Sample sample;
           StateReader(from, kind, sample.numbers).expect_payload(15);
         }) == "longspan: sample::load: the payload is 14 bytes, wanted 15 for the sizes in the header");
-  CHECK(refusal([] {
+  CHECK(file_refusal([] {
           std::istringstream from(saved({}));
           Sample sample;
           const StateReader reader(from, kind, sample.numbers);
@@ -113,7 +113,7 @@ TEST_CASE("state file: writing to a broken stream throws", "[state_file]") {
   const Sample sample;
   StateWriter writer(to, kind, sample.numbers, 8);
   writer.array(sample.floats.data(), 2);
-  CHECK(refusal([&] { writer.finish(); }) ==
+  CHECK(file_refusal([&] { writer.finish(); }) ==
         "longspan: sample::save: the output stream is broken or full, wanted space for 8 bytes of state");
 }
 
@@ -126,7 +126,7 @@ TEST_CASE("state file: a file that claims more than it contains costs no memory"
   Sample read;
   StateReader reader(from, kind, read.numbers);
   reader.expect_payload(promised);
-  CHECK_THROWS_AS(reader.array<float>(promised / 4), Error);
-  CHECK_THROWS_AS(reader.array<float>(std::numeric_limits<Index>::max()), Error);
-  CHECK_THROWS_AS(reader.array<float>(-1), Error);
+  CHECK_THROWS_AS(reader.array<float>(promised / 4), FileError);
+  CHECK_THROWS_AS(reader.array<float>(std::numeric_limits<Index>::max()), FileError);
+  CHECK_THROWS_AS(reader.array<float>(-1), FileError);
 }

@@ -4,13 +4,14 @@
 // scores 85 above the others: 2 to 9; Zen 3, the worst case: 2.3 with SSE2, 1.1 with AVX2.
 #pragma once
 
+#include <memory>
 #include <type_traits>
 
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 #if defined(__SSE2__)
-#include <immintrin.h>
+#include <xmmintrin.h>
 #endif
 
 LONGSPAN_NAMESPACE_BEGIN
@@ -66,37 +67,51 @@ class DenormalsAreZero {
 
 /// An executor whose tasks treat denormals as 0 on whichever thread they run, so that the bits of a result do not
 /// depend on the executor. All tasks of the library run on such an executor.
-template <class E>
+///
+/// The type of the executor that it runs on is not part of its own type: each kernel is compiled once, whatever
+/// executors a program has, and a task costs two more calls through a pointer.
 class WithoutDenormals {
  public:
-  explicit WithoutDenormals(const E& executor) noexcept : executor_(executor) {}
+  template <class E>
+  explicit WithoutDenormals(const E& executor) noexcept
+      : executor_(std::addressof(executor)),
+        workers_([](const void* e) -> Index { return static_cast<const E*>(e)->workers(); }),
+        for_each_([](const void* e, Index tasks, Task task) {
+          static_cast<const E*>(e)->for_each(tasks, [task](Index t, Index worker) {
+            const DenormalsAreZero mode;
+            task.run(task.context, t, worker);
+          });
+        }) {}
+  WithoutDenormals(const WithoutDenormals&) = default;
 
-  Index workers() const { return executor_.workers(); }
+  Index workers() const { return workers_(executor_); }
 
-  template <class Task>
-  void for_each(Index tasks, Task&& task) const {
-    executor_.for_each(tasks, [&task](Index t, Index worker) {
-      const DenormalsAreZero mode;
-      task(t, worker);
-    });
+  template <class Work>
+  void for_each(Index tasks, Work&& work) const {
+    using WorkType = std::remove_reference_t<Work>;
+    for_each_(executor_, tasks,
+              {const_cast<void*>(static_cast<const void*>(std::addressof(work))),
+               [](void* context, Index t, Index worker) { (*static_cast<WorkType*>(context))(t, worker); }});
   }
 
  private:
-  const E& executor_;
-};
+  struct Task {
+    void* context;
+    void (*run)(void* context, Index t, Index worker);
+  };
 
-template <class E>
-inline constexpr bool is_without_denormals = false;
-template <class E>
-inline constexpr bool is_without_denormals<WithoutDenormals<E>> = true;
+  const void* executor_;
+  Index (*workers_)(const void* executor);
+  void (*for_each_)(const void* executor, Index tasks, Task task);
+};
 
 /// work(executor) with an executor that is WithoutDenormals.
 template <class E, class Work>
 void run_without_denormals(const E& executor, const Work& work) {
-  if constexpr (is_without_denormals<E>) {
+  if constexpr (std::is_same_v<E, WithoutDenormals>) {
     work(executor);
   } else {
-    work(WithoutDenormals<E>(executor));
+    work(WithoutDenormals(executor));
   }
 }
 

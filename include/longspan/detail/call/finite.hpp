@@ -10,6 +10,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
+/// Neither infinite nor NaN.
 constexpr bool is_finite(double x) noexcept {
   constexpr std::uint64_t exponent = 0x7ff;
   return (std::bit_cast<std::uint64_t>(x) >> 52 & exponent) != exponent;

@@ -92,6 +92,13 @@ struct StreamCalls {
     run(q, k, v, out, rows_view(lse), execution);
   }
 
+  /// Writes what `extend` would write for the same arguments, and leaves the stream as it is: a copy is extended.
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, class... LseAndExecution>
+  void peek(const Q& q, const K& k, const V& v, Out&& out, LseAndExecution&&... more) const {
+    Derived copy(static_cast<const Derived&>(*this));
+    copy.extend(q, k, v, out, more...);
+  }
+
  private:
   template <class Q, class K, class V, class Out, class Lse, class E>
   void run(const Q& q, const K& k, const V& v, Out& out, Lse lse, E&& execution) {

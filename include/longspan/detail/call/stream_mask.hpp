@@ -152,6 +152,20 @@ void check_reach(std::string_view function, const M& mask, Index batch, Index he
   }
 }
 
+/// Where tokens [first, end), which hold all keys that their queries may see, can be cut: after at least `most`
+/// tokens, and where no query before the cut may see a key after it.
+template <Mask M>
+Index end_of_piece(const M& mask, Index batch, Index heads, Index first, Index end, Index most) {
+  if (end - first <= most) return end;
+  if constexpr (hides_later_keys<M>) return first + most;
+  Index reach = first;
+  for (Index i = first; i < end; ++i) {
+    if (i >= first + most && reach <= i) return i;
+    for (Index b = 0; b < batch; ++b) reach = (std::max)(reach, reach_of(mask, b, heads, i));
+  }
+  return end;
+}
+
 /// Ranges that contain every key which some query at position `first` or later sees.
 template <Mask M>
 struct LaterKeys {

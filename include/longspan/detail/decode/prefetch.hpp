@@ -12,8 +12,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// How far ahead rows are prefetched, in bytes. 16 KB takes the same time; 2 and 4 KB are 5-10 % slower.
-inline constexpr Index prefetch_distance = 8192;
+/// How far ahead rows are prefetched, in bytes.
+inline constexpr Index prefetch_distance = tuning::prefetch_distance;
 
 /// How a kernel prefetches later rows. `streaming`: the rows are read once; the non-temporal hint does not evict other
 /// data, and a decode step from DRAM takes 3-10 % less time. `reused`: the rows are read again.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <span>
+#include <type_traits>
 
 #include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/composition.hpp"
@@ -74,12 +75,44 @@ class BranchKeys {
   Index b_, heads_, position_, head_dim_, value_dim_;
 };
 
-/// A causal call with one query per head, without a score function, with keys whose positions are already encoded. Rows
-/// are read once; a tile would compute 16 queries, 15 of which do not exist. One token after 4096 others (8 heads,
-/// d = 64, one thread): this 162 us, tiles 737 us.
-template <class Tq, class Tk, class Tv, class To, class Source, class E>
+/// One branch of BranchKeys, as batch row 0.
+template <class Source>
+struct OneBranchKeys {
+  const BranchKeys<Source>& keys;
+  Index branch;
+
+  auto run(Index, Index h, KeyRange range) const { return keys.run(branch, h, range); }
+};
+
+/// The score function for a query and keys of one branch, both numbered from the first row of their segment.
+template <Score S>
+struct BranchScore {
+  const S& score;
+  const Dilation& dilation;
+  Branch branch;
+  Index b, heads;
+  Index begin;  ///< the first position of the segment
+
+  template <class Real>
+  Real operator()(Real s, Index, Index h, Index t, Index u) const {
+    using Value = ScoreValue<S, Real>;
+    const Index first = begin + head_offset(dilation.phase, h, heads, branch.dilation);
+    return static_cast<Real>(
+        score(static_cast<Value>(s), b, h, first + t * branch.dilation, first + u * branch.dilation));
+  }
+  template <class Real>
+  requires PacketScore<S, Packet<Real>>
+  Packet<Real> on_packet(Packet<Real> s, Index h, Packet<Real> distance) const {
+    return score.on_packet(s, h, distance * broadcast(static_cast<Real>(branch.dilation)));
+  }
+};
+
+/// A causal call with one query per head, with keys whose positions are already encoded. Rows are read once; a tile
+/// would compute 16 queries, 15 of which do not exist. One token after 4096 others (8 heads, d = 64, one thread): this
+/// 162 us, tiles 737 us.
+template <class Tq, class Tk, class Tv, class To, class Source, Score S, class E>
 void decode_dilated(const Problem<Tq, Tk, Tv, To>& call, const Source& source, const Dilation& dilation,
-                    const E& executor, Workspace& workspace) {
+                    const S& score, const E& executor, Workspace& workspace) {
   using Real = Arithmetic<Tq>;
   const Index heads = call.q.heads, branches = std::ssize(dilation.branches);
   for (Index b = 0; b < call.q.batch; ++b) {
@@ -102,11 +135,27 @@ void decode_dilated(const Problem<Tq, Tk, Tv, To>& call, const Source& source, c
     const TensorView<const Tk> k{nullptr, branches, heads, keys.most(), call.head_dim(), 0, 0, 0};
     const TensorView<const Tv> v{nullptr, branches, heads, keys.most(), call.value_dim(), 0, 0, 0};
     const Problem<Tq, Tk, Tv, Real> of_branches{q, k, v, outs, lses, 0, call.scale};
-    const everything mask;
-    const unchanged score;
-    run_where_it_pays(of_branches.flop(), least_parallel_decode_flop, executor, [&](const auto& where) {
-      Decode(of_branches, keys, mask, score).run(where, workspace.inner());
-    });
+    const auto decode = [&](const auto& problem, const auto& its_keys, const auto& its_score) {
+      run_where_it_pays(problem.flop(), least_parallel_decode_flop, executor, [&](const auto& where) {
+        Decode(problem, its_keys, everything{}, its_score).run(where, workspace.inner());
+      });
+    };
+    if constexpr (std::is_same_v<S, unchanged>) {
+      decode(of_branches, keys, score);
+    } else {
+      // A score needs the positions of keys, which differ from branch to branch.
+      for (Index n = 0; n < branches; ++n) {
+        const Branch& branch = dilation.branches[static_cast<std::size_t>(n)];
+        const Index into = call.first_query % branch.segment;
+        auto of_branch = of_branches;
+        of_branch.q.batch = of_branch.k.batch = of_branch.v.batch = 1;
+        of_branch.out = batch_rows(outs, n, 1);
+        of_branch.lse = batch_rows(lses, n, 1);
+        of_branch.first_query = into / branch.dilation;
+        decode(of_branch, OneBranchKeys<Source>{keys, n},
+               BranchScore<S>{score, dilation, branch, b, heads, call.first_query - into});
+      }
+    }
     for (Index n = 0; n < branches; ++n)
       parts[n] = {TensorView<const Real>(batch_rows(outs, n, 1)),
                   RowsView<const Real>(batch_rows(lses, n, 1))};

@@ -8,6 +8,7 @@
 
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/dilation.hpp"
+#include "longspan/key_ranges.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
@@ -40,6 +41,18 @@ struct DilatedRows {
             (tile.queries - 1) * step + 1,
             position(tile.first_key),
             (tile.keys - 1) * step + 1};
+  }
+};
+
+/// A mask that shows all keys up to the end of the query's longest segment: no branch shows the query a later key.
+struct UntilSegmentEnd {
+  std::span<const Branch> branches;
+
+  KeyRange keys(Index, Index i) const {
+    Index end = i + 1;
+    for (const Branch& branch : branches)
+      end = (std::max)(end, saturating_sum(i - i % branch.segment, branch.segment));
+    return {KeyRange::lowest, end};
   }
 };
 

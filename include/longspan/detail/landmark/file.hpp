@@ -31,11 +31,11 @@ inline StateField yes_or_no(std::string_view name, bool value) {
 
 /// The properties of a stream that determine the rows of sealed blocks.
 template <StoredElement T, Position P>
-std::vector<StateField> landmark_row_fields(const StreamShape& shape, Index block, const P& position,
+std::vector<StateField> landmark_row_fields(const StreamShape& shape, Index block_size, const P& position,
                                             bool as_in_text) {
   std::vector<StateField> fields{
       element_field<T>(),           {"batch", shape.batch},         {"kv_heads", shape.kv_heads},
-      {"head_dim", shape.head_dim}, {"value_dim", shape.value_dim}, {"block", block}};
+      {"head_dim", shape.head_dim}, {"value_dim", shape.value_dim}, {"block_size", block_size}};
   for (const StateField& field : position_fields(position)) fields.push_back(field);
   fields.push_back(yes_or_no("whether landmarks have their positions in the text", as_in_text));
   return fields;
@@ -86,7 +86,7 @@ inline BlockCounts checked_counts(const BlockCounts& wanted, std::span<const std
   counts.opened = numbers[3];
   counts.let_go = numbers[4];
   const auto wants = [](bool is_right, const char* what, Index got, const std::string& text) {
-    if (!is_right) refuse(landmark_state.load, what, std::to_string(got) + " in the file", text);
+    if (!is_right) refuse<FileError>(landmark_state.load, what, std::to_string(got) + " in the file", text);
   };
   constexpr Index most = Index{1} << 48;
   wants(counts.tokens >= 0 && counts.tokens <= most, "the number of tokens", counts.tokens,

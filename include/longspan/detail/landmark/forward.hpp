@@ -7,6 +7,7 @@
 #include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/landmark/amx_tile.hpp"
 #include "longspan/detail/landmark/plan.hpp"
 #include "longspan/detail/landmark/tile.hpp"
 #include "longspan/detail/tile/float_arithmetic.hpp"
@@ -21,13 +22,41 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P>
+/// The tile of an arithmetic policy, and the keys of its chunks.
+template <class Policy, Mask M, Score S>
+struct LandmarkTileOf {
+  using type = LandmarkTile<Policy, M, S>;
+  static constexpr Index keys_in_chunk = Policy::keys_in_block;
+  static constexpr bool takes_wide_blocks = true;
+};
+#if defined(LONGSPAN_HAS_AMX_ARITHMETIC)
+template <class Unit, Mask M, Score S>
+struct LandmarkTileOf<AmxArithmetic<Unit>, M, S> {
+  using type = AmxLandmarkTile<Unit, M, S>;
+  static constexpr Index keys_in_chunk = type::keys_in_chunk;
+  static constexpr bool takes_wide_blocks = false;
+};
+#endif
+
+/// Keys in the widest landmark block.
+inline Index widest_block(const landmarks& at, Index batch, Index kv_len) {
+  Index widest = 0;
+  for (Index b = 0; b < (at.same_in_all_rows() ? 1 : batch); ++b) {
+    for (Index m = 0; m <= at.count(b, kv_len); ++m) {
+      const LandmarkBlock block = landmark_block(at, b, m, kv_len);
+      widest = (std::max)(widest, block.end() - block.tokens.begin);
+    }
+  }
+  return widest;
+}
+
+template <class Policy, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P>
 class LandmarkForward {
  public:
   using Call = Problem<Tq, Tk, Tv, To>;
   using Real = typename Call::Real;
-  using Policy = FloatArithmetic<Real>;
-  using Queries = LandmarkTile<Real, M, S>;
+  using Of = LandmarkTileOf<Policy, M, S>;
+  using Queries = typename Of::type;
   using Blocks = KeyBlocks<Policy, Tk, Tv, P>;
 
   LandmarkForward(const Call& call, const LandmarkOptions& options, const M& mask, const S& score,
@@ -37,14 +66,8 @@ class LandmarkForward {
         mask_(mask),
         score_(score),
         position_(position),
-        tiles_(call, Queries::changes_score ? 1 : call.group(), workers) {
-    for (Index b = 0; b < (options.landmarks.same_in_all_rows() ? 1 : call.k.batch); ++b) {
-      for (Index m = 0; m <= options.landmarks.count(b, call.kv_len()); ++m) {
-        const LandmarkBlock block = landmark_block(options.landmarks, b, m, call.kv_len());
-        widest_ = (std::max)(widest_, block.end() - block.tokens.begin);
-      }
-    }
-  }
+        tiles_(call, Queries::changes_score ? 1 : call.group(), workers),
+        widest_(widest_block(options.landmarks, call.k.batch, call.kv_len())) {}
 
   template <class E>
   void run(const E& executor, Workspace& workspace) {
@@ -72,13 +95,13 @@ class LandmarkForward {
 
   LandmarkPlan take_plan(Arena& arena) const {
     const bool same_in_all_rows = options_.landmarks.same_in_all_rows() && !options_.has_controlled();
-    return LandmarkPlan::take(arena, options_.landmarks, call_.k.batch, call_.kv_len(), Policy::keys_in_block,
+    return LandmarkPlan::take(arena, options_.landmarks, call_.k.batch, call_.kv_len(), Of::keys_in_chunk,
                               same_in_all_rows,
                               [&](Index b, Index m) { return options_.is_controlled(b, m); });
   }
 
   Worker cut_worker(Arena& arena) const {
-    const Index padded_value_dim = round_up(call_.value_dim(), tile_rows);
+    const Index padded_value_dim = round_up(call_.value_dim(), Policy::columns_in_tile);
     Worker worker;
     worker.scratch =
         TileScratch<Policy>::take(arena, call_.head_dim(), padded_value_dim, !std::is_same_v<P, no_position>);
@@ -115,22 +138,24 @@ class LandmarkForward {
     const Index kv_head = lanes.first_head / call_.group();
     const auto k = call_.k.matrix(lanes.batch, kv_head);
     const auto v = call_.v.matrix(lanes.batch, kv_head);
-    if (chunk.length() <= Policy::keys_in_block) {
+    if (chunk.length() <= Of::keys_in_chunk) {
       const auto keys = worker.blocks.block(k, v, position_, chunk.keys.begin, chunk.length());
       for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb_chunk(chunk, keys, worker.scratch);
       return;
     }
-    const LandmarkBlock block =
-        landmark_block(options_.landmarks, lanes.batch, chunk.first_block, chunk.keys.end);
-    for (Index t = 0; t < tiles; ++t) worker.tiles[t].start_wide();
-    for (Index first = block.tokens.begin; first < block.tokens.end; first += Policy::keys_in_block) {
-      const Index count = (std::min)(Policy::keys_in_block, block.tokens.end - first);
-      const auto keys = worker.blocks.block(k, v, position_, first, count);
-      for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb_piece(keys, worker.scratch);
+    if constexpr (Of::takes_wide_blocks) {
+      const LandmarkBlock block =
+          landmark_block(options_.landmarks, lanes.batch, chunk.first_block, chunk.keys.end);
+      for (Index t = 0; t < tiles; ++t) worker.tiles[t].start_wide();
+      for (Index first = block.tokens.begin; first < block.tokens.end; first += Policy::keys_in_block) {
+        const Index count = (std::min)(Policy::keys_in_block, block.tokens.end - first);
+        const auto keys = worker.blocks.block(k, v, position_, first, count);
+        for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb_piece(keys, worker.scratch);
+      }
+      KeyBlock<Policy> landmark;
+      if (block.closed) landmark = worker.blocks.block(k, v, position_, block.landmark(), 1);
+      for (Index t = 0; t < tiles; ++t) worker.tiles[t].finish_wide(chunk, landmark, worker.scratch);
     }
-    KeyBlock<Policy> landmark;
-    if (block.closed) landmark = worker.blocks.block(k, v, position_, block.landmark(), 1);
-    for (Index t = 0; t < tiles; ++t) worker.tiles[t].finish_wide(chunk, landmark, worker.scratch);
   }
 
   const Call& call_;
@@ -143,13 +168,23 @@ class LandmarkForward {
   Index widest_ = 0;  ///< keys of the widest landmark block
 };
 
+/// The widest landmark block that matrix tiles take.
+inline constexpr Index widest_by_tiles = 128;
+
 template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
 void landmark_forward(const Problem<Tq, Tk, Tv, To>& call, const LandmarkOptions& options, const M& mask,
-                      const S& score, const P& position, const E& executor, Workspace& workspace) {
+                      const S& score, const P& position, const E& executor, Workspace& workspace,
+                      bool bf16_products) {
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
+  // Matrix tiles take what is common: no controlled blocks, and blocks that fit into a chunk.
+  const bool common = !options.has_controlled() &&
+                      widest_block(options.landmarks, call.k.batch, call.kv_len()) <= widest_by_tiles;
   run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
-    LandmarkForward<Tq, Tk, Tv, To, M, S, P>(call, options, mask, score, position, where.workers())
-        .run(where, workspace);
+    const auto run = [&]<class Policy>(const auto& on) {
+      LandmarkForward<Policy, Tq, Tk, Tv, To, M, S, P>(call, options, mask, score, position, on.workers())
+          .run(on, workspace);
+    };
+    with_tile_or_float_arithmetic<S, P>(call, bf16_products && common, where, run);
   });
 }
 

@@ -99,7 +99,7 @@ Index LandmarkStore<T>::payload_bytes(std::string_view function) const {
               of_row = array_bytes<Open>(function, batch_ * kv_heads_ * (head_dim_ + value_dim_)),
               rows = counts_.tokens - counts_.settled * counts_.block;
   if (blocks > most / of_block || (of_row > 0 && rows > most / of_row))
-    refuse(function, "the number of tokens", std::to_string(counts_.tokens), "fewer");
+    refuse<FileError>(function, "the number of tokens", std::to_string(counts_.tokens), "fewer");
   return of_block * blocks + of_row * rows;
 }
 
@@ -110,7 +110,8 @@ void LandmarkStore<T>::load(StateReader& reader, const BlockCounts& counts) {
   reader.expect_payload(payload_bytes("landmark_cache::load"));
   const Index blocks = counts.sealed - gone_;
   for (const std::uint8_t mark : reader.template array<std::uint8_t>(blocks)) {
-    if (mark != 1) refuse("landmark_cache::load", "the mark of a block", std::to_string(mark), "1");
+    if (mark != 1)
+      refuse<FileError>("landmark_cache::load", "the mark of a block", std::to_string(mark), "1");
   }
   for (auto& row : pages_) {
     for (Index n = 0; n < blocks; ++n) {

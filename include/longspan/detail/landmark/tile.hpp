@@ -38,11 +38,12 @@ struct LandmarkLanes {
   bool remote = true;
 };
 
-template <class Real, Mask M, Score S>
-class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
+template <class PolicyType, Mask M, Score S, class BaseTile = QueryTile<PolicyType, M, S>>
+class LandmarkTile : public BaseTile {
  public:
-  using Base = QueryTile<FloatArithmetic<Real>, M, S>;
-  using Policy = FloatArithmetic<Real>;
+  using Policy = PolicyType;
+  using Base = BaseTile;
+  using Real = typename Policy::Real;
   using Block = KeyBlock<Policy>;
   using Scratch = TileScratch<Policy>;
   using Base::most_lanes;
@@ -123,7 +124,7 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
     Base::finish(out, lse);
   }
 
- private:
+ protected:
   using Base::add_values;
   using Base::lanes_;
   using Base::mask_;
@@ -191,10 +192,11 @@ class LandmarkTile : public QueryTile<FloatArithmetic<Real>, M, S> {
 };
 
 /// Computes the softmax within the block, then adds the block to the state as one partial result.
-template <class Real, Mask M, Score S>
-void LandmarkTile<Real, M, S>::absorb_block(const LandmarkBlock& block, const Block& keys, const Runs& runs,
-                                            LandmarkLanes taken, const Scratch& scratch,
-                                            LeveledAccumulator<Real>& into) const {
+template <class Policy, Mask M, Score S, class BaseTile>
+void LandmarkTile<Policy, M, S, BaseTile>::absorb_block(const LandmarkBlock& block, const Block& keys,
+                                                        const Runs& runs, LandmarkLanes taken,
+                                                        const Scratch& scratch,
+                                                        LeveledAccumulator<Real>& into) const {
   const KeyRange rows{block.tokens.begin - keys.first_key, block.tokens.end - keys.first_key};
   const Index count = rows.end - rows.begin;
   const bool all = all_of_it(runs, keys.keys);
@@ -231,10 +233,11 @@ void LandmarkTile<Real, M, S>::absorb_block(const LandmarkBlock& block, const Bl
 /// Adds row max and row sum of a block to the state. For the block's own queries its log-sum-exp is that of its tokens
 /// (`row_max`, `sum`), for the others it is the logit of its landmark. The caller multiplies the block's weights by
 /// `factor` and the output so far by `rescale`.
-template <class Real, Mask M, Score S>
-void LandmarkTile<Real, M, S>::add_part(const LandmarkBlock& block, const Reach& reach, const Real* landmark,
-                                        const Real* row_max, const Real* sum, const Accumulator<Real>& state,
-                                        Real* rescale, Real* factor) const {
+template <class Policy, Mask M, Score S, class BaseTile>
+void LandmarkTile<Policy, M, S, BaseTile>::add_part(const LandmarkBlock& block, const Reach& reach,
+                                                    const Real* landmark, const Real* row_max,
+                                                    const Real* sum, const Accumulator<Real>& state,
+                                                    Real* rescale, Real* factor) const {
   const Packet<Real> zero = broadcast(Real(0)), one = broadcast(Real(1)),
                      nothing = broadcast(empty_max<Real>);
   for (Index lane = 0; lane < stride_; lane += w) {
@@ -265,9 +268,10 @@ void LandmarkTile<Real, M, S>::add_part(const LandmarkBlock& block, const Reach&
   }
 }
 
-template <class Real, Mask M, Score S>
-void LandmarkTile<Real, M, S>::add_values_past_hidden(const Block& keys, const Run& run, const Reach& reach,
-                                                      const Real* weights, Real* o) const {
+template <class Policy, Mask M, Score S, class BaseTile>
+void LandmarkTile<Policy, M, S, BaseTile>::add_values_past_hidden(const Block& keys, const Run& run,
+                                                                  const Reach& reach, const Real* weights,
+                                                                  Real* o) const {
   const Packet<Real> zero = broadcast(Real(0)), always = equal(zero, zero);
   for (Index j = run.begin; j < run.end; ++j) {
     for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
@@ -289,10 +293,11 @@ void LandmarkTile<Real, M, S>::add_values_past_hidden(const Block& keys, const R
   }
 }
 
-template <class Real, Mask M, Score S>
-void LandmarkTile<Real, M, S>::add_wide(const LandmarkBlock& block, const Accumulator<Real>& tokens,
-                                        LandmarkLanes taken, const Scratch& scratch,
-                                        LeveledAccumulator<Real>& into) const {
+template <class Policy, Mask M, Score S, class BaseTile>
+void LandmarkTile<Policy, M, S, BaseTile>::add_wide(const LandmarkBlock& block,
+                                                    const Accumulator<Real>& tokens, LandmarkLanes taken,
+                                                    const Scratch& scratch,
+                                                    LeveledAccumulator<Real>& into) const {
   const Accumulator<Real>& state = into.at_key(block.tokens.begin);
   const Reach reach = reach_of(block, !TileMask<Real, M>::may_hide, taken);
   alignas(64) Real rescale[std::size_t(most_lanes)], factor[std::size_t(most_lanes)];
@@ -311,9 +316,9 @@ void LandmarkTile<Real, M, S>::add_wide(const LandmarkBlock& block, const Accumu
 
 /// The CMT joins the group of each query as a token without a value. Its weight goes to the controlled blocks, which
 /// share it according to their landmarks.
-template <class Real, Mask M, Score S>
-void LandmarkTile<Real, M, S>::add_controlled(const Accumulator<Real>& state,
-                                              const Accumulator<Real>& controlled) const {
+template <class Policy, Mask M, Score S, class BaseTile>
+void LandmarkTile<Policy, M, S, BaseTile>::add_controlled(const Accumulator<Real>& state,
+                                                          const Accumulator<Real>& controlled) const {
   const Packet<Real> zero = broadcast(Real(0));
   alignas(64) Real logits[std::size_t(w)];
   for (Index lane = 0; lane < stride_; lane += w) {

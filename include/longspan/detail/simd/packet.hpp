@@ -12,6 +12,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "longspan/detail/call/finite.hpp"
 #include "longspan/detail/simd/eigen_core.hpp"
 #include "longspan/detail/tuning.hpp"
 #include "longspan/version.hpp"
@@ -91,12 +92,6 @@ LONGSPAN_INLINE bool is_minus_infinity(Real x) {
   return std::bit_cast<BitsOf<Real>>(x) ==
          std::bit_cast<BitsOf<Real>>(-std::numeric_limits<Real>::infinity());
 }
-/// True if x is neither infinite nor NaN.
-template <std::floating_point Real>
-LONGSPAN_INLINE bool is_finite(Real x) {
-  constexpr auto infinity = std::bit_cast<BitsOf<Real>>(std::numeric_limits<Real>::infinity());
-  return (std::bit_cast<BitsOf<Real>>(x) & infinity) != infinity;
-}
 template <std::floating_point Real>
 LONGSPAN_INLINE bool is_nan(Real x) {
   constexpr auto infinity = std::bit_cast<BitsOf<Real>>(std::numeric_limits<Real>::infinity());
@@ -104,11 +99,7 @@ LONGSPAN_INLINE bool is_nan(Real x) {
 }
 
 /// The number of vector registers of the processor: 32 with AVX-512, NEON and AltiVec, otherwise 16.
-#if defined(EIGEN_VECTORIZE_AVX512) || defined(EIGEN_VECTORIZE_NEON) || defined(EIGEN_VECTORIZE_ALTIVEC)
-inline constexpr int vector_registers = 32;
-#else
-inline constexpr int vector_registers = 16;
-#endif
+inline constexpr int vector_registers = LONGSPAN_VECTOR_REGISTERS;
 #if defined(EIGEN_VECTORIZE_FMA) || defined(EIGEN_VECTORIZE_NEON) || defined(EIGEN_VECTORIZE_ALTIVEC)
 inline constexpr bool has_fused_multiply_add = true;
 #else

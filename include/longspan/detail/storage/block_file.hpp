@@ -157,14 +157,14 @@ class BlockFile {
 
   void read_header(const BlockFileKind& kind) {
     std::array<char, page> bytes{};
-    if (file_.size() < page) file_.damaged("cut short: " + std::to_string(file_.size()) + " bytes");
+    if (file_.size() < page) file_.damaged("is cut short to " + std::to_string(file_.size()) + " bytes");
     file_.read(0, bytes.data(), page);
     const StateHeader wanted(kind_, numbers_.size() + 2, static_cast<std::uint64_t>(bytes_));
     StateHeader header;
     std::memcpy(&header, bytes.data(), sizeof(header));
     if (!std::equal(header.magic, header.magic + 8, wanted.magic) ||
         !std::equal(header.name, header.name + 8, wanted.name)) {
-      file_.damaged("another file");
+      file_.damaged("is of another kind");
     }
     const std::size_t summed = sizeof(header) + (numbers_.size() + 2) * sizeof(std::int64_t);
     std::uint32_t stored = 0;
@@ -172,16 +172,16 @@ class BlockFile {
     Crc32c sum;
     sum.add(bytes.data(), summed);
     if (stored != sum.value() || header.version != wanted.version || header.numbers != wanted.numbers)
-      file_.damaged("damaged in its header, or of another version");
+      file_.damaged("is damaged in its header, or of another version");
     if (!is_zero(std::span(bytes).subspan(summed + sizeof(stored))))
-      file_.damaged("damaged after its header");
+      file_.damaged("is damaged after its header");
     std::vector<std::int64_t> numbers(numbers_.size() + 2);
     std::memcpy(numbers.data(), bytes.data() + sizeof(header), numbers.size() * sizeof(std::int64_t));
     check_fields(kind_.load, numbers, kind.fields);
     const Index blocks = numbers[numbers_.size()], dropped = numbers[numbers_.size() + 1];
     if (header.payload != wanted.payload || dropped < 0 || dropped > blocks)
-      file_.damaged("damaged in its header");
-    if (blocks > (file_.size() - page) / stride_) file_.damaged("cut short");
+      file_.damaged("is damaged in its header");
+    if (blocks > (file_.size() - page) / stride_) file_.damaged("is cut short");
     blocks_ = reserved_ = blocks;
     dropped_ = dropped;
     if (dropped > 0) file_.give_back(place(0), dropped * stride_);
@@ -197,7 +197,7 @@ class BlockFile {
       std::memcpy(&stored, bytes.data() + bytes_, sizeof(stored));
       Crc32c sum;
       sum.add(bytes.data(), static_cast<std::size_t>(bytes_));
-      if (stored != sum.value()) file_.damaged("damaged in block " + std::to_string(n));
+      if (stored != sum.value()) file_.damaged("is damaged in block " + std::to_string(n));
       read(n, static_cast<const std::byte*>(bytes.data()));
     }
   }

@@ -1,4 +1,4 @@
-// The POSIX calls that a file of blocks needs. A failed call throws Error with the system's reason.
+// The POSIX calls that a file of blocks needs. A failed call throws FileError with the system's reason.
 #pragma once
 
 #include <fcntl.h>
@@ -59,13 +59,13 @@ class MappedFile {
 
   MappedFile(std::string path, std::string_view function) : path_(std::move(path)), function_(function) {
     file_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (file_ < 0) fail("not accessible", "a file that can be read and written");
+    if (file_ < 0) failed("open");
     if (::flock(file_, LOCK_EX | LOCK_NB) != 0) {
       const int error = errno;
       ::close(std::exchange(file_, -1));
-      if (error == EWOULDBLOCK) refuse(function_, name(), "in use", "a file that no other cache has open");
+      if (error == EWOULDBLOCK) fail<FileError>(function_, name() + " is in use by another cache");
       errno = error;
-      fail("not lockable", "a file that can be locked");
+      failed("lock");
     }
   }
   MappedFile(const MappedFile&) = delete;
@@ -76,7 +76,7 @@ class MappedFile {
 
   Index size() const {
     struct ::stat status {};
-    if (::fstat(file_, &status) != 0 || !S_ISREG(status.st_mode)) damaged("not a regular file");
+    if (::fstat(file_, &status) != 0 || !S_ISREG(status.st_mode)) damaged("is not a regular file");
     return static_cast<Index>(status.st_size);
   }
 
@@ -85,8 +85,8 @@ class MappedFile {
     while (count > 0) {
       const auto got = ::pread(file_, bytes, static_cast<std::size_t>(count), static_cast<off_t>(from));
       if (got < 0 && errno == EINTR) continue;
-      if (got < 0) fail("not readable", "a file that can be read");
-      if (got == 0) damaged("cut short");
+      if (got < 0) failed("read " + std::to_string(count) + " bytes of");
+      if (got == 0) damaged("is cut short");
       bytes += got;
       from += got;
       count -= got;
@@ -98,7 +98,7 @@ class MappedFile {
     while (count > 0) {
       const auto put = ::pwrite(file_, bytes, static_cast<std::size_t>(count), static_cast<off_t>(to));
       if (put < 0 && errno == EINTR) continue;
-      if (put <= 0) fail("not writable", "space for " + std::to_string(count) + " more bytes");
+      if (put <= 0) failed("write " + std::to_string(count) + " bytes to");
       bytes += put;
       to += put;
       count -= put;
@@ -116,7 +116,7 @@ class MappedFile {
       error = ::posix_fallocate(file_, static_cast<off_t>(from), static_cast<off_t>(count));
     if (error == 0) return;
     errno = error;
-    fail("not writable", "space for " + std::to_string(count) + " more bytes");
+    failed("write " + std::to_string(count) + " bytes to");
 #endif
   }
 
@@ -130,7 +130,7 @@ class MappedFile {
 
   Mapping map(Index from, Index count) const {
     Mapping mapping(file_, from, count);
-    if (!mapping.is_there()) fail("not mappable", "address space for the mapping");
+    if (!mapping.is_there()) failed("map " + std::to_string(count) + " bytes of");
     return mapping;
   }
 
@@ -139,20 +139,23 @@ class MappedFile {
   /// Gives the file another name, replacing a file of that name.
   void rename(const std::string& path) {
     std::string to = path;
-    if (::rename(path_.c_str(), to.c_str()) != 0)
-      fail("not able to replace " + to, "a name that the file can be given");
+    if (::rename(path_.c_str(), to.c_str()) != 0) failed("rename to " + to);
     path_.swap(to);
   }
 
+  /// `how` is a verb with what follows it: "is cut short".
   [[noreturn]] void damaged(const std::string& how) const {
-    refuse(function_, name(), how, "an empty file, or one that a cache of the same shape has written");
+    fail<FileError>(
+        function_,
+        name() + " " + how + "; wanted an empty file, or one that a cache of the same shape has written");
   }
 
  private:
   std::string name() const { return "the file " + path_; }
-  [[noreturn]] void fail(const std::string& what, const std::string& wanted) const {
+  /// The system call that should `act` on the file has failed.
+  [[noreturn]] void failed(const std::string& act) const {
     const std::string why = std::error_code(errno, std::generic_category()).message();
-    refuse(function_, name(), what + " (" + why + ")", wanted);
+    fail<FileError>(function_, "cannot " + act + " " + name() + ": " + why);
   }
 
   std::string path_;

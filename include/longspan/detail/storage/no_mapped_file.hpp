@@ -20,7 +20,7 @@ class MappedFile {
   };
 
   MappedFile(const std::string& path, std::string_view function) {
-    refuse(function, "the file " + path, "a mapped file", "none, because this system has no mapped files");
+    fail<FileError>(function, "cannot map the file " + path + ": this system has no mapped files");
   }
 
   Index size() const { return 0; }
@@ -31,7 +31,7 @@ class MappedFile {
   Mapping map(Index, Index) const { return {}; }
   static void remove(const std::string&) noexcept {}
   void rename(const std::string&) {}
-  [[noreturn]] void damaged(const std::string& how) const { raise(how); }
+  [[noreturn]] void damaged(const std::string& how) const { raise<FileError>(how); }
 };
 
 }  // namespace detail

@@ -89,14 +89,14 @@ inline std::vector<std::int64_t> values_of(std::span<const StateField> fields) {
   return values;
 }
 
-/// Throws Error and names the first field in which a file differs from the stream that loads it.
+/// Throws FileError and names the first field in which a file differs from the stream that loads it.
 inline void check_fields(std::string_view function, std::span<const std::int64_t> in_file,
                          std::span<const StateField> wanted) {
   for (std::size_t n = 0; n < wanted.size(); ++n) {
     const StateField& field = wanted[n];
     if (in_file[n] != field.value) {
-      refuse(function, field.name, field.text(in_file[n]) + " in the file",
-             field.text(field.value) + " as in this stream");
+      refuse<FileError>(function, field.name, field.text(in_file[n]) + " in the file",
+                        field.text(field.value) + " as in this stream");
     }
   }
 }

@@ -63,7 +63,8 @@ template <class T>
 Index array_bytes(std::string_view function, Index count) {
   constexpr Index most = PTRDIFF_MAX / static_cast<Index>(sizeof(T));
   if (count < 0 || count > most)
-    refuse(function, "an array", std::to_string(count) + " elements", "0.." + std::to_string(most));
+    refuse<FileError>(function, "an array", std::to_string(count) + " elements",
+                      "0.." + std::to_string(most));
   return count * static_cast<Index>(sizeof(T));
 }
 
@@ -91,8 +92,8 @@ class StateWriter {
     put_checksum();
     to_.flush();
     if (!to_)
-      refuse(kind_.save, "the output stream", "broken or full",
-             "space for " + std::to_string(payload_) + " bytes of state");
+      refuse<FileError>(kind_.save, "the output stream", "broken or full",
+                        "space for " + std::to_string(payload_) + " bytes of state");
   }
 
  private:
@@ -127,7 +128,8 @@ class StateReader {
     const StateHeader wanted(kind, numbers.size(), 0);
     get(&header_, sizeof(header_), "the header");
     if (!std::equal(wanted.magic, wanted.magic + 8, header_.magic))
-      refuse(kind.load, "the file", "not a state of longspan", "a file that begins with \"longspan\"");
+      refuse<FileError>(kind.load, "the file", "not a state of longspan",
+                        "a file that begins with \"longspan\"");
     if (!std::equal(wanted.name, wanted.name + 8, header_.name))
       reject("the file", "a state of another kind", kind.name);
     if (header_.version != wanted.version)
@@ -152,9 +154,9 @@ class StateReader {
              "at least " + std::to_string(bytes) + " for the sizes in the header");
     }
   }
-  /// Throws Error about the file, by the name of the function that loads it.
+  /// Throws FileError about the file, by the name of the function that loads it.
   [[noreturn]] void reject(std::string_view what, std::string_view got, std::string_view wanted) const {
-    refuse(kind_.load, what, got, wanted);
+    refuse<FileError>(kind_.load, what, got, wanted);
   }
 
   /// Returns a copy of the next array of the payload, whatever its alignment in the file.
@@ -181,7 +183,7 @@ class StateReader {
   void get(void* data, std::size_t bytes, std::string_view what) {
     if (bytes == 0) return;
     from_.read(static_cast<char*>(data), static_cast<std::streamsize>(bytes));
-    if (!from_) refuse(kind_.load, what, "cut short", std::to_string(bytes) + " bytes");
+    if (!from_) refuse<FileError>(kind_.load, what, "cut short", std::to_string(bytes) + " bytes");
     sum_.add(data, bytes);
   }
 
@@ -189,7 +191,8 @@ class StateReader {
     const std::uint32_t computed = sum_.value();
     std::uint32_t stored = 0;
     get(&stored, sizeof(stored), what);
-    if (stored != computed) refuse(kind_.load, what, std::to_string(stored), std::to_string(computed));
+    if (stored != computed)
+      refuse<FileError>(kind_.load, what, std::to_string(stored), std::to_string(computed));
     sum_ = {};
   }
 

@@ -45,7 +45,7 @@ struct AmxArithmetic {
   using Value = Pair;
   using Weight = Pair;
   static constexpr Index keys_in_row = 2;
-  static constexpr Index keys_in_block = 256;
+  static constexpr Index keys_in_block = tuning::keys_in_tile_block;
   static constexpr Index keys_in_step = 32;  ///< keys whose scores are made together
   static constexpr Index columns_in_step = 32;
   static constexpr Index columns_in_tile = 16;  ///< outputs have a multiple of this
@@ -122,9 +122,6 @@ struct AmxArithmetic {
   static LONGSPAN_INLINE bool exp_keys(const float* s, float factor, const float* row_max, float* sum,
                                        Weight* weights, Index stride) {
     const __m512 by = _mm512_set1_ps(factor), most = _mm512_set1_ps(most_rise);
-    const __m512i high = _mm512_set1_epi32(-65536), half = _mm512_set1_epi32(0x8000);
-    const __m512i down =
-        _mm512_set4_epi32(int(0x80800f0e), int(0x80800b0a), int(0x80800706), int(0x80800302));
     Packet<float> total[std::size_t(packets)], shift[std::size_t(packets)];
     __m512i above = _mm512_setzero_si512();  // a sign bit where an exponent is above `most`
     LONGSPAN_UNROLL
@@ -142,16 +139,48 @@ struct AmxArithmetic {
                                           _mm512_castps_si512(_mm512_sub_ps(most, y)), 0xfe);
         const Packet<float> first = coarse_exp_score({x}), second = coarse_exp_score({y});
         total[c] = total[c] + (first + second);
-        // Rounded to bfloat16, halves away from 0; the first of the pair moves down by a shuffle, which has a port of
-        // its own.
-        const __m512i low = _mm512_shuffle_epi8(_mm512_add_epi32(_mm512_castps_si512(first.raw), half), down);
-        const __m512i up = _mm512_add_epi32(_mm512_castps_si512(second.raw), half);
-        _mm512_storeu_si512(weights + c * 16, _mm512_ternarylogic_epi32(high, up, low, 0xca));
+        store_weights(weights + c * 16, first, second);
       }
     }
     LONGSPAN_UNROLL
     for (int c = 0; c < packets; ++c) store(sum + c * 16, total[c]);
     return _mm512_movepi32_mask(above) != 0;
+  }
+
+  /// A packet of pairs, rounded to bfloat16, halves away from 0. The first of a pair moves down by a shuffle, which has a
+  /// port of its own.
+  static LONGSPAN_INLINE void store_weights(Weight* to, Packet<float> first, Packet<float> second) {
+    const __m512i high = _mm512_set1_epi32(-65536), half = _mm512_set1_epi32(0x8000);
+    const __m512i down =
+        _mm512_set4_epi32(int(0x80800f0e), int(0x80800b0a), int(0x80800706), int(0x80800302));
+    const __m512i low = _mm512_shuffle_epi8(_mm512_add_epi32(_mm512_castps_si512(first.raw), half), down);
+    const __m512i up = _mm512_add_epi32(_mm512_castps_si512(second.raw), half);
+    _mm512_storeu_si512(to, _mm512_ternarylogic_epi32(high, up, low, 0xca));
+  }
+
+  /// s[j] = exp_score(factor * s[j] - row_max), which `sum` grows by.
+  template <int packets, bool rounds_products>
+  static LONGSPAN_INLINE void exp_rows(float* s, Index keys, float factor, const float* row_max, float* sum,
+                                       Index stride) {
+    const __m512 by = _mm512_set1_ps(factor);
+    Packet<float> total[std::size_t(packets)], shift[std::size_t(packets)];
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) {
+      total[c] = load<float>(static_cast<const float*>(sum) + c * 16);
+      shift[c] = load<float>(row_max + c * 16);
+    }
+    LONGSPAN_NO_UNROLL
+    for (Index j = 0; j < keys; ++j, s += stride) {
+      LONGSPAN_UNROLL
+      for (int c = 0; c < packets; ++c) {
+        const Packet<float> e =
+            coarse_exp_score({exponent<rounds_products>(_mm512_loadu_ps(s + c * 16), by, shift[c].raw)});
+        total[c] = total[c] + e;
+        store(s + c * 16, e);
+      }
+    }
+    LONGSPAN_UNROLL
+    for (int c = 0; c < packets; ++c) store(sum + c * 16, total[c]);
   }
 
   /// factor * s - row_max. A row max is a rounded product: where it is huge, a fused product minus its own rounding

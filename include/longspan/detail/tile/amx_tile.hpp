@@ -50,16 +50,16 @@ struct KeyBlock<AmxArithmetic<Unit>> {
 };
 
 /// The transposed values of the first keys of one KV head, kept by a worker from task to task: transposing them for
-/// every 192 queries takes 9 % of a call at head_dim 64 (Intel AMX).
+/// every 192 queries would take 9 % of a call.
 template <class Unit>
 class KeptValues {
  public:
   using Policy = AmxArithmetic<Unit>;
   using Value = typename Policy::Value;
 
-  /// For at most `keys` keys, and at most 4 MB.
+  /// For at most `keys` keys, and at most kept_value_bytes.
   static KeptValues take(Arena& arena, Index padded_value_dim, Index keys) {
-    constexpr Index most_bytes = Index{4} << 20;
+    constexpr Index most_bytes = tuning::kept_value_bytes;
     KeptValues kept;
     kept.in_block_ = Policy::keys_in_block / 2 * padded_value_dim;
     if (kept.in_block_ == 0) return kept;
@@ -168,6 +168,74 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_positi
   bool copies_all_ = false;
 };
 
+/// Queries whose scores are made by matrix tiles, 32 keys at a time.
+template <class Unit, Mask M, Score S>
+class AmxQueries : public QueryTile<AmxArithmetic<Unit>, M, S> {
+ public:
+  using Policy = AmxArithmetic<Unit>;
+  using Base = QueryTile<Policy, M, S>;
+  using Block = KeyBlock<Policy>;
+  using Base::changes_score;
+  using Base::w;
+
+  static AmxQueries take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len) {
+    AmxQueries queries;
+    static_cast<Base&>(queries) = Base::take(arena, head_dim, padded_value_dim, kv_len);
+    return queries;
+  }
+
+ protected:
+  using Base::factor_;
+  using Base::head_dim_;
+  using Base::lanes_;
+  using Base::mask_;
+  using Base::q_;
+  using Base::score_;
+  using Base::stride_;
+
+  /// What scores are to be multiplied by, to be in score units.
+  float score_factor() const { return changes_score ? 1.0f : factor_; }
+
+  /// s[j][lane] of the 32 keys from `first` on, changed and masked, for the packets of the run. Rows past its last key
+  /// are masked.
+  void score_step(const Block& block, const Run& run, Index first, float* s) {
+    const MatrixView<const typename Policy::Key> k = block.step(first);
+    const Index lane = run.first_packet * w, keys = std::min<Index>(Policy::keys_in_step, run.end - first);
+    with_packets(run.packets, [&]<int packets>() {
+      Policy::template score_keys<packets>(k.data, k.row_stride, q_ + lane, head_dim_, s + lane, stride_);
+    });
+    if (changes_score || run.partial != 0 || keys < Policy::keys_in_step)
+      change_scores(run, block.first_key + first, keys, s);
+  }
+
+ private:
+  void change_scores(const Run& run, Index first_key, Index keys, float* scores) {
+    const Packet<float> by = broadcast(factor_), masked = broadcast(Policy::masked_score);
+    for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
+      float* s = scores + c * w;
+      if constexpr (changes_score) {
+        for (Index j = 0; j < keys; ++j) store(s + j * stride_, load<float>(s + j * stride_) * by);
+        if constexpr (StripScore<S, float>) {
+          const ScoreStrip<float> strip{
+              s,         stride_, lanes_.batch, lanes_.head(0), lanes_.position(c * w), lanes_.count - c * w,
+              first_key, keys};
+          change_strip(*score_, strip);
+        }
+      }
+      const bool hides = TileMask<float, M>::may_hide && (run.partial >> c & 1u) != 0;
+      for (Index j = 0; j < keys; ++j) {
+        Packet<float> score = load<float>(s + j * stride_);
+        if constexpr (changes_score) score = Base::change_score(score, c, first_key + j);
+        if constexpr (TileMask<float, M>::may_hide) {
+          if (hides) score = select(mask_.visible(c, first_key + j), score, masked);
+        }
+        store(s + j * stride_, score);
+      }
+      for (Index j = keys; j < Policy::keys_in_step; ++j) store(s + j * stride_, masked);
+    }
+  }
+};
+
 /// A tile whose row max is the reference that weights are made with, not always the highest score: it may lie up to
 /// most_rise below. It rises seldom, so that a score is read once, and what was added before is multiplied then.
 ///
@@ -176,8 +244,9 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_positi
 ///   where a lane's scores have risen too far: add the values so far, raise that lane, make its weights anew
 /// then add the values of all its keys.
 template <class Unit, Mask M, Score S>
-class AmxTile : public QueryTile<AmxArithmetic<Unit>, M, S> {
-  using Base = QueryTile<AmxArithmetic<Unit>, M, S>;
+class AmxTile : public AmxQueries<Unit, M, S> {
+  using Queries = AmxQueries<Unit, M, S>;
+  using Base = typename Queries::Base;
 
  public:
   using Policy = AmxArithmetic<Unit>;
@@ -189,7 +258,7 @@ class AmxTile : public QueryTile<AmxArithmetic<Unit>, M, S> {
 
   static AmxTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len) {
     AmxTile tile;
-    static_cast<Base&>(tile) = Base::take(arena, head_dim, padded_value_dim, kv_len);
+    static_cast<Queries&>(tile) = Queries::take(arena, head_dim, padded_value_dim, kv_len);
     return tile;
   }
 
@@ -215,13 +284,8 @@ class AmxTile : public QueryTile<AmxArithmetic<Unit>, M, S> {
   }
 
  private:
-  using Base::factor_;
-  using Base::head_dim_;
-  using Base::lanes_;
   using Base::mask_;
   using Base::packets_;
-  using Base::q_;
-  using Base::score_;
   using Base::state_;
   using Base::stride_;
 
@@ -253,14 +317,8 @@ class AmxTile : public QueryTile<AmxArithmetic<Unit>, M, S> {
   }
   /// Scores and weights of the 32 keys from `first` on.
   void absorb_step(Pass& pass, const Run& run, Index first) {
-    const MatrixView<const typename Policy::Key> k = pass.block.step(first);
-    const Index lane = run.first_packet * w, keys = std::min<Index>(Policy::keys_in_step, run.end - first);
-    float* s = pass.scratch.scores + lane;
-    with_packets(run.packets, [&]<int packets>() {
-      Policy::template score_keys<packets>(k.data, k.row_stride, q_ + lane, head_dim_, s, stride_);
-    });
-    if (changes_score || run.partial != 0 || keys < Policy::keys_in_step)
-      change_scores(pass, run, first, keys);
+    const Index lane = run.first_packet * w;
+    Queries::score_step(pass.block, run, first, pass.scratch.scores);
     with_packets(run.packets, [&]<int packets>() {
       if (pass.has_empty_lane) raise_max<packets>(pass, first, lane);
       alignas(64) float sum[std::size_t(packets * w)];
@@ -270,8 +328,6 @@ class AmxTile : public QueryTile<AmxArithmetic<Unit>, M, S> {
     });
   }
 
-  float score_factor() const { return changes_score ? 1.0f : factor_; }
-
   /// True where a score has risen too far: the weights do not count then.
   template <int packets>
   bool make_weights(const Pass& pass, Index first, Index lane, float* sum) const {
@@ -280,36 +336,10 @@ class AmxTile : public QueryTile<AmxArithmetic<Unit>, M, S> {
     auto* weights = pass.scratch.weights + first / 2 * stride_ + lane;
     std::copy_n(pass.sum + lane, packets * w, sum);
     if (pass.has_huge_max)
-      return Policy::template exp_keys<packets, true>(s, score_factor(), row_max, sum, weights, stride_);
-    return Policy::template exp_keys<packets, false>(s, score_factor(), row_max, sum, weights, stride_);
-  }
-
-  /// Changes and masks the scores of `keys` keys, and masks those of the rows after them.
-  void change_scores(const Pass& pass, const Run& run, Index first, Index keys) {
-    const Packet<float> by = broadcast(factor_), masked = broadcast(Policy::masked_score);
-    for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
-      float* s = pass.scratch.scores + c * w;
-      const Index first_key = pass.block.first_key + first;
-      if constexpr (changes_score) {
-        for (Index j = 0; j < keys; ++j) store(s + j * stride_, load<float>(s + j * stride_) * by);
-        if constexpr (StripScore<S, float>) {
-          const ScoreStrip<float> strip{
-              s,         stride_, lanes_.batch, lanes_.head(0), lanes_.position(c * w), lanes_.count - c * w,
-              first_key, keys};
-          change_strip(*score_, strip);
-        }
-      }
-      const bool hides = TileMask<float, M>::may_hide && (run.partial >> c & 1u) != 0;
-      for (Index j = 0; j < keys; ++j) {
-        Packet<float> score = load<float>(s + j * stride_);
-        if constexpr (changes_score) score = Base::change_score(score, c, first_key + j);
-        if constexpr (TileMask<float, M>::may_hide) {
-          if (hides) score = select(mask_.visible(c, first_key + j), score, masked);
-        }
-        store(s + j * stride_, score);
-      }
-      for (Index j = keys; j < Policy::keys_in_step; ++j) store(s + j * stride_, masked);
-    }
+      return Policy::template exp_keys<packets, true>(s, Queries::score_factor(), row_max, sum, weights,
+                                                      stride_);
+    return Policy::template exp_keys<packets, false>(s, Queries::score_factor(), row_max, sum, weights,
+                                                     stride_);
   }
 
   /// Raises the row max of every lane whose highest score among the 32 keys from `first` on lies more than most_rise above
@@ -318,7 +348,7 @@ class AmxTile : public QueryTile<AmxArithmetic<Unit>, M, S> {
   bool raise_max(Pass& pass, Index first, Index lane) {
     const Accumulator<float>& state = pass.state;
     const float* s = pass.scratch.scores + lane;
-    const __m512 by = _mm512_set1_ps(score_factor()), most = _mm512_set1_ps(Policy::most_rise);
+    const __m512 by = _mm512_set1_ps(Queries::score_factor()), most = _mm512_set1_ps(Policy::most_rise);
     alignas(64) float highest[std::size_t(packets * w)];
     std::fill_n(highest, packets * w, Policy::masked_score);
     highest_rows<packets>(s, stride_, Policy::keys_in_step, static_cast<float*>(highest));

@@ -25,8 +25,8 @@ struct FloatArithmetic {
   using Weight = Real;  ///< element of weight rows, [keys / keys_in_row][stride]
   static constexpr Index keys_in_row = 1;
   static constexpr Index columns_in_tile = tile_rows;  ///< outputs have a multiple of this
-  /// Keys are taken in blocks of 128, cut at multiples of 128 in key index. Speed is flat from 96 to 256.
-  static constexpr Index keys_in_block = 128;
+  /// Keys are taken in blocks of so many, cut at its multiples in key index.
+  static constexpr Index keys_in_block = tuning::keys_in_float_block;
   /// A score that counts as never seen. Finite, so that code compiled with -ffast-math keeps its meaning, and
   /// so far below `empty_max` that its weight is exactly 0 under any maximum.
   static constexpr Real masked_score = std::numeric_limits<Real>::lowest();

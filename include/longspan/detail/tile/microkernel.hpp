@@ -18,10 +18,9 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Register tile, rows x packets. 32 vector registers: 8 x 3 (24 accumulators reach 99 % of the FMA roof, 4 x 4 reach
-/// 78 %). 16 registers: 4 x 3, or 4 x 2 without fused multiply-add, since each product then needs a register.
-inline constexpr int tile_rows = vector_registers == 32 ? 8 : 4;
-inline constexpr int tile_packets = vector_registers == 32 || has_fused_multiply_add ? 3 : 2;
+/// Register tile, rows x packets.
+inline constexpr int tile_rows = tuning::tile_rows;
+inline constexpr int tile_packets = tuning::tile_packets;
 
 // The loops over columns and keys are unrolled by 4, so that the branch predictor learns their trip counts: a call is
 // 2-4 % faster at head_dim 128 and 1-2 % at 64. Unrolling by 8 gains no more.
