@@ -25,9 +25,9 @@ class Error : public std::invalid_argument {
   LONGSPAN_INLINE explicit Error(const char* text) : std::invalid_argument(text) {}
 };
 
-/// A file, or a C++ stream of bytes, that cannot be used although the arguments are right: it cannot be opened,
-/// is in use, is damaged, holds the state of a stream with other options, or its disk is full. The text names
-/// function and file, and the system's reason if there is one.
+/// Thrown for a file, or a std::istream or std::ostream, that cannot be used although all arguments are valid: it
+/// cannot be opened, is in use, is damaged, contains the state of a stream with other options, or its disk is full.
+/// The text names the function and the file, and the system's reason if there is one.
 class FileError : public std::runtime_error {
  public:
   LONGSPAN_INLINE explicit FileError(const std::string& text) : std::runtime_error(text) {}
@@ -61,7 +61,7 @@ template <class E = Error>
   raise<E>(text.append(", wanted ").append(wanted));
 }
 
-/// Throws E with a sentence of its own.
+/// Throws E with the text "longspan: function: sentence".
 template <class E = Error>
 [[noreturn]] void fail(std::string_view function, std::string_view sentence) {
   raise<E>(std::string("longspan: ").append(function).append(": ").append(sentence));

@@ -97,7 +97,7 @@ TEST_CASE("dilated_cache: chunks and single tokens match a single call at every 
 
 namespace {
 
-/// Does a branch or the mask show a query of tokens [first, end) a key after them?
+/// True if a branch and the mask show a query of tokens [first, end) a key after these tokens.
 template <class M>
 bool shows_later_keys(const M& mask, const Branches& branches, Index first, Index end) {
   for (Index i = first; i < end; ++i) {
@@ -118,14 +118,15 @@ std::string saved(const Stream& stream) {
   return to.str();
 }
 
-/// A stream under `mask` against the one call, for each of the chunks that hold their keys; others are refused.
+/// Compares a stream with `mask` with a single call, in all chunks that contain their keys; other chunks must be
+/// rejected.
 template <class M>
 void check_literal(const M& mask, Random& random) {
   using longspan::Overlap;
   dilated_attention attend{three, mask};
   longspan::reference::dilated_attention oracle{three, mask};
   attend.overlap = oracle.overlap = random.pick({Overlap::multiset, Overlap::set});
-  // The longest sequence of at most 150 tokens that ends with all that is seen.
+  // The longest sequence of at most 150 tokens of which no query sees a key after its end.
   Shape shape{2, 4, 2, 150, 150, 8, 8};
   while (shows_later_keys(mask, three, 0, shape.q_len)) --shape.q_len;
   shape.kv_len = shape.q_len;
@@ -154,7 +155,7 @@ void check_literal(const M& mask, Random& random) {
 
 }  // namespace
 
-TEST_CASE("dilated_cache: one token and alibi, whose slopes differ from head to head", "[law]") {
+TEST_CASE("dilated_cache: single tokens with alibi, whose slopes differ between heads", "[law]") {
   Random random(11);
   const Shape shape{2, 6, 2, 200, 200, 16, 16};
   const std::vector<float> slopes{0.5f, 0.25f, 0.125f, 1, 2, 0.75f};
@@ -170,7 +171,7 @@ TEST_CASE("dilated_cache: one token and alibi, whose slopes differ from head to 
     REQUIRE(std::abs(tokens.lse.values[n] - exact.lse.values[n]) < 1e-12);
 }
 
-TEST_CASE("dilated_cache: a chunk with all keys that its queries may see is answered as by the one call",
+TEST_CASE("dilated_cache: a chunk with all keys that its queries may see has the outputs of a single call",
           "[law]") {
   using namespace longspan;
   const std::vector<Index> lengths{50, 23}, starts{0, 9, 30, 31, 80, 200};

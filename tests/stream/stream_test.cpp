@@ -131,7 +131,7 @@ TEST_CASE("stream: one loop decodes with every stream", "[law]") {
   });
 }
 
-TEST_CASE("stream: tokens that are appended without queries are seen like others", "[law]") {
+TEST_CASE("stream: later queries see tokens that were appended without queries", "[law]") {
   const Tokens tokens;
   for_each_stream([&](const char* name, auto stream) {
     INFO(name);
@@ -145,7 +145,7 @@ TEST_CASE("stream: tokens that are appended without queries are seen like others
   });
 }
 
-TEST_CASE("stream: peek writes what extend would write, and leaves the stream as it is", "[law]") {
+TEST_CASE("stream: peek writes what extend would write without changing the stream", "[law]") {
   const Tokens tokens;
   const auto saved = [](const auto& stream) {
     std::ostringstream to;
@@ -166,7 +166,7 @@ TEST_CASE("stream: peek writes what extend would write, and leaves the stream as
   });
 }
 
-TEST_CASE("stream: reorder makes a batch row what another was", "[state]") {
+TEST_CASE("stream: reorder replaces a batch row by the previous state of another", "[state]") {
   const Tokens tokens;
   Tokens twins;
   for (auto* x : {&twins.q, &twins.k, &twins.v}) {
@@ -193,7 +193,7 @@ TEST_CASE("stream: reorder makes a batch row what another was", "[state]") {
   });
 }
 
-TEST_CASE("landmark_retrieval: parts in any order", "[stream]") {
+TEST_CASE("landmark_retrieval: parts can be given in any order", "[stream]") {
   using namespace longspan;
   const landmark_cache_options options{.block_size = 4, .top_k = 1};
   const rotary turned(Pairing::half_split);

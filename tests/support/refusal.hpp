@@ -39,7 +39,7 @@ std::string refused(Stream& into, const std::string& state) {
   return file_refusal([&] { into.load(from); });
 }
 
-/// Changes every `step`-th byte of a saved state in turn and checks that the stream throws an Error of `loader`.
+/// Changes every `step`-th byte of a saved state in turn and checks that the stream throws a FileError of `loader`.
 template <class Stream>
 void check_damage_is_refused(Stream& into, const std::string& state, std::size_t step, const char* loader) {
   for (std::size_t n = 0; n < state.size(); n += step) {

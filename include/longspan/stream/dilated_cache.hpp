@@ -64,9 +64,9 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Masked    as in kv_cache: by the mask of the functor, unchanged for every query for which it sets an upper limit
 ///           of the keys, as `causal{} | sinks{n}` does. Every other query sees no key after itself. A chunk must
 ///           contain all keys that its branches and the mask show to its queries, otherwise extend throws Error
-/// Throws    Error if shapes disagree or a chunk is too short for its mask, before anything changes. If an executor or a score throws, or memory runs
-///           out (bad_alloc), the stream has appended the first size() tokens, possibly some of the call's. An
-///           assignment or a load that throws changes nothing
+/// Throws    Error if shapes disagree or a chunk is too short for its mask, before anything changes. If an executor
+///           or a score throws, or memory runs out (bad_alloc), the stream has appended the first size() tokens,
+///           possibly some of the call's. An assignment or a load that throws changes nothing
 template <StoredElement T, Mask M, Score S, Position P>
 class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true> {
  public:

@@ -104,7 +104,7 @@ class file_blocks {
   static constexpr std::string_view name = "file_blocks";
   static constexpr Index element = sizeof(T);
 
-  /// Of the last call that failed. Standard streams leave it in errno where the system has one.
+  /// The system's reason for the last failure, which standard streams leave in errno if there is one.
   static std::string reason() {
     return errno == 0 ? std::string() : ": " + std::error_code(errno, std::generic_category()).message();
   }

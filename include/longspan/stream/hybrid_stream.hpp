@@ -136,7 +136,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     past_.clear();
   }
 
-  /// Appends tokens whose queries are not needed.
+  /// Appends tokens without queries: no outputs are computed.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
@@ -149,7 +149,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     });
   }
 
-  /// Batch row b becomes what row rows[b] was: the step of a beam search. Changes nothing if it throws.
+  /// Replaces batch row b by the previous batch row rows[b], as beam search does. Changes nothing if it throws.
   void reorder(std::span<const Index> rows) {
     detail::check_reorder("hybrid_stream::reorder", rows, shape().batch);
     hybrid_stream next = *this;
@@ -270,7 +270,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     });
   }
 
-  /// append(first, count, execution) for the tokens of each block in turn, and evictions in between.
+  /// Calls append(first, count, execution) for the tokens of each block in turn, and evicts blocks between the calls.
   template <class E, class Append>
   void by_blocks(Index tokens, const E& executor, Workspace& workspace, const Append& append) {
     detail::ExecutionRef<E> inner{executor, workspace};
@@ -319,7 +319,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   std::vector<Past> past_;  ///< earlier memories that a truncation may bring back, the oldest first
 };
 
-/// The options of a hybrid_stream as a value from which streams are made, as from a functor.
+/// The options of a hybrid_stream. Its member `stream` makes a stream, like that of a functor.
 ///
 ///   hybrid_retrieval retrieve{{.window_blocks = 8, .capacity = 256}};
 ///   auto stream = retrieve.stream<Eigen::bfloat16>(shape);

@@ -31,16 +31,16 @@ LONGSPAN_NAMESPACE_BEGIN
 ///   can_truncate(n)             true if truncate(n) will succeed
 ///   save(to), load(from)        writes and reads a file with checksums. A load that throws changes nothing
 ///
-/// Not every stream can do everything:
+/// Not every stream supports everything:
 ///
 ///   an lse                      is written by kv_cache, landmark_cache and dilated_cache. The outputs of
-///                               infini_memory and hybrid_stream are no partials of a softmax
-///   reset(b), append(b, k, v)   one batch row by itself: infini_memory only, whose rows have sizes of their
-///                               own. In the other streams all batch rows have size() tokens
-///   reorder(rows), load(from)   of a landmark_cache whose blocks are in a file throw Error: the file holds
-///                               the blocks of one stream, in the order in which they were sealed
+///                               infini_memory and hybrid_stream are not partials of a softmax
+///   reset(b), append(b, k, v)   change a single batch row: only infini_memory, whose batch rows have different
+///                               sizes. In the other streams all batch rows have size() tokens
+///   reorder(rows), load(from)   throw Error in a landmark_cache whose blocks are in a file, because the file
+///                               contains the blocks of one stream, in the order in which they were sealed
 ///
-/// Streams are made from functors and from values like them, always in the same way:
+/// All streams are made in the same way, from a functor or from a value with the options of a stream:
 ///
 ///   softmax_attention{...}.stream<T>(shape, options)     kv_cache
 ///   dilated_attention{...}.stream<T>(shape, options)     dilated_cache

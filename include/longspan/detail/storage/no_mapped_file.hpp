@@ -1,4 +1,4 @@
-// MappedFile for systems without mapped files: opening one throws Error.
+// MappedFile for systems without mapped files: opening one throws FileError.
 #pragma once
 
 #include <cstddef>
