@@ -139,7 +139,7 @@ void check_literal(const M& mask, Random& random) {
     for (; shows_later_keys(mask, three, first, first + count); ++count) {
       if (random.chance(0.7)) continue;
       const std::string before = saved(stream);
-      REQUIRE(refusal([&] { extend(stream, call, first, count); }).find(" may see the keys up to ") !=
+      REQUIRE(refusal([&] { extend(stream, call, first, count); }).find(" may see keys up to ") !=
               std::string::npos);
       REQUIRE(saved(stream) == before);
     }
@@ -456,9 +456,8 @@ TEST_CASE("dilated_cache: invalid options and shapes are refused", "[errors]") {
   CHECK(stream.size() == 0);
   auto prefix = dilated_attention{three, causal{} | longspan::sinks{8}}.stream({1, 2, 1, 4, 4});
   CHECK(refusal([&] { extend(prefix, call, 0, 5); }) ==
-        "longspan: dilated_cache: the chunk is the tokens 0 to 4, but query 0 may see the keys up to 7, "
-        "wanted a "
-        "longer chunk that holds these keys, or the mask causal{} & mask");
+        "longspan: dilated_cache: the chunk is the tokens 0 to 4, but query 0 may see keys up to 7, "
+        "wanted a longer chunk that contains these keys, or the mask causal{} & mask");
   CHECK(prefix.size() == 0);
   dilated_attention padded{three, causal{} | longspan::sinks{8}};
   padded.zero_pad_compat = true;
