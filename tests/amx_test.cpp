@@ -1,9 +1,9 @@
-// request_amx, which asks the operating system for the permission to use the matrix unit (AMX).
+// request_amx, which asks the operating system for the permission to use matrix tiles (AMX).
 #include "longspan/amx.hpp"
 
 #include "support/catch.hpp"
 
-TEST_CASE("request_amx: returns whether later calls may use the matrix unit", "[amx]") {
+TEST_CASE("request_amx: returns whether later calls may use matrix tiles", "[amx]") {
   const bool permitted = longspan::request_amx();
   CHECK(longspan::detail::amx_is_permitted() == permitted);
   CHECK(longspan::request_amx() == permitted);

@@ -104,7 +104,7 @@ template <class Real>
 #endif
 
 #if defined(LONGSPAN_TARGETS_AMX)
-/// The same for the matrix unit (AMX): six sums, all operands in registers.
+/// The same for matrix tiles (AMX): six sums, all operands in registers.
 [[gnu::noinline]] inline void multiply_tiles(Index rounds) {
   using Unit = longspan::detail::HardwareTiles;
   const Unit::Scope configured;
@@ -185,7 +185,7 @@ inline double bf16_dot_peak([[maybe_unused]] Index threads, [[maybe_unused]] dou
 #endif
 }
 
-/// The rate of bf16 products of the matrix unit (AMX) with a team of threads, in FLOP/s; 0 if it cannot be used.
+/// The rate of bf16 products by matrix tiles (AMX) with a team of threads, in FLOP/s; 0 if it cannot be used.
 inline double tile_peak([[maybe_unused]] Index threads, [[maybe_unused]] double seconds = 0.01) {
 #if defined(LONGSPAN_TARGETS_AMX)
   if (!longspan::request_amx()) return 0;

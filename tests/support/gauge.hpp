@@ -37,7 +37,7 @@ inline Shape draw_shape(Random& random) {
   return shape;
 }
 
-/// Tests use the matrix unit (AMX) if the machine has one.
+/// Tests use matrix tiles (AMX) if the machine has them.
 inline const bool requested_amx = longspan::request_amx();
 
 /// The additional error of products in bfloat16: weights are rounded (at most 2^-8) after an exponential with an error

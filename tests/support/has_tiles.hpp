@@ -1,4 +1,4 @@
-// Tests of the matrix unit (AMX) run only on machines that have one.
+// Tests of matrix tiles in hardware (AMX) run only on machines that have them.
 #pragma once
 
 #include "longspan/amx.hpp"
@@ -6,10 +6,10 @@
 
 namespace test {
 
-/// True if the process may use the matrix unit. Otherwise warns that the test did not run, and marks it as passed.
+/// True if the process may use matrix tiles. Otherwise warns that the test did not run, and marks it as passed.
 inline bool has_tiles() {
   if (longspan::request_amx()) return true;
-  WARN("not run: this machine has no matrix unit (AMX), or the process may not use it");
+  WARN("not run: this machine has no matrix tiles (AMX), or the process may not use it");
   SUCCEED();
   return false;
 }

@@ -68,7 +68,7 @@ using TileUnit = EmulatedTiles;
 using TileUnit = HardwareTiles;
 #endif
 
-/// Are matrix tiles used?
+/// True if calls may use matrix tiles.
 inline bool uses_tiles() {
 #if defined(LONGSPAN_USES_AMX)
   return amx_is_permitted();
@@ -77,11 +77,12 @@ inline bool uses_tiles() {
 #endif
 }
 
-/// Scores come out of bfloat16 products unscaled, and their highest is looked for: the scale has to be positive.
+/// The smallest scale for kernels with bfloat16 products. They find the highest score before they multiply by the
+/// scale, which must therefore be positive.
 inline constexpr float least_scale = 1e-30f;
 
-/// Whether calls on these types multiply in bfloat16 where they may (see softmax_attention::bf16_products), which
-/// rounds their weights.
+/// True if calls with these types multiply in bfloat16, which rounds their weights, when bf16_products allows it (see
+/// softmax_attention::bf16_products).
 template <class Tq, class Tk, class Tv, class To>
 bool rounds_weights() {
   constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv>;
@@ -93,8 +94,8 @@ bool rounds_weights() {
   return false;
 }
 
-/// Calls work.operator()<Policy>(executor) with the arithmetic of matrix tiles or, where they are not to be used, of
-/// float.
+/// Calls work.operator()<Policy>(executor) with the arithmetic of matrix tiles if the call may use them, otherwise with
+/// that of float.
 template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
 void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To>& call,
                                    [[maybe_unused]] bool bf16_products, const E& executor, const Work& work) {
@@ -111,7 +112,7 @@ void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To
   work.template operator()<FloatArithmetic<Arithmetic<Tq>>>(executor);
 }
 
-/// The same, with bfloat16 pairs between the two.
+/// The same with a third choice before that of float: bfloat16 pairs (VDPBF16PS), if there are no matrix tiles.
 template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
 void with_arithmetic(const Problem<Tq, Tk, Tv, To>& call, bool bf16_products, const E& executor,
                      const Work& work) {

@@ -24,7 +24,7 @@
 #define LONGSPAN_STREAM_PREFETCH (LONGSPAN_TUNED_FOR_INTEL ? 1 : 0)
 #endif
 
-/// Whether bfloat16 query tiles multiply with VDPBF16PS, if the target has this instruction and the matrix unit is not
+/// Whether bfloat16 query tiles multiply with VDPBF16PS, if the target has this instruction and matrix tiles are not
 /// used. It rounds weights to bfloat16. With 0, bfloat16 storage is converted to float.
 ///   Zen 5       1: 2.0 times the rate of float
 ///   Intel AMX   0: VDPBF16PS has 0.5 times the rate of float
@@ -63,13 +63,13 @@ inline constexpr int tile_rows = LONGSPAN_TILE_ROWS, tile_packets = LONGSPAN_TIL
 /// The number of keys in a block of the prefill kernels. The last bits of results depend on it.
 ///   float         128: the time is the same from 96 to 256 (Zen 5 and Intel AMX)
 ///   bf16 pairs    256: 128 takes 2 % longer (Zen 5)
-///   matrix unit   256: 128 takes 2-5 % longer, 512 the same time (Intel AMX)
+///   matrix tiles  256: 128 takes 2-5 % longer, 512 the same time (Intel AMX)
 inline constexpr int keys_in_float_block = 128, keys_in_bf16_block = 256, keys_in_tile_block = 256;
 
 /// How far ahead the decode kernel prefetches, in bytes. 16 KB takes the same time, 2 and 4 KB 5-10 % longer (Zen 5).
 inline constexpr int prefetch_distance = 8192;
 
-/// The maximum number of bytes of transposed values that a worker keeps from task to task for the matrix unit.
+/// The maximum number of bytes of transposed values that a worker keeps from task to task for matrix tiles.
 /// Transposing them in each task takes 9 % of a call at head_dim 64 (Intel AMX).
 inline constexpr int kept_value_bytes = 4 << 20;
 

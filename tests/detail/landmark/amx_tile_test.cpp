@@ -1,4 +1,4 @@
-// Compares landmark attention on the matrix unit, emulated and in hardware if the machine has it, with its definition.
+// Compares landmark attention with matrix tiles, emulated and in hardware if the machine has it, with its definition.
 #include "longspan/detail/landmark/amx_tile.hpp"
 
 #include "longspan/landmark_attention.hpp"
@@ -143,7 +143,7 @@ TEST_CASE("landmark amx: bits do not depend on threads", "[amx][bits]") {
 }
 
 #if defined(LONGSPAN_TARGETS_AMX)
-TEST_CASE("landmark_attention: bfloat16 calls use the matrix unit of the processor", "[amx]") {
+TEST_CASE("landmark_attention: bfloat16 calls use the matrix tiles of the processor", "[amx]") {
   if (!has_tiles()) return;
   Random random(5);
   Bf16Call call(Shape{1, 4, 2, 100, 200, 32, 32}, Values::normal, random), direct = call;

@@ -1,4 +1,4 @@
-// Compares the emulated matrix unit with the definition of its product, and the hardware with the emulation.
+// Compares emulated matrix tiles with the definition of its product, and the hardware with the emulation.
 #include "longspan/detail/simd/tile_unit.hpp"
 
 #include <array>

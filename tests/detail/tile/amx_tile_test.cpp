@@ -1,4 +1,4 @@
-// Compares attention on the matrix unit, emulated and in hardware if the machine has it, with the definition in double.
+// Compares attention with matrix tiles, emulated and in hardware if the machine has it, with the definition in double.
 #include "longspan/detail/tile/amx_tile.hpp"
 
 #include "longspan/detail/attend.hpp"
@@ -71,7 +71,7 @@ struct Pattern {
   }
 };
 
-/// Calls check.operator()<Unit>() for each matrix unit that this machine can run.
+/// Calls check.operator()<Unit>() for each tile unit (emulation, hardware) that this machine can run.
 template <class Check>
 void for_each_unit(const Check& check) {
   SECTION("emulated tiles") { check.template operator()<detail::EmulatedTiles>(); }

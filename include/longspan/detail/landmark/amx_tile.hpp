@@ -1,4 +1,4 @@
-// A tile of queries with the grouped softmax of landmark attention, computed by the matrix unit (AMX).
+// A tile of queries with the grouped softmax of landmark attention, computed with matrix tiles (AMX).
 #pragma once
 
 #include "longspan/detail/tile/amx_arithmetic.hpp"

@@ -168,7 +168,7 @@ class LandmarkForward {
   Index widest_ = 0;  ///< keys of the widest landmark block
 };
 
-/// The maximum number of keys of a landmark block for the kernel of the matrix unit.
+/// The maximum number of keys of a landmark block for the kernel with matrix tiles.
 inline constexpr Index widest_by_tiles = 128;
 
 template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
@@ -176,7 +176,7 @@ void landmark_forward(const Problem<Tq, Tk, Tv, To>& call, const LandmarkOptions
                       const S& score, const P& position, const E& executor, Workspace& workspace,
                       bool bf16_products) {
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
-  // The kernel of the matrix unit covers the common case: no controlled blocks, and blocks that fit into a chunk.
+  // The kernel with matrix tiles covers the common case: no controlled blocks, and blocks that fit into a chunk.
   const bool common = !options.has_controlled() &&
                       widest_block(options.landmarks, call.k.batch, call.kv_len()) <= widest_by_tiles;
   run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
