@@ -1,4 +1,4 @@
-// All of Longspan.
+// All of Longspan but reference/, which computes the same slowly: include its headers where you need them.
 #pragma once
 
 #include "longspan/amx.hpp"
@@ -24,13 +24,6 @@
 #include "longspan/options.hpp"
 #include "longspan/partial.hpp"
 #include "longspan/position.hpp"
-#include "longspan/reference/dilated_attention.hpp"
-#include "longspan/reference/infini_attention.hpp"
-#include "longspan/reference/landmark_attention.hpp"
-#include "longspan/reference/landmark_cache.hpp"
-#include "longspan/reference/partial.hpp"
-#include "longspan/reference/position.hpp"
-#include "longspan/reference/softmax_attention.hpp"
 #include "longspan/score.hpp"
 #include "longspan/softmax_attention.hpp"
 #include "longspan/stream/blocks.hpp"

@@ -44,15 +44,17 @@ Branches draw_branches(Random& random) {
   return branches;
 }
 
-template <class Attend, class Oracle>
-void check_stream(Random& random, Attend attend, Oracle oracle) {
+/// The stream of `attend` against the reference of `whole`, one call over all rows.
+template <class Attend, class Whole>
+void check_stream(Random& random, Attend attend, Whole whole) {
   const Shape shape = draw_self_shape(random);
-  oracle.branches = attend.branches = draw_branches(random);
-  attend.phase = oracle.phase = random.pick({longspan::Phase::modulo, longspan::Phase::blocked});
-  attend.overlap = oracle.overlap = random.pick({longspan::Overlap::multiset, longspan::Overlap::set});
+  whole.branches = attend.branches = draw_branches(random);
+  attend.phase = whole.phase = random.pick({longspan::Phase::modulo, longspan::Phase::blocked});
+  attend.overlap = whole.overlap = random.pick({longspan::Overlap::multiset, longspan::Overlap::set});
   INFO(shape.text());
   Call<double> exact(shape, Values::normal, random);
-  oracle(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(), exact.lse.view());
+  longspan::reference::exact{whole}(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(),
+                                    exact.lse.view());
 
   Call<double> chunks = exact.unrun(), tokens = exact.unrun();
   auto stream = attend.template stream<double>(stream_shape(shape));
@@ -77,21 +79,20 @@ const Branches three{{16, 1}, {50, 3}, {64, 4}};
 TEST_CASE("dilated_cache: chunks and single tokens give the one-shot result at every position", "[law]") {
   for_each_case(60, [](Random& random) {
     const longspan::rotary turn(longspan::Pairing::interleaved);
-    check_stream(random, dilated_attention{three, causal{}},
-                 longspan::reference::dilated_attention{three, causal{}});
-    check_stream(random, dilated_attention{three, causal{}, turn, longspan::softcap{2}},
-                 longspan::reference::dilated_attention{three, causal{}, turn, longspan::softcap{2}});
+    const dilated_attention plain{three, causal{}};
+    check_stream(random, plain, plain);
     const longspan::softcap cap{2};
+    const dilated_attention with_parts{three, causal{}, turn, cap};
+    check_stream(random, with_parts, with_parts);
     const auto near_heads = [](double s, Index b, Index h, Index i, Index j) {
       return j % 5 == b ? -INFINITY : s + 0.1 * double(b + 1) * double(h + 1) / double(i - j + 1);
     };
-    check_stream(random, dilated_attention{three, causal{}, near_heads},
-                 longspan::reference::dilated_attention{three, causal{}, near_heads});
-    check_stream(random, dilated_attention{three, causal{}, cap | near_heads},
-                 longspan::reference::dilated_attention{three, causal{}, cap | near_heads});
+    const dilated_attention with_lambda{three, causal{}, near_heads};
+    check_stream(random, with_lambda, with_lambda);
+    const dilated_attention with_both{three, causal{}, cap | near_heads};
+    check_stream(random, with_both, with_both);
     const longspan::window near{.left = 20};
-    check_stream(random, dilated_attention{three, near},
-                 longspan::reference::dilated_attention{three, causal{} & near});
+    check_stream(random, dilated_attention{three, near}, dilated_attention{three, causal{} & near});
   });
 }
 
