@@ -11,7 +11,7 @@
 #include "longspan/detail/simd/instruction_sets.hpp"
 
 #define LONGSPAN_VERSION_MAJOR 0
-#define LONGSPAN_VERSION_MINOR 1
+#define LONGSPAN_VERSION_MINOR 2
 #define LONGSPAN_VERSION_PATCH 0
 #define LONGSPAN_VERSION \
   (LONGSPAN_VERSION_MAJOR * 10000 + LONGSPAN_VERSION_MINOR * 100 + LONGSPAN_VERSION_PATCH)
@@ -19,9 +19,9 @@
 // ----------------------------------------------------------------------------------------------------------
 // Two translation units of one program may be compiled for different instruction sets, or one with OpenMP and one
 // without. The linker keeps one of two functions of the same name. So code is in an inline namespace whose name
-// tells all that changes code, for instance v0_1_x3_omp (x86-64-v3, OpenMP).
+// tells all that changes code, for instance v0_2_x3_omp (x86-64-v3, OpenMP).
 //
-// Views, errors and options are in another inline namespace, v0_1, and are the same types in all units: they can
+// Views, errors and options are in another inline namespace, v0_2, and are the same types in all units: they can
 // stand in the signature of a function that one unit defines and another calls. Their members are compiled into
 // their callers (LONGSPAN_INLINE), so that the linker has none to choose from.
 

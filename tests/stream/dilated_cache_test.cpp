@@ -124,14 +124,14 @@ template <class M>
 void check_literal(const M& mask, Random& random) {
   using longspan::Overlap;
   dilated_attention attend{three, mask};
-  longspan::reference::dilated_attention oracle{three, mask};
-  attend.overlap = oracle.overlap = random.pick({Overlap::multiset, Overlap::set});
+  attend.overlap = random.pick({Overlap::multiset, Overlap::set});
   // The longest sequence of at most 150 tokens that ends with all that is seen.
   Shape shape{2, 4, 2, 150, 150, 8, 8};
   while (shows_later_keys(mask, three, 0, shape.q_len)) --shape.q_len;
   shape.kv_len = shape.q_len;
   Call<double> exact(shape, Values::normal, random), call = exact.unrun();
-  oracle(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(), exact.lse.view());
+  longspan::reference::exact{attend}(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(),
+                                     exact.lse.view());
   auto stream = attend.template stream<double>(stream_shape(shape));
   while (stream.size() < shape.q_len) {
     const Index first = stream.size();
@@ -161,9 +161,10 @@ TEST_CASE("dilated_cache: one token and alibi, whose slopes differ from head to 
   const std::vector<float> slopes{0.5f, 0.25f, 0.125f, 1, 2, 0.75f};
   const longspan::alibi bias{slopes};
   Call<double> exact(shape, Values::normal, random), tokens = exact.unrun();
-  longspan::reference::dilated_attention{three, causal{}, bias}(
-      exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(), exact.lse.view());
-  auto stream = dilated_attention{three, causal{}, bias}.stream<double>(stream_shape(shape));
+  const dilated_attention attend{three, causal{}, bias};
+  longspan::reference::exact{attend}(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(),
+                                     exact.lse.view());
+  auto stream = attend.stream<double>(stream_shape(shape));
   for (Index n = 0; n < shape.q_len; ++n) extend(stream, tokens, n, 1);
   for (std::size_t n = 0; n < exact.out.values.size(); ++n)
     REQUIRE(std::abs(tokens.out.values[n] - exact.out.values[n]) < 1e-12);

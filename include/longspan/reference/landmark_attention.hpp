@@ -34,7 +34,7 @@ struct exact<landmark_attention<M, S, P>> : ExactCalls<exact<landmark_attention<
     using Tl = typename Lse::Element;
     const Index group = k.heads == 0 ? 1 : q.heads / k.heads;
     const Index first = attend.first_query == queries_end_at_keys ? k.rows - q.rows : attend.first_query;
-    const double scale = detail::resolved_scale("reference::landmark_attention", attend.scale, q.cols);
+    const double scale = detail::resolved_scale("reference", attend.scale, q.cols);
     using ScoreValue = detail::ScoreValue<decltype(attend.score), double>;
 
     for (Index b = 0; b < q.batch; ++b) {
