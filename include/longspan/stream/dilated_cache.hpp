@@ -153,18 +153,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   }
   /// Takes back the tokens from number `tokens` on. Throws Error, and changes nothing, unless
   /// can_truncate(tokens).
-  void truncate(Index tokens) {
-    if (!can_truncate(tokens)) {
-      Index first = 0;
-      for (const Branch& branch : attend_.branches)
-        first = (std::max)(first, least_ / branch.segment * branch.segment);
-      detail::refuse("dilated_cache::truncate", "the number of tokens", std::to_string(tokens),
-                     std::to_string(first) + ".." + std::to_string(size_) +
-                         (first == 0 ? "" : ": rows of the segments before are dropped"));
-    }
-    size_ = tokens;
-    least_ = (std::min)(least_, tokens);
-  }
+  void truncate(Index tokens);
 
   /// Writes the rows, those for a step back as well. A stream of the same functor, shape and T, and of no
   /// larger rollback, can load them.
