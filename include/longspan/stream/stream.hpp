@@ -20,7 +20,8 @@ LONGSPAN_NAMESPACE_BEGIN
 ///   extend(q, k, v, out)        appends any number of tokens and computes their outputs. An execution may
 ///                               follow, and an lse before it if the stream is an LseStream
 ///   peek(q, k, v, out)          computes the same outputs and leaves the stream as it is; arguments as extend.
-///                               It works on a copy, so that it costs what a copy costs
+///                               A copy is extended, and costs memory and time; infini_memory copies itself only
+///                               if the tokens would close a segment
 ///   append(k, v)                appends tokens whose queries are not needed; an execution may follow
 ///   reorder(rows)               batch row b becomes what row rows[b] was: the step of a beam search
 ///   clear()                     forgets everything
