@@ -186,6 +186,27 @@ TEST_CASE("dilated_cache: a chunk with all keys that its queries may see is answ
   });
 }
 
+TEST_CASE("dilated_cache: a call copies no mask, which may own a large array", "[state]") {
+  static int copies;
+  struct owner {
+    std::vector<Index> ends = std::vector<Index>(200, 40);
+    owner() = default;
+    owner(const owner& other) : ends(other.ends) { ++copies; }
+    owner& operator=(const owner&) = default;
+    longspan::KeyRange keys(Index, Index i) const {
+      return {0, std::max(i + 1, ends[static_cast<std::size_t>(i)])};
+    }
+  };
+  Random random(13);
+  const Shape shape{1, 2, 1, 100, 100, 8, 8};
+  Call<float> call(shape, Values::normal, random);
+  auto stream = dilated_attention{three, owner{}}.stream(stream_shape(shape));
+  copies = 0;
+  extend(stream, call, 0, 60);
+  extend(stream, call, 60, 1);
+  CHECK(copies == 0);
+}
+
 TEST_CASE("dilated_cache: a long chunk is cut only where no query sees beyond the cut", "[bits]") {
   Random random(12);
   const Shape shape{2, 8, 2, 3000, 3000, 8, 8};
@@ -457,7 +478,8 @@ TEST_CASE("dilated_cache: what it refuses", "[errors]") {
   CHECK(stream.size() == 0);
   auto prefix = dilated_attention{three, causal{} | longspan::sinks{8}}.stream({1, 2, 1, 4, 4});
   CHECK(refusal([&] { extend(prefix, call, 0, 5); }) ==
-        "longspan: dilated_cache: the chunk is the tokens 0 to 4, but query 0 may see the keys up to 7, "
+        "longspan: dilated_cache::extend: the chunk is the tokens 0 to 4, but query 0 may see the keys up to "
+        "7, "
         "wanted a "
         "longer chunk that holds these keys, or the mask causal{} & mask");
   CHECK(prefix.size() == 0);

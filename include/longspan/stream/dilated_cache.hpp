@@ -89,7 +89,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
                      "unset: queries are at the positions after the tokens before");
     }
     if (!detail::hides_later_keys<Shown> && attend_.zero_pad_compat) {
-      detail::refuse(function, "zero_pad_compat", "true with a mask that may show later keys",
+      detail::refuse(class_name, "zero_pad_compat", "true with a mask that may show later keys",
                      "false, or causal{} & the mask: a stream has no zeros after the last key");
     }
     const Index group = shape.kv_heads == 0 ? 1 : shape.heads / shape.kv_heads;
@@ -212,7 +212,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     static_assert(
         std::is_same_v<typename Call::Real, Real>,
         "longspan: the stream computes in double if its rows are double, else in float, and so must q");
-    const auto shown = mask_ & detail::UntilSegmentEnd{attend_.branches};
+    const detail::WithinSegments<Shown> shown{mask_, attend_.branches};
     const Index begin = size_, end = begin + call.q_len();
     detail::check_reach(function, shown, shape_.batch, shape_.heads, begin, end);
     while (size_ < end) {

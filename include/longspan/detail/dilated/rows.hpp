@@ -44,18 +44,6 @@ struct DilatedRows {
   }
 };
 
-/// Every key up to the end of the longest segment of the query: no branch shows it a later one.
-struct UntilSegmentEnd {
-  std::span<const Branch> branches;
-
-  KeyRange keys(Index, Index i) const {
-    Index end = i + 1;
-    for (const Branch& branch : branches)
-      end = (std::max)(end, saturating_sum(i - i % branch.segment, branch.segment));
-    return {KeyRange::lowest, end};
-  }
-};
-
 /// What a mask that gives ranges leaves of the query's own segment: ranges again.
 template <RangeMask M>
 struct SegmentMask {
