@@ -189,44 +189,52 @@ class Decode {
                   const Worker& worker, const RowAccumulator<Real>& state) const {
     const Coverage seen = classify(mask_, queries.tile(0, queries_, keys));
     if (seen == Coverage::none) return;
-    with_queries(std::min<Index>(w, slots_), [&]<int count>() {
-      if constexpr (count <= lanes<Real>) {
-        for (Index first = 0; first < slots_; first += count) {
-          absorb_pass<count>(queries, first, run, keys, next_keys, seen, worker, state);
-        }
-      }
-    });
+    const Index count = std::min<Index>(w, slots_);
+    for (Index first = 0; first < slots_; first += count)
+      absorb_pass(queries, first, count, run, keys, next_keys, seen, worker, state);
   }
 
-  template <class Work>
-  static void with_queries(Index queries, const Work& work) {
-    if (queries == 8) return work.template operator()<8>();
-    if (queries == 4) return work.template operator()<4>();
-    if (queries == 2) return work.template operator()<2>();
+  /// work.operator()<n>() where n = `wanted` is 1, 2, 4 or 8, and at most `most`.
+  template <Index most, class Work>
+  static void with_power_of_two(Index wanted, const Work& work) {
+    if constexpr (most >= 8) {
+      if (wanted == 8) return work.template operator()<8>();
+    }
+    if constexpr (most >= 4) {
+      if (wanted == 4) return work.template operator()<4>();
+    }
+    if constexpr (most >= 2) {
+      if (wanted == 2) return work.template operator()<2>();
+    }
     work.template operator()<1>();
   }
 
-  template <int count>
-  void absorb_pass(const QueryLanes& queries, Index first, const Run& run, KeyRange range,
+  /// The kernels are compiled for each number of queries, this function once for all of them.
+  void absorb_pass(const QueryLanes& queries, Index first, Index count, const Run& run, KeyRange range,
                    const Tk* next_keys, Coverage seen, const Worker& worker,
                    const RowAccumulator<Real>& state) const {
     const Index keys = run.k.rows;
     // Arrays are as fast, or faster with 8 queries, where the rows behind the block are asked for.
     const bool is_short = keys < block_keys;
-    score_keys<count, hint>(run.k.data, run.k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
-                            call_.head_dim(), worker.scores, is_short ? run.v.data : nullptr);
-    if constexpr (is_scaled) scale_scores<count>(worker.scores, run.k_scale, keys);
+    with_power_of_two<w>(count, [&]<int slots>() {
+      score_keys<slots, hint>(run.k.data, run.k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
+                              call_.head_dim(), worker.scores, is_short ? run.v.data : nullptr);
+    });
+    if constexpr (is_scaled) scale_scores(worker.scores, run.k_scale, keys, count);
     const Index scores = round_up(keys, w) * count;
-    if (seen == Coverage::some) hide<count>(queries, first, range, worker);
-    if constexpr (changes_score) seen = change<count>(queries, first, range, seen, worker);
+    if (seen == Coverage::some) hide(queries, first, count, range, worker);
+    if constexpr (changes_score) seen = change(queries, first, count, range, seen, worker);
     std::fill(worker.scores + keys * count, worker.scores + scores, FloatArithmetic<Real>::masked_score);
 
     alignas(64) Real rescale[std::size_t(w)];
-    state.template weigh<count>(worker.scores, scores, first, rescale);
-    if constexpr (is_scaled) scale_scores<count>(worker.scores, run.v_scale, keys);
+    with_power_of_two<w>(
+        count, [&]<int slots>() { state.template weigh<slots>(worker.scores, scores, first, rescale); });
+    if constexpr (is_scaled) scale_scores(worker.scores, run.v_scale, keys, count);
     const bool plain = seen == Coverage::all || all_finite(run);
-    if (!plain) return add_seen_values<count>(run.v, worker, first, state, rescale);
-    add_values_of_pass<count>(run.v, worker, first, state, rescale, is_short ? next_keys : nullptr);
+    if (!plain) return add_seen_values(run.v, worker, first, count, state, rescale);
+    with_power_of_two<w>(count, [&]<int slots>() {
+      add_values_of_pass<slots>(run.v, worker, first, state, rescale, is_short ? next_keys : nullptr);
+    });
   }
 
   /// Accumulators of add_values: as many as leave registers for the rows.
@@ -248,12 +256,11 @@ class Decode {
       const Index left = (column < in_pairs ? in_pairs : state.stride) - column;
       const Index packets =
           std::min<Index>(most_value_packets, static_cast<Index>(std::bit_floor(std::size_t(left / w))));
-      with_queries(packets, [&]<int wide>() {
-        if constexpr (wide <= most_value_packets && wide * count <= value_accumulators) {
-          add_values<count, wide, hint>(v.data + column, v.row_stride,
-                                        (std::min)(w, v.cols - column - (wide - 1) * w), v.rows,
-                                        worker.scores, count, o + column, state.stride, rescale);
-        }
+      constexpr Index widest = (std::min)(most_value_packets, value_accumulators / count);
+      with_power_of_two<widest>(packets, [&]<int wide>() {
+        add_values<count, wide, hint>(v.data + column, v.row_stride,
+                                      (std::min)(w, v.cols - column - (wide - 1) * w), v.rows, worker.scores,
+                                      count, o + column, state.stride, rescale);
       });
       column += packets * w;
     }
@@ -266,9 +273,8 @@ class Decode {
            packets * count <= value_accumulators;
   }
 
-  template <int count>
-  void hide(const QueryLanes& queries, Index first, KeyRange keys, const Worker& worker) const {
-    for (int g = 0; g < count; ++g) {
+  void hide(const QueryLanes& queries, Index first, Index count, KeyRange keys, const Worker& worker) const {
+    for (Index g = 0; g < count; ++g) {
       const Index head = queries.head(first + g), position = queries.position(first + g);
       for (Index j = keys.begin; j < keys.end; j += 64) {
         const Index end = (std::min)(keys.end, j + 64);
@@ -283,8 +289,7 @@ class Decode {
   }
 
   /// Takes the scores through the score function. `some` where that, or the mask before, hides a key.
-  template <int count>
-  Coverage change(const QueryLanes& queries, Index first, KeyRange keys, Coverage seen,
+  Coverage change(const QueryLanes& queries, Index first, Index count, KeyRange keys, Coverage seen,
                   const Worker& worker) const {
     const bool masked = seen == Coverage::some;
     const bool hides = change_scores(
@@ -314,10 +319,9 @@ class Decode {
   }
 
   /// A weight of 0 does not hide a value that is NaN or infinite: here hidden pairs are left out one by one.
-  template <int count>
-  void add_seen_values(MatrixView<const Tv> v, const Worker& worker, Index first,
+  void add_seen_values(MatrixView<const Tv> v, const Worker& worker, Index first, Index count,
                        const RowAccumulator<Real>& state, const Real* rescale) const {
-    for (int g = 0; g < count; ++g) {
+    for (Index g = 0; g < count; ++g) {
       Real* o = state.o + (first + g) * state.stride;
       for (Index c = 0; c < state.stride; c += w) {
         Packet<Real> sum = broadcast(Real(0));
