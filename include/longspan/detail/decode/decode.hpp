@@ -12,7 +12,7 @@
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/detail/decode/change_scores.hpp"
 #include "longspan/detail/decode/row_accumulator.hpp"
-#include "longspan/detail/decode/row_kernel.hpp"
+#include "longspan/detail/decode/row_pass.hpp"
 #include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/detail/tile/accumulator.hpp"
@@ -29,15 +29,13 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Up to so many queries (q_len times the heads of a group) take this path; more are as fast in the lanes.
-inline constexpr Index most_decode_queries = 8;
-
 template <class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S>
 class Decode {
  public:
   using Call = Problem<Tq, Tk, Tv, To>;
   using Real = typename Call::Real;
   using Run = KeyRun<Tk, Tv>;
+  using Pass = RowPass<Real, Tk, Tv>;
   static constexpr Index w = lanes<Real>;
 
   /// Of the call's own k and v only the shapes are read: the rows are in `keys`.
@@ -74,10 +72,6 @@ class Decode {
   }
 
  private:
-  /// Rows are in no cache, and nobody reads them again before the next call, unless in a pass for more slots.
-  static constexpr PrefetchHint hint =
-      w >= most_decode_queries ? PrefetchHint::streaming : PrefetchHint::reused;
-  static constexpr bool is_scaled = std::is_same_v<Tk, std::int8_t>;
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
   /// One query reads K and V fastest in long chunks of each (256 keys: 88 % of the stream rate, 64: 83 %), and
   /// more queries are as fast. Being the same for all, a query's bits do not tell how many others there are.
@@ -127,12 +121,6 @@ class Decode {
     return parts;
   }
 
-  /// The columns of rows of T that are loaded in pairs of packets.
-  template <class T>
-  static Index columns_in_pairs(Index columns) {
-    return loads_in_pairs<Real, T> ? columns / (2 * w) * (2 * w) : 0;
-  }
-
   QueryLanes queries_of(Index kv_head) const {
     return {kv_head / call_.k.heads, kv_head % call_.k.heads * call_.group(), call_.group(), 0, queries_,
             call_.first_query};
@@ -144,7 +132,7 @@ class Decode {
       const Tq* row = call_.q.row(queries.batch, queries.head(g), queries.row(g));
       Real* to = q + g * q_stride();
       Index c = 0;
-      for (; c < columns_in_pairs<Tk>(call_.head_dim()); ++c) {
+      for (; c < columns_in_pairs<Real, Tk>(call_.head_dim()); ++c) {
         to[interleaved_index<Real, Tk>(c, call_.head_dim())] = static_cast<Real>(row[c]) * factor;
       }
       for (; c + w <= call_.head_dim(); c += w) store(to + c, load_as<Real>(row + c) * broadcast(factor));
@@ -194,83 +182,28 @@ class Decode {
       absorb_pass(queries, first, count, run, keys, next_keys, seen, worker, state);
   }
 
-  /// work.operator()<n>() where n = `wanted` is 1, 2, 4 or 8, and at most `most`.
-  template <Index most, class Work>
-  static void with_power_of_two(Index wanted, const Work& work) {
-    if constexpr (most >= 8) {
-      if (wanted == 8) return work.template operator()<8>();
-    }
-    if constexpr (most >= 4) {
-      if (wanted == 4) return work.template operator()<4>();
-    }
-    if constexpr (most >= 2) {
-      if (wanted == 2) return work.template operator()<2>();
-    }
-    work.template operator()<1>();
-  }
-
-  /// The kernels are compiled for each number of queries, this function once for all of them.
+  /// `count` queries from `first` on.
   void absorb_pass(const QueryLanes& queries, Index first, Index count, const Run& run, KeyRange range,
                    const Tk* next_keys, Coverage seen, const Worker& worker,
                    const RowAccumulator<Real>& state) const {
     const Index keys = run.k.rows;
     // Arrays are as fast, or faster with 8 queries, where the rows behind the block are asked for.
     const bool is_short = keys < block_keys;
-    with_power_of_two<w>(count, [&]<int slots>() {
-      score_keys<slots, hint>(run.k.data, run.k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
-                              call_.head_dim(), worker.scores, is_short ? run.v.data : nullptr);
-    });
-    if constexpr (is_scaled) scale_scores(worker.scores, run.k_scale, keys, count);
+    Pass::score(run, count, worker.q + first * q_stride(), q_stride(), call_.head_dim(), worker.scores,
+                is_short ? run.v.data : nullptr);
     const Index scores = round_up(keys, w) * count;
     if (seen == Coverage::some) hide(queries, first, count, range, worker);
     if constexpr (changes_score) seen = change(queries, first, count, range, seen, worker);
     std::fill(worker.scores + keys * count, worker.scores + scores, FloatArithmetic<Real>::masked_score);
 
     alignas(64) Real rescale[std::size_t(w)];
-    with_power_of_two<w>(
-        count, [&]<int slots>() { state.template weigh<slots>(worker.scores, scores, first, rescale); });
-    if constexpr (is_scaled) scale_scores(worker.scores, run.v_scale, keys, count);
-    const bool plain = seen == Coverage::all || all_finite(run);
-    if (!plain) return add_seen_values(run.v, worker, first, count, state, rescale);
-    with_power_of_two<w>(count, [&]<int slots>() {
-      add_values_of_pass<slots>(run.v, worker, first, state, rescale, is_short ? next_keys : nullptr);
-    });
-  }
-
-  /// Accumulators of add_values: as many as leave registers for the rows.
-  static constexpr int value_accumulators = vector_registers == 32 ? 16 : 8;
-  static constexpr int most_value_packets = vector_registers == 32 ? 8 : 4;
-
-  template <int count>
-  void add_values_of_pass(MatrixView<const Tv> v, const Worker& worker, Index first,
-                          const RowAccumulator<Real>& state, const Real* rescale, const Tk* next_keys) const {
-    Real* o = state.o + first * state.stride;
-    if constexpr (count > 1) {
-      if (!fits_registers<count>(state.stride / w)) {
-        return add_long_values<count, hint>(v.data, v.row_stride, v.cols, v.rows, worker.scores,
-                                            worker.value_sums, o, state.stride, rescale, next_keys);
-      }
+    Pass::weigh(run, count, worker.scores, scores, first, state, rescale);
+    if (seen == Coverage::all || Pass::all_finite(run)) {
+      Pass::add_values(run, count, worker.scores, worker.value_sums, first, state, rescale,
+                       is_short ? next_keys : nullptr);
+    } else {
+      Pass::add_seen_values(run, count, worker.scores, worker.seen, first, state, rescale);
     }
-    const Index in_pairs = columns_in_pairs<Tv>(v.cols);
-    for (Index column = 0; column < state.stride;) {
-      const Index left = (column < in_pairs ? in_pairs : state.stride) - column;
-      const Index packets =
-          std::min<Index>(most_value_packets, static_cast<Index>(std::bit_floor(std::size_t(left / w))));
-      constexpr Index widest = (std::min)(most_value_packets, value_accumulators / count);
-      with_power_of_two<widest>(packets, [&]<int wide>() {
-        add_values<count, wide, hint>(v.data + column, v.row_stride,
-                                      (std::min)(w, v.cols - column - (wide - 1) * w), v.rows, worker.scores,
-                                      count, o + column, state.stride, rescale);
-      });
-      column += packets * w;
-    }
-  }
-
-  /// Do the sums of whole rows of `packets` packets fit in registers?
-  template <int count>
-  static bool fits_registers(Index packets) {
-    return std::has_single_bit(std::size_t(packets)) && packets <= most_value_packets &&
-           packets * count <= value_accumulators;
   }
 
   void hide(const QueryLanes& queries, Index first, Index count, KeyRange keys, const Worker& worker) const {
@@ -304,40 +237,6 @@ class Decode {
     return Coverage::some;
   }
 
-  bool all_finite(const Run& run) const {
-    if constexpr (is_scaled) {
-      return std::all_of(run.v_scale, run.v_scale + run.v.rows, [](float x) { return is_finite(x); });
-    }
-    for (Index j = 0; j < run.v.rows; ++j) {
-      const Tv* row = run.v.row(j);
-      Real zero = 0;
-      const Real by = opaque(zero);  // as in FloatArithmetic::values_finite
-      for (Index c = 0; c < run.v.cols; ++c) zero += static_cast<Real>(row[c]) * by;
-      if (!is_finite(zero)) return false;
-    }
-    return true;
-  }
-
-  /// A weight of 0 does not hide a value that is NaN or infinite: here hidden pairs are left out one by one.
-  void add_seen_values(MatrixView<const Tv> v, const Worker& worker, Index first, Index count,
-                       const RowAccumulator<Real>& state, const Real* rescale) const {
-    for (Index g = 0; g < count; ++g) {
-      Real* o = state.o + (first + g) * state.stride;
-      for (Index c = 0; c < state.stride; c += w) {
-        Packet<Real> sum = broadcast(Real(0));
-        for (Index j = 0; j < v.rows; ++j) {
-          const Index at = j * count + g;
-          if (!worker.seen[at]) continue;
-          alignas(64) Real row[std::size_t(w)] = {};
-          for (Index i = 0; i < (std::min)(w, call_.value_dim() - c); ++i)
-            row[i] = static_cast<Real>(v.row(j)[column_of_index<Real, Tv>(c + i, call_.value_dim())]);
-          sum = fma(broadcast(worker.scores[at]), load<Real>(row), sum);
-        }
-        store(o + c, fma(broadcast(rescale[g]), load<Real>(o + c), sum));
-      }
-    }
-  }
-
   /// Chunks to spans, spans to the whole, as everywhere (see keys_in_chunk).
   void join(Index kv_head, RowAccumulator<Real>* parts) const {
     constexpr Index in_span = keys_in_span / keys_in_chunk;
@@ -356,7 +255,7 @@ class Decode {
       const Real factor = state.sum[g] == Real(0) ? Real(0) : 1 / state.sum[g];
       const Real* o = state.o + g * state.stride;
       Index c = 0;
-      for (; c < columns_in_pairs<Tv>(call_.value_dim()); ++c) {
+      for (; c < columns_in_pairs<Real, Tv>(call_.value_dim()); ++c) {
         row[c] = static_cast<To>(o[interleaved_index<Real, Tv>(c, call_.value_dim())] * factor);
       }
       for (; c + w <= call_.value_dim(); c += w) store_as(row + c, load(o + c) * broadcast(factor));
