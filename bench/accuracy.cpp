@@ -1,7 +1,7 @@
-// Error against context length, 1K to 1M keys: of a prefill and a decode call, for every storage type.
+// The error over the context length, 1K to 1M keys, of a prefill and a decode call, for every storage type.
 //
-// One head, keys and values normal, values of mean 1, scores of variance about 1/4: attention is spread over
-// thousands of keys, where a sum that is kept in too few bits stops growing.
+// One head, normal keys and values, values of mean 1, scores of variance about 1/4: attention is spread over
+// thousands of keys, so that a sum with too few bits would stop growing.
 #include <cstdio>
 #include <span>
 #include <string>
@@ -21,12 +21,12 @@
 namespace bench {
 namespace {
 
-/// Of one cell, most of it spent on the double oracle: only the progress line uses it.
+/// The time of one key, mostly for the oracle. Only the progress line uses it.
 constexpr double seconds_a_key = 1e-6;
 
 struct Errors {
   double distance = 0;  ///< |out - exact| / |exact|
-  double ratio = 0;     ///< of the error to what the docstring promises, 16 fails
+  double ratio = 0;     ///< error in units of the documented bound; more than 16 is a failure
 };
 
 /// `rows` sampled rows of a call of q_len queries.
@@ -50,7 +50,7 @@ int run(std::span<const std::string> words) {
   static constexpr std::string_view valued[] = {"--threads", "--longest"}, flags[] = {"--help"};
   const Arguments given(words, valued, flags);
   if (given.has("--help")) {
-    std::puts("accuracy [--threads N] [--longest KEYS]: error of attention over 1024 keys and more");
+    std::puts("accuracy [--threads N] [--longest KEYS]: error of attention over 1024 and more keys");
     return 0;
   }
   const Index threads = given.number("--threads", longspan::openmp{}.workers(), 1, 1024);
@@ -89,7 +89,7 @@ int run(std::span<const std::string> words) {
   }
   std::printf(
       "Stored as float, bfloat16, half: first |out - exact| / |exact|, then the largest error in units\n"
-      "of u (1 + a) sum p |v|, of which 16 are promised; exact is double, on the same stored numbers.\n\n%s",
+      "of u (1 + a) sum p |v|, of which 16 are allowed; exact is double, with the same stored numbers.\n\n%s",
       table.text().c_str());
   return kept ? 0 : 1;
 }

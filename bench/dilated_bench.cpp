@@ -1,6 +1,6 @@
-// dilated_attention over lengths and branches, beside the same composed of softmax_attention and merge.
+// dilated_attention for several lengths and branches, and the same composed of softmax_attention and merge.
 //
-// Before it is timed each answer is held against double; a wrong one is an error and has no time.
+// Before it is timed, each result is checked against double; a wrong result is an error and has no time.
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -40,7 +40,7 @@ struct Data {
   std::vector<ExactRow> exact;
 };
 
-/// The data of the last case, and of no other, as in softmax_bench.
+/// Keeps only the data of the last case, as in softmax_bench.
 class LastData {
  public:
   Data& get(const Case& c) {
@@ -61,7 +61,7 @@ class LastData {
   Data data_;
 };
 
-/// The textbook form: each branch into a buffer of its own, segment by segment, then one merge.
+/// The textbook form: each branch writes its own buffer, segment by segment; then one merge.
 class Composed {
  public:
   Composed(const Case& c, Index threads) : case_(c), execution_(longspan::openmp{threads}) {
@@ -79,7 +79,7 @@ class Composed {
     for (std::size_t n = 0; n < case_.branches.size(); ++n) {
       const auto lse = longspan::compact_rows_view(lse_[n].values().data(), 1, case_.heads, case_.length);
       const Branch& branch = case_.branches[n];
-      // One task a segment: each is a call on one thread.
+      // Each segment is one task, a call on one thread.
       const Index segments = (case_.length + branch.segment - 1) / branch.segment;
       execution_.executor.for_each(segments * case_.heads, [&](Index task, Index) {
         const Index h = task / segments, first = task % segments * branch.segment, r = branch.dilation;
@@ -166,7 +166,7 @@ void add_all() {
   for (const Index length : {65536, 262144}) add({paper, length});
   for (const Index length : {65536, 262144})
     add({longspan::geometric_branches_to({2048, 1}, 2, length), length});
-  // Small segments: many problems of a few rows.
+  // Small segments: many calls with a few rows.
   add({{{64, 1}, {128, 2}, {256, 4}}, 32768});
 }
 

@@ -1,6 +1,6 @@
-// infini_attention over lengths, and a step of its stream beside a step over a cache of one segment's keys.
+// infini_attention for several lengths, and a step of its stream compared with a step of a cache of one segment's keys.
 //
-// Before it is timed each answer is held against double; a wrong one is an error and has no time.
+// Before it is timed, each result is checked against double; a wrong result is an error and has no time.
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -44,7 +44,7 @@ void prefill(benchmark::State& state, const Case& c, Index threads) {
   longspan::Execution execution(longspan::openmp{threads});
   const auto call = [&] { c.attend()(in.q.view(), in.k.view(), in.v.view(), out.view(), execution); };
   call();
-  // The delta rule's memory has no weights of one sign, by which an error could be measured.
+  // The weights of the delta rule's memory have both signs, so the error bound does not apply.
   if (c.rule == longspan::InfiniRule::linear) {
     const auto exact =
         exact_infini_rows(in, c.segment, sampled_rows(1, c.heads, c.length, 4), default_threads());
@@ -67,8 +67,8 @@ void prefill(benchmark::State& state, const Case& c, Index threads) {
   set_counter(state, "ns/token", 1e9 * seconds / static_cast<double>(c.length));
 }
 
-/// A sequence of any length in chunks of eight segments, the same tokens again and again: the time per token
-/// must not grow with what the memory has seen.
+/// A sequence of any length in chunks of eight segments with the same tokens: the time per token
+/// must not grow with the length.
 void stream(benchmark::State& state, const Case& c, Index threads) {
   const Index chunk = std::min(c.length, 8 * c.segment);
   const Inputs<float> in = hashed_inputs<float>(c.heads, c.heads, chunk, chunk, c.head_dim);
@@ -85,7 +85,7 @@ void stream(benchmark::State& state, const Case& c, Index threads) {
   set_counter(state, "state_bytes", static_cast<double>(memory.bytes()));
 }
 
-/// One token behind a segment that is half full.
+/// One token after half a segment.
 void step(benchmark::State& state, const Case& c, Index threads) {
   const Index filled = c.segment + c.segment / 2;
   const Inputs<float> in = hashed_inputs<float>(c.heads, c.heads, filled, filled, c.head_dim);
@@ -99,7 +99,7 @@ void step(benchmark::State& state, const Case& c, Index threads) {
   });
 }
 
-/// The same token over a cache of `segment` keys.
+/// The same token with a cache of `segment` keys.
 void cache_step(benchmark::State& state, const Case& c, Index threads) {
   const Inputs<float> in = hashed_inputs<float>(c.heads, c.heads, c.segment, c.segment, c.head_dim);
   OwnedTensor<float> out = in.empty_output();

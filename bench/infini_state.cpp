@@ -1,7 +1,7 @@
-// What Infini-attention carries, beside the keys and values that exact attention would keep.
+// The state of Infini-attention compared with the keys and values that exact attention would keep.
 //
 // The model of Munkhdalai et al. 2024 (arXiv 2404.07143), section 4: 12 layers of 8 heads of 128, segments of
-// 2048. Every figure is the bytes() of a stream that has taken the tokens, or of the cache it replaces.
+// 2048. Every figure is the bytes() of a stream after these tokens, or of the cache that it replaces.
 #include <cstdio>
 
 #include "longspan/stream/infini_memory.hpp"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr Index layers = 12, heads = 8, head_dim = 128, segment = 2048;
 
-/// Floats of one layer: the memory alone, and with a segment half full.
+/// Floats of one layer: of the memory, and of the memory with half a segment.
 struct State {
   double memory = 0, half_full = 0;
 };
@@ -37,9 +37,9 @@ void print() {
   const double token = 2.0 * heads * head_dim, baseline = token * (layers * segment + 65536);
   std::printf("floats of %td layers, %td heads, d = %td\n\n", layers, heads, head_dim);
   std::printf("%-44s %12.3f M\n", "memory (M and z)", layers * state.memory / 1e6);
-  std::printf("%-44s %12.3f M\n", "memory and a half full segment", layers * state.half_full / 1e6);
-  std::printf("%-44s %12.3f M  %5.0f x the memory\n", "2048 tokens a layer and 65536 in one", baseline / 1e6,
-              baseline / (layers * state.memory));
+  std::printf("%-44s %12.3f M\n", "memory and half a segment", layers * state.half_full / 1e6);
+  std::printf("%-44s %12.3f M  %5.0f x the memory\n", "2048 tokens per layer and 65536 in one",
+              baseline / 1e6, baseline / (layers * state.memory));
   for (const double tokens : {32768.0, 500e3, 1e6, 1e7}) {
     char name[64];
     std::snprintf(name, sizeof name, "keys and values of %.0f tokens", tokens);

@@ -1,4 +1,4 @@
-// The inner loops of attention on their own, in the first-level cache, on one thread: what a whole call can
+// The inner loops of attention alone, with data in the L1 cache, on one thread: the speed that a whole call can
 // reach.
 #include <cmath>
 #include <limits>
@@ -28,7 +28,7 @@ OwnedTensor<float> hashed_matrix(Index rows, Index cols, std::uint64_t seed) {
   return matrix;
 }
 
-/// Refuses to time a loop that is wrong: `error` in units of what float arithmetic may cost.
+/// Does not time a loop that is wrong. `error` is in units of the allowed error of float arithmetic.
 bool is_right(benchmark::State& state, double error, double most) {
   set_counter(state, "max_ratio", error);
   if (error <= most) return true;
@@ -37,7 +37,7 @@ bool is_right(benchmark::State& state, double error, double most) {
   return false;
 }
 
-/// 2048 exponentials of numbers from -20 to 0, in place of each other: `exponential` on a packet.
+/// Applies `exponential`, a function of a packet, in place to 2048 numbers from -20 to 0.
 template <class Exponential>
 void run_exponential(benchmark::State& state, double base, double most_ulp, const Exponential& exponential) {
   constexpr Index count = 2048;
@@ -57,7 +57,8 @@ void run_exponential(benchmark::State& state, double base, double most_ulp, cons
     worst = std::max(worst, std::abs(static_cast<double>(to[n]) - exact) / ulp);
   }
   set_counter(state, "max_ulp", worst);
-  if (!(worst <= most_ulp)) return state.SkipWithError("wrong: more units in the last place than promised");
+  if (!(worst <= most_ulp))
+    return state.SkipWithError("wrong: the error exceeds the documented number of ulp");
   const double seconds = timed_calls(state, call);
   state.counters["exp/s"] = static_cast<double>(count) / seconds;
 }
@@ -125,8 +126,8 @@ void run_values(benchmark::State& state, Index keys, Index value_dim) {
   report_flop(state, 2.0 * static_cast<double>(keys * value_dim * stride), seconds, roof);
 }
 
-/// Weights of a whole block of scores, shift and sum included. The scores are put back before each call,
-/// which is part of the time: 2 of about 6 cycles a packet.
+/// The exp scores of a whole block of scores, including shift and sum. The scores are restored before each call,
+/// which is part of the time: 2 of about 6 cycles per packet.
 template <int packets>
 void run_weights(benchmark::State& state, Index keys) {
   constexpr Index stride = packets * width;

@@ -1,7 +1,7 @@
-// A kv_cache beside the plain call over tensors that hold the same keys and values: what pages cost, and what
-// smaller rows save. Compare with --benchmark_enable_random_interleaving=true --benchmark_repetitions=9.
+// A kv_cache compared with a call over tensors with the same keys and values: the cost of pages, and the gain of
+// smaller rows. Compare with --benchmark_enable_random_interleaving=true --benchmark_repetitions=9.
 //
-// Each cache is held against the plain call before it is timed.
+// Each cache is checked against that call before it is timed.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -21,14 +21,14 @@ namespace {
 constexpr Index heads = 32, kv_heads = 8, head_dim = 128;
 const longspan::softmax_attention attend{longspan::causal{}};
 
-/// `rows` queries behind `length` tokens.
+/// `rows` queries after `length` tokens.
 struct Case {
   Index rows = 1;
   Index length = 0;
   Index threads = 1;
 };
 
-/// The same step again and again: the cache steps back behind each.
+/// Repeats the same step; the cache is truncated after each.
 template <class T>
 class Step {
  public:
@@ -78,7 +78,8 @@ void run_case(benchmark::State& state, const Case& of, const longspan::kv_cache_
               bool on_tensors, double most_difference) {
   Step<T> step(of, options);
   if (const double difference = step.difference(); !(difference <= most_difference)) {
-    state.SkipWithError(("wrong: differs by " + std::to_string(difference) + " from the plain call").c_str());
+    state.SkipWithError(
+        ("wrong: differs by " + std::to_string(difference) + " from the call over tensors").c_str());
     return;
   }
   const double seconds = timed_calls(state, [&] { on_tensors ? step.of_tensors() : step.of_cache(); });

@@ -1,5 +1,5 @@
-// landmark_attention beside softmax_attention under the same causal mask: regular blocks of several lengths,
-// and blocks of drawn lengths. Each answer is held against double before it is timed.
+// landmark_attention and softmax_attention with the same causal mask: regular blocks of several lengths,
+// and blocks of random lengths. Each result is checked against double before it is timed.
 #include <limits>
 #include <memory>
 #include <string>
@@ -24,8 +24,8 @@ struct Case {
   Index block = 64;  ///< 0: softmax_attention
   bool drawn = false;
 
-  /// landmark_f32/heads:8/kv_heads:8/n:2048/d:64/block:64/threads:1; landmark_drawn_f32/... of that mean
-  /// length
+  /// The name of a case: landmark_f32/heads:8/kv_heads:8/n:2048/d:64/block:64/threads:1, or landmark_drawn_f32/... for
+  /// random blocks of that mean length.
   std::string name(Index threads) const {
     const auto part = [](const char* key, Index value) {
       return "/" + std::string(key) + ":" + std::to_string(value);

@@ -1,7 +1,7 @@
-// A step of a landmark_cache: one token against a long stream. softmax_bench has the same shapes of full
-// attention.
+// One step of a landmark_cache: a token after a long stream. softmax_bench measures full attention with the same
+// shapes.
 //
-// The cache is held against its reference on 4096 tokens of the same shapes before it is timed.
+// Before it is timed, the cache is checked against its reference with 4096 tokens of the same shapes.
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
@@ -23,7 +23,7 @@ namespace {
 constexpr Index heads = 32, kv_heads = 8, head_dim = 128, tokens_at_once = 4096;
 const longspan::StreamShape shape{1, heads, kv_heads, head_dim, head_dim};
 
-/// Token by token behind a stream of `length` tokens that repeat themselves every 4096.
+/// One token at a time after a stream of `length` tokens, which repeat every 4096.
 template <class Cache>
 class Stream {
  public:
@@ -50,13 +50,13 @@ class Stream {
   OwnedTensor<float> out_{1, heads, 1, head_dim};
 };
 
-/// Of one block.
+/// The bytes of one block.
 template <class T, class P, class Map>
 double landmark_bytes(const longspan::landmark_cache<T, P, Map>&) {
   return static_cast<double>(sizeof(T)) * static_cast<double>(kv_heads * head_dim);
 }
 
-/// An empty cache whose blocks go to a file that nobody finds afterwards.
+/// An empty cache whose blocks are written to a temporary file, which is removed.
 longspan::landmark_cache<float> in_file(longspan::landmark_cache_options options) {
   const auto path = std::filesystem::temp_directory_path() / "longspan_landmark_cache_bench";
   std::filesystem::remove(path);
@@ -66,7 +66,7 @@ longspan::landmark_cache<float> in_file(longspan::landmark_cache_options options
   return cache;
 }
 
-/// The largest difference of one step behind 4096 tokens from the reference, whose outputs are of about 1.
+/// The largest difference from the reference of one step after 4096 tokens; outputs are about 1.
 template <class Cache, class Reference>
 double error_of(Cache empty, Reference reference) {
   Stream<Cache> stream(std::move(empty), tokens_at_once);
@@ -85,7 +85,7 @@ double error_of(Cache empty, Reference reference) {
   return worst;
 }
 
-/// make() gives an empty cache.
+/// make() returns an empty cache.
 template <class Make, class Reference>
 void run_case(benchmark::State& state, const Make& make, const Reference& reference, double most_error,
               Index length, Index threads) {

@@ -1,4 +1,4 @@
-// roof: what this machine can do at best, the limits that the other figures are measured against.
+// roof: the limits of this machine, with which the other figures are compared.
 #include "support/roof.hpp"
 
 #include <cstdio>
@@ -22,7 +22,7 @@ struct Limit {
   std::vector<double> per_second;  ///< for each number of threads, in `unit`
 };
 
-/// 1, 2, 4, ... and `most` itself.
+/// 1, 2, 4, ... and `most`.
 std::vector<Index> thread_counts(Index most) {
   std::vector<Index> counts;
   for (Index n = 1; n < most; n *= 2) counts.push_back(n);
@@ -47,7 +47,7 @@ Limit measured_read(const char* name, std::span<const Index> threads, std::size_
   return limit;
 }
 
-/// Sizes that lie well within the named level on the processors of the last ten years.
+/// Sizes that fit well into the named level of the processors of the last ten years.
 std::vector<Limit> all_limits(std::span<const Index> threads) {
   constexpr std::size_t kib = 1024, mib = 1024 * kib;
   std::vector<Limit> limits;
@@ -58,10 +58,10 @@ std::vector<Limit> all_limits(std::span<const Index> threads) {
   }
   if (tile_peak(1) > 0)
     limits.push_back(measured("bf16 matrix tiles", "GFLOP/s", threads, [](Index n) { return tile_peak(n); }));
-  limits.push_back(measured_read("read L1, 24 KiB a thread", threads, 24 * kib, true));
-  limits.push_back(measured_read("read L2, 192 KiB a thread", threads, 192 * kib, true));
-  limits.push_back(measured_read("read L3, 3 MiB a thread", threads, 3 * mib, true));
-  limits.push_back(measured_read("read memory, 512 MiB in all", threads, 512 * mib, false));
+  limits.push_back(measured_read("read L1, 24 KiB per thread", threads, 24 * kib, true));
+  limits.push_back(measured_read("read L2, 192 KiB per thread", threads, 192 * kib, true));
+  limits.push_back(measured_read("read L3, 3 MiB per thread", threads, 3 * mib, true));
+  limits.push_back(measured_read("read memory, 512 MiB in total", threads, 512 * mib, false));
   return limits;
 }
 
@@ -79,7 +79,7 @@ std::string text_report(const Machine& machine, std::span<const Index> threads,
     table.add_row(std::move(row));
   }
   return machine.cpu + ", " + counted(machine.cores, "core") + ", " + machine.compiler + ", " +
-         machine.flags + ", " + std::to_string(longspan::detail::lanes<float>) + " floats a packet\n\n" +
+         machine.flags + ", " + std::to_string(longspan::detail::lanes<float>) + " floats per packet\n\n" +
          table.text();
 }
 

@@ -1,8 +1,8 @@
-// softmax_attention over shapes, storage types and threads, beside the naive Eigen twin.
+// softmax_attention for several shapes, storage types and threads, and the naive Eigen version.
 //
-// Every family has the same arguments, so that two of them, or two builds, can be lined up. Before it is
-// timed each answer is held against double; a wrong one is an error and has no time. "mask:dense", "mask:bits" and
-// "bias:1" are the calls of the same sizes under a mask or a bias that is a tensor.
+// All families have the same arguments, so that two of them, or two builds, can be compared line by line. Before it is
+// timed, each result is checked against double; a wrong result is an error and has no time. "mask:dense", "mask:bits"
+// and "bias:1" are calls of the same sizes with a mask or a bias that is a tensor.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -27,14 +27,14 @@ namespace {
 enum class Order : unsigned char {
   heads_first,
   rows_first
-};  ///< in memory: [heads, rows, d] or [rows, heads, d]
+};  ///< memory layout: [heads, rows, d] or [rows, heads, d]
 
-/// What changes the scores of a case.
+/// How the scores of a case are changed.
 enum class ScoreKind : unsigned char { unchanged, softcap, alibi, lambda, bias };
 constexpr std::array<const char*, 5> score_names{"unchanged", "softcap", "alibi", "lambda", "bias"};
 
 constexpr float cap = 5, slope = 0.0625f;
-/// What the lambda and the bias add.
+/// The number that the lambda and the bias add.
 constexpr float added(Index h, Index j) { return static_cast<float>((h + 3 * j) % 17) / 8 - 1; }
 
 struct Case {
@@ -51,7 +51,7 @@ struct Case {
   double flop() const { return attention_flop(visible, 1, heads, q_len, kv_len, head_dim, head_dim); }
   double cache_elements() const { return 2.0 * static_cast<double>(kv_heads * kv_len * head_dim); }
 
-  /// softmax_f32/heads:8/kv_heads:8/n:2048/d:64/causal:1/threads:1,
+  /// The name of a case: softmax_f32/heads:8/kv_heads:8/n:2048/d:64/causal:1/threads:1, or
   /// softmax_decode_f32/heads:32/.../m:4096/d:128/...
   std::string name(const std::string& method, const std::string& type, Index threads) const {
     const auto part = [](const char* key, Index value) {
@@ -73,21 +73,21 @@ longspan::TensorView<T> with_heads(longspan::TensorView<T> x, Index heads, Order
   return {x.data, 1, heads, x.rows, x.cols / heads, 0, x.cols / heads, x.cols};
 }
 
-/// What a case reads and writes, and the rows by which it is checked.
+/// The tensors of a case, and the exact rows with which it is checked.
 template <class T>
 struct Data {
   Case of;
   Inputs<T> in;
   OwnedTensor<T> out;
   std::vector<ExactRow> exact;
-  std::vector<float> bias;  ///< [heads, q_len, kv_len], for the case of it
+  std::vector<float> bias;  ///< [heads, q_len, kv_len], only for cases with a bias
 
   explicit Data(const Case& c) : of(c) {
     in = c.order == Order::heads_first ? hashed_inputs<T>(c.heads, c.kv_heads, c.q_len, c.kv_len, c.head_dim)
                                        : hashed_inputs<T>(1, 1, c.q_len, c.kv_len, c.heads * c.head_dim);
     out = in.empty_output();
     const std::vector<RowId> rows = sampled_rows(1, c.heads, c.q_len, 4);
-    // A row of a long context takes the oracle long: about 2^22 keys in all, but a few rows at least.
+    // The oracle is slow for long contexts: about 2^22 keys in total, but at least a few rows.
     const auto most = std::max<std::size_t>(4, (std::size_t{1} << 22) / static_cast<std::size_t>(c.kv_len));
     std::vector<RowId> chosen;
     for (std::size_t n = 0; n < std::min(most, rows.size()); ++n) {
@@ -132,7 +132,7 @@ struct Data {
   }
   longspan::TensorView<T> output() { return with_heads(out.view(), of.heads, of.order); }
 
-  /// The error of what `call` writes, see worst_ratio; infinite where it leaves a row unwritten.
+  /// The error of the output of `call`, see worst_ratio; infinite if a row is not written.
   template <class Call>
   double ratio_of(const Call& call, Rounding rounding) {
     std::fill(out.values().begin(), out.values().end(),
@@ -143,8 +143,8 @@ struct Data {
   }
 };
 
-/// The data of the last case, and of no other: Google Benchmark enters a case several times to find its
-/// number of iterations, and all cases together would not fit into memory.
+/// Keeps only the data of the last case: Google Benchmark enters a case several times to find the
+/// number of iterations, and the data of all cases would not fit into memory.
 class LastData {
  public:
   template <class T>
@@ -175,7 +175,7 @@ class LastData {
   Index stream_threads_ = 0;
 };
 
-/// Checks, times and reports one case. Roofs are sampled on both sides of the timed calls.
+/// Checks, times and reports one case. The roof is sampled before and after the timed calls.
 template <class T, class Call>
 void run_case(benchmark::State& state, LastData& last, Data<T>& data, Index threads, Rounding rounding,
               bool bf16_roof, const Call& call) {
@@ -201,7 +201,7 @@ void run_case(benchmark::State& state, LastData& last, Data<T>& data, Index thre
   set_counter(state, "max_ratio", ratio);
 }
 
-/// Worst rounding of the storage type: half a unit in the last of its 8 (bfloat16) or 11 (half) bits.
+/// The largest rounding error of the storage type: half a unit in the last of its 8 (bfloat16) or 11 (half) bits.
 template <class T>
 constexpr double storage_rounding() {
   return std::is_same_v<T, Eigen::bfloat16> ? 0x1p-8 : std::is_same_v<T, Eigen::half> ? 0x1p-11 : 0;
@@ -221,7 +221,7 @@ void run_softmax(benchmark::State& state, LastData& last, Data<T>& data, Index t
 
 enum class PairTensor : unsigned char { dense_mask, bit_mask, bias };
 
-/// The mask shows every second key, so that every block is read pair by pair and the exact rows are those of
+/// The mask shows every second key, so that every block is read pair by pair, and the exact rows are those for
 /// every second row of k and v. The bias is 0.
 void run_with_tensor(benchmark::State& state, LastData& last, const Case& c, PairTensor kind, Index threads) {
   Data<float>& data = last.get<float>(c, kind == PairTensor::bias ? "f32" : "f32, every second key");
@@ -260,7 +260,7 @@ void run_with_tensor(benchmark::State& state, LastData& last, const Case& c, Pai
       longspan::dense_mask(longspan::compact_view(bytes.data(), 1, 1, n, c.kv_len))});
 }
 
-/// The score of the case, as softmax_attention takes it.
+/// Calls run(score) with the score function of the case.
 template <class T, class Run>
 void with_score(const Data<T>& data, const Run& run) {
   const Case& c = data.of;
@@ -282,7 +282,7 @@ void with_score(const Data<T>& data, const Run& run) {
 
 class Registry {
  public:
-  /// One token, or a few, under each kind of score.
+  /// One token, or a few, with each kind of score.
   void add_scores(Case c) const {
     for (std::size_t kind = 0; kind < score_names.size(); ++kind) {
       c.score = static_cast<ScoreKind>(kind);
@@ -392,7 +392,7 @@ void add_decode(const Registry& registry) {
   }
 }
 
-/// Names softmax_decode_f32_score/.../score:softcap/..., and without `score:` the plain call to compare with.
+/// Cases with names softmax_decode_f32_score/.../score:softcap/..., and without `score:` for comparison.
 void add_decode_scores(const Registry& registry) {
   registry.add_scores({8, 8, 1, 4096, 128, Visible::causal});
   registry.add_scores({32, 8, 1, 4096, 128, Visible::causal});

@@ -1,5 +1,5 @@
-// The law: an array of a mask or a score that does not fit the call is refused before anything is written. Masks and
-// scores are asked about the sizes of the call, whatever functor, composition or stream makes it.
+// The law: if an array of a mask or a score does not fit a call, the call throws before it writes anything. Masks and
+// scores check the sizes of every call, whichever functor, composition or stream makes it.
 #include "longspan/call_sizes.hpp"
 
 #include <algorithm>
@@ -37,16 +37,16 @@ using test::refusal;
 using Branches = std::vector<longspan::Branch>;
 constexpr Index most = std::numeric_limits<Index>::max();
 
-/// Sizes that masks were asked about, as text, and whether they refuse.
+/// The sizes with which `check` of a mask was called, as text, and whether the mask refuses them.
 struct Asked {
   std::string sizes;
   bool refuses = false;
 };
 
-/// A causal mask that says what it was asked.
+/// A causal mask that records the sizes with which its `check` is called.
 struct picky {
   Asked* asked;
-  Index unwanted_queries = -1;  ///< refuses a call of so many queries
+  Index unwanted_queries = -1;  ///< the mask refuses calls with this number of queries
 
   constexpr longspan::KeyRange keys(Index b, Index i) const { return causal{}.keys(b, i); }
   void check(const CallSizes& x) const {
@@ -54,13 +54,13 @@ struct picky {
       asked->sizes += std::to_string(size) + " ";
     asked->sizes += std::string(x.function) + "\n";
     if (asked->refuses || x.q_len == unwanted_queries)
-      longspan::detail::refuse(x.function, "picky", "asked", "not to be");
+      longspan::detail::refuse(x.function, "picky", "checked", "no check");
   }
 };
 
 constexpr Index batch = 2, heads = 4, kv_heads = 2, dim = 4;
 
-/// Tensors of a call of `queries` queries and `keys` keys. Outputs are 7 until they are written.
+/// The tensors of a call with `queries` queries and `keys` keys. Outputs are 7 until they are written.
 struct Tensors {
   test::Tensor<float> q, k, v, out;
   test::Rows<float> lse;
@@ -91,7 +91,7 @@ struct Tensors {
   }
 };
 
-/// What the call says, which has to leave its outputs as they were.
+/// The error text of a call, which must not change its outputs.
 template <class F>
 std::string refused(const F& attend, Index queries, Index keys) {
   Tensors tensors(queries, keys);
@@ -100,11 +100,11 @@ std::string refused(const F& attend, Index queries, Index keys) {
   return text;
 }
 
-constexpr const char* refused_by_mask = "longspan: softmax_attention: picky is asked, wanted not to be";
+constexpr const char* refused_by_mask = "longspan: softmax_attention: picky is checked, wanted no check";
 
 }  // namespace
 
-TEST_CASE("call sizes: every functor asks its mask about the call, before it writes", "[law]") {
+TEST_CASE("call sizes: every functor calls the check of its mask before it writes", "[law]") {
   Asked asked;
   const picky mask{&asked};
   const auto check = [&](const auto& attend, const std::string& sizes) {
@@ -112,7 +112,7 @@ TEST_CASE("call sizes: every functor asks its mask about the call, before it wri
     CHECK(refused(attend, 3, 9) == "");
     CHECK(asked.sizes.substr(0, sizes.size()) == sizes);
     asked.refuses = true;
-    CHECK(refused(attend, 3, 9).find("picky is asked") != std::string::npos);
+    CHECK(refused(attend, 3, 9).find("picky is checked") != std::string::npos);
   };
   softmax_attention plain{mask};
   check(plain, "2 4 6 3 9 softmax_attention\n");
@@ -131,7 +131,8 @@ TEST_CASE("call sizes: every functor asks its mask about the call, before it wri
         "2 2 6 3 9 softmax_attention\n");
 }
 
-TEST_CASE("call sizes: infini_attention asks its local mask about every segment, before it writes", "[law]") {
+TEST_CASE("call sizes: infini_attention calls the check of its local mask for every segment before it writes",
+          "[law]") {
   Asked asked;
   infini_attention attend{softmax_attention{picky{&asked}}};
   attend.segment = 4;
@@ -141,10 +142,10 @@ TEST_CASE("call sizes: infini_attention asks its local mask about every segment,
                               "2 4 0 1 1 softmax_attention\n"));
   attend.local.mask.unwanted_queries = 1;  // the last segment
   CHECK(refused(attend, 9, 9) == refused_by_mask);
-  // The option of a local functor that a segment sets anew does not count.
+  // infini_attention sets first_query of the local functor for each segment; the user's value does not count.
   attend.local.first_query = 77;
   CHECK(refused(attend, 8, 8) == "");
-  // A batch row that ends within a segment is a call of its own.
+  // A batch row that ends within a segment is a separate call.
   const std::vector<Index> lengths{9, 3};
   attend.lengths = lengths;
   attend.local.mask.unwanted_queries = 3;
@@ -154,7 +155,7 @@ TEST_CASE("call sizes: infini_attention asks its local mask about every segment,
   CHECK(refused(per_head{for_heads{0, 2, plain}, for_heads{2, 4, attend}}, 9, 9) == refused_by_mask);
 }
 
-TEST_CASE("call sizes: every stream asks its mask about each call, and changes nothing if that refuses",
+TEST_CASE("call sizes: every stream calls the check of its mask, and changes nothing if that throws",
           "[law][stream]") {
   Asked asked;
   const picky mask{&asked};
@@ -172,12 +173,13 @@ TEST_CASE("call sizes: every stream asks its mask about each call, and changes n
     stream.save(before);
     asked.refuses = true;
     Tensors third(2, 2);
-    CHECK(refusal([&] { third.extend(stream); }).find("picky is asked") != std::string::npos);
+    CHECK(refusal([&] { third.extend(stream); }).find("picky is checked") != std::string::npos);
     CHECK(third.unwritten());
     stream.save(after);
     CHECK(before.str() == after.str());
     CHECK(stream.size() == 7);
-    CHECK(refusal([&] { attend.template stream<float>(shape); }).find("picky is asked") != std::string::npos);
+    CHECK(refusal([&] { attend.template stream<float>(shape); }).find("picky is checked") !=
+          std::string::npos);
   };
   check(softmax_attention{mask}, "2 4 0 0 0 kv_cache\n", "2 4 5 2 7 kv_cache::extend\n");
   check(dilated_attention{Branches{{4, 1}, {8, 2}}, mask}, "2 4 0 0 0 dilated_cache\n",
@@ -187,13 +189,13 @@ TEST_CASE("call sizes: every stream asks its mask about each call, and changes n
   check(attend, "2 4 0 4 4 softmax_attention\n", "");
 }
 
-TEST_CASE("call sizes: arrays that are too small are refused by calls and streams", "[law][errors]") {
+TEST_CASE("call sizes: calls and streams refuse arrays that are too small", "[law][errors]") {
   const std::vector<Index> one_length{4};
   const std::vector<float> slopes(2), bias(4 * 5);
   const auto short_bias = additive_bias(longspan::compact_view(bias.data(), 1, 1, 4, 5), 0);
   const std::string padded =
       "longspan: softmax_attention: the number of padding.lengths is 1, wanted 2, one for each batch row";
-  for (const Index queries : {1, 5}) {  // the kernel of a few queries, and that of many
+  for (const Index queries : {1, 5}) {  // the decode kernel and the prefill kernel
     CHECK(refused(softmax_attention{padding{one_length}}, queries, 5) == padded);
     CHECK(refused(softmax_attention{causal{} & !padding{one_length}}, queries, 5) == padded);
     CHECK(refused(softmax_attention{causal{}, alibi{slopes}}, queries, 5) ==
@@ -202,11 +204,11 @@ TEST_CASE("call sizes: arrays that are too small are refused by calls and stream
     CHECK(refused(softmax_attention{causal{}, short_bias}, queries, 6) != "");
   }
   CHECK(refused(softmax_attention{causal{}, short_bias}, 4, 4) == "");
-  // Heads are counted from the start of a range.
+  // Heads are numbered from the start of a range.
   CHECK(refused(per_head{for_heads{0, 2, softmax_attention{causal{}, alibi{slopes}}},
                          for_heads{2, 4, softmax_attention{causal{}, alibi{slopes}}}},
                 3, 3) == "");
-  // A stream holds a bias until the keys outgrow it.
+  // A stream accepts a bias until it has more keys than the bias.
   const longspan::StreamShape shape{batch, heads, kv_heads, dim, dim};
   auto stream = softmax_attention{causal{}, short_bias}.stream<float>(shape);
   Tensors three(3, 3), two(2, 2);
@@ -229,7 +231,7 @@ TEST_CASE("call sizes: arrays that are too small are refused by calls and stream
         "least 6]");
 }
 
-TEST_CASE("call sizes: a view that no memory can be is refused by name", "[errors]") {
+TEST_CASE("call sizes: a view that cannot refer to real memory is refused by name", "[errors]") {
   const softmax_attention attend{causal{}};
   const auto said = [&](const auto& bend) {
     Tensors x(3, 3);
@@ -276,7 +278,7 @@ TEST_CASE("call sizes: a view that no memory can be is refused by name", "[error
       "wanted at most 2^60 elements");
 }
 
-TEST_CASE("call sizes: an option that is no number is refused before a stream changes", "[errors][stream]") {
+TEST_CASE("call sizes: an option that is not finite is refused before a stream changes", "[errors][stream]") {
   const longspan::StreamShape shape{batch, heads, kv_heads, dim, dim};
   softmax_attention attend{causal{}};
   attend.scale = std::numeric_limits<double>::quiet_NaN();
@@ -316,7 +318,7 @@ TEST_CASE("call sizes: an option that is no number is refused before a stream ch
   CHECK(refused(controlled, 3, 3).find("control.cutoff is nan") != std::string::npos);
 }
 
-TEST_CASE("call sizes: queries at the ends of all positions see what they should, or are refused",
+TEST_CASE("call sizes: queries at the ends of the position range see the right keys or are refused",
           "[limits]") {
   constexpr Index far = Index{1} << 62;
   Tensors x(2, 3);

@@ -53,7 +53,7 @@ static_assert(!longspan::LseFunctor<gated<softmax_attention<>, softmax_attention
 static_assert(longspan::LseFunctor<per_head<softmax_attention<>, dilated_attention<>>>);
 static_assert(!longspan::LseFunctor<per_head<softmax_attention<>, longspan::infini_attention<>>>);
 static_assert(longspan::AttentionFunctor<per_head<softmax_attention<>, longspan::infini_attention<>>>);
-// Parts without a default make a composition without one, which clang refused to name.
+// Parts without a default constructor make a composition without one; clang failed to compile this trait.
 static_assert(!std::is_default_constructible_v<per_head<softmax_attention<>, dilated_attention<>>>);
 static_assert(!std::is_default_constructible_v<merged<softmax_attention<>, dilated_attention<>>>);
 
@@ -63,7 +63,7 @@ const std::vector<Shape> shapes{{1, 4, 2, 130, 130, 32, 20},
                                 {2, 2, 2, 0, 5, 4, 4},
                                 {1, 5, 1, 70, 0, 16, 16}};
 
-/// The keys from `nearest` to `farthest` tokens back: one type for all parts, whose kernels are compiled
+/// The keys from `nearest` to `farthest` tokens back: one type for all parts, so that their kernels are compiled only
 /// once.
 struct tokens_back {
   Index nearest = 0, farthest = 0;
@@ -80,7 +80,7 @@ Definition causal_definition() {
   return {.sees = [](Index, Index, Index i, Index j) { return j <= i; }};
 }
 
-/// The result of a reference over a call, in double.
+/// The result of a reference for a call, in double.
 struct Known {
   Tensor<double> out;
   Rows<double> lse;
@@ -94,7 +94,7 @@ struct Known {
   longspan::Partial<const double> partial() const { return {out.view(), lse.view()}; }
 };
 
-/// The largest distance of two tensors.
+/// The largest difference of two tensors.
 template <class A, class B>
 double distance(const std::vector<A>& a, const std::vector<B>& b) {
   REQUIRE(a.size() == b.size());
@@ -109,8 +109,8 @@ double distance(const std::vector<A>& a, const std::vector<B>& b) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("merged: parts that share no key make the attention over all of them", "[law]", float,
-                   double, bfloat16) {
+TEMPLATE_TEST_CASE("merged: parts with disjoint keys give attention over all keys", "[law]", float, double,
+                   bfloat16) {
   Random random(1);
   for (const Shape& shape : shapes) {
     INFO(shape.text());
@@ -120,7 +120,7 @@ TEMPLATE_TEST_CASE("merged: parts that share no key make the attention over all 
   }
 }
 
-TEST_CASE("merged: nested parts are the parts", "[law]") {
+TEST_CASE("merged: nesting does not change the result", "[law]") {
   Random random(2);
   Call<float> call(shapes[0], Values::normal, random);
   const merged inner{softmax_attention{near_keys}, softmax_attention{middle_keys}};
@@ -157,7 +157,7 @@ TEST_CASE("merged: a part that sees no key changes no bit", "[law]") {
   for (const float x : other.lse.values) CHECK(x == -std::numeric_limits<float>::infinity());
 }
 
-TEST_CASE("merged: functors of all kinds, against the references merged in double", "[gauge]") {
+TEST_CASE("merged: functors of all kinds match the references merged in double", "[gauge]") {
   Random random(5);
   const Shape shape{1, 4, 2, 150, 150, 32, 24};
   Call<float> call(shape, Values::normal, random);
@@ -178,7 +178,7 @@ TEST_CASE("merged: functors of all kinds, against the references merged in doubl
   CHECK(distance(softmax.out.values, all.out.values) > 0.1);
 }
 
-TEST_CASE("gated: the gate of the references, and one side alone where it is shut", "[gauge]") {
+TEST_CASE("gated: matches the gated references, and a closed gate returns the other side", "[gauge]") {
   Random random(6);
   const Shape shape{2, 4, 2, 60, 60, 16, 12};
   Call<float> call(shape, Values::normal, random);
@@ -202,12 +202,13 @@ TEST_CASE("gated: the gate of the references, and one side alone where it is shu
     const auto shut = run(gated{longspan::scalar_gate(logit), near, far});
     CHECK(shut == (logit > 0 ? run(near) : run(far)));
   }
-  // No beta is a 0: half of each.
+  // Without beta the gate is 1/2.
   const float even = 0;
   CHECK(run(gated{Beta{}, near, far}) == run(gated{longspan::scalar_gate(even), near, far}));
 }
 
-TEMPLATE_TEST_CASE("gated: other types round once more", "[gauge]", bfloat16, double) {
+TEMPLATE_TEST_CASE("gated: bfloat16 and double outputs are within one more rounding", "[gauge]", bfloat16,
+                   double) {
   Random random(7);
   Call<TestType> call({1, 2, 1, 40, 40, 16, 12}, Values::normal, random);
   const gated attend{Beta{}, softmax_attention{near_keys}, softmax_attention{far_keys}};
@@ -224,7 +225,7 @@ TEMPLATE_TEST_CASE("gated: other types round once more", "[gauge]", bfloat16, do
   CHECK(worst < (std::is_same_v<TestType, double> ? 1e-13 : 0x1p-8));
 }
 
-TEST_CASE("per_head: each range is its functor's call over those heads, to the bit", "[law]") {
+TEST_CASE("per_head: each range has the bits of its functor called for these heads", "[law]") {
   Random random(8);
   const Shape shape{2, 6, 3, 90, 90, 16, 12};
   Call<float> call(shape, Values::normal, random), alone = call.unrun();
@@ -242,7 +243,7 @@ TEST_CASE("per_head: each range is its functor's call over those heads, to the b
   CHECK(call.same_outputs(alone));
 }
 
-TEST_CASE("per_head: functors without an lse, and within infini_attention", "[law]") {
+TEST_CASE("per_head: works without an lse, and as the local functor of infini_attention", "[law]") {
   Random random(9);
   const Shape shape{1, 4, 4, 100, 100, 16, 12};
   Call<float> call(shape, Values::normal, random);
@@ -273,7 +274,7 @@ TEST_CASE("per_head: functors without an lse, and within infini_attention", "[la
   CHECK(distance(run(parts, openmp{2}).values, whole.values) < 4e-6);
 }
 
-TEST_CASE("compose: bits do not depend on the executor, and nothing is allocated again", "[bits]") {
+TEST_CASE("compose: bits do not depend on the executor, and a second call allocates nothing", "[bits]") {
   Random random(10);
   const Shape shape{1, 4, 2, 300, 300, 32, 32};
   Call<float> call(shape, Values::normal, random), other = call.unrun();
@@ -293,7 +294,7 @@ TEST_CASE("compose: bits do not depend on the executor, and nothing is allocated
   CHECK(allocations_of([&] { call.run(attend, team); }) == 0);
 }
 
-TEST_CASE("compose: what does not fit is refused before anything is written", "[refusal]") {
+TEST_CASE("compose: invalid arguments are refused before anything is written", "[refusal]") {
   Random random(11);
   Call<float> call({1, 4, 2, 20, 20, 16, 12}, Values::normal, random);
   const auto unwritten = call.unrun();

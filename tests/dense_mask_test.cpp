@@ -36,7 +36,7 @@ namespace {
 
 using Picture = std::vector<std::string>;
 
-/// What each query of [0, queries) sees of `keys` keys: one text of # and . for each.
+/// A picture of a mask: one text for each query of [0, queries), with # for a visible key and . for a hidden one.
 template <longspan::Mask M>
 Picture picture(const M& mask, Index queries, Index keys, Index b = 0, Index h = 0) {
   Picture rows;
@@ -47,7 +47,7 @@ Picture picture(const M& mask, Index queries, Index keys, Index b = 0, Index h =
   return rows;
 }
 
-/// A picture as bytes of 0 and `shown`.
+/// A picture as bytes: `shown` for #, 0 for .
 std::vector<std::uint8_t> bytes_of(const Picture& rows, std::uint8_t shown = 1) {
   std::vector<std::uint8_t> bytes;
   for (const std::string& row : rows) {
@@ -58,7 +58,7 @@ std::vector<std::uint8_t> bytes_of(const Picture& rows, std::uint8_t shown = 1) 
 
 const Picture triangle{"#....", "##...", "#.#..", "#..##"};
 
-/// Random pairs, [batch, heads, rows, keys], as bytes and as words of bits, rows apart.
+/// Random pairs [batch, heads, rows, keys], as bytes and as words of bits, with gaps between rows.
 template <class Word>
 struct Drawn {
   static constexpr Index bits = std::numeric_limits<Word>::digits;
@@ -99,7 +99,7 @@ struct Drawn {
   }
 };
 
-/// Is the answer about a tile that of its pairs, and the answer in bits that of `sees`?
+/// True if `classify` and `seen_bits` agree with `sees` for every pair of a tile.
 template <class M, class Shown>
 bool answers_truly(const M& mask, const Tile& tile, const Shown& shown, std::uint64_t asked) {
   Index seen = 0;
@@ -147,7 +147,7 @@ void check_random_tensors() {
 
 }  // namespace
 
-TEST_CASE("dense_mask: a query sees the keys whose byte is other than 0", "[dense_mask]") {
+TEST_CASE("dense_mask: a query sees the keys whose byte is not 0", "[dense_mask]") {
   const std::vector<std::uint8_t> bytes = bytes_of(triangle, 7);
   CHECK(picture(dense_mask(compact_view(bytes.data(), 1, 1, 4, 5), 0), 4, 5) == triangle);
   const std::unique_ptr<bool[]> flags(new bool[20]);
@@ -156,14 +156,14 @@ TEST_CASE("dense_mask: a query sees the keys whose byte is other than 0", "[dens
   CHECK(picture(!dense_mask(compact_view(bytes.data(), 1, 1, 4, 5), 0), 2, 5) == Picture{".####", "..###"});
 }
 
-TEST_CASE("dense_mask: row 0 is that of the first query of [queries, keys] unless set", "[dense_mask]") {
+TEST_CASE("dense_mask: by default the last row belongs to the query at the last key", "[dense_mask]") {
   const std::vector<std::uint8_t> bytes = bytes_of(triangle);
   const TensorView<const std::uint8_t> tensor = compact_view(bytes.data(), 1, 1, 4, 5);
   CHECK(picture(dense_mask(tensor), 3, 5) == Picture{".....", "#....", "##..."});
   CHECK(picture(dense_mask(tensor, 2), 4, 5) == Picture{".....", ".....", "#....", "##..."});
 }
 
-TEST_CASE("dense_mask: a dimension of 1 is repeated, strides are kept", "[dense_mask]") {
+TEST_CASE("dense_mask: a dimension of 1 is repeated, and strides are used", "[dense_mask]") {
   const std::vector<std::uint8_t> bytes = bytes_of(triangle);
   const auto of = [&](Index batch, Index heads, Index rows) {
     return dense_mask(compact_view(bytes.data(), batch, heads, rows, 5), 0);
@@ -188,7 +188,7 @@ TEST_CASE("bit_mask: key j is bit j % B of word j / B", "[dense_mask]") {
   CHECK(picture(bit_mask(compact_view(bytes.data(), 1, 1, 1, 2), 10), 1, 12) == Picture{".##.#..###.."});
 }
 
-TEST_CASE("dense_mask, bit_mask: answers in bits and about tiles are those of the pairs", "[dense_mask]") {
+TEST_CASE("dense_mask, bit_mask: seen_bits and classify agree with sees", "[dense_mask]") {
   check_random_tensors<std::uint8_t>();
   check_random_tensors<std::uint32_t>();
   check_random_tensors<std::uint64_t>();
@@ -204,7 +204,8 @@ TEST_CASE("dense_mask: composes with other masks", "[dense_mask]") {
   CHECK(*key_ranges(causal{} & window{.left = 1} & mask, {0, 0, 1, 2, 1, 0, 0}).begin() == KeyRange{1, 3});
 }
 
-TEST_CASE("dense_mask: check names the shape that it has, and the one that the call wants", "[dense_mask]") {
+TEST_CASE("dense_mask: check names the shape of the tensor and the shape that the call needs",
+          "[dense_mask]") {
   const std::vector<std::uint8_t> bytes(2 * 8 * 4 * 16, 1);
   const CallSizes call{"softmax_attention", 2, 8, 12, 4, 16};
   const auto says = [&](Index batch, Index heads, Index rows, Index keys) {
@@ -225,7 +226,7 @@ TEST_CASE("dense_mask: check names the shape that it has, and the one that the c
   CHECK(says(0, 1, 4, 16) != "");
   const TensorView<const std::uint8_t> tensor = compact_view(bytes.data(), 1, 1, 4, 16);
   CHECK(test::refusal([&] { dense_mask(tensor, 3).check(call); }) ==
-        "longspan: softmax_attention: the dense_mask is for queries at positions 3 to 6, wanted one that has "
+        "longspan: softmax_attention: the dense_mask is for queries at positions 3 to 6, wanted rows for "
         "positions 12 to 15");
   CHECK(test::refusal([&] { dense_mask(tensor, 13).check(call); }) != "");
 }
@@ -244,7 +245,7 @@ TEST_CASE("bit_mask: check counts the words of a row", "[dense_mask]") {
         std::string::npos);
 }
 
-TEST_CASE("dense_mask, bit_mask: they are masks that answer in bits", "[dense_mask]") {
+TEST_CASE("dense_mask, bit_mask: satisfy the concepts of a mask with seen_bits", "[dense_mask]") {
   STATIC_REQUIRE(longspan::Mask<dense_mask>);
   STATIC_REQUIRE(longspan::Mask<bit_mask<std::uint8_t>>);
   STATIC_REQUIRE_FALSE(longspan::RangeMask<dense_mask>);

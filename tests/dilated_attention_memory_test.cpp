@@ -1,4 +1,4 @@
-// The memory that dilated_attention and its stream read, write and allocate.
+// Which memory dilated_attention and its stream read, write and allocate.
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -30,7 +30,7 @@ TensorView<T> guarded(const GuardedArray<T>& memory, TensorView<const T> like) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("dilated_attention: reads and writes nothing beside its tensors", "[memory]", float,
+TEMPLATE_TEST_CASE("dilated_attention: reads and writes nothing outside its tensors", "[memory]", float,
                    double, bfloat16) {
   Random random(1);
   for (const Shape& shape : {Shape{2, 3, 1, 130, 130, 17, 19}, Shape{1, 4, 2, 99, 99, 16, 8}}) {
@@ -71,7 +71,7 @@ TEST_CASE("dilated_attention: nothing is allocated after the first call of a sha
   check(narrow, dilated_attention{branches, causal{}});
 }
 
-TEST_CASE("dilated_cache: once every segment has been full, tokens allocate nothing", "[memory]") {
+TEST_CASE("dilated_cache: after every segment has been full once, tokens allocate nothing", "[memory]") {
   Random random(3);
   const Shape shape{1, 4, 2, 400, 400, 16, 8};
   Call<float> call(shape, Values::normal, random);

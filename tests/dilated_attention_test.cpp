@@ -32,7 +32,7 @@ std::string text_of(const Branches& branches) {
   return text;
 }
 
-/// Of any two, whether they divide or not.
+/// Random branches whose segments and dilations need not divide one another.
 Branches draw_branches(Random& random) {
   static const std::vector<Index> segments{1,  2,  3,   5,   8,   16,   17,
                                            48, 64, 100, 128, 256, 1000, Index{1} << 62};
@@ -49,7 +49,7 @@ Shape draw_self_shape(Random& random) {
   return shape;
 }
 
-/// In how many branches of query i key j stands: the definition, from the text of the paper.
+/// The number of branches in which query i sees key j, by the definition in the paper.
 Index times_met(const Branches& branches, Phase phase, Index heads, Index h, Index i, Index j) {
   Index met = 0;
   for (const Branch& branch : branches) {
@@ -60,7 +60,7 @@ Index times_met(const Branches& branches, Phase phase, Index heads, Index h, Ind
   return met;
 }
 
-/// A key that is met c times is a key whose score is log(c) higher.
+/// Seeing a key c times is the same as raising its score by log(c).
 template <class Attend>
 Definition as_one_softmax(const Attend& attend, Index heads, Definition what) {
   const auto met = [=, branches = attend.branches, phase = attend.phase](Index h, Index i, Index j) {
@@ -88,7 +88,7 @@ template <class T, class... Parts>
 void check_drawn(Random& random, const Definition& what, Trust& trust, const Parts&... parts) {
   auto attend = draw_options(dilated_attention{draw_branches(random), parts...}, random);
   const Shape shape = draw_self_shape(random);
-  // One slope for each head, one length for each batch row of the shape that was drawn.
+  // One slope for each head and one length for each batch row of the random shape.
   if constexpr (requires { attend.score.slopes; })
     attend.score.slopes = attend.score.slopes.first(static_cast<std::size_t>(shape.heads));
   if constexpr (requires { attend.mask.b.lengths; })
@@ -123,7 +123,7 @@ TEMPLATE_TEST_CASE("dilated_attention: one softmax over the keys of all branches
   CHECK(trust.outputs_are_mostly_nonzero());
 }
 
-TEST_CASE("dilated_attention: scores and encodings are told positions of the whole sequence", "[gauge]") {
+TEST_CASE("dilated_attention: scores and encodings receive positions in the whole sequence", "[gauge]") {
   Trust trust;
   const longspan::rotary turn(longspan::Pairing::half_split);
   Definition alibi = is_causal, turned = is_causal;
@@ -148,7 +148,7 @@ TEST_CASE("dilated_attention: scores and encodings are told positions of the who
   });
 }
 
-TEST_CASE("dilated_attention: masks of every kind", "[gauge][mask]") {
+TEST_CASE("dilated_attention: within the bound with masks of every kind", "[gauge][mask]") {
   Trust trust;
   for_each_case(40, [&](Random& random) {
     const std::vector<Index> unpadded{random.between(0, 300), random.between(0, 300), random.between(0, 300)};
@@ -161,7 +161,7 @@ TEST_CASE("dilated_attention: masks of every kind", "[gauge][mask]") {
   });
 }
 
-TEST_CASE("dilated_attention: torchscale's zeros, as the oracle counts them") {
+TEST_CASE("dilated_attention: zero_pad_compat matches the oracle") {
   for_each_case(60, [](Random& random) {
     dilated_attention attend{draw_branches(random)};
     attend.zero_pad_compat = true;
@@ -181,8 +181,7 @@ TEST_CASE("dilated_attention: torchscale's zeros, as the oracle counts them") {
 // ----------------------------------------------------------------------------------------------------------
 // Laws
 
-TEST_CASE("dilated_attention: queries after the last key see the keys of their segment, as in the reference",
-          "[law]") {
+TEST_CASE("dilated_attention: queries after the last key see the keys of their segment", "[law]") {
   for_each_case(60, [](Random& random) {
     const Shape shape{
         random.between(1, 2),  4, 2, random.pick({1, 5, 70}), random.pick({0, 1, 2, 9, 40, 130}), 8,
@@ -227,7 +226,7 @@ TEST_CASE("dilated_attention: queries after the last key see the keys of their s
         std::string::npos);
 }
 
-TEST_CASE("dilated_attention: one branch over everything is softmax_attention", "[law]") {
+TEST_CASE("dilated_attention: one branch over the whole sequence is softmax_attention", "[law]") {
   Random random(1);
   Call<float> call(Shape{2, 6, 2, 333, 333, 33, 20}, Values::normal, random);
   const Call<float> dense = outputs_of(call, longspan::softmax_attention{causal{}});
@@ -240,7 +239,7 @@ TEST_CASE("dilated_attention: one branch over everything is softmax_attention", 
                 outputs_of(call, dilated_attention{Branches{{111, 1}}, causal{}}));
 }
 
-TEST_CASE("dilated_attention: a branch twice changes the lse alone, and branches come in any order",
+TEST_CASE("dilated_attention: repeating a branch changes only the lse, and branches may have any order",
           "[law]") {
   Random random(2);
   Call<double> call(Shape{1, 4, 2, 200, 200, 16, 9}, Values::normal, random);
@@ -258,7 +257,7 @@ TEST_CASE("dilated_attention: a branch twice changes the lse alone, and branches
   }
 }
 
-TEST_CASE("dilated_attention: merged attention over strided views", "[law]") {
+TEST_CASE("dilated_attention: equals softmax_attention on strided views, merged", "[law]") {
   constexpr Index length = 256, heads = 4;
   const Branches branches{{64, 1}, {128, 2}, {256, 4}};
   Random random(3);
@@ -293,7 +292,7 @@ TEST_CASE("dilated_attention: merged attention over strided views", "[law]") {
   check_against(exact_attention(as_one_softmax(attend, heads, is_causal), call), outputs_of(call, attend));
 }
 
-TEST_CASE("dilated_attention: a lone dilated branch attends the subsequence and gives 0 elsewhere", "[law]") {
+TEST_CASE("dilated_attention: a single dilated branch attends within its rows, other rows are 0", "[law]") {
   Random random(4);
   Call<float> call(Shape{1, 3, 1, 90, 90, 8, 8}, Values::normal, random);
   call.run(dilated_attention{Branches{{90, 3}}});
@@ -307,8 +306,7 @@ TEST_CASE("dilated_attention: a lone dilated branch attends the subsequence and 
   }
 }
 
-TEST_CASE("dilated_attention: no future token changes a bit, and padding equals a shorter sequence",
-          "[law]") {
+TEST_CASE("dilated_attention: future tokens change no bit, and padding equals a shorter sequence", "[law]") {
   const Branches branches{{16, 1}, {48, 3}, {64, 2}, {1000, 7}};
   Random random(5);
   Call<float> call(Shape{1, 4, 2, 150, 150, 16, 8}, Values::normal, random);
@@ -338,7 +336,7 @@ TEST_CASE("dilated_attention: no future token changes a bit, and padding equals 
   }
 }
 
-TEST_CASE("dilated_attention: bits do not depend on threads, nor on queries, heads and batch rows beside",
+TEST_CASE("dilated_attention: bits do not depend on threads or on other queries, heads and batch rows",
           "[bits]") {
   const Branches branches{{32, 2}, {300, 1}, {1000, 3}, {4096, 5}};
   Random random(6);
@@ -364,7 +362,8 @@ TEST_CASE("dilated_attention: bits do not depend on threads, nor on queries, hea
   }
 }
 
-TEST_CASE("dilated_attention: values in half, rows first, and other widths", "[layout]") {
+TEST_CASE("dilated_attention: half values, [batch, rows, heads, cols] layout, value_dim other than head_dim",
+          "[layout]") {
   Random random(7);
   const dilated_attention attend{Branches{{24, 1}, {96, 4}}, causal{}};
   const Shape shape{2, 4, 2, 100, 100, 24, 8};

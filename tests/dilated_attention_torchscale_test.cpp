@@ -1,5 +1,5 @@
-// Law 58: torchscale's own way to the same result, by its gather into dense segments and its scatter back,
-// buffer by buffer in double. (microsoft/torchscale, torchscale/component/dilated_attention.py, as of
+// The same result computed as torchscale does: gather into dense segments and scatter back,
+// buffer by buffer in double. (microsoft/torchscale, torchscale/component/dilated_attention.py, version of
 // 2023-12.)
 #include <algorithm>
 #include <cmath>
@@ -24,7 +24,7 @@ using Row = std::vector<double>;
 
 Index up_to_multiple(Index x, Index of) { return (x + of - 1) / of * of; }
 
-/// One head's rows in one segment after zero padding and the choice of every r-th row: torchscale's
+/// The rows of one head in one segment after zero padding and the selection of every r-th row: torchscale's
 /// `gathering` and `dense_to_sparse`.
 std::vector<Row> sparse_rows(const Tensor<double>& x, Index h, Index begin, Index length, Index dilation,
                              Index offset) {
@@ -38,13 +38,13 @@ std::vector<Row> sparse_rows(const Tensor<double>& x, Index h, Index begin, Inde
   return rows;
 }
 
-/// One branch's outputs and log-sum-exps; -1e8 where it has none, as torchscale marks it.
+/// Outputs and log-sum-exps of one branch; -1e8 marks rows without a result, as in torchscale.
 struct Scattered {
   Tensor<double> out;
   std::vector<double> lse;  ///< [heads][rows]
 };
 
-/// Zero rows are not masked: they are keys like others.
+/// Rows of zeros are not masked: they count as keys.
 void attend_sparse(const std::vector<Row>& q, const std::vector<Row>& k, const std::vector<Row>& v,
                    bool is_causal, std::size_t i, Row& out, double& lse) {
   const std::size_t keys = is_causal ? i + 1 : k.size();
@@ -107,7 +107,7 @@ Tensor<double> torchscale(const Call<double>& call, const std::vector<Branch>& b
   return out;
 }
 
-/// Dilations divide segments: else torchscale's later segments slip, in the paper's own configuration too.
+/// Dilations divide segments; otherwise torchscale shifts later segments, even in the paper's configuration.
 std::vector<Branch> drawn_branches(Random& random) {
   std::vector<Branch> branches;
   for (Index n = random.between(1, 3); n > 0; --n) {
@@ -131,7 +131,7 @@ Call<double> drawn_call(Random& random, Index tokens) {
 
 }  // namespace
 
-TEST_CASE("dilated_attention: torchscale's gather and scatter, causal", "[law]") {
+TEST_CASE("dilated_attention: matches torchscale's gather and scatter, causal", "[law]") {
   for_each_case(60, [](Random& random) {
     Call<double> call = drawn_call(random, random.between(1, 100));
     dilated_attention attend{drawn_branches(random), causal{}};
@@ -141,7 +141,7 @@ TEST_CASE("dilated_attention: torchscale's gather and scatter, causal", "[law]")
   });
 }
 
-TEST_CASE("dilated_attention: torchscale's gather and scatter, with its zeros", "[law]") {
+TEST_CASE("dilated_attention: with zero_pad_compat matches torchscale's gather and scatter", "[law]") {
   for_each_case(60, [](Random& random) {
     Call<double> call = drawn_call(random, random.between(1, 100));
     dilated_attention attend{drawn_branches(random)};
@@ -152,7 +152,7 @@ TEST_CASE("dilated_attention: torchscale's gather and scatter, with its zeros", 
   });
 }
 
-TEST_CASE("dilated_attention: torchscale without its zeros, where segments divide the sequence", "[law]") {
+TEST_CASE("dilated_attention: matches torchscale if segments divide the sequence", "[law]") {
   for_each_case(30, [](Random& random) {
     const Index dilation = random.pick({1, 2, 3, 4}), segment = dilation * random.between(1, 8);
     Call<double> call = drawn_call(random, segment * random.between(1, 4));

@@ -21,7 +21,7 @@ const std::vector<Branch> paper{{2048, 1}, {4096, 2}, {8192, 4}, {16384, 6}, {32
 
 }  // namespace
 
-TEST_CASE("head_offset: the tables of the paper and of torchscale", "[golden]") {
+TEST_CASE("head_offset: matches the tables of the paper and of torchscale", "[golden]") {
   using Offsets = std::vector<Index>;
   CHECK(offsets(Phase::modulo, 8, 4) == Offsets{0, 1, 2, 3, 0, 1, 2, 3});
   CHECK(offsets(Phase::blocked, 8, 4) == Offsets{0, 0, 1, 1, 2, 2, 3, 3});
@@ -31,18 +31,18 @@ TEST_CASE("head_offset: the tables of the paper and of torchscale", "[golden]") 
   CHECK(offsets(Phase::blocked, 3, 4) == Offsets{0, 1, 2});
 }
 
-TEST_CASE("geometric_branches: by count, and until a segment holds the sequence") {
+TEST_CASE("geometric_branches: by count, or until a segment contains the sequence") {
   CHECK(geometric_branches({2, 1}, 2, 3) == std::vector<Branch>{{2, 1}, {4, 2}, {8, 4}});
   CHECK(geometric_branches({2, 1}, 2, 0).empty());
   CHECK(geometric_branches_to({2, 1}, 2, 8) == std::vector<Branch>{{2, 1}, {4, 2}, {8, 4}});
   CHECK(geometric_branches_to({2, 1}, 2, 9).back() == Branch{16, 8});
   CHECK(geometric_branches_to({10, 3}, 4, 3) == std::vector<Branch>{{10, 3}});
-  // Products beyond Index stay at its largest.
+  // Products are limited to the largest Index.
   CHECK(geometric_branches({Index{1} << 40, 1}, 1 << 20, 3).back().segment ==
         std::numeric_limits<Index>::max());
 }
 
-TEST_CASE("geometric_branches: what it refuses", "[errors]") {
+TEST_CASE("geometric_branches: invalid schedules are refused", "[errors]") {
   CHECK(test::refusal([] { geometric_branches({0, 1}, 2, 3); }).find("segment 0") != std::string::npos);
   CHECK(test::refusal([] { geometric_branches({4, 0}, 2, 3); }).find("dilation 0") != std::string::npos);
   CHECK(test::refusal([] {
@@ -50,7 +50,7 @@ TEST_CASE("geometric_branches: what it refuses", "[errors]") {
         }).find("ratio is 1, wanted at least 2") != std::string::npos);
 }
 
-TEST_CASE("dilated_pairs: what counting finds, and the formula on sizes that divide", "[law]") {
+TEST_CASE("dilated_pairs: equals a count, and the formula if sizes divide", "[law]") {
   test::for_each_case(200, [](Random& random) {
     const Branch branch{random.between(1, 40), random.between(1, 12)};
     const Index length = random.between(0, 100), offset = random.between(0, branch.dilation - 1);
@@ -71,7 +71,7 @@ TEST_CASE("dilated_pairs: what counting finds, and the formula on sizes that div
   CHECK(dilated_flop(divides, 8, 32768, 64, 64, false) == 8 * 4.0 * 32768 * 64 * (2048 + 1024 + 512));
 }
 
-TEST_CASE("dilated_coverage: all of it with a dense branch, else what counting finds", "[law]") {
+TEST_CASE("dilated_coverage: 1 with a dense branch, otherwise equals a count", "[law]") {
   CHECK(dilated_coverage(paper, 8, 40000) == 1);
   CHECK(dilated_coverage(std::vector<Branch>{{4, 2}}, 2, 8) == 0.5);
   CHECK(dilated_coverage(std::vector<Branch>{{4, 2}, {8, 4}}, 1, 16) == 0.5);
@@ -86,14 +86,13 @@ TEST_CASE("dilated_coverage: all of it with a dense branch, else what counting f
   }
 }
 
-TEST_CASE("dilated_rows and dilated_path_length: the paper's sizes") {
+TEST_CASE("dilated_rows, dilated_path_length: the values of the paper") {
   CHECK(dilated_rows(paper) == 2048 + 2048 + 2048 + 2731 + 2731);
   CHECK(dilated_path_length(2048, 2, 2048) == 1);
   CHECK(dilated_path_length(2048, 2, Index{2048} << 10) == 10);
 }
 
-TEST_CASE("dilation: what a branch costs is refused for a branch that is not positive",
-          "[dilation][errors]") {
+TEST_CASE("dilation: the cost functions refuse a branch that is not positive", "[dilation][errors]") {
   const std::vector<Branch> odd{{4, 1}, {8, 0}}, none{{0, 1}};
   CHECK(test::refusal([&] { dilated_flop(odd, 1, 8, 4, 4, true); }) ==
         "longspan: dilated_flop: branch 1 is [segment 8, dilation 0], wanted both at least 1");

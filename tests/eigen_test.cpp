@@ -30,7 +30,7 @@ std::vector<Index> shape_of(const RowsView<T>& x) {
 }
 using Shape = std::vector<Index>;
 
-/// Is every coefficient of the matrix where the view of one head has it?
+/// True if every coefficient of the matrix is at the address that the view of one head has for it.
 template <class Matrix, class T>
 bool shows(const TensorView<T>& x, const Matrix& matrix) {
   if (shape_of(x) != Shape{1, 1, matrix.rows(), matrix.cols()}) return false;
@@ -44,7 +44,7 @@ bool shows(const TensorView<T>& x, const Matrix& matrix) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("view: of an Eigen tensor of rank 4", "[eigen]", float, double, Eigen::bfloat16,
+TEMPLATE_TEST_CASE("view: an Eigen tensor of rank 4", "[eigen]", float, double, Eigen::bfloat16,
                    Eigen::half) {
   RowMajorTensor<TestType, 4> x(2, 3, 4, 5);
   const auto v = view(x);
@@ -61,7 +61,7 @@ TEMPLATE_TEST_CASE("view: of an Eigen tensor of rank 4", "[eigen]", float, doubl
   CHECK(right);
 }
 
-TEST_CASE("view: of Eigen tensors of rank 2 and 3", "[eigen]") {
+TEST_CASE("view: Eigen tensors of rank 2 and 3", "[eigen]") {
   RowMajorTensor<float, 3> three(3, 4, 5);
   CHECK(shape_of(view(three)) == Shape{1, 3, 4, 5});
   CHECK(view(three).row(0, 2, 3) == &three(2, 3, 0));
@@ -70,13 +70,13 @@ TEST_CASE("view: of Eigen tensors of rank 2 and 3", "[eigen]") {
   CHECK(view(two).row(0, 0, 3) == &two(3, 0));
 }
 
-TEST_CASE("view: of a const tensor is a view of const elements", "[eigen]") {
+TEST_CASE("view: a const tensor gives a view of const elements", "[eigen]") {
   const RowMajorTensor<float, 4> x(1, 2, 3, 4);
   STATIC_REQUIRE(std::is_same_v<decltype(view(x)), TensorView<const float>>);
   CHECK(view(x).row(0, 1, 2) == &x(0, 1, 2, 0));
 }
 
-TEST_CASE("view: of an Eigen::TensorMap", "[eigen]") {
+TEST_CASE("view: an Eigen::TensorMap", "[eigen]") {
   std::vector<float> memory(2 * 3 * 4 * 5);
   Eigen::TensorMap<RowMajorTensor<float, 4>> x(memory.data(), 2, 3, 4, 5);
   STATIC_REQUIRE(std::is_same_v<decltype(view(x)), TensorView<float>>);
@@ -92,7 +92,7 @@ TEST_CASE("view: of an Eigen::TensorMap", "[eigen]") {
   CHECK(shape_of(view(of_const_elements)) == Shape{1, 6, 4, 5});
 }
 
-TEST_CASE("view: of a tensor with 32-bit or no elements", "[eigen]") {
+TEST_CASE("view: a tensor with 32-bit indices, and one without elements", "[eigen]") {
   Eigen::Tensor<float, 4, Eigen::RowMajor, int> small_index(2, 3, 4, 5);
   CHECK(shape_of(view(small_index)) == Shape{2, 3, 4, 5});
   STATIC_REQUIRE(std::is_same_v<decltype(view(small_index).row_stride), Index>);
@@ -101,7 +101,7 @@ TEST_CASE("view: of a tensor with 32-bit or no elements", "[eigen]") {
   CHECK(view(nothing).empty());
 }
 
-TEMPLATE_TEST_CASE("view: of an Eigen matrix is one head", "[eigen]", float, double, Eigen::bfloat16,
+TEMPLATE_TEST_CASE("view: an Eigen matrix is one head", "[eigen]", float, double, Eigen::bfloat16,
                    Eigen::half) {
   RowMajorMatrix<TestType> x(4, 5);
   STATIC_REQUIRE(std::is_same_v<decltype(view(x)), TensorView<TestType>>);
@@ -111,7 +111,7 @@ TEMPLATE_TEST_CASE("view: of an Eigen matrix is one head", "[eigen]", float, dou
   CHECK(shows(view(fixed), fixed));
 }
 
-TEST_CASE("view: of matrices with rows apart", "[eigen]") {
+TEST_CASE("view: matrices with gaps between rows", "[eigen]") {
   RowMajorMatrix<float> x(8, 10);
   auto block = x.block(2, 3, 5, 4);
   CHECK(shows(view(block), block));
@@ -137,7 +137,7 @@ TEST_CASE("view: of matrices with rows apart", "[eigen]") {
   CHECK(shows(view(const_ref), block));
 }
 
-TEST_CASE("view: of matrices of a fixed size, of one row and of none", "[eigen]") {
+TEST_CASE("view: matrices of a fixed size, of one row and without rows", "[eigen]") {
   Eigen::Matrix<float, 3, 7, Eigen::RowMajor> fixed;
   CHECK(shows(view(fixed), fixed));
   Eigen::RowVectorXf row(6);
@@ -157,7 +157,7 @@ TEST_CASE("view: a matrix whose rows are not contiguous is refused", "[eigen][er
   CHECK(shows(view(contiguous), contiguous));
 }
 
-TEST_CASE("view: of a view is that view", "[eigen]") {
+TEST_CASE("view: a view of a view is the same view", "[eigen]") {
   float memory[24];
   const TensorView<float> x{memory, 1, 2, 3, 4, 0, 12, 4};
   CHECK(view(x).data == memory);
@@ -167,7 +167,7 @@ TEST_CASE("view: of a view is that view", "[eigen]") {
   CHECK(shape_of(longspan::rows_view(rows)) == Shape{2, 3, 4});
 }
 
-TEST_CASE("rows_view: of Eigen tensors of rank 1 to 3", "[eigen]") {
+TEST_CASE("rows_view: Eigen tensors of rank 1 to 3", "[eigen]") {
   RowMajorTensor<float, 3> three(2, 3, 4);
   STATIC_REQUIRE(std::is_same_v<decltype(longspan::rows_view(three)), RowsView<float>>);
   CHECK(shape_of(longspan::rows_view(three)) == Shape{2, 3, 4});
@@ -181,7 +181,7 @@ TEST_CASE("rows_view: of Eigen tensors of rank 1 to 3", "[eigen]") {
   CHECK(&longspan::rows_view(one)(0, 0, 3) == &one(3));
 }
 
-TEST_CASE("rows_view: of Eigen vectors, of a column too", "[eigen]") {
+TEST_CASE("rows_view: Eigen vectors, including a column of a matrix", "[eigen]") {
   Eigen::VectorXf column(5);
   CHECK(shape_of(longspan::rows_view(column)) == Shape{1, 1, 5});
   CHECK(&longspan::rows_view(column)(0, 0, 4) == &column(4));
@@ -198,7 +198,7 @@ TEST_CASE("rows_view: of Eigen vectors, of a column too", "[eigen]") {
   STATIC_REQUIRE(std::is_same_v<decltype(longspan::rows_view(fixed)), RowsView<const float>>);
 }
 
-TEST_CASE("TensorLike and RowsLike: what has memory, nothing else", "[eigen]") {
+TEST_CASE("TensorLike and RowsLike: only types with memory", "[eigen]") {
   STATIC_REQUIRE(longspan::TensorLike<TensorView<float>>);
   STATIC_REQUIRE(longspan::TensorLike<const TensorView<const float>&>);
   STATIC_REQUIRE(longspan::TensorLike<RowMajorTensor<float, 4>&>);

@@ -17,7 +17,7 @@ TEST_CASE("Element: the four storage types, const or not", "[element]") {
   STATIC_REQUIRE(Element<const Eigen::half>);
 }
 
-TEST_CASE("Element: nothing else", "[element]") {
+TEST_CASE("Element: no other type", "[element]") {
   STATIC_REQUIRE_FALSE(Element<int>);
   STATIC_REQUIRE_FALSE(Element<std::int8_t>);
   STATIC_REQUIRE_FALSE(Element<std::uint16_t>);

@@ -18,7 +18,7 @@ TEST_CASE("Error: is a std::invalid_argument that keeps its text", "[error]") {
   CHECK_THROWS_AS(detail::raise("no"), std::invalid_argument);
 }
 
-TEST_CASE("FileError: is a std::runtime_error that keeps its text, and no Error", "[error]") {
+TEST_CASE("FileError: is a std::runtime_error with the given text, and not an Error", "[error]") {
   STATIC_REQUIRE(std::is_base_of_v<std::runtime_error, longspan::FileError>);
   STATIC_REQUIRE_FALSE(std::is_base_of_v<longspan::Error, longspan::FileError>);
   CHECK(std::string(longspan::FileError("the text").what()) == "the text");
@@ -29,18 +29,18 @@ TEST_CASE("FileError: is a std::runtime_error that keeps its text, and no Error"
         "longspan: load: cannot open x");
 }
 
-TEST_CASE("refuse: names function, argument, got and wanted", "[error]") {
+TEST_CASE("refuse: the text names function, argument, got and wanted", "[error]") {
   CHECK(test::refusal([] { detail::refuse("attend", "k", "[1, 2, 3, 4]", "[1, 2, 3, 5]"); }) ==
         "longspan: attend: k is [1, 2, 3, 4], wanted [1, 2, 3, 5]");
   CHECK(test::refusal([] { detail::refuse("", "", "", ""); }) == "longspan: :  is , wanted ");
 }
 
-TEST_CASE("raise: takes any text, however long", "[error]") {
+TEST_CASE("raise: accepts a text of any length", "[error]") {
   const std::string text(10000, 'x');
   CHECK(test::refusal([&] { detail::raise(text); }) == text);
 }
 
-TEST_CASE("shape_text: of numbers and of views", "[error]") {
+TEST_CASE("shape_text: from numbers and from views", "[error]") {
   CHECK(detail::shape_text(1, 2, 3) == "[1, 2, 3]");
   CHECK(detail::shape_text(1, 2, 3, 4) == "[1, 2, 3, 4]");
   CHECK(detail::shape_text(0, 0, 0, 0) == "[0, 0, 0, 0]");

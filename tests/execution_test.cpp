@@ -25,7 +25,7 @@ using longspan::Workspace;
 
 namespace {
 
-/// Aligned allocations of this program, and whether the next ones fail.
+/// Counts the aligned allocations of this program, and can make them fail.
 struct Allocations {
   int made = 0;
   int freed = 0;
@@ -35,7 +35,7 @@ Allocations allocations;
 
 }  // namespace
 
-// g++ sees the two halves of a pair apart when it inlines one of them.
+// g++ warns about a mismatch of new and delete when it inlines only one of them.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmismatched-new-delete"
 #endif
@@ -57,11 +57,11 @@ void operator delete(void* memory, std::size_t, std::align_val_t alignment) noex
 
 namespace {
 
-/// What an executor did with `count` tasks.
+/// Records how an executor ran `count` tasks.
 struct Record {
   bool each_once = true;
   bool workers_valid = true;
-  bool worker_shared = false;  ///< two tasks at one time had the same worker number
+  bool worker_shared = false;  ///< two tasks that ran at the same time had the same worker number
 };
 
 template <class E>
@@ -116,7 +116,7 @@ struct TaskFailure : std::runtime_error {
 
 }  // namespace
 
-TEST_CASE("executors: each task runs once, on a worker that no other task has", "[execution]") {
+TEST_CASE("executors: each task runs once, and concurrent tasks have different workers", "[execution]") {
   CHECK(serial{}.workers() == 1);
   check_executor(serial{});
   check_executor(openmp{});
@@ -124,11 +124,11 @@ TEST_CASE("executors: each task runs once, on a worker that no other task has", 
   check_executor(test::ThreadPool(3));
 }
 
-TEST_CASE("openmp: has the threads that were asked for", "[execution]") {
+TEST_CASE("openmp: has the requested number of threads", "[execution]") {
 #if defined(_OPENMP)
   CHECK(openmp{}.workers() == omp_get_max_threads());
   for (const Index threads : {1, 2, 3, 16}) CHECK(openmp{threads}.workers() == threads);
-  // None of five tasks ends before all have begun: only a team of five gets them through.
+  // None of the five tasks ends before all have begun, so only a team of five threads can finish.
   constexpr int team = 5;
   const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(20);
   std::atomic<int> begun{0}, met{0};
@@ -144,7 +144,7 @@ TEST_CASE("openmp: has the threads that were asked for", "[execution]") {
 #endif
 }
 
-TEST_CASE("openmp: sets no global of the process", "[execution]") {
+TEST_CASE("openmp: changes no global setting of the process", "[execution]") {
 #if defined(_OPENMP)
   const int threads = omp_get_max_threads(), levels = omp_get_max_active_levels(),
             dynamic = omp_get_dynamic();
@@ -157,7 +157,7 @@ TEST_CASE("openmp: sets no global of the process", "[execution]") {
 #endif
 }
 
-TEST_CASE("openmp: inside a parallel region it runs on the caller's thread", "[execution]") {
+TEST_CASE("openmp: inside a parallel region it runs on the calling thread", "[execution]") {
   std::array<std::atomic<int>, 4> inner_calls{};
   std::atomic<bool> serial_inside{true};
   openmp{2}.for_each(4, [&](Index task, Index) {
@@ -174,7 +174,7 @@ TEST_CASE("openmp: inside a parallel region it runs on the caller's thread", "[e
   for (const auto& calls : inner_calls) CHECK(calls == 5);
 }
 
-TEST_CASE("openmp: the exception of the smallest task comes out", "[execution][errors]") {
+TEST_CASE("openmp: throws the exception of the smallest task", "[execution][errors]") {
   for (const Index threads : {1, 2, 3, 7}) {
     int right = 0, other_type = 0;
     for (int round = 0; round < 200; ++round) {
@@ -200,7 +200,7 @@ TEST_CASE("openmp: works again after a task has thrown", "[execution][errors]") 
   check_executor(openmp{3});
 }
 
-TEST_CASE("Executor and ExecutionLike: who fits", "[execution]") {
+TEST_CASE("Executor, ExecutionLike: the types that satisfy them", "[execution]") {
   STATIC_REQUIRE(longspan::Executor<serial>);
   STATIC_REQUIRE(longspan::Executor<openmp>);
   STATIC_REQUIRE(longspan::Executor<const openmp&>);
@@ -236,12 +236,12 @@ TEST_CASE("Workspace: grows to the largest call and is then reused", "[execution
     memory[4999] = std::byte{1};
     CHECK(workspace.reserve(3000) == memory);
     CHECK(allocations.made == before.made + 2);
-    CHECK(allocations.freed == before.freed + 1);  // never holds two
+    CHECK(allocations.freed == before.freed + 1);  // it never has two blocks
   }
   CHECK(allocations.freed == before.freed + 2);
 }
 
-TEST_CASE("Workspace: is aligned to a cache line", "[execution]") {
+TEST_CASE("Workspace: memory is aligned to a cache line", "[execution]") {
   STATIC_REQUIRE(Workspace::alignment == 64);
   bool aligned = true;
   for (std::size_t bytes = 1; bytes < 400; bytes += 3) {
@@ -251,7 +251,7 @@ TEST_CASE("Workspace: is aligned to a cache line", "[execution]") {
   CHECK(aligned);
 }
 
-TEST_CASE("Workspace: a failed allocation passes through and leaves it usable", "[execution][errors]") {
+TEST_CASE("Workspace: a failed allocation throws and leaves it usable", "[execution][errors]") {
   Workspace workspace;
   workspace.reserve(100);
   allocations.fail = true;
@@ -283,7 +283,7 @@ TEST_CASE("Execution: keeps its workspace from call to call", "[execution]") {
   CHECK(moved.workspace.reserve(1) == memory);
 }
 
-TEST_CASE("Execution: is made of an executor", "[execution]") {
+TEST_CASE("Execution: can be made from an executor", "[execution]") {
   const Execution on_three(openmp{3});
   STATIC_REQUIRE(std::is_same_v<decltype(on_three), const Execution<openmp>>);
   CHECK(on_three.executor.threads == 3);

@@ -41,7 +41,7 @@ auto exact(const dilated_attention<causal>& local) {
 landmark_attention<> grouped() { return landmark_attention{landmarks::every(8)}; }
 auto exact(const landmark_attention<>& local) { return longspan::reference::exact{local}; }
 
-/// Rows [first, first + count) of a call, through a functor or into a stream.
+/// Runs a functor or a stream with the rows [first, first + count) of a call.
 template <class Run, class C>
 void run_rows(const Run& run, C& call, Index first, Index count) {
   run(std::as_const(call.q).view().slice_rows(first, count),
@@ -59,14 +59,14 @@ void extend(Stream& stream, C& call, Index first, Index count) {
   run_rows([&](const auto&... x) { stream.extend(x..., openmp{2}); }, call, first, count);
 }
 
-/// run_rows for each segment.
+/// Calls run_rows for each segment.
 template <class Run, class C>
 void run_segments(const Run& run, C& call, Index segment) {
   for (Index first = 0; first < call.q.rows; first += segment)
     run_rows(run, call, first, std::min(segment, call.q.rows - first));
 }
 
-/// infini_attention by its definition, over the definition of its local attention in each segment.
+/// infini_attention by its definition, with local attention by its definition in each segment.
 template <class Local, class C>
 Tensor<double> oracle(const infini_attention<Local>& attend, const C& call) {
   struct {
@@ -79,7 +79,7 @@ Tensor<double> oracle(const infini_attention<Local>& attend, const C& call) {
   return infini_oracle(attend, call, local.out);
 }
 
-/// What the linear rule may lose, in u; the delta rule takes differences, which average nothing.
+/// The allowed error in u. The delta rule computes differences, whose errors do not average out.
 double most_u(InfiniRule rule) { return rule == InfiniRule::linear ? 200 : 8000; }
 
 template <class Stream>
@@ -97,7 +97,7 @@ infini_attention<Local> options(Local local, Index segment, InfiniRule rule = In
   return attend;
 }
 
-/// body(local) for each kind of local attention.
+/// Calls body(local) for each kind of local functor.
 template <class Body>
 void for_each_local(const Body& body) {
   body(dilated());
@@ -110,7 +110,7 @@ longspan::StreamShape stream_shape(const Shape& s) {
 
 }  // namespace
 
-TEST_CASE("infini_attention: dilated and landmark attention within segments, one call and a stream",
+TEST_CASE("infini_attention: local dilated and landmark attention, in one call and in a stream",
           "[gauge][infini]") {
   Random random(1);
   for (int n = 0; n < 40; ++n) {
@@ -143,7 +143,7 @@ TEST_CASE("infini_attention: dilated and landmark attention within segments, one
   }
 }
 
-TEST_CASE("infini_attention: local attention over bfloat16, one call and a stream", "[gauge][infini]") {
+TEST_CASE("infini_attention: local attention with bfloat16, in one call and in a stream", "[gauge][infini]") {
   Random random(2);
   const Shape shape{1, 4, 2, 100, 100, 32, 24};
   Call<bfloat16, bfloat16, bfloat16, float> call(shape, Values::normal, random);
@@ -156,7 +156,8 @@ TEST_CASE("infini_attention: local attention over bfloat16, one call and a strea
   CHECK(worst_in_u<float>(streamed.out, oracle(attend, call), call.v) <= 200);
 }
 
-TEST_CASE("infini_attention: with a closed gate it is the local functor in each segment", "[laws][infini]") {
+TEST_CASE("infini_attention: with a closed gate the result is the local functor in each segment",
+          "[laws][infini]") {
   Random random(3);
   for_each_local([&](const auto& local) {
     Call<float> call({2, 6, 2, 130, 130, 24, 16}, Values::normal, random), alone = call;
@@ -167,7 +168,7 @@ TEST_CASE("infini_attention: with a closed gate it is the local functor in each 
     run_segments([&](const auto&... x) { local(x...); }, alone, 48);
     CHECK(call.out == alone.out);
 
-    // One segment and nothing known.
+    // One segment with an empty memory.
     attend = options(local, 130);
     attend.empty_memory = EmptyMemory::bypass;
     run(attend, call);
@@ -198,7 +199,7 @@ TEST_CASE("infini_memory: the memory does not depend on local attention", "[laws
   }
 }
 
-TEST_CASE("infini_attention: local attention ends where a batch row does", "[masked][infini]") {
+TEST_CASE("infini_attention: local attention ends at the length of a batch row", "[masked][infini]") {
   Random random(5);
   const std::vector<Index> lengths{70, 33, 0};
   for_each_local([&](const auto& local) {
@@ -235,7 +236,7 @@ TEST_CASE("infini_attention: local attention ends where a batch row does", "[mas
   });
 }
 
-TEST_CASE("infini_attention: what local attention refuses is refused before anything is written",
+TEST_CASE("infini_attention: errors of the local functor are thrown before anything is written",
           "[errors][infini]") {
   Random random(6);
   const Shape shape{2, 4, 2, 40, 40, 16, 16};
@@ -256,26 +257,24 @@ TEST_CASE("infini_attention: what local attention refuses is refused before anyt
   const landmark_attention nowhere{landmarks::every(0)};
   CHECK(said(nowhere) == "longspan: landmark_attention: the length of a block is 0, wanted at least 1");
   CHECK(said_by_stream(nowhere) == said(nowhere));
-  // Two segments have these landmarks, the last one of 8 tokens does not.
+  // These landmarks fit the first two segments, but not the last one, which has 8 tokens.
   const std::vector<Index> keys{7, 15};
   CHECK(said(landmark_attention{landmarks::at(keys)}) ==
         "longspan: landmark_attention: a landmark of batch row 0 is 15, wanted rising keys from 0 to 7");
 
   CHECK(refusal([&] { options(landmark_attention{landmarks::at(keys)}, 16).stream(stream_shape(shape)); }) ==
-        "longspan: infini_memory: landmarks of the local attention is a list of landmarks, wanted every: an "
-        "open "
-        "segment ends before some of the list");
+        "longspan: infini_memory: landmarks of the local attention is a list of landmarks, wanted "
+        "landmarks::every(n), because a list does not fit an open segment");
 
   const std::vector<float> factors(1);
   landmark_attention dropped = grouped();
   dropped.gate_keep = longspan::compact_view(factors.data(), 1, 1, 1, 1);
   CHECK(refusal([&] { run(options(dropped, 16), call); }) ==
-        "longspan: infini_attention: gate_keep or control of the local attention is given, wanted none: they "
-        "hold "
-        "rows of one call, and each segment is another");
+        "longspan: infini_attention: gate_keep or control of the local attention is given, wanted none, "
+        "because they index rows of one call and each segment is a separate call");
 }
 
-TEST_CASE("infini_attention: landmarks listed by hand, where all segments have them", "[options][infini]") {
+TEST_CASE("infini_attention: a list of landmarks that fits all segments", "[options][infini]") {
   Random random(7);
   Call<float> call({1, 2, 1, 64, 64, 16, 16}, Values::normal, random), by_length = call;
   const std::vector<Index> keys{7, 15};
@@ -284,9 +283,8 @@ TEST_CASE("infini_attention: landmarks listed by hand, where all segments have t
   CHECK(call.out == by_length.out);
 }
 
-TEST_CASE(
-    "infini_attention: a local functor allocates nothing again, and counts from its segment's beginning",
-    "[options][infini]") {
+TEST_CASE("infini_attention: a second call allocates nothing, and local positions start at the segment",
+          "[options][infini]") {
   Random random(8);
   for_each_local([&](auto local) {
     Call<float> call({1, 2, 1, 90, 90, 16, 16}, Values::normal, random), told = call;

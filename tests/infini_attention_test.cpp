@@ -28,7 +28,7 @@ using longspan::softmax_attention;
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-/// Averages of values lose a few u, a score of a dozen times more.
+/// The allowed error in u: averages of values have errors of a few u, scores of about a dozen add more.
 constexpr double most_u = 200;
 
 template <class Attend, class Call>
@@ -37,7 +37,7 @@ void run(const Attend& attend, Call& call, Index threads = 2) {
          call.out.view(), longspan::openmp{threads});
 }
 
-/// beta of one of the shapes it may have.
+/// A random beta of one of the allowed shapes.
 template <class Attend>
 std::vector<float> draw_beta(Random& random, const Shape& shape, Attend& attend) {
   const Index rows = random.chance(0.5) ? 1 : shape.heads, cols = random.chance(0.5) ? 1 : shape.value_dim;
@@ -49,7 +49,8 @@ std::vector<float> draw_beta(Random& random, const Shape& shape, Attend& attend)
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("infini_attention: as its definition, any sizes", "[gauge][infini]", float, double) {
+TEMPLATE_TEST_CASE("infini_attention: matches its definition for all sizes", "[gauge][infini]", float,
+                   double) {
   Random random(1);
   for (int n = 0; n < 150; ++n) {
     const Shape shape = draw_infini_shape(random);
@@ -62,13 +63,13 @@ TEMPLATE_TEST_CASE("infini_attention: as its definition, any sizes", "[gauge][in
     run(attend, call);
     INFO(shape.text() << " segment=" << attend.segment << " rule=" << int(attend.rule)
                       << " empty_memory=" << int(attend.empty_memory));
-    // The delta rule takes differences, which average nothing.
+    // The delta rule computes differences, whose errors do not average out.
     const double allowed = attend.rule == InfiniRule::linear ? most_u : 40 * most_u;
     CHECK(worst_in_u<TestType>(call.out, infini_oracle(attend, call), call.v) <= allowed);
   }
 }
 
-TEST_CASE("infini_attention: bfloat16 tensors, rounded once", "[gauge][infini]") {
+TEST_CASE("infini_attention: bfloat16 tensors add one rounding", "[gauge][infini]") {
   Random random(2);
   Call<bfloat16, bfloat16, bfloat16, float> call(Shape{1, 4, 2, 100, 100, 32, 24}, Values::normal, random);
   infini_attention attend;
@@ -77,7 +78,7 @@ TEST_CASE("infini_attention: bfloat16 tensors, rounded once", "[gauge][infini]")
   CHECK(worst_in_u<float>(call.out, infini_oracle(attend, call), call.v) <= most_u);
 }
 
-TEST_CASE("infini_attention: a closed gate is local attention, an open one the memory", "[laws][infini]") {
+TEST_CASE("infini_attention: a closed gate gives local attention, an open one the memory", "[laws][infini]") {
   Random random(3);
   const Shape shape{1, 2, 1, 96, 96, 16, 16};
   Call<float> call(shape, Values::normal, random), local = call;
@@ -93,7 +94,7 @@ TEST_CASE("infini_attention: a closed gate is local attention, an open one the m
   for (std::size_t n = 0; n < call.out.values.size(); ++n)
     CHECK(std::abs(call.out.values[n] - local.out.values[n]) <= 1e-6f);
 
-  // An open gate: values of the own segment, and even NaN among them, have no effect.
+  // An open gate: the values of the query's own segment, including NaN, have no effect.
   beta = infinity;
   Call<float> changed = call;
   for (Index i = 64; i < 96; ++i) changed.v.row(0, 0, i)[0] = std::numeric_limits<float>::quiet_NaN();
@@ -102,7 +103,7 @@ TEST_CASE("infini_attention: a closed gate is local attention, an open one the m
   CHECK(call.out == changed.out);
 }
 
-TEST_CASE("infini_attention: one segment with bypass is local attention", "[laws][infini]") {
+TEST_CASE("infini_attention: one segment with bypass gives local attention", "[laws][infini]") {
   Random random(4);
   Call<float> call(Shape{2, 2, 2, 50, 50, 24, 24}, Values::normal, random), local = call;
   infini_attention attend;
@@ -133,7 +134,7 @@ TEST_CASE("infini_attention: the order of past tokens does not matter to a linea
   }
 }
 
-TEST_CASE("infini_attention: one constant value comes back from a linear memory", "[laws][infini]") {
+TEST_CASE("infini_attention: a linear memory of one constant value returns this value", "[laws][infini]") {
   Random random(6);
   Call<float> call(Shape{1, 2, 1, 200, 200, 32, 3}, Values::normal, random);
   std::fill(call.v.values.begin(), call.v.values.end(), 3.0f);
@@ -144,7 +145,7 @@ TEST_CASE("infini_attention: one constant value comes back from a linear memory"
   for (const float x : call.out.values) CHECK(std::abs(x - 3) <= 3e-5f);
 }
 
-TEST_CASE("infini_attention: rows behind the length of a batch row may hold NaN", "[masked][infini]") {
+TEST_CASE("infini_attention: rows after the length of a batch row may contain NaN", "[masked][infini]") {
   Random random(7);
   const std::vector<Index> lengths{70, 33};
   Call<float> padded(Shape{2, 2, 1, 100, 100, 16, 16}, Values::normal, random);
@@ -183,7 +184,7 @@ TEST_CASE("infini_attention: rows behind the length of a batch row may hold NaN"
   }
 }
 
-TEST_CASE("infini_attention: positions within segments or absolute, and in the memory if wanted",
+TEST_CASE("infini_attention: positions within segments or absolute, optionally also in the memory",
           "[position][infini]") {
   Random random(8);
   const rotary turn(Pairing::half_split);
@@ -226,7 +227,7 @@ TEST_CASE("infini_attention: every option, against the reference", "[gauge][infi
       Tensor<double> wanted(shape.batch, shape.heads, shape.q_len, shape.value_dim);
       longspan::reference::exact{attend}(call.q.view(), call.k.view(), call.v.view(), wanted.view());
       run(attend, call);
-      for (Index b = 0; b < shape.batch; ++b) {  // other rows mean nothing
+      for (Index b = 0; b < shape.batch; ++b) {  // other rows are not compared
         const Index length = attend.lengths.empty() ? shape.q_len : lengths[static_cast<std::size_t>(b)];
         for (Index h = 0; h < shape.heads; ++h) {
           for (Index i = length; i < shape.q_len; ++i) {
@@ -248,7 +249,7 @@ TEST_CASE("infini_attention: every option, against the reference", "[gauge][infi
   });
 }
 
-TEST_CASE("infini_attention: another feature map, number by number", "[options][infini]") {
+TEST_CASE("infini_attention: a user-defined feature map without on_packet", "[options][infini]") {
   struct squared {
     double operator()(double x) const { return x * x; }
   };
@@ -260,7 +261,7 @@ TEST_CASE("infini_attention: another feature map, number by number", "[options][
   CHECK(worst_in_u<float>(call.out, infini_oracle(attend, call), call.v) <= most_u);
 }
 
-TEST_CASE("infini_attention: a very negative feature is not lost", "[golden][infini]") {
+TEST_CASE("infini_attention: the feature of a very negative number is not rounded to 0", "[golden][infini]") {
   const longspan::elu_plus_one phi;
   alignas(64) float of_lane[64];
   longspan::detail::store<float>(of_lane, phi.on_packet(longspan::detail::broadcast(-18.0f)));
@@ -290,7 +291,7 @@ TEST_CASE("infini_attention: the same bits with any number of threads", "[bits][
   check(infini_attention{longspan::landmark_attention(longspan::landmarks::every(12))});
 }
 
-TEST_CASE("infini_attention: what does not fit is refused, and nothing is written", "[errors][infini]") {
+TEST_CASE("infini_attention: invalid arguments are refused, and nothing is written", "[errors][infini]") {
   Random random(12);
   Call<float> call(Shape{1, 4, 2, 8, 8, 16, 16}, Values::normal, random);
   const auto said = [&](const auto& attend) { return refusal([&] { run(attend, call); }); };

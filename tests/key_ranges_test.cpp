@@ -15,7 +15,7 @@ namespace {
 
 constexpr Index keys = 120;
 
-/// A set of the keys 0 .. keys - 1, as plain as can be.
+/// A subset of the keys 0 .. keys - 1.
 using Set = std::vector<bool>;
 
 Set set_of(const std::vector<KeyRange>& ranges) {
@@ -40,7 +40,7 @@ bool holds(const Set& outer, const Set& inner) {
   return true;
 }
 
-/// Rising, none empty, gaps between, not too many.
+/// True if ranges rise, are not empty, have gaps between them, and are at most `capacity`.
 bool well_formed(const KeyRanges& ranges) {
   if (ranges.size() > KeyRanges::capacity || ranges.end() - ranges.begin() != ranges.size()) return false;
   for (const KeyRange* range = ranges.begin(); range != ranges.end(); ++range) {
@@ -49,7 +49,7 @@ bool well_formed(const KeyRanges& ranges) {
   return ranges.empty() == (ranges.size() == 0);
 }
 
-/// Well formed; exact while there is room for every stretch, and never fewer keys.
+/// True if the ranges are well formed, contain all wanted keys, and are exact if the capacity suffices.
 bool is(const KeyRanges& ranges, const Set& wanted) {
   if (!well_formed(ranges)) return false;
   return stretches(wanted) <= KeyRanges::capacity ? set_of(ranges) == wanted : holds(set_of(ranges), wanted);
@@ -100,7 +100,7 @@ TEST_CASE("KeyRange: everything leaves room to add", "[key_ranges]") {
   STATIC_REQUIRE(KeyRange::lowest - KeyRange::highest < KeyRange::lowest);
 }
 
-TEST_CASE("KeyRanges: ranges that touch become one", "[key_ranges]") {
+TEST_CASE("KeyRanges: adjacent ranges become one", "[key_ranges]") {
   CHECK(KeyRanges().empty());
   CHECK(KeyRanges().size() == 0);
   CHECK(KeyRanges({4, 4}).empty());
@@ -123,7 +123,7 @@ TEST_CASE("KeyRanges: ranges that touch become one", "[key_ranges]") {
 TEST_CASE("KeyRanges: one range too many closes the narrowest gap", "[key_ranges]") {
   STATIC_REQUIRE(KeyRanges::capacity == 8);
   KeyRanges x;
-  for (Index n = 0; n < 8; ++n) x.add({100 * n, 100 * n + 10 + n});  // the gaps are 90, 89, ... 84 wide
+  for (Index n = 0; n < 8; ++n) x.add({100 * n, 100 * n + 10 + n});  // the gaps are 90, 89, ... 84 keys wide
   CHECK(x.size() == 8);
   x.add({1000, 1010});
   CHECK(x.size() == 8);
@@ -155,9 +155,9 @@ TEST_CASE("KeyRanges: adding never loses a key", "[key_ranges]") {
   });
 }
 
-TEST_CASE("united, intersection: against sets", "[key_ranges]") {
+TEST_CASE("united, intersection: match sets of keys", "[key_ranges]") {
   test::for_each_case(2000, [](test::Random& random) {
-    // Up to 8 ranges each: exact by themselves, too many for one KeyRanges when crossed.
+    // Up to 8 ranges each: both are exact, but their combination may exceed the capacity.
     const auto a = random_ranges(random, 8, 20), b = random_ranges(random, 8, 20);
     const Set set_a = set_of(a), set_b = set_of(b);
     Set in_either = set_a, in_both = set_a;
@@ -186,7 +186,7 @@ TEST_CASE("united, intersection: with everything and with nothing", "[key_ranges
   CHECK(*united(all, x).begin() == KeyRange::everything());
 }
 
-TEST_CASE("KeyRanges: is a constant expression", "[key_ranges]") {
+TEST_CASE("KeyRanges: can be used in constant expressions", "[key_ranges]") {
   constexpr KeyRanges x = [] {
     KeyRanges ranges;
     for (Index n = 0; n < 20; ++n) ranges.add({10 * n, 10 * n + 3});

@@ -1,4 +1,4 @@
-// Random calls of landmark_attention, each held to its definition.
+// Random calls of landmark_attention, each compared with its definition.
 #include <utility>
 #include <vector>
 
@@ -17,7 +17,8 @@ const std::vector<Index> block_means{1, 2, 3, 8, 16, 17, 40, 64, 100};
 
 Shape draw_call(Random& random) {
   Shape shape = draw_shape(random);
-  if (random.chance(0.3)) shape.kv_len = random.between(129, 700);  // blocks that no kernel block holds
+  if (random.chance(0.3))
+    shape.kv_len = random.between(129, 700);  // landmark blocks that are longer than a key block
   shape.q_len = std::min<Index>(shape.q_len, 130);
   while (shape.work() > 4'000'000 && shape.q_len > 3) shape.q_len /= 2;
   while (shape.work() > 4'000'000 && shape.head_dim + shape.value_dim > 8) {
@@ -61,14 +62,14 @@ TEST_CASE("landmark_attention: within the bound of its docstring, causal", "[gau
   CHECK(trust.half_of_the_softmaxes_are_healthy());
 }
 
-TEST_CASE("landmark_attention: within the bound of its docstring, every block seen", "[gauge]") {
+TEST_CASE("landmark_attention: within the bound of its docstring, all blocks visible", "[gauge]") {
   Trust trust;
   for_each_case(
       100, [&](Random& random) { check_landmark_call<float>(random, longspan::everything{}, {}, &trust); });
   CHECK(trust.half_of_the_softmaxes_are_healthy());
 }
 
-TEST_CASE("landmark_attention: a window hides tokens and landmarks one by one", "[gauge][mask]") {
+TEST_CASE("landmark_attention: a window hides tokens and landmarks individually", "[gauge][mask]") {
   for_each_case(60, [](Random& random) {
     const Index left = random.between(0, 200);
     check_landmark_call<float>(
@@ -77,7 +78,7 @@ TEST_CASE("landmark_attention: a window hides tokens and landmarks one by one", 
   });
 }
 
-TEST_CASE("landmark_attention: a mask of the user's own, other options", "[gauge][mask]") {
+TEST_CASE("landmark_attention: user-defined masks and other options", "[gauge][mask]") {
   struct odd_pairs {
     bool sees(Index i, Index j) const { return (i * 7 + j * 3) % 5 != 0; }
   };
@@ -99,7 +100,7 @@ TEST_CASE("landmark_attention: double, and 16-bit storage", "[gauge][types]") {
   });
 }
 
-TEST_CASE("landmark_attention: scores and encodings", "[gauge][score]") {
+TEST_CASE("landmark_attention: within the bound with scores and position encodings", "[gauge][score]") {
   for_each_case(30, [](Random& random) {
     Definition what = causal_definition;
     what.score = [](double s, Index, Index, Index, Index) { return 5 * std::tanh(s / 5); };

@@ -1,4 +1,4 @@
-// The memory that landmark_attention reads, writes and allocates.
+// Which memory landmark_attention reads, writes and allocates.
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -15,7 +15,7 @@ using namespace test;
 using longspan::landmark_attention;
 using longspan::landmarks;
 
-/// A copy of x as [batch, rows, heads, cols + gap] in memory, NaN in the gaps.
+/// A copy of x with the memory layout [batch, rows, heads, cols + gap] and NaN in the gaps.
 template <class T>
 struct RowsFirst {
   std::vector<T> values;

@@ -1,4 +1,4 @@
-// landmark_attention where the answer is known, its laws, its options, and what it refuses.
+// landmark_attention: known results, laws, options, and errors.
 #include "longspan/landmark_attention.hpp"
 
 #include <cmath>
@@ -33,7 +33,7 @@ Call<float> call_of(const std::vector<double>& c, Index q_len) {
   return call;
 }
 
-/// Row i of the weights is `wanted`, of the kernel and of the reference.
+/// Checks row i of the weights, of the kernel and of the reference.
 template <class Attend>
 void check_weights(const Attend& attend, Call<float> call, Index i, const std::vector<double>& wanted) {
   const auto check = [&](const char* who) {
@@ -64,14 +64,14 @@ TEST_CASE("landmark_attention: the example of figure 4 of the paper", "[golden]"
   check_weights(attend, call, 6, {1 / 6.0, 1 / 6.0, 0, 1 / 6.0, 1 / 6.0, 0, 1 / 3.0, 0, 0});
 }
 
-TEST_CASE("landmark_attention: a landmark sees its block and the landmarks before, not itself", "[golden]") {
+TEST_CASE("landmark_attention: a landmark sees its block and earlier landmarks, but not itself", "[golden]") {
   const landmark_attention attend{landmarks::every(3)};
   const Call<float> call = call_of(equal_scores, 9);
   check_weights(attend, call, 5, {1 / 6.0, 1 / 6.0, 0, 1 / 3.0, 1 / 3.0, 0, 0, 0, 0});
   check_weights(attend, call, 8, {1 / 8.0, 1 / 8.0, 0, 1 / 8.0, 1 / 8.0, 0, 1 / 4.0, 1 / 4.0, 0});
 }
 
-TEST_CASE("landmark_attention: the score of a landmark is the weight of its block", "[golden]") {
+TEST_CASE("landmark_attention: the score of a landmark determines the weight of its block", "[golden]") {
   const std::vector<Index> keys{2, 5};
   const landmark_attention attend{landmarks::at(keys)};
   Call<float> call = call_of(drawn_scores, 7);
@@ -80,7 +80,8 @@ TEST_CASE("landmark_attention: the score of a landmark is the weight of its bloc
   CHECK(std::abs(call.lse(0, 0, 6) - std::log(8.0f)) < 1e-6f);
 }
 
-TEST_CASE("landmark_attention: a landmark without tokens is absent, or leaks its weight", "[golden]") {
+TEST_CASE("landmark_attention: a landmark without visible tokens is dropped, or leaks its weight",
+          "[golden]") {
   const std::vector<Index> keys{1, 2};
   landmark_attention attend{landmarks::at(keys)};
   const Call<float> call = call_of({1, 1, 1, 1}, 4);
@@ -90,7 +91,7 @@ TEST_CASE("landmark_attention: a landmark without tokens is absent, or leaks its
 }
 
 TEST_CASE("landmark_attention: the weight of the CMT goes to the controlled blocks", "[golden][control]") {
-  // Free block {0}, landmark 1 of weight 4; controlled block {2}, landmark 3; own token 4 of weight 2.
+  // A free block {0} with landmark 1 of weight 4, a controlled block {2} with landmark 3, own token 4 of weight 2.
   const std::vector<Index> keys{1, 3};
   const std::vector<unsigned char> kinds{0, 1};
   const std::vector<float> cmt(5, std::log(2.0f));
@@ -103,8 +104,7 @@ TEST_CASE("landmark_attention: the weight of the CMT goes to the controlled bloc
   check_weights(attend, call, 4, {0.5, 0, 0, 0, 0.25});
 }
 
-TEST_CASE("landmark_attention: the gate of a block is multiplied by what the caller keeps of it",
-          "[golden]") {
+TEST_CASE("landmark_attention: gate_keep multiplies the weight of a block", "[golden]") {
   const std::vector<Index> keys{2, 5};
   std::vector<float> keep(7 * 2, 1.0f);
   keep[6 * 2] = 0;
@@ -114,7 +114,7 @@ TEST_CASE("landmark_attention: the gate of a block is multiplied by what the cal
   check_weights(attend, call_of(drawn_scores, 7), 6, {0, 0, 0, 1 / 2.0, 1 / 2.0, 0, 1 / 4.0});
 }
 
-TEST_CASE("landmark_attention: landmarks as plain tokens, and hidden", "[golden]") {
+TEST_CASE("landmark_attention: LandmarkSoftmax::plain and LandmarkSoftmax::ignored", "[golden]") {
   landmark_attention attend{landmarks::every(3)};
   const Call<float> call = call_of(drawn_scores, 7);
   attend.softmax = LandmarkSoftmax::plain;
@@ -123,7 +123,8 @@ TEST_CASE("landmark_attention: landmarks as plain tokens, and hidden", "[golden]
   check_weights(attend, call, 6, {1 / 8.0, 3 / 8.0, 0, 1 / 8.0, 1 / 8.0, 0, 2 / 8.0});
 }
 
-TEST_CASE("landmark_attention: a query whose block is empty, and that sees no other, gives 0", "[golden]") {
+TEST_CASE("landmark_attention: a query with an empty own block that sees no other block has output 0",
+          "[golden]") {
   const std::vector<Index> keys{0, 1};
   Call<float> call = call_of({1, 1, 1}, 3);
   call.run(landmark_attention{landmarks::at(keys)});
@@ -155,7 +156,7 @@ TEST_CASE("landmark_attention: within the first block it is causal softmax atten
   check_against(exact_attention({.sees = [](Index, Index, Index i, Index j) { return j <= i; }}, own), call);
 }
 
-TEST_CASE("landmark_attention: the merge of the local part and the blocks under their landmarks' scores",
+TEST_CASE("landmark_attention: equals the merge of the local part and of blocks with their landmarks' scores",
           "[law][merge]") {
   for_each_case(20, [](Random& random) {
     const Index length = random.pick({5, 16, 64, 150}), blocks = random.between(1, 5),
@@ -163,7 +164,7 @@ TEST_CASE("landmark_attention: the merge of the local part and the blocks under 
     Call<float> call(Shape{1, 2, 1, q_len, kv_len, 24, 16}, Values::normal, random);
     INFO("length " << length << " blocks " << blocks << " rest " << rest);
 
-    // Queries in the open block: it is the local part.
+    // The queries are in the open block, which is the local part.
     std::vector<Tensor<float>> outs;
     std::vector<Rows<float>> lses;
     const auto q = std::as_const(call.q).view();
@@ -204,7 +205,7 @@ TEST_CASE("landmark_attention: the merge of the local part and the blocks under 
   });
 }
 
-TEST_CASE("landmark_attention: the reference agrees in double, whatever the options", "[law][reference]") {
+TEST_CASE("landmark_attention: matches the reference in double for all options", "[law][reference]") {
   for_each_case(60, [](Random& random) {
     const Index kv_len = random.between(1, 300), q_len = random.between(1, std::min<Index>(60, kv_len));
     Call<double> call(Shape{2, 6, 2, q_len, kv_len, 5, 9}, random.pick(all_values), random),
@@ -249,7 +250,8 @@ TEST_CASE("landmark_attention: the reference agrees in double, whatever the opti
   });
 }
 
-TEST_CASE("landmark_attention: regular blocks are those of the list, to the bit", "[law][bits]") {
+TEST_CASE("landmark_attention: landmarks::every gives the bits of the same landmarks as a list",
+          "[law][bits]") {
   for (const Index length : {1, 7, 64, 129, 200}) {
     Random random(static_cast<std::uint64_t>(length));
     const Landmarks at = every(length, 1, 500);
@@ -264,8 +266,7 @@ TEST_CASE("landmark_attention: regular blocks are those of the list, to the bit"
   }
 }
 
-TEST_CASE("landmark_attention: any number of threads, any queries beside, the same bits",
-          "[law][bits][slow]") {
+TEST_CASE("landmark_attention: bits do not depend on threads or on other queries", "[law][bits][slow]") {
   for (const Index length : {3, 50, 64, 300}) {
     Random random(static_cast<std::uint64_t>(length));
     Call<float> call(Shape{2, 6, 2, 330, 700, 24, 16}, Values::normal, random);
@@ -276,7 +277,7 @@ TEST_CASE("landmark_attention: any number of threads, any queries beside, the sa
       own.run(attend, longspan::openmp{threads});
       CHECK(own.same_outputs(call));
     }
-    // The rows of one call, in calls of their own.
+    // The rows of one call as separate calls.
     for (Index first = 0; first < 330; first += 110) {
       auto part_attend = attend;
       part_attend.first_query = 370 + first;
@@ -294,7 +295,7 @@ TEST_CASE("landmark_attention: any number of threads, any queries beside, the sa
   }
 }
 
-TEST_CASE("landmark_attention: values of landmarks and what is hidden have no effect", "[law][masked]") {
+TEST_CASE("landmark_attention: values of landmarks and hidden keys have no effect", "[law][masked]") {
   for (const Index length : {5, 64, 200}) {
     Random random(static_cast<std::uint64_t>(length));
     Call<float> call(Shape{1, 4, 2, 300, 500, 16, 24}, Values::normal, random);
@@ -303,7 +304,7 @@ TEST_CASE("landmark_attention: values of landmarks and what is hidden have no ef
     Call<float> own = call.unrun();
     for (Index h = 0; h < 2; ++h) {
       for (Index j = length - 1; j < 500; j += length) std::fill_n(own.v.row(0, h, j), 24, NAN);
-      // Nobody but the last query sees the last key.
+      // Only the last query sees the last key.
       std::fill_n(own.v.row(0, h, 499), 24, std::numeric_limits<float>::infinity());
       std::fill_n(own.k.row(0, h, 499), 16, NAN);
     }
@@ -316,7 +317,8 @@ TEST_CASE("landmark_attention: values of landmarks and what is hidden have no ef
   }
 }
 
-TEST_CASE("landmark_attention: no other block reaches the open one at the end", "[law][masked]") {
+TEST_CASE("landmark_attention: queries of other blocks do not see the open block at the end",
+          "[law][masked]") {
   Random random(3);
   for (const Index length : {50, 150}) {
     Call<float> call(Shape{1, 2, 1, 320, 320, 16, 8}, Values::normal, random);
@@ -337,7 +339,7 @@ TEST_CASE("landmark_attention: no other block reaches the open one at the end", 
   }
 }
 
-TEST_CASE("landmark_attention: padding is a shorter sequence", "[law][masked]") {
+TEST_CASE("landmark_attention: padding equals a shorter sequence", "[law][masked]") {
   Random random(4);
   const std::vector<Index> lengths{130, 200};
   Call<float> call(Shape{2, 2, 1, 60, 200, 16, 8}, Values::normal, random);
@@ -374,7 +376,7 @@ TEST_CASE("landmark_attention: a higher score of a landmark raises the weight of
   }
 }
 
-TEST_CASE("landmark_attention: scores of 1e4 stay finite", "[law]") {
+TEST_CASE("landmark_attention: scores of 1e4 give finite results", "[law]") {
   Random random(5);
   for (const Index length : {8, 64, 150}) {
     Call<float> call(Shape{1, 2, 1, 200, 400, 16, 8}, Values::normal, random);
@@ -385,9 +387,9 @@ TEST_CASE("landmark_attention: scores of 1e4 stay finite", "[law]") {
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// What it refuses
+// Errors
 
-TEST_CASE("landmark_attention: landmarks and options that do not fit are refused, and nothing is written",
+TEST_CASE("landmark_attention: invalid landmarks and options are refused, and nothing is written",
           "[errors]") {
   Call<float> call(Shape{2, 2, 1, 5, 9, 4, 4});
   const Call<float> before = call;
@@ -424,7 +426,7 @@ TEST_CASE("landmark_attention: landmarks and options that do not fit are refused
   CHECK(refusal([&] { call.run(attend); }).empty());
 }
 
-TEST_CASE("landmark_attention: sizes of 0", "[errors]") {
+TEST_CASE("landmark_attention: sizes of 0 are allowed", "[errors]") {
   for (const Shape& shape :
        {Shape{0, 2, 1, 3, 4, 2, 2}, Shape{1, 2, 1, 0, 4, 2, 2}, Shape{1, 2, 1, 3, 0, 2, 2},
         Shape{1, 2, 1, 3, 4, 0, 2}, Shape{1, 2, 1, 3, 4, 2, 0}}) {

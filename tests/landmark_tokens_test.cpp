@@ -1,4 +1,4 @@
-// Landmark tokens: into a text and out of it.
+// Inserting landmark tokens into a text and removing them.
 #include "longspan/landmark_tokens.hpp"
 
 #include <limits>
@@ -26,7 +26,7 @@ Tokens first_tokens(Index count) {
 
 }  // namespace
 
-TEST_CASE("landmark_tokens: after every complete block", "[landmark_tokens]") {
+TEST_CASE("landmark_tokens: a landmark after every complete block", "[landmark_tokens]") {
   const auto inserted = [](Index count, LastLandmark last) {
     return with_landmarks(span_of(first_tokens(count)), 4, mark, last);
   };
@@ -39,7 +39,7 @@ TEST_CASE("landmark_tokens: after every complete block", "[landmark_tokens]") {
   CHECK(with_landmarks(span_of({1, 2}), 2, mark) == Tokens{1, mark, 2, mark});
 }
 
-TEST_CASE("landmark_tokens: what was put in is found and taken out again", "[landmark_tokens][law]") {
+TEST_CASE("landmark_tokens: inserted landmarks are found and can be removed", "[landmark_tokens][law]") {
   test::for_each_case(50, [](test::Random& random) {
     const Tokens tokens = first_tokens(random.between(0, 60));
     const Index block = random.between(2, 13);
@@ -51,7 +51,7 @@ TEST_CASE("landmark_tokens: what was put in is found and taken out again", "[lan
     CHECK(landmark_keys(std::span<const unsigned char>(mask)) == keys);
     for (std::size_t m = 0; m < keys.size(); ++m) CHECK(keys[m] == block * (static_cast<Index>(m) + 1) - 1);
 
-    // Every token predicts the next one, by either rule, at the row that is left of it.
+    // With both losses every token has a row of logits that predicts the next token.
     for (const auto loss : {LandmarkLoss::skips, LandmarkLoss::includes}) {
       const Tokens labels = landmark_labels(span_of(inserted), mark, loss, ignored);
       const std::vector<Index> rows = logit_rows(span_of(inserted), mark, loss);
@@ -64,7 +64,7 @@ TEST_CASE("landmark_tokens: what was put in is found and taken out again", "[lan
   });
 }
 
-TEST_CASE("landmark_tokens: labels by both rules", "[landmark_tokens]") {
+TEST_CASE("landmark_tokens: labels for both losses", "[landmark_tokens]") {
   const Tokens text{1, 2, mark, 3, 4, mark, 5};
   CHECK(landmark_labels(span_of(text), mark, LandmarkLoss::skips, ignored) ==
         Tokens{2, 3, ignored, 4, 5, ignored, ignored});
@@ -72,7 +72,7 @@ TEST_CASE("landmark_tokens: labels by both rules", "[landmark_tokens]") {
         Tokens{2, mark, 3, 4, mark, 5, ignored});
 }
 
-TEST_CASE("landmark_tokens: positions, and jumps behind landmarks", "[landmark_tokens]") {
+TEST_CASE("landmark_tokens: positions, and jumps after landmarks", "[landmark_tokens]") {
   const Tokens text{1, 2, mark, 3, mark, 4};
   CHECK(landmark_positions(span_of(text), mark) == std::vector<Index>{0, 1, 2, 3, 4, 5});
   const std::vector<Index> jumps{10, 100};
@@ -100,7 +100,7 @@ TEST_CASE("landmark_tokens: logits without the rows of landmarks", "[landmark_to
   CHECK(refused(from, {left.data(), 2, 2, 2}).find("result is [2, 2], wanted [3, 2]") != std::string::npos);
 }
 
-TEST_CASE("landmark_tokens: the chunks of a context of 512 and of 2048", "[landmark_tokens][golden]") {
+TEST_CASE("landmark_tokens: chunk lengths for a context of 512 and of 2048", "[landmark_tokens][golden]") {
   CHECK(landmark_chunk_length(512, 51, 5) == 204);
   CHECK(landmark_chunk_length(512, 51, 4) == 255);
   CHECK(landmark_chunk_length(512, 51, 2) == 357);

@@ -31,14 +31,14 @@ using longspan::sinks;
 using longspan::Tile;
 using longspan::window;
 using test::MaskCase;
-// Argument-dependent lookup finds the operators for the library's own masks only.
+// Argument-dependent lookup finds the operators only for the library's own masks.
 using longspan::operator&;
 using longspan::operator|;
 using longspan::operator!;
 
 namespace {
 
-/// What each query of [0, queries) sees of `keys` keys: one text of # and . for each.
+/// A picture of a mask: one text for each query of [0, queries), with # for a visible key and . for a hidden one.
 template <longspan::Mask M>
 std::vector<std::string> picture(const M& mask, Index queries, Index keys, Index b = 0, Index h = 0) {
   std::vector<std::string> rows;
@@ -66,7 +66,7 @@ void for_each_row(const Tile& tile, const Work& work) {
   }
 }
 
-/// What is wrong with the mask's answers about the tile; empty where nothing is.
+/// Describes what is wrong with the mask's results for the tile; empty if nothing is wrong.
 std::string fault(const MaskCase& mask, const Tile& tile) {
   Index seen = 0;
   bool same = true, in_ranges = true;
@@ -106,7 +106,7 @@ Tile random_tile(test::Random& random) {
 
 }  // namespace
 
-TEST_CASE("mask: classify and key_ranges of every mask, on every small tile", "[mask][slow]") {
+TEST_CASE("mask: classify and key_ranges of every mask are right for every small tile", "[mask][slow]") {
   for (const MaskCase& mask : test::library_masks()) {
     std::string found;
     for (Index batch = 0; batch < (mask.text == "padding" ? 3 : 1); ++batch) {
@@ -124,7 +124,7 @@ TEST_CASE("mask: classify and key_ranges of every mask, on every small tile", "[
   }
 }
 
-TEST_CASE("mask: any combination answers truly, on random tiles", "[mask]") {
+TEST_CASE("mask: random combinations are right for random tiles", "[mask]") {
   test::for_each_case(600, [](test::Random& random) {
     const MaskCase mask = test::random_mask(random, static_cast<int>(random.between(1, 4)));
     std::string found;
@@ -133,8 +133,8 @@ TEST_CASE("mask: any combination answers truly, on random tiles", "[mask]") {
   });
 }
 
-TEST_CASE("mask: combinations of two range masks, their types known", "[mask]") {
-  // `both` of two range masks is itself a range mask, and so answers in another way than other combinations.
+TEST_CASE("mask: combinations of two range masks with their own types", "[mask]") {
+  // `both` of two range masks is itself a range mask, which other combinations are not.
   const auto check = [](auto a, const MaskCase& of_a, auto b, const MaskCase& of_b) {
     STATIC_REQUIRE(longspan::RangeMask<decltype(a & b)>);
     STATIC_REQUIRE_FALSE(longspan::RangeMask<decltype(a | b)>);
@@ -160,7 +160,7 @@ TEST_CASE("mask: combinations of two range masks, their types known", "[mask]") 
   check(sinks{4}, test::sinks_case(4), segments{3}, test::segments_case(3));
 }
 
-TEST_CASE("mask: causal & window is exact", "[mask]") {
+TEST_CASE("mask: classify of causal & window is exact", "[mask]") {
   MaskCase mask = test::and_of(test::causal_case(), test::window_case(4, window::unlimited));
   mask.mask = test::AnyMask(causal{} & window{.left = 4});
   mask.exact = true;
@@ -171,7 +171,7 @@ TEST_CASE("mask: causal & window is exact", "[mask]") {
   CHECK(fault(mask, {0, 0, 1, 5, 3, 2, 6}) == "");
 }
 
-TEST_CASE("mask: seen_bits answers for 64 keys what sees does for one", "[mask]") {
+TEST_CASE("mask: seen_bits agrees with sees for 64 keys", "[mask]") {
   using longspan::detail::low_bits;
   using longspan::detail::seen_bits;
   const auto check = [](const auto& mask) {
@@ -199,7 +199,7 @@ TEST_CASE("causal: query i sees the keys up to i", "[mask]") {
   CHECK_FALSE(sees(causal{}, 0, 0, -1, 0));
 }
 
-TEST_CASE("window: keys i - left to i + right", "[mask]") {
+TEST_CASE("window: query i sees the keys i - left to i + right", "[mask]") {
   CHECK(picture(window{.left = 1, .right = 2}, 4, 6) == Picture{"###...", "####..", ".####.", "..####"});
   CHECK(picture(window{.left = 1}, 3, 4) == Picture{"####", "####", ".###"});
   CHECK(picture(window{.right = 0}, 3, 4) == Picture{"#...", "##..", "###."});
@@ -208,7 +208,7 @@ TEST_CASE("window: keys i - left to i + right", "[mask]") {
   CHECK(picture(causal{} & window{.left = 1}, 4, 4) == Picture{"#...", "##..", ".##.", "..##"});
 }
 
-TEST_CASE("sinks: the first keys, for every query", "[mask]") {
+TEST_CASE("sinks: every query sees the first keys", "[mask]") {
   CHECK(picture(sinks{2}, 3, 4) == Picture{"##..", "##..", "##.."});
   CHECK(sinks{}.count == 4);
   CHECK(picture(sinks{0}, 1, 2) == Picture{".."});
@@ -216,7 +216,7 @@ TEST_CASE("sinks: the first keys, for every query", "[mask]") {
         Picture{"#....", "##...", "###..", "#.##.", "#..##"});
 }
 
-TEST_CASE("segments: the keys of the query's own", "[mask]") {
+TEST_CASE("segments: a query sees the keys of its own segment", "[mask]") {
   CHECK(picture(segments{2}, 5, 5) == Picture{"##...", "##...", "..##.", "..##.", "....#"});
   CHECK(sees(segments{4}, 0, 0, -1, -4));
   CHECK_FALSE(sees(segments{4}, 0, 0, -1, 0));
@@ -224,7 +224,7 @@ TEST_CASE("segments: the keys of the query's own", "[mask]") {
   CHECK_FALSE(sees(segments{4}, 0, 0, -5, -4));
 }
 
-TEST_CASE("documents: the keys of the query's own, the first and the last open", "[mask]") {
+TEST_CASE("documents: a query sees the keys of its own document; the first and the last are open", "[mask]") {
   const std::vector<Index> starts{2, 3, 5};
   CHECK(picture(documents{starts}, 7, 7) ==
         Picture{"##.....", "##.....", "..#....", "...##..", "...##..", ".....##", ".....##"});
@@ -232,7 +232,8 @@ TEST_CASE("documents: the keys of the query's own, the first and the last open",
   CHECK(picture(causal{} & documents{starts}, 5, 5) == Picture{"#....", "##...", "..#..", "...#.", "...##"});
 }
 
-TEST_CASE("padding: the keys behind the length of the batch row are hidden, or those before it", "[mask]") {
+TEST_CASE("padding: hides the keys after the length of the batch row; !padding hides those before it",
+          "[mask]") {
   const std::vector<Index> lengths{2, 0, 4};
   CHECK(picture(padding{lengths}, 2, 4, 0) == Picture{"##..", "##.."});
   CHECK(picture(padding{lengths}, 1, 4, 1) == Picture{"...."});
@@ -265,7 +266,7 @@ TEST_CASE("mask: bounds saturate at every position and with every bound", "[mask
   CHECK(documents{far}.keys(0, 0) == KeyRange{lowest, highest});
   CHECK(padding{far}.keys(0, 0).empty());
   CHECK(padding{far}.keys(1, 0) == KeyRange{0, highest});
-  // The two ends of a range never fall, beyond the bounds as within them.
+  // The two ends of a range never decrease, even outside the bounds.
   for (const Index left : {Index{0}, Index{7}, highest - 1, highest, most}) {
     KeyRange before = window{left, left}.keys(0, least);
     for (const Index i : {least + 1, -highest, Index{-9}, Index{0}, Index{9}, highest, most - 1, most}) {
@@ -277,7 +278,7 @@ TEST_CASE("mask: bounds saturate at every position and with every bound", "[mask
   }
 }
 
-TEST_CASE("mask: an option or an array that does not fit a call is refused in a sentence", "[mask][errors]") {
+TEST_CASE("mask: an option or an array that does not fit a call is refused", "[mask][errors]") {
   const CallSizes sizes{"softmax_attention", 2, 4, 0, 5, 5};
   const auto text = [&](const auto& mask) {
     return test::refusal([&] { longspan::detail::check_part(mask, sizes); });
@@ -301,7 +302,7 @@ TEST_CASE("mask: an option or an array that does not fit a call is refused in a 
         "longspan: softmax_attention: one of padding.lengths is -1, wanted at least 0");
   CHECK(text(everything{}) + text(causal{}) + text(window{0, 0}) + text(window{}) + text(sinks{0}) == "");
   CHECK(text(segments{1}) + text(documents{}) + text(documents{repeated}) + text(padding{fitting}) == "");
-  // Masks made of masks ask all of them, and a mask without `check` is never refused.
+  // Composed masks check all of their parts, and a mask without `check` accepts every call.
   const window wrong{.left = -1};
   const std::string refused = text(wrong);
   CHECK(text(causal{} & wrong) == refused);
@@ -312,14 +313,14 @@ TEST_CASE("mask: an option or an array that does not fit a call is refused in a 
   CHECK(text(!(test::every_third{} | (causal{} & !window{.left = 1}))) == "");
 }
 
-TEST_CASE("mask: `& | !` nest", "[mask]") {
+TEST_CASE("mask: `& | !` can be nested", "[mask]") {
   CHECK(picture(!causal{}, 3, 3) == Picture{".##", "..#", "..."});
   CHECK(picture(!!causal{}, 3, 3) == picture(causal{}, 3, 3));
   CHECK(picture(!(causal{} | sinks{2}), 2, 4) == picture((!causal{}) & (!sinks{2}), 2, 4));
   CHECK(picture(sinks{1} | (causal{} & window{.left = 0}), 3, 3) == Picture{"#..", "##.", "#.#"});
 }
 
-TEST_CASE("mask: three-valued algebra", "[mask]") {
+TEST_CASE("mask: classify of `& | !` follows three-valued logic", "[mask]") {
   struct Says {
     Coverage coverage;
     constexpr bool sees(Index, Index) const { return coverage != Coverage::none; }
@@ -345,7 +346,7 @@ TEST_CASE("mask: three-valued algebra", "[mask]") {
   STATIC_REQUIRE(classify(all | some, tile) == Coverage::all);
 }
 
-TEST_CASE("mask: the parts that a user leaves out are answered safely", "[mask]") {
+TEST_CASE("mask: members that a user-defined mask omits have safe defaults", "[mask]") {
   constexpr Tile tile{0, 0, 1, 0, 2, 0, 2};
   STATIC_REQUIRE(classify(test::every_third{}, tile) == Coverage::some);
   STATIC_REQUIRE(*key_ranges(test::every_third{}, tile).begin() == KeyRange::everything());
@@ -362,7 +363,7 @@ TEST_CASE("mask: the parts that a user leaves out are answered safely", "[mask]"
   }
 }
 
-TEST_CASE("mask: combinations skip what their parts skip", "[mask]") {
+TEST_CASE("mask: key_ranges of combinations follow from those of their parts", "[mask]") {
   const Tile tile{0, 0, 1, 100, 10, 0, 0};
   const auto only_range = [&](const auto& mask) {
     const KeyRanges ranges = key_ranges(mask, tile);
@@ -380,8 +381,8 @@ TEST_CASE("mask: combinations skip what their parts skip", "[mask]") {
   CHECK(*(ranges.begin() + 1) == KeyRange{98, 110});
 }
 
-TEST_CASE("mask: many ranges at once lose no key", "[mask]") {
-  // Twelve islands of keys: more than KeyRanges holds.
+TEST_CASE("mask: more ranges than the capacity lose no key", "[mask]") {
+  // Twelve islands of keys: more than the capacity of KeyRanges.
   struct island {
     Index begin;
     constexpr KeyRange keys(Index, Index) const { return {begin, begin + 2}; }
@@ -400,7 +401,7 @@ TEST_CASE("mask: many ranges at once lose no key", "[mask]") {
   CHECK_FALSE(hold(cut, 60));
 }
 
-TEST_CASE("mask: positions far from 0", "[mask]") {
+TEST_CASE("mask: right for positions far from 0", "[mask]") {
   constexpr Index far = Index{1} << 45;
   const Tile tile{0, 0, 1, far, 4, far - 8, 12};
   CHECK(classify(causal{}, tile) == Coverage::some);
@@ -410,7 +411,7 @@ TEST_CASE("mask: positions far from 0", "[mask]") {
   CHECK_FALSE(sees(segments{1000}, 0, 0, far, far / 1000 * 1000 - 1));
 }
 
-TEST_CASE("mask: a constant expression", "[mask]") {
+TEST_CASE("mask: can be used in constant expressions", "[mask]") {
   constexpr auto mask = causal{} & (sinks{2} | window{.left = 3});
   STATIC_REQUIRE(sees(mask, 0, 0, 9, 1));
   STATIC_REQUIRE(sees(mask, 0, 0, 9, 6));
@@ -424,7 +425,7 @@ TEST_CASE("mask: a constant expression", "[mask]") {
   STATIC_REQUIRE(classify(segments{8}, {0, 0, 1, 8, 8, 8, 8}) == Coverage::all);
 }
 
-TEST_CASE("Mask, RangeMask: who is one", "[mask]") {
+TEST_CASE("Mask, RangeMask: the types that satisfy them", "[mask]") {
   STATIC_REQUIRE(longspan::Mask<causal>);
   STATIC_REQUIRE(longspan::Mask<const causal>);
   STATIC_REQUIRE(longspan::RangeMask<causal>);

@@ -24,7 +24,7 @@ constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 template <class T>
 using Beta = longspan::MatrixView<const Arithmetic<T>>;
 
-/// The worst distance from g a + (1 - g) b, as a share of the 5 u of each side that five roundings allow:
+/// The worst error of g a + (1 - g) b, as a share of the 5 u of each side that five roundings allow:
 /// exp, 1 +, 1 /, the product and the sum.
 template <class T>
 double worst_gate(const std::vector<Arithmetic<T>>& beta, Index beta_rows, Index beta_cols,
@@ -71,8 +71,8 @@ TEMPLATE_TEST_CASE("gate: beta 0 takes half of each", "[partial][exact]", float,
   CHECK(out == test::Tensor<TestType>(1, 2, 3, 17, TestType(2)));
 }
 
-TEMPLATE_TEST_CASE("gate: within its bound, beta one number, one a head, or one a head and column",
-                   "[partial]", float, double, Eigen::bfloat16, Eigen::half) {
+TEMPLATE_TEST_CASE("gate: within its bound for every shape of beta", "[partial]", float, double,
+                   Eigen::bfloat16, Eigen::half) {
   test::for_each_case(60, [](test::Random& random) {
     const Index heads = 3, cols = random.pick<Index>({1, 5, 16, 33});
     const auto [beta_rows, beta_cols] =
@@ -89,7 +89,7 @@ TEMPLATE_TEST_CASE("gate: within its bound, beta one number, one a head, or one 
   });
 }
 
-TEST_CASE("gate: the rows of beta may lie apart", "[partial]") {
+TEST_CASE("gate: beta may have gaps between rows", "[partial]") {
   const std::vector<double> beta{-1.0, 0.0, 9.0, 9.0, 1.0, 2.0};
   test::Tensor<double> a(1, 2, 1, 2, 1.0), b(1, 2, 1, 2, 0.0), out = a;
   longspan::gate(Beta<double>{beta.data(), 2, 2, 4}, a.view(), b.view(), out.view());
@@ -99,7 +99,7 @@ TEST_CASE("gate: the rows of beta may lie apart", "[partial]") {
   CHECK(std::abs(out.values[3] - 1 / (1 + std::exp(-2.0))) < 1e-15);
 }
 
-TEMPLATE_TEST_CASE("gate: fully open or closed it copies one side, whatever the other holds", "[partial]",
+TEMPLATE_TEST_CASE("gate: fully open or closed it copies one side, even if the other is NaN", "[partial]",
                    float, double, Eigen::bfloat16, Eigen::half) {
   using Real = Arithmetic<TestType>;
   test::Random random(4);
@@ -116,7 +116,7 @@ TEMPLATE_TEST_CASE("gate: fully open or closed it copies one side, whatever the 
   }
 }
 
-TEST_CASE("gate: NaN in an open side, or in beta, is seen", "[partial]") {
+TEST_CASE("gate: NaN in an open side or in beta reaches the output", "[partial]") {
   const test::Tensor<double> bad(1, 1, 1, 1, not_a_number), good(1, 1, 1, 1, 1.0);
   test::Tensor<double> out(1, 1, 1, 1);
   const std::vector<double> beta{2.0, not_a_number};
@@ -136,7 +136,7 @@ TEST_CASE("gate: a small share keeps its digits", "[partial]") {
   CHECK(test::ulps(out.values[0], 1 / (1 + std::exp(30.0))) <= 3);
 }
 
-TEST_CASE("gate: out may be a side, the executor does not change a bit", "[partial]") {
+TEST_CASE("gate: out may be an input, and bits do not depend on the executor", "[partial]") {
   test::Random random(5);
   test::Tensor<float> a(2, 3, 600, 9), b = a, wanted = a;
   test::fill_normal(a, random);
@@ -159,7 +159,7 @@ TEST_CASE("gate: out may be a side, the executor does not change a bit", "[parti
   CHECK(out == wanted);
 }
 
-TEST_CASE("gate: shapes that disagree are refused and nothing is written", "[partial][errors]") {
+TEST_CASE("gate: shapes that disagree are refused, and nothing is written", "[partial][errors]") {
   const std::vector<float> beta(100, 1.0f);
   const test::Tensor<float> good(2, 3, 4, 5);
   test::Tensor<float> out(2, 3, 4, 5, 7.0f);

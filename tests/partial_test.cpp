@@ -90,8 +90,8 @@ double lse_of(const Part<T>& part) {
   return static_cast<double>(part.lse.values[0]);
 }
 
-/// The worst error of a merge, as a share of what is allowed: for out, part n may be off by
-/// (parts + 4 + highest lse - lse_n) u, since the difference of two lse is rounded before it becomes a
+/// The worst error of a merge, as a share of the allowed error. For out, part n may have an error of
+/// (parts + 4 + highest lse - lse_n) u, because the difference of two lse is rounded before it becomes a
 /// weight; for lse 2 u (1 + |lse|).
 template <class T>
 double worst_share(const std::vector<Part<T>>& parts, const Part<T>& got) {
@@ -146,7 +146,7 @@ TEMPLATE_TEST_CASE("merge: equal parts are averaged exactly", "[partial][exact]"
   }
 }
 
-TEMPLATE_TEST_CASE("merge: a part that saw no key is the identity, whatever its output holds", "[partial]",
+TEMPLATE_TEST_CASE("merge: a part that saw no key is the identity, whatever its output contains", "[partial]",
                    float, double, Eigen::bfloat16, Eigen::half) {
   for (const double absent : {0.0, 3.0, not_a_number, infinity, -infinity}) {
     const Part<TestType> some({1.5, -2.25, 0.75}, -4.5), none(std::vector<double>(3, absent), -infinity);
@@ -160,13 +160,13 @@ TEMPLATE_TEST_CASE("merge: a part that saw no key is the identity, whatever its 
   }
 }
 
-TEMPLATE_TEST_CASE("merge: of no parts is attention over no keys", "[partial]", float, double) {
+TEMPLATE_TEST_CASE("merge: no parts give attention over no keys", "[partial]", float, double) {
   const auto nothing = merged<TestType>(std::vector<Part<TestType>>{}, 1, 1, 1, 3);
   CHECK(row_of(nothing) == std::vector<double>(3, 0.0));
   CHECK(lse_of(nothing) == -infinity);
 }
 
-TEMPLATE_TEST_CASE("merge: of one part is that part", "[partial]", float, double, Eigen::bfloat16,
+TEMPLATE_TEST_CASE("merge: one part is the result", "[partial]", float, double, Eigen::bfloat16,
                    Eigen::half) {
   const Part<TestType> part({0.3, -7.0, 1e4, 1e-3}, 12.3);
   CHECK(merged<TestType>({part}) == part);
@@ -183,7 +183,7 @@ TEMPLATE_TEST_CASE("merge: two parts in either order give the same bits", "[part
   });
 }
 
-TEMPLATE_TEST_CASE("merge: within its bound of the exact result", "[partial]", float, double, Eigen::bfloat16,
+TEMPLATE_TEST_CASE("merge: within its error bound", "[partial]", float, double, Eigen::bfloat16,
                    Eigen::half) {
   test::for_each_case(60, [](test::Random& random) {
     const Index count = random.pick<Index>({1, 2, 3, 8, 64}),
@@ -208,14 +208,14 @@ TEMPLATE_TEST_CASE("merge: associative within the bound", "[partial]", float, do
     }
     const auto left = merged<TestType>({merged<TestType>({parts[0], parts[1]}), parts[2]});
     const auto right = merged<TestType>({parts[0], merged<TestType>({parts[1], parts[2]})});
-    // Two merges, each with its own error.
+    // Two merges, each with the error of one.
     CHECK(worst_share(parts, left) <= 2);
     CHECK(worst_share(parts, right) <= 2);
     CHECK(worst_share(parts, merged(parts)) <= 1);
   });
 }
 
-TEMPLATE_TEST_CASE("merge: over any partition of the keys gives attention over them all", "[partial]", float,
+TEMPLATE_TEST_CASE("merge: any partition of the keys gives attention over all keys", "[partial]", float,
                    double) {
   test::for_each_case(100, [](test::Random& random) {
     const Index keys = random.between(1, 60), cols = 9, blocks = random.between(1, 10);
@@ -230,7 +230,7 @@ TEMPLATE_TEST_CASE("merge: over any partition of the keys gives attention over t
     double gauge = 0;
     for (const double v : values.values) gauge = std::max(gauge, std::abs(v));
 
-    // Softmax attention over the keys of block n, or over all where n is -1.
+    // Softmax attention over the keys of block n, or over all keys if n is -1.
     const auto attend = [&](Index n) {
       std::vector<double> out(static_cast<std::size_t>(cols), 0.0);
       double sum = 0;
@@ -250,7 +250,7 @@ TEMPLATE_TEST_CASE("merge: over any partition of the keys gives attention over t
     for (std::size_t c = 0; c < static_cast<std::size_t>(cols); ++c) {
       worst = std::max(worst, std::abs(row_of(got)[c] - row_of(whole)[c]));
     }
-    // Every lse was rounded to TestType, at about 10, on top of the error of the merge.
+    // In addition to the error of the merge, every lse of about 10 was rounded to TestType.
     CHECK(worst <= 40 * test::roundoff<TestType>() * gauge);
     CHECK(std::abs(lse_of(got) - lse_of(whole)) <= 20 * test::roundoff<TestType>());
   });
@@ -268,8 +268,8 @@ TEMPLATE_TEST_CASE("merge: large log-sum-exps do not overflow", "[partial]", flo
   CHECK(lse_of(apart) == static_cast<double>(TestType(1e4)));
 }
 
-TEMPLATE_TEST_CASE("merge: NaN in a log-sum-exp or in an output that counts stays in its row", "[partial]",
-                   float, double, Eigen::bfloat16, Eigen::half) {
+TEMPLATE_TEST_CASE("merge: NaN in a log-sum-exp or in a visible output stays in its row", "[partial]", float,
+                   double, Eigen::bfloat16, Eigen::half) {
   for (const std::size_t of_part : {0u, 1u, 2u}) {
     std::vector<Part<TestType>> parts;
     for (int n = 0; n < 3; ++n) {
@@ -292,8 +292,7 @@ TEMPLATE_TEST_CASE("merge: NaN in a log-sum-exp or in an output that counts stay
   }
 }
 
-TEST_CASE("merge: what `partial` returns for tensors that can be written, beside constant parts",
-          "[partial]") {
+TEST_CASE("merge: mutable partials together with constant ones", "[partial]") {
   test::Random random(4);
   std::vector<Part<float>> parts;
   for (int n = 0; n < 3; ++n) {
@@ -319,7 +318,7 @@ TEST_CASE("merge: what `partial` returns for tensors that can be written, beside
   check([&] { merge(in_vector, into.write()); });
   const auto constant = views_of(parts);
   check([&] { merge(constant, into.write(), longspan::openmp{2}); });
-  // A constant lse makes a constant part, and with_lse takes a part that can be written.
+  // A constant lse makes a constant partial, and with_lse accepts a mutable partial.
   const auto& lse = std::as_const(parts[1]).lse;
   const auto of_constant_lse = longspan::partial(parts[1].out.view(), lse.view());
   STATIC_REQUIRE(std::is_same_v<decltype(of_constant_lse), const Partial<const float>>);
@@ -329,7 +328,7 @@ TEST_CASE("merge: what `partial` returns for tensors that can be written, beside
   });
 }
 
-TEMPLATE_TEST_CASE("merge: a part whose log-sum-exp is NaN is not an absent one", "[partial]", float,
+TEMPLATE_TEST_CASE("merge: a part whose log-sum-exp is NaN is not treated as absent", "[partial]", float,
                    double) {
   const double lowest = std::numeric_limits<TestType>::lowest();
   for (const double other : {-infinity, lowest, 0.0, 1e30, infinity}) {
@@ -359,7 +358,7 @@ TEMPLATE_TEST_CASE("merge: into one of its parts", "[partial]", float, Eigen::bf
   }
 }
 
-TEST_CASE("merge: the executor does not change a bit", "[partial]") {
+TEST_CASE("merge: bits do not depend on the executor", "[partial]") {
   test::Random random(2);
   std::vector<Part<float>> parts;
   for (int n = 0; n < 4; ++n) {
@@ -375,7 +374,7 @@ TEST_CASE("merge: the executor does not change a bit", "[partial]") {
   CHECK(merged(parts, 2, 3, 600, 20, execution) == wanted);
 }
 
-TEST_CASE("merge: Eigen tensors and strided views, nothing between the rows", "[partial]") {
+TEST_CASE("merge: Eigen tensors and strided views, and gaps between rows stay unchanged", "[partial]") {
   test::Random random(3);
   constexpr Index batch = 2, heads = 3, rows = 4, cols = 5, apart = 8;
   Part<float> a(batch, heads, rows, cols), b(batch, heads, rows, cols);
@@ -389,7 +388,7 @@ TEST_CASE("merge: Eigen tensors and strided views, nothing between the rows", "[
   CHECK(std::equal(out.data(), out.data() + out.size(), wanted.out.values.begin()));
   CHECK(std::equal(lse.data(), lse.data() + lse.size(), wanted.lse.values.begin()));
 
-  // [batch, rows, heads, apart] and [batch, rows, heads].
+  // [batch, rows, heads, cols with a gap] and [batch, rows, heads].
   std::vector<float> memory(batch * rows * heads * apart, -7.0f), numbers(batch * rows * heads);
   const longspan::TensorView<float> strided{memory.data(),        batch, heads,        rows, cols,
                                             rows * heads * apart, apart, heads * apart};
@@ -409,7 +408,7 @@ TEST_CASE("merge: Eigen tensors and strided views, nothing between the rows", "[
   CHECK(kept);
 }
 
-TEST_CASE("merge: shapes that disagree are refused and nothing is written", "[partial][errors]") {
+TEST_CASE("merge: shapes that disagree are refused, and nothing is written", "[partial][errors]") {
   const Part<float> good(2, 3, 4, 5);
   Part<float> into(2, 3, 4, 5);
   const auto text = [&](const Partial<const float>& odd) {
@@ -437,7 +436,7 @@ TEST_CASE("merge: shapes that disagree are refused and nothing is written", "[pa
   CHECK(into == Part<float>(2, 3, 4, 5));
 }
 
-TEST_CASE("merge: at most 64 parts", "[partial][errors]") {
+TEST_CASE("merge: more than 64 parts are refused", "[partial][errors]") {
   const Part<float> part({1.0}, 0.0);
   Part<float> into({9.0}, 9.0);
   const Part<float> before = into;
@@ -450,7 +449,7 @@ TEST_CASE("merge: at most 64 parts", "[partial][errors]") {
   CHECK(row_of(into)[0] == 1);
 }
 
-TEST_CASE("merge: tensors without rows or columns", "[partial]") {
+TEST_CASE("merge: accepts tensors without rows or columns", "[partial]") {
   CHECK(merged<float>({Part<float>(1, 2, 0, 5)}) == Part<float>(1, 2, 0, 5));
   Part<float> no_columns(1, 1, 2, 0);
   no_columns.lse.values = {1.0f, -std::numeric_limits<float>::infinity()};
@@ -459,13 +458,13 @@ TEST_CASE("merge: tensors without rows or columns", "[partial]") {
   CHECK(got.lse.values[1] == -std::numeric_limits<float>::infinity());
 }
 
-TEST_CASE("with_lse: the same output under another weight", "[partial]") {
+TEST_CASE("with_lse: the same output with another weight", "[partial]") {
   const Part<double> block({4.0, 8.0}, 100.0), local({1.0, 2.0}, std::log(3.0));
   const test::Rows<double> logit(1, 1, 1, 0.0);
   const Partial<const double> as_block = with_lse(block.read(), logit.view());
   CHECK(as_block.out.data == block.out.values.data());
   CHECK(as_block.lse(0, 0, 0) == 0.0);
-  // Landmark attention: the block's own log-sum-exp does not count.
+  // As in landmark attention, the block's own log-sum-exp does not count.
   Part<double> out(1, 1, 1, 2);
   merge({local.read(), as_block}, out.write());
   CHECK(std::abs(row_of(out)[0] - 1.75) < 1e-15);
@@ -481,7 +480,7 @@ TEST_CASE("with_lse: a block whose weight is -infinity is left out", "[partial]"
   CHECK(out == local);
 }
 
-TEST_CASE("partial: of tensors, of views, of one head", "[partial]") {
+TEST_CASE("partial: from tensors, views, and one head", "[partial]") {
   Eigen::Tensor<float, 4, Eigen::RowMajor> out(2, 3, 4, 5);
   Eigen::Tensor<float, 3, Eigen::RowMajor> lse(2, 3, 4);
   const auto of_tensors = longspan::partial(out, lse);

@@ -54,7 +54,7 @@ bool same_bits(const std::vector<Real>& a, const std::vector<Real>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(Real)) == 0);
 }
 
-/// The coordinates of pair p of a row.
+/// The two columns of pair p of a row.
 struct Pair {
   std::size_t first, second;
 };
@@ -64,7 +64,7 @@ Pair pair_of(Pairing pairing, Index p, Index turned) {
   return {static_cast<std::size_t>(first), static_cast<std::size_t>(second)};
 }
 
-/// The worst coordinate of a row, in ulp of the length of its pair, the length taken from `exact`.
+/// The worst error of a number in a row, in ulp of the length of its pair in `exact`.
 template <class Real, class Exact>
 Exact worst_coordinate(const std::vector<Real>& got, const std::vector<Exact>& exact, Pairing pairing,
                        Index turned) {
@@ -78,7 +78,7 @@ Exact worst_coordinate(const std::vector<Real>& got, const std::vector<Exact>& e
   return worst;
 }
 
-/// A row turned in long double, straight from the definition.
+/// A row rotated in long double, by the definition.
 template <class Real>
 std::vector<long double> turned_exactly(const std::vector<Real>& x, const rotary& encoding, Index n) {
   std::vector<long double> y(x.begin(), x.end());
@@ -110,13 +110,13 @@ TEMPLATE_TEST_CASE("rotary: position 1 of (1, 0, 0, 0), both pairings", "[positi
   CHECK(encoded(x, 4, rotary(Pairing::half_split), 1) == std::vector<TestType>{c, 0, s, 0});
 }
 
-TEMPLATE_TEST_CASE("rotary: the second pair turns by base^(-2 / d)", "[position]", float, double) {
+TEMPLATE_TEST_CASE("rotary: the second pair is rotated by base^(-2 / d)", "[position]", float, double) {
   const auto c = static_cast<TestType>(std::cos(0.01)), s = static_cast<TestType>(std::sin(0.01));
   CHECK(encoded(std::vector<TestType>{0, 0, 1, 0}, 4, rotary(Pairing::interleaved), 1) ==
         std::vector<TestType>{0, 0, c, s});
   CHECK(encoded(std::vector<TestType>{0, 1, 0, 0}, 4, rotary(Pairing::half_split), 1) ==
         std::vector<TestType>{0, c, 0, s});
-  // A whole quarter turn takes (0, 1) to (-1, 0).
+  // A quarter turn rotates (0, 1) to (-1, 0).
   const double quarter = std::pow(2 / std::acos(-1.0), 2);  // base^(-1/2) = pi / 2
   const auto turned = encoded(std::vector<TestType>{0, 0, 0, 1}, 4, rotary(Pairing::interleaved, quarter), 1);
   CHECK(std::abs(turned[2] + 1) < TestType(1e-6));
@@ -131,9 +131,9 @@ TEMPLATE_TEST_CASE("rotary: position 0 changes nothing", "[position]", float, do
   }
 }
 
-// The angle n * frequency, at most |n|, is made in double and rounded twice, in the frequency and in the
-// product: off by |n| 2^-52, which is |n| 2^-28 ulp of a float pair's length and 2 |n| of a double pair's.
-TEST_CASE("rotary: of float within 2 ulp of the pair's length and what the angle costs", "[position]") {
+// The angle n * frequency, at most |n|, is computed in double and rounded twice, in the frequency and in the
+// product. Its error |n| 2^-52 is |n| 2^-28 ulp of a float pair's length and 2 |n| ulp of a double pair's.
+TEST_CASE("rotary: float within 2 ulp of the pair's length plus the error of the angle", "[position]") {
   test::Random random(2);
   for (const Pairing pairing : pairings) {
     for (const Index cols : {2, 4, 32, 34, 64, 128, 256}) {
@@ -160,7 +160,7 @@ TEST_CASE("rotary: of float within 2 ulp of the pair's length and what the angle
   }
 }
 
-TEST_CASE("rotary: of double within 2 ulp of the pair's length and what the angle costs", "[position]") {
+TEST_CASE("rotary: double within 2 ulp of the pair's length plus the error of the angle", "[position]") {
   test::Random random(3);
   for (const Pairing pairing : pairings) {
     for (const Index cols : {2, 34, 128}) {
@@ -183,7 +183,7 @@ TEST_CASE("rotary: of double within 2 ulp of the pair's length and what the angl
   }
 }
 
-TEST_CASE("rotary: turns only the leading dimensions that it is given", "[position]") {
+TEST_CASE("rotary: rotates only the first `dims` columns", "[position]") {
   test::Random random(4);
   for (const Pairing pairing : pairings) {
     const Index cols = 40, turned = 22;
@@ -191,7 +191,7 @@ TEST_CASE("rotary: turns only the leading dimensions that it is given", "[positi
     auto x = random_rows<float>(random, cols);
     const auto got = encoded(x, cols, encoding, 77);
     CHECK(std::equal(got.begin() + turned, got.end(), x.begin() + turned));
-    // The rest is what rotary does to a row of those dimensions alone.
+    // The first columns are as in a row of only these columns.
     const std::vector<float> front(x.begin(), x.begin() + turned);
     CHECK(std::equal(got.begin(), got.begin() + turned,
                      encoded(front, turned, rotary(pairing, 1000), 77).begin()));
@@ -200,8 +200,7 @@ TEST_CASE("rotary: turns only the leading dimensions that it is given", "[positi
   }
 }
 
-TEMPLATE_TEST_CASE("position: the bits of a row do not depend on the rows beside it", "[position]", float,
-                   double) {
+TEMPLATE_TEST_CASE("position: the bits of a row do not depend on other rows", "[position]", float, double) {
   test::Random random(5);
   const auto check = [&](const auto& encoding) {
     const Index cols = 38, rows = 200;
@@ -230,7 +229,7 @@ TEMPLATE_TEST_CASE("position: the bits of a row do not depend on the rows beside
   }
 }
 
-TEMPLATE_TEST_CASE("rotary: keeps the length of every pair", "[position]", float, double) {
+TEMPLATE_TEST_CASE("rotary: preserves the length of every pair", "[position]", float, double) {
   test::Random random(6);
   for (const Pairing pairing : pairings) {
     const Index cols = 64;
@@ -249,7 +248,7 @@ TEMPLATE_TEST_CASE("rotary: keeps the length of every pair", "[position]", float
   }
 }
 
-TEST_CASE("rotary: a score sees the difference of positions only", "[position]") {
+TEST_CASE("rotary: a score depends only on the difference of positions", "[position]") {
   test::Random random(7);
   for (const Pairing pairing : pairings) {
     const Index cols = 48;
@@ -266,7 +265,7 @@ TEST_CASE("rotary: a score sees the difference of positions only", "[position]")
   }
 }
 
-TEST_CASE("xpos: against the reference, queries and keys", "[position]") {
+TEST_CASE("xpos: queries and keys match the reference", "[position]") {
   test::Random random(8);
   for (const Pairing pairing : pairings) {
     for (const Role role : {Role::query, Role::key}) {
@@ -284,7 +283,7 @@ TEST_CASE("xpos: against the reference, queries and keys", "[position]") {
   }
 }
 
-TEST_CASE("xpos: a score sees the difference of positions only, and falls with it", "[position]") {
+TEST_CASE("xpos: a score depends only on the difference of positions and decreases with it", "[position]") {
   test::Random random(9);
   const Index cols = 32;
   const auto q = random_rows<double>(random, cols), k = random_rows<double>(random, cols);
@@ -297,11 +296,11 @@ TEST_CASE("xpos: a score sees the difference of positions only, and falls with i
       const double wanted = score(encoding, apart, 0);
       for (const Index shift : {-200, 63, 700}) {
         CHECK(std::abs(score(encoding, apart + shift, shift) - wanted) < 1e-11);
-        // The centre moves the factors, not the product.
+        // The centre changes the factors, but not their product.
         CHECK(std::abs(score(xpos(pairing, 64, 300), apart + shift, shift) - wanted) < 1e-11);
       }
     }
-    // The pair with zeta = 0.4 / 1.4 alone: the product of its two factors is zeta^(n - m).
+    // Only the pair with zeta = 0.4 / 1.4: the product of its two factors is zeta^(n - m).
     std::vector<double> first_pair(static_cast<std::size_t>(cols), 0.0);
     first_pair[0] = 1;
     const auto length = [&](Index n, Role role) {
@@ -323,8 +322,7 @@ TEST_CASE("xpos: at its centre it changes nothing", "[position]") {
   CHECK(encoded(x, 16, xpos(Pairing::half_split, 512, 123), 124, Role::key) != x);
 }
 
-TEST_CASE("position: a base, a scale or a place that is no number to turn by is refused",
-          "[position][errors]") {
+TEST_CASE("position: an invalid base, scale_base or centre is refused", "[position][errors]") {
   using test::refusal;
   constexpr double nan = std::numeric_limits<double>::quiet_NaN(),
                    inf = std::numeric_limits<double>::infinity();
@@ -344,27 +342,29 @@ TEST_CASE("position: a base, a scale or a place that is no number to turn by is 
 
 TEST_CASE("position: rows that cannot be paired are refused", "[position][errors]") {
   using test::refusal;
-  CHECK(refusal([] { rotary(Pairing::half_split).check(7); }) ==
-        "longspan: rotary: the number of turned dimensions is 7, wanted an even number of at most head_dim = "
-        "7");
-  CHECK(refusal([] { rotary(Pairing::interleaved, 10000, 3).check(8); }) ==
-        "longspan: rotary: the number of turned dimensions is 3, wanted an even number of at most head_dim = "
-        "8");
+  CHECK(
+      refusal([] { rotary(Pairing::half_split).check(7); }) ==
+      "longspan: rotary: the number of rotated dimensions is 7, wanted an even number of at most head_dim = "
+      "7");
+  CHECK(
+      refusal([] { rotary(Pairing::interleaved, 10000, 3).check(8); }) ==
+      "longspan: rotary: the number of rotated dimensions is 3, wanted an even number of at most head_dim = "
+      "8");
   CHECK(refusal([] { rotary(Pairing::interleaved, 10000, 10).check(8); }) ==
-        "longspan: rotary: the number of turned dimensions is 10, wanted an even number of at most head_dim "
+        "longspan: rotary: the number of rotated dimensions is 10, wanted an even number of at most head_dim "
         "= 8");
   CHECK(refusal([] { rotary(Pairing::interleaved, 10000, -2).check(8); }) ==
-        "longspan: rotary: the number of turned dimensions is -2, wanted an even number of at most head_dim "
+        "longspan: rotary: the number of rotated dimensions is -2, wanted an even number of at most head_dim "
         "= 8");
   CHECK(
       refusal([] { xpos(Pairing::interleaved).check(5); }) ==
-      "longspan: xpos: the number of turned dimensions is 5, wanted an even number of at most head_dim = 5");
+      "longspan: xpos: the number of rotated dimensions is 5, wanted an even number of at most head_dim = 5");
   CHECK(refusal([] { rotary(Pairing::half_split).check(0); }) == "");
   CHECK(refusal([] { rotary(Pairing::half_split, 10000, 6).check(7); }) == "");
   CHECK(refusal([] { no_position{}.check(7); }) == "");
 }
 
-TEST_CASE("encode_positions: every head of a tensor, in place", "[position]") {
+TEST_CASE("encode_positions: encodes every head of a tensor in place", "[position]") {
   test::Random random(11);
   Eigen::Tensor<float, 4, Eigen::RowMajor> x(2, 3, 5, 8);
   for (Index n = 0; n < x.size(); ++n) x.data()[n] = static_cast<float>(random.normal());
@@ -385,8 +385,7 @@ TEST_CASE("encode_positions: every head of a tensor, in place", "[position]") {
   CHECK(worst <= 2);
 }
 
-TEST_CASE("encode_positions: a [batch, rows, heads, cols] buffer, and nothing between its rows",
-          "[position]") {
+TEST_CASE("encode_positions: a [batch, rows, heads, cols] buffer, whose gaps stay unchanged", "[position]") {
   constexpr Index rows = 4, heads = 3, cols = 6, apart = 9;
   test::Random random(13);
   auto memory = random_rows<double>(random, rows * heads * apart);
@@ -410,7 +409,7 @@ TEST_CASE("encode_positions: a [batch, rows, heads, cols] buffer, and nothing be
   CHECK(kept);
 }
 
-TEST_CASE("encode_positions: a wrong shape throws and leaves the tensor alone", "[position][errors]") {
+TEST_CASE("encode_positions: a wrong shape throws and leaves the tensor unchanged", "[position][errors]") {
   Eigen::Tensor<float, 3, Eigen::RowMajor> x(2, 3, 7);
   x.setConstant(2);
   CHECK_THROWS_AS(longspan::encode_positions(x, rotary(Pairing::half_split), 1, Role::query),
@@ -421,7 +420,7 @@ TEST_CASE("encode_positions: a wrong shape throws and leaves the tensor alone", 
   CHECK(untouched);
 }
 
-TEST_CASE("encode_positions: tensors without rows or columns", "[position]") {
+TEST_CASE("encode_positions: accepts tensors without rows or columns", "[position]") {
   Eigen::Tensor<float, 4, Eigen::RowMajor> no_rows(1, 2, 0, 8), no_cols(1, 2, 3, 0);
   longspan::encode_positions(no_rows, rotary(Pairing::half_split), 1, Role::query);
   longspan::encode_positions(no_cols, rotary(Pairing::half_split), 1, Role::query);
@@ -435,7 +434,7 @@ TEST_CASE("no_position: changes nothing", "[position]") {
   CHECK(encoded(x, 7, no_position{}, 1000) == x);
 }
 
-TEST_CASE("Position: who is one", "[position]") {
+TEST_CASE("Position: the types that satisfy it", "[position]") {
   STATIC_REQUIRE(longspan::Position<rotary>);
   STATIC_REQUIRE(longspan::Position<xpos>);
   STATIC_REQUIRE(longspan::Position<no_position>);

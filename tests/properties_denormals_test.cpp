@@ -1,4 +1,4 @@
-// Every functor and every stream takes denormal numbers for 0 while its tasks run, and leaves no trace of it.
+// Every functor and every stream treats denormal numbers as 0 while its tasks run, and restores the mode afterwards.
 #include <atomic>
 #include <utility>
 
@@ -19,7 +19,7 @@ namespace {
 using namespace test;
 using namespace longspan;
 
-/// How often it was called with denormal numbers as 0, and how often otherwise.
+/// Counts the calls with denormal numbers treated as 0, and the other calls.
 struct Seen {
   std::atomic<int> as_zero{0}, as_numbers{0};
   void look() { ++(denormals_count_as_zero() ? as_zero : as_numbers); }
@@ -65,19 +65,19 @@ void check_calls(const Attend& attend, Seen& seen, Index length) {
   CHECK((seen.as_numbers == 0) == can_ignore_denormals);
 }
 
-TEST_CASE("softmax attention takes denormal numbers for 0 in tiles, and for a few queries", "[denormals]") {
+TEST_CASE("denormals: softmax attention treats them as 0 in both kernels", "[denormals]") {
   Seen score, mask;
   check_calls(softmax_attention{LookingScore{&score}}, score, 40);
   check_calls(softmax_attention{LookingMask{&mask}}, mask, 3);
 }
 
-TEST_CASE("landmark and dilated attention take denormal numbers for 0", "[denormals]") {
+TEST_CASE("denormals: landmark and dilated attention treat them as 0", "[denormals]") {
   Seen landmark, dilated;
   check_calls(landmark_attention{landmarks::every(8), LookingScore{&landmark}}, landmark, 40);
   check_calls(dilated_attention{{{16, 1}, {64, 2}}, LookingScore{&dilated}}, dilated, 64);
 }
 
-TEST_CASE("infini attention takes denormal numbers for 0 in its memory and in its segments", "[denormals]") {
+TEST_CASE("denormals: infini attention treats them as 0 in its memory and in its segments", "[denormals]") {
   Seen memory, local;
   infini_attention remembering{softmax_attention{causal{}}, LookingFeature{&memory}};
   remembering.segment = 8;
@@ -87,12 +87,12 @@ TEST_CASE("infini attention takes denormal numbers for 0 in its memory and in it
   check_calls(local_attention, local, 20);
 }
 
-TEST_CASE("a composition takes denormal numbers for 0 in its parts", "[denormals]") {
+TEST_CASE("denormals: compositions treat them as 0 in their parts", "[denormals]") {
   Seen seen;
   check_calls(merged{softmax_attention{LookingScore{&seen}}, softmax_attention{causal{}}}, seen, 40);
 }
 
-TEST_CASE("a stream takes denormal numbers for 0", "[denormals]") {
+TEST_CASE("denormals: streams treat them as 0", "[denormals]") {
   Seen seen;
   const auto extend = [&](auto q, auto k, auto v, auto out, const auto& executor) {
     auto stream = softmax_attention{causal{}, LookingScore{&seen}}.stream({1, 2, 1, 8, 8});
@@ -101,7 +101,7 @@ TEST_CASE("a stream takes denormal numbers for 0", "[denormals]") {
   check_calls(extend, seen, 40);
 }
 
-TEST_CASE("a memory of head_dim 0 adds nothing", "[infini]") {
+TEST_CASE("infini_attention: a memory of head_dim 0 returns 0", "[infini]") {
   infini_attention attend{softmax_attention{causal{}}};
   attend.segment = 4;
   Call<float> call({1, 1, 1, 12, 12, 0, 4});

@@ -1,7 +1,7 @@
 // The laws that every softmax attention obeys, over a list of variants.
 //
-// A law compares results of one variant with each other. The definition serves only to say how far apart two
-// right results may be.
+// A law compares results of one variant with each other. The definition is used only to compute how far apart two
+// correct results may be.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -23,14 +23,14 @@ namespace {
 using namespace test;
 using longspan::Pairing;
 
-// What a variant says of itself:
+// The members of a variant:
 //
-//   Element                         what its tensors hold
+//   Element                         the element type of its tensors
 //   attend(first_query, scale)      the functor
-//   definition(first_query, scale)  what it is to compute
-//   keys_commute                    the order of the keys does not matter, nor does the number of times a key
-//   is given keys_split                      attention over the first and over the other keys, merged, is the
-//   whole shifts                          a constant added to the scores of a row changes nothing but its lse
+//   definition(first_query, scale)  what the functor has to compute
+//   keys_commute                    true if the order of keys does not matter, and repeating all keys changes only lse
+//   keys_split                      true if attention over the first keys and over the others, merged, is the whole
+//   shifts                          true if adding a constant to the scores of a row changes only its lse
 
 template <class T>
 struct Plain {
@@ -104,10 +104,10 @@ using Variants = std::tuple<Plain<float>, Plain<double>, Causal<float>, Causal<d
 
 #define LAW(text) TEMPLATE_LIST_TEST_CASE("every softmax attention: " text, "[law]", Variants)
 
-/// Of a block of keys and of a tile of queries: below, at and above.
+/// Sizes just below, at and above those of a key block and of a tile of queries.
 const std::vector<Index> sizes{0, 1, 2, 3, 7, 8, 9, 47, 48, 49, 127, 128, 129, 259};
 
-/// One random call of a variant, run and with its bound.
+/// A random call of a variant with its results and their error bounds.
 template <class Variant>
 struct Drawn {
   using T = typename Variant::Element;
@@ -156,7 +156,7 @@ struct Drawn {
     shape.value_dim = random.pick<Index>({1, 8, 11, 16});
     return shape;
   }
-  /// Numbers that can be added to each other without rounding.
+  /// Rounds the inputs to numbers that can be added without rounding errors.
   void round_to_grid() {
     for (auto* x : {&call.q, &call.k, &call.v}) {
       for (T& value : x->values) value = std::round(value * 64) / 64;
@@ -164,7 +164,7 @@ struct Drawn {
   }
 };
 
-/// Is a result the same as (out, lse), rows in the order of `bound`, but for twice the error of one?
+/// True if a result equals (out, lse), with rows in the order of `bound`, within twice the error of one result.
 template <class T>
 void check_same(const Exact& bound, const std::vector<double>& out, const std::vector<double>& lse,
                 const Call<T>& got) {
@@ -190,7 +190,7 @@ void check_same(const Exact& bound, const Call<T>& wanted, const Call<T>& got) {
 
 }  // namespace
 
-LAW("keys in two parts, merged, are the whole") {
+LAW("attention over two parts of the keys, merged, is attention over all keys") {
   if constexpr (TestType::keys_split) {
     for_each_case(30, [](Random& random) {
       Drawn<TestType> drawn(random);
@@ -211,11 +211,11 @@ LAW("keys in two parts, merged, are the whole") {
       check_same(drawn.exact, drawn.call, merged);
     });
   } else {
-    SUCCEED("its keys have places");
+    SUCCEED("this variant depends on the positions of keys");
   }
 }
 
-LAW("threads do not matter, to the bit") {
+LAW("bits do not depend on the number of threads") {
   for_each_case(15, [](Random& random) {
     Drawn<TestType> drawn(random);
     INFO(drawn.text);
@@ -227,9 +227,9 @@ LAW("threads do not matter, to the bit") {
   });
 }
 
-LAW("a head alone is a head in a batch, to the bit") {
+LAW("a head has the same bits alone and in a batch") {
   for_each_case(30, [](Random& random) {
-    // With up to 8 queries to a KV head bits depend on how many they are.
+    // Calls with up to 8 queries per KV head use another kernel, with other bits.
     Drawn<TestType> drawn(random, 0, 9);
     using T = typename TestType::Element;
     INFO(drawn.text);
@@ -247,7 +247,7 @@ LAW("a head alone is a head in a batch, to the bit") {
   });
 }
 
-LAW("query heads that share a KV head are query heads with copies of it, to the bit") {
+LAW("query heads that share a KV head have the bits of query heads with copies of it") {
   for_each_case(30, [](Random& random) {
     Drawn<TestType> drawn(random, 0, 9);
     using T = typename TestType::Element;
@@ -267,7 +267,7 @@ LAW("query heads that share a KV head are query heads with copies of it, to the 
   });
 }
 
-LAW("adding a constant to the scores of a row changes its lse alone") {
+LAW("adding a constant to the scores of a row changes only its lse") {
   if constexpr (TestType::shifts) {
     for_each_case(30, [](Random& random) {
       Drawn<TestType> drawn(random);
@@ -275,7 +275,7 @@ LAW("adding a constant to the scores of a row changes its lse alone") {
       INFO(drawn.text);
       std::vector<double> lse = in_double(drawn.call.lse.values);
       const Call<T> before = drawn.call;
-      // The same vector added to every key: a row's scores all rise by scale * q.vector.
+      // The same vector is added to every key, so all scores of a row rise by scale * q.vector.
       std::vector<double> vector;
       for (Index c = 0; c < drawn.shape.head_dim; ++c)
         vector.push_back(std::round(random.normal() * 64) / 64);
@@ -292,11 +292,11 @@ LAW("adding a constant to the scores of a row changes its lse alone") {
       check_same(drawn.exact, in_double(before.out.values), lse, drawn.call);
     });
   } else {
-    SUCCEED("its scores are changed in another way");
+    SUCCEED("this variant changes scores in another way");
   }
 }
 
-LAW("an output lies between the least and the greatest value that its query sees") {
+LAW("an output is between the smallest and the largest value that its query sees") {
   for_each_case(30, [](Random& random) {
     const Drawn<TestType> drawn(random);
     using T = typename TestType::Element;
@@ -327,7 +327,7 @@ LAW("an output lies between the least and the greatest value that its query sees
   });
 }
 
-LAW("values that are all the same come back") {
+LAW("if all values are the same, the output is this value") {
   for_each_case(30, [](Random& random) {
     Drawn<TestType> drawn(random, 1);
     using T = typename TestType::Element;
@@ -341,8 +341,8 @@ LAW("values that are all the same come back") {
       if (std::isinf(drawn.call.lse.values[row])) continue;
       worst = std::max(worst, std::abs(double(drawn.call.out.values[n]) / double(value) - 1));
     }
-    // The weights of out and of its divisor are the same numbers: errors of scores and exponentials cancel.
-    // But where weights are equal too the roundings of a block's 128 terms all go one way, an ulp for four
+    // The weights of out and of its divisor are the same numbers, so errors of scores and exponentials cancel.
+    // But if all weights are equal, the rounding errors of a block's 128 terms have the same sign, an ulp for four
     // terms.
     CHECK(worst <= (8 + 32) * unit_roundoff<T>);
   });
@@ -368,7 +368,7 @@ LAW("outputs are linear in the values") {
   });
 }
 
-LAW("keys in another order, with their values, give the same") {
+LAW("permuting keys together with their values changes nothing") {
   if constexpr (TestType::keys_commute) {
     for_each_case(30, [](Random& random) {
       const Drawn<TestType> drawn(random);
@@ -390,11 +390,11 @@ LAW("keys in another order, with their values, give the same") {
       check_same(drawn.exact, drawn.call, shuffled);
     });
   } else {
-    SUCCEED("its keys have places");
+    SUCCEED("this variant depends on the positions of keys");
   }
 }
 
-LAW("every key given twice raises each lse by log 2 and changes no output") {
+LAW("repeating every key raises each lse by log 2 and changes no output") {
   if constexpr (TestType::keys_commute) {
     for_each_case(30, [](Random& random) {
       const Drawn<TestType> drawn(random);
@@ -416,17 +416,17 @@ LAW("every key given twice raises each lse by log 2 and changes no output") {
       check_same(drawn.exact, in_double(drawn.call.out.values), lse, twice);
     });
   } else {
-    SUCCEED("its keys have places");
+    SUCCEED("this variant depends on the positions of keys");
   }
 }
 
-LAW("a vanishing scale gives the mean of the visible values, an enormous one the value of the best key") {
+LAW("a tiny scale gives the mean of the visible values, a huge one the value of the best key") {
   for_each_case(20, [](Random& random) {
     Drawn<TestType> drawn(random, 1);
     INFO(drawn.text);
     const Shape& shape = drawn.shape;
     const Index group = shape.heads / shape.kv_heads;
-    // Scores that differ by at least 1: key j of the first coordinate.
+    // Scores that differ by at least 1: the first column of key j is j.
     for (auto& x : drawn.call.q.values) x = 0;
     for (Index n = 0; n < shape.batch * shape.heads * shape.q_len; ++n) drawn.call.q.row(0, 0, n)[0] = 1;
     for (Index n = 0; n < shape.batch * shape.kv_heads * shape.kv_len; ++n) {
@@ -438,7 +438,7 @@ LAW("a vanishing scale gives the mean of the visible values, an enormous one the
     mean.run(TestType::attend(drawn.first_query, 1e-50));
     const Exact exact_mean = exact_attention(TestType::definition(drawn.first_query, 1e-50), mean);
     check_against(exact_mean, mean);
-    // Softcap squeezes all large scores into one: the best key does not stand out.
+    // Softcap maps all large scores to nearly the same number, so there is no best key.
     if (!TestType::shifts) return;
     drawn.call.run(TestType::attend(drawn.first_query, 1e4));
     Index wrong = 0, n = 0;
@@ -462,7 +462,7 @@ LAW("a vanishing scale gives the mean of the visible values, an enormous one the
   });
 }
 
-LAW("a key changes the rows that see it and no other, to the bit") {
+LAW("a key changes no bit of rows that do not see it") {
   for_each_case(40, [](Random& random) {
     const Drawn<TestType> drawn(random, 1);
     using T = typename TestType::Element;
@@ -486,7 +486,7 @@ LAW("a key changes the rows that see it and no other, to the bit") {
           const T *before = drawn.call.out.row(b, h, i), *after = changed.out.row(b, h, i);
           const bool same = std::equal(before, before + shape.value_dim, after) &&
                             drawn.call.lse(b, h, i) == changed.lse(b, h, i);
-          // Rows that see it may keep their bits where its weight is 0, but not before NaN.
+          // Rows that see the key may keep their bits if its weight is 0, but NaN must reach them.
           wrong += drawn.sees(b, h, i, key) ? nan && !std::isnan(changed.lse(b, h, i)) : !same;
         }
       }
@@ -495,7 +495,7 @@ LAW("a key changes the rows that see it and no other, to the bit") {
   });
 }
 
-LAW("a row that sees no key is 0 with an lse of -infinity") {
+LAW("a row that sees no key has output 0 and lse -infinity") {
   for_each_case(20, [](Random& random) {
     const Drawn<TestType> drawn(random);
     using T = typename TestType::Element;

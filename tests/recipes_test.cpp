@@ -1,4 +1,4 @@
-// The recipes of the README: each one against its definition, computed naively in double.
+// The recipes of the README, each compared with its definition, computed naively in double.
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -23,7 +23,7 @@ using test::Values;
 
 constexpr Shape shape{1, 2, 1, 24, 24, 8, 8};
 
-/// The weights of query i of head h over the keys, with 1 / sqrt(d), for keys that `sees` shows.
+/// The weights of query i of head h, with scale 1 / sqrt(d), over the keys that `sees` shows.
 template <class Sees>
 std::vector<double> weights_of(const Call<float>& call, Index h, Index i, const Sees& sees,
                                double added_to_sum = 0) {
@@ -93,7 +93,7 @@ TEST_CASE("recipe: with an identity matrix as v the outputs are the attention we
   CHECK(worst < 1e-6);
 }
 
-TEST_CASE("recipe: packed sequences attend within their own sequence", "[recipe]") {
+TEST_CASE("recipe: packed sequences attend only within themselves", "[recipe]") {
   Random random(3);
   Call<float> call(shape, Values::normal, random);
   const std::vector<Index> starts{0, 5, 6, 17};  // cu_seqlens without its last entry
@@ -107,7 +107,7 @@ TEST_CASE("recipe: packed sequences attend within their own sequence", "[recipe]
         }) < 1e-6);
 }
 
-/// The last rows are drafts; parent[n] is the draft before draft n, or -1.
+/// A mask for a tree of drafts, the last rows; parent[n] is the draft before draft n, or -1.
 struct draft_tree {
   Index first = 0;
   std::vector<Index> parent;
@@ -121,7 +121,7 @@ struct draft_tree {
   }
 };
 
-TEST_CASE("recipe: a tree of drafted tokens is a mask of ancestors", "[recipe]") {
+TEST_CASE("recipe: a tree of drafted tokens uses a mask of ancestors", "[recipe]") {
   Random random(4);
   Shape drafts = shape;
   drafts.q_len = 6;
@@ -133,7 +133,7 @@ TEST_CASE("recipe: a tree of drafted tokens is a mask of ancestors", "[recipe]")
         }) < 1e-6);
 }
 
-TEST_CASE("recipe: dropout is a second call over the kept keys, weighed by the difference of the lse",
+TEST_CASE("recipe: dropout is a second call over the kept keys, weighted by the difference of the lse",
           "[recipe]") {
   Random random(5);
   Call<float> call(shape, Values::normal, random), kept = call.unrun();
@@ -159,7 +159,7 @@ TEST_CASE("recipe: dropout is a second call over the kept keys, weighed by the d
   CHECK(worst < 1e-6);
 }
 
-TEST_CASE("recipe: a shared prefix is attended apart and merged", "[recipe]") {
+TEST_CASE("recipe: a shared prefix is attended separately and merged", "[recipe]") {
   Random random(6);
   Call<float> call(shape, Values::normal, random), prefix = call.unrun(), rest = call.unrun();
   call.run(softmax_attention{});

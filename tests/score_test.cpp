@@ -30,7 +30,7 @@ namespace {
 
 const std::vector<float> slopes{0.5f, 0.25f, 2.0f};
 
-/// The score of one head on random packets against the same score lane by lane: the worst distance, in ulp of
+/// Compares a score on random packets of one head with the same score lane by lane: the worst error, in ulp of
 /// the score or of `least`, whichever is larger.
 template <class Real, class S>
 Real worst_lane(const S& score, double spread, Real least = 0) {
@@ -59,7 +59,7 @@ Real worst_lane(const S& score, double spread, Real least = 0) {
 
 }  // namespace
 
-TEST_CASE("unchanged: any score, to the bit", "[score]") {
+TEST_CASE("unchanged: returns every score, to the bit", "[score]") {
   STATIC_REQUIRE(unchanged{}(1.5f, 0, 0, 0, 0) == 1.5f);
   CHECK(unchanged{}(-0.0, 1, 2, 3, 4) == 0.0);
   CHECK(std::isnan(unchanged{}(std::numeric_limits<float>::quiet_NaN(), 0, 0, 0, 0)));
@@ -77,7 +77,7 @@ TEST_CASE("softcap: cap * tanh(s / cap)", "[score]") {
   CHECK(std::isnan(cap(std::numeric_limits<double>::quiet_NaN(), 0, 0, 0, 0)));
 }
 
-TEST_CASE("alibi: less by the slope of the head for each step of distance, on either side", "[score]") {
+TEST_CASE("alibi: subtracts the slope of the head for each step of distance, on both sides", "[score]") {
   const alibi score{slopes};
   CHECK(score(1.0f, 0, 0, 10, 10) == 1.0f);
   CHECK(score(1.0f, 0, 0, 10, 6) == -1.0f);
@@ -86,18 +86,18 @@ TEST_CASE("alibi: less by the slope of the head for each step of distance, on ei
   CHECK(score(1.0, 0, 2, -3, 2) == -9.0);
 }
 
-TEST_CASE("alibi_slopes: the rule of the paper, for every number of heads", "[score]") {
+TEST_CASE("alibi_slopes: follows the rule of the paper for every number of heads", "[score]") {
   CHECK(alibi_slopes(0).empty());
   CHECK(alibi_slopes(1) == std::vector<float>{0x1p-8f});
   CHECK(alibi_slopes(2) == std::vector<float>{0x1p-4f, 0x1p-8f});
   CHECK(alibi_slopes(8) ==
         std::vector<float>{0x1p-1f, 0x1p-2f, 0x1p-3f, 0x1p-4f, 0x1p-5f, 0x1p-6f, 0x1p-7f, 0x1p-8f});
-  // 3 heads: those of 2, then the first of 4. 6 heads: those of 4, then every second of 8.
+  // 3 heads: the slopes of 2 heads, then the first of 4 heads. 6 heads: those of 4, then every second of 8.
   CHECK(alibi_slopes(3) == std::vector<float>{0x1p-4f, 0x1p-8f, 0x1p-2f});
   CHECK(alibi_slopes(6) == std::vector<float>{0x1p-2f, 0x1p-4f, 0x1p-6f, 0x1p-8f, 0x1p-1f, 0x1p-3f});
 
   const auto of_power = [](Index heads) {
-    // A geometric row that starts at its own ratio.
+    // A geometric sequence that starts at its own ratio.
     std::vector<double> row;
     const double ratio = std::pow(2.0, -8.0 / static_cast<double>(heads));
     for (double slope = ratio; static_cast<Index>(row.size()) < heads; slope *= ratio) row.push_back(slope);
@@ -119,16 +119,16 @@ TEST_CASE("alibi_slopes: the rule of the paper, for every number of heads", "[sc
   }
 }
 
-TEMPLATE_TEST_CASE("packet scores: each lane as the scalar score", "[score]", float, double) {
+TEMPLATE_TEST_CASE("packet scores: each lane equals the scalar score", "[score]", float, double) {
   CHECK(worst_lane<TestType>(softcap{30}, 40) <= 16);
   CHECK(worst_lane<TestType>(softcap{0.5f}, 0.1) <= 16);
   CHECK(worst_lane<TestType>(alibi{slopes}, 10) <= 1);
-  // Where cap and slope cancel, the error is that of the capped score.
+  // If cap and slope cancel, the error is that of the capped score.
   CHECK(worst_lane<TestType>(softcap{30} | alibi{slopes}, 40, 30) <= 16);
   CHECK(worst_lane<TestType>(alibi{slopes} | softcap{1e6f}, 10) <= 16);
 }
 
-TEST_CASE("piped: the first one, then the other", "[score]") {
+TEST_CASE("piped: applies the first score, then the second", "[score]") {
   const alibi slope{slopes};
   const softcap cap{2};
   CHECK((slope | cap)(5.0, 0, 0, 8, 0) == cap(1.0, 0, 0, 8, 0));
@@ -141,14 +141,14 @@ TEST_CASE("piped: the first one, then the other", "[score]") {
   CHECK((unchanged{} | plus_key)(5.0f, 0, 0, 8, 2) == 7.0f);
 }
 
-TEST_CASE("score: a lambda gets every index", "[score]") {
+TEST_CASE("score: a lambda receives every index", "[score]") {
   const auto score = [](float s, Index b, Index h, Index i, Index j) {
     return s + static_cast<float>(1000 * b + 100 * h + 10 * i + j);
   };
   CHECK((unchanged{} | score)(0.5f, 1, 2, 3, 4) == 1234.5f);
 }
 
-TEMPLATE_TEST_CASE("additive_bias: of any element type", "[score]", float, double, Eigen::bfloat16,
+TEMPLATE_TEST_CASE("additive_bias: may have any element type", "[score]", float, double, Eigen::bfloat16,
                    Eigen::half) {
   std::vector<TestType> memory;
   for (int n = 0; n < 2 * 3 * 4 * 5; ++n) memory.push_back(static_cast<TestType>(static_cast<float>(n)));
@@ -176,7 +176,7 @@ TEST_CASE("additive_bias: a dimension of 1 is repeated", "[score]") {
   CHECK(additive_bias(compact_view(memory.data(), 1, 1, 1, 12)).first_query == 11);
 }
 
-TEST_CASE("additive_bias: -infinity hides, strides are kept", "[score]") {
+TEST_CASE("additive_bias: -infinity hides a key, and strides are used", "[score]") {
   std::vector<float> memory(64, 3.0f);
   const TensorView<float> rows_apart{memory.data() + 1, 1, 2, 2, 3, 0, 30, 10};
   memory[1 + 30 + 10 + 2] = -std::numeric_limits<float>::infinity();
@@ -185,7 +185,7 @@ TEST_CASE("additive_bias: -infinity hides, strides are kept", "[score]") {
   CHECK(bias(1.0f, 0, 1, 2, 1) == 4.0f);
 }
 
-TEST_CASE("ScoreValue: the type a score function names, or that of the arithmetic", "[score]") {
+TEST_CASE("ScoreValue: the type that a score function declares, or that of the arithmetic", "[score]") {
   const auto of_float = [](float s, Index, Index, Index, Index) { return s; };
   const auto of_double = [](const double& s, Index, Index, Index, Index) noexcept { return s; };
   const auto of_any = [](auto s, Index, Index, Index, Index) { return s; };
@@ -203,7 +203,7 @@ TEST_CASE("ScoreValue: the type a score function names, or that of the arithmeti
   STATIC_REQUIRE(std::is_same_v<detail::ScoreValue<softcap, float>, float>);
 }
 
-TEMPLATE_TEST_CASE("PacketScore: only where every part is one", "[score]", float, double) {
+TEMPLATE_TEST_CASE("PacketScore: only if every part satisfies it", "[score]", float, double) {
   using P = Packet<TestType>;
   const auto lambda = [](float s, Index, Index, Index, Index) { return s; };
   STATIC_REQUIRE(detail::PacketScore<softcap, P>);
@@ -236,7 +236,7 @@ TEST_CASE("softcap: a cap that is not a positive finite number is refused", "[sc
     CHECK(refused(softcap{cap}, sizes) == "");
 }
 
-TEST_CASE("alibi: wants one finite slope for each query head", "[score][errors]") {
+TEST_CASE("alibi: needs one finite slope for each query head", "[score][errors]") {
   const longspan::CallSizes sizes{"softmax_attention", 1, 3, 0, 3, 3};
   CHECK(refused(alibi{slopes}, sizes) == "");
   const std::vector<float> four(4), odd{1, std::numeric_limits<float>::quiet_NaN(), 1},
@@ -248,15 +248,14 @@ TEST_CASE("alibi: wants one finite slope for each query head", "[score][errors]"
   CHECK(refused(alibi{odd}, sizes) ==
         "longspan: softmax_attention: one of alibi.slopes is nan, wanted a finite number");
   CHECK(refused(alibi{far}, sizes) != "");
-  // Scores made of scores ask both, and a score without `check` is never refused.
+  // Composed scores check both parts, and a score without `check` accepts every call.
   const auto lambda = [](float s, Index, Index, Index, Index) { return s; };
   CHECK(refused(softcap{} | alibi{four}, sizes) == refused(alibi{four}, sizes));
   CHECK(refused(alibi{four} | lambda, sizes) == refused(alibi{four}, sizes));
   CHECK(refused(unchanged{} | lambda, sizes) == "");
 }
 
-TEST_CASE("additive_bias: holds a number for every query and key of a call, or is refused",
-          "[score][errors]") {
+TEST_CASE("additive_bias: refused if it lacks a number for some query and key of a call", "[score][errors]") {
   const std::vector<float> memory(2 * 3 * 8 * 9);
   const auto text = [&](std::vector<Index> shape, Index first_query, longspan::CallSizes sizes) {
     return refused(
@@ -290,12 +289,12 @@ TEST_CASE("additive_bias: holds a number for every query and key of a call, or i
   CHECK(refused(additive_bias(TensorView<const float>{nullptr, 1, 1, 4, 6, 0, 0, 6}, 2), sizes) ==
         "longspan: softmax_attention: additive_bias.bias is [1, 1, 4, 6], wanted memory for its elements, "
         "not null");
-  // A stream is checked when it is made, with no query and no key.
+  // The constructor of a stream checks with no query and no key.
   CHECK(text({2, 3, 8, 9}, 0, {"kv_cache", 2, 3, 0, 0, 0}) == "");
   CHECK(text({2, 2, 8, 9}, 0, {"kv_cache", 2, 3, 0, 0, 0}) != "");
 }
 
-TEST_CASE("Score: who is one", "[score]") {
+TEST_CASE("Score: the types that satisfy it", "[score]") {
   const auto lambda = [](float s, Index, Index, Index, Index) { return s; };
   const auto of_double = [](double s, Index, Index, Index, Index) { return s; };
   const auto too_few = [](float s, Index, Index) { return s; };

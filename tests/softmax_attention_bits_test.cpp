@@ -1,4 +1,4 @@
-// Bits of softmax_attention: they depend on nothing but the numbers that a row is made of.
+// Bits of softmax_attention: those of a row depend only on the numbers that enter this row.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,7 +18,7 @@ using namespace test;
 using Eigen::bfloat16;
 using longspan::softmax_attention;
 
-/// Runs the call again on every executor and every number of threads.
+/// Repeats the call with every executor and several numbers of threads.
 template <class C, class Attend>
 void check_executors(const C& call, const Attend& attend) {
   C serially = call;
@@ -37,14 +37,14 @@ void check_executors(const C& call, const Attend& attend) {
   }
 }
 
-/// Many queries, few queries with keys enough to be split among tasks, and calls of at most 8 queries to a KV
-/// head; at lengths of one stretch of keys, several, and more than a span.
+/// Many queries, few queries with enough keys to be split among tasks, and calls with at most 8 queries per KV head;
+/// with one key chunk, several, and more than a span.
 const std::vector<Shape> shapes{
     {2, 4, 2, 200, 300, 16, 16}, {1, 2, 1, 130, 2500, 8, 12}, {1, 1, 1, 12, 5000, 8, 8},
     {1, 2, 1, 20, 40000, 8, 4},  {1, 1, 1, 9, 140000, 4, 4},  {1, 4, 1, 1, 5000, 16, 8},
     {2, 2, 2, 3, 40000, 8, 4},   {1, 1, 1, 8, 140000, 8, 4},  {1, 1, 1, 1, 300000, 8, 8}};
 
-/// Query row i of every head, as a call of its own.
+/// Query row i of every head as a separate call.
 template <class T>
 Call<T> rows_of(const Call<T>& call, Index first, Index count) {
   Call<T> part(Shape{call.q.batch, call.q.heads, call.k.heads, count, call.k.rows, call.q.cols, call.v.cols});
@@ -58,7 +58,7 @@ Call<T> rows_of(const Call<T>& call, Index first, Index count) {
   return part;
 }
 
-/// Are the outputs of `part` the rows [first, first + its own) of `whole`?
+/// True if the outputs of `part` are the rows of `whole` from `first` on.
 template <class T>
 bool same_rows(const Call<T>& whole, const Call<T>& part, Index first) {
   for (Index b = 0; b < whole.q.batch; ++b) {
@@ -77,7 +77,7 @@ bool same_rows(const Call<T>& whole, const Call<T>& part, Index first) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("softmax_attention: same bits on any executor with any number of threads", "[bits][slow]",
+TEMPLATE_TEST_CASE("softmax_attention: same bits with every executor and number of threads", "[bits][slow]",
                    float, bfloat16) {
   Random random(1);
   for (const Shape& shape : shapes) {
@@ -88,7 +88,7 @@ TEMPLATE_TEST_CASE("softmax_attention: same bits on any executor with any number
   }
 }
 
-TEST_CASE("softmax_attention: same bits on any executor with scores, positions and double", "[bits]") {
+TEST_CASE("softmax_attention: same bits with every executor, with scores, positions and double", "[bits]") {
   Random random(2);
   const Shape many{1, 4, 2, 150, 300, 16, 16}, split{1, 2, 1, 12, 5000, 8, 8}, few{1, 2, 1, 2, 5000, 8, 8};
   for (const Shape& shape : {many, split, few}) {
@@ -100,7 +100,7 @@ TEST_CASE("softmax_attention: same bits on any executor with scores, positions a
   }
 }
 
-TEST_CASE("softmax_attention: 50 times the same", "[bits]") {
+TEST_CASE("softmax_attention: 50 repetitions have the same bits", "[bits]") {
   Random random(3);
   for (const Shape& shape :
        {Shape{1, 3, 1, 70, 200, 32, 32}, Shape{1, 1, 1, 12, 9000, 16, 8}, Shape{1, 4, 2, 2, 9000, 16, 8}}) {
@@ -119,7 +119,7 @@ TEST_CASE("softmax_attention: 50 times the same", "[bits]") {
 
 namespace {
 
-/// Each head of the call as a call of its own.
+/// Each head of the call as a separate call.
 template <class T, class Attend>
 bool heads_alone_agree(const Call<T>& call, const Attend& attend) {
   const Index group = call.q.heads / call.k.heads;
@@ -153,11 +153,11 @@ Call<T> with_repeated_heads(const Call<T>& call) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("softmax_attention: a head alone, in a batch and in a group has the same bits",
+TEMPLATE_TEST_CASE("softmax_attention: a head has the same bits alone, in a batch and in a group",
                    "[bits][law]", float, bfloat16) {
   for_each_case(10, [](Random& random) {
     for (const Index group : {1, 2, 3, 4, 5, 6, 7, 8}) {
-      // More than 8 queries to a KV head, even alone: fewer have a kernel of their own, and the next test.
+      // More than 8 queries per KV head, even alone; the next test is for fewer, which another kernel computes.
       const Shape shape{
           2, 2 * group, 2, random.between(9, 60), random.between(1, 300), 8, random.between(1, 20)};
       INFO(shape.text());
@@ -174,9 +174,9 @@ TEMPLATE_TEST_CASE("softmax_attention: a head alone, in a batch and in a group h
   });
 }
 
-// The kernel for a few queries: up to 8 to a KV head, each of which might have come alone.
-TEMPLATE_TEST_CASE("softmax_attention: a few queries have the bits of each alone", "[bits][law]", float,
-                   double, bfloat16) {
+// The decode kernel: up to 8 queries per KV head, each of which could be a call of its own.
+TEMPLATE_TEST_CASE("softmax_attention: each of a few queries has the bits of a call of its own",
+                   "[bits][law]", float, double, bfloat16) {
   for_each_case(10, [](Random& random) {
     for (Index queries = 1; queries <= 8; ++queries) {
       for (const Index group : {1, 2, 3, 4, 5, 6, 7, 8}) {
@@ -205,7 +205,7 @@ TEMPLATE_TEST_CASE("softmax_attention: a few queries have the bits of each alone
 
 namespace {
 
-/// ALiBi with slopes for more heads than a call has.
+/// ALiBi that accepts slopes for more heads than a call has.
 struct spare_slopes : longspan::alibi {
   explicit spare_slopes(std::span<const float> of_heads) : longspan::alibi{of_heads} {}
   void check(const longspan::CallSizes&) const {}
@@ -213,7 +213,7 @@ struct spare_slopes : longspan::alibi {
 
 }  // namespace
 
-TEST_CASE("softmax_attention: a few queries under a score have the bits of each alone",
+TEST_CASE("softmax_attention: with a score, each of a few queries has the bits of a call of its own",
           "[bits][law][score]") {
   const std::vector<float> slopes = longspan::alibi_slopes(16);
   const auto striped = [&](float s, Index b, Index h, Index i, Index j) {
@@ -272,7 +272,7 @@ TEMPLATE_TEST_CASE("softmax_attention: queries in one call or in several have th
   });
 }
 
-TEMPLATE_TEST_CASE("softmax_attention: causal rows do not know of later keys", "[bits][law]", float, double,
+TEMPLATE_TEST_CASE("softmax_attention: later keys change no bit of causal rows", "[bits][law]", float, double,
                    bfloat16) {
   for_each_case(25, [](Random& random) {
     const Shape shape{1, 2, 1, random.pick<Index>({3, 8, 9, 48, 60, 150}), 0, 8, 9};
@@ -298,7 +298,7 @@ TEMPLATE_TEST_CASE("softmax_attention: causal rows do not know of later keys", "
   });
 }
 
-TEST_CASE("softmax_attention: padded keys are absent keys, to the bit", "[mask][bits]") {
+TEST_CASE("softmax_attention: padded keys have the bits of absent keys", "[mask][bits]") {
   for_each_case(15, [&](Random& random) {
     Shape shape{1,
                 6,
@@ -318,7 +318,7 @@ TEST_CASE("softmax_attention: padded keys are absent keys, to the bit", "[mask][
       }
     }
     padded.run(longspan::softmax_attention{longspan::padding{length}});
-    // The same buffer again, with NaN behind the last key of each head.
+    // The same buffer with NaN after the last key of each head.
     const auto first_keys = [&](TensorView<float> x) {
       return TensorView<const float>(x.slice_rows(0, length[0]));
     };

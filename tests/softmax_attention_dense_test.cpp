@@ -1,4 +1,4 @@
-// softmax_attention under masks and biases that are tensors, against the definition in double.
+// softmax_attention with masks and biases that are tensors, compared with the definition in double.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -20,7 +20,7 @@ using longspan::additive_bias;
 using longspan::bit_mask;
 using longspan::dense_mask;
 
-/// Does a query see a key? [batch or 1, heads or 1, q_len or 1, kv_len], rows apart by a few bytes.
+/// A random mask tensor, [batch or 1, heads or 1, q_len or 1, kv_len], with gaps of a few bytes between rows.
 struct DrawnTensor {
   static constexpr Index gap = 3;
 
@@ -81,7 +81,7 @@ Index any_first_query(const Shape& shape, Random& random) {
 
 }  // namespace
 
-TEST_CASE("softmax_attention: within the bound under masks that are tensors", "[gauge][mask]") {
+TEST_CASE("softmax_attention: within the bound with masks that are tensors", "[gauge][mask]") {
   for_each_case(60, [](Random& random) {
     const Shape shape = small_shape(random);
     const Values values = random.pick(all_values);
@@ -96,7 +96,7 @@ TEST_CASE("softmax_attention: within the bound under masks that are tensors", "[
   });
 }
 
-TEST_CASE("softmax_attention: within the bound under tensors composed with other masks", "[gauge][mask]") {
+TEST_CASE("softmax_attention: within the bound with tensors composed with other masks", "[gauge][mask]") {
   using longspan::operator&;
   for_each_case(40, [](Random& random) {
     const Shape shape = small_shape(random);
@@ -113,8 +113,7 @@ TEST_CASE("softmax_attention: within the bound under tensors composed with other
   });
 }
 
-TEST_CASE("softmax_attention: a tensor, its bits and a function of its pairs give the same bits",
-          "[mask][bits]") {
+TEST_CASE("softmax_attention: dense_mask, bit_mask and a function give the same bits", "[mask][bits]") {
   for_each_case(40, [](Random& random) {
     const Shape shape = small_shape(random);
     const Index first_query = shape.kv_len - shape.q_len;
@@ -132,7 +131,7 @@ TEST_CASE("softmax_attention: a tensor, its bits and a function of its pairs giv
   });
 }
 
-TEST_CASE("softmax_attention: what a tensor hides may be NaN, and a row that sees nothing is 0",
+TEST_CASE("softmax_attention: keys hidden by a tensor may be NaN, and a row that sees nothing is 0",
           "[mask][nan]") {
   constexpr float nan = std::numeric_limits<float>::quiet_NaN();
   Index blind_rows = 0;
@@ -173,7 +172,7 @@ TEST_CASE("softmax_attention: what a tensor hides may be NaN, and a row that see
 
 namespace {
 
-/// A bias that ends at a forbidden page, in elements of T.
+/// A bias of elements of T that ends at a forbidden page.
 template <class T>
 struct GuardedBias {
   Index batch, heads, rows, keys;
@@ -205,7 +204,7 @@ struct GuardedBias {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("softmax_attention: within the bound under a bias of any element type", "[gauge][score]",
+TEMPLATE_TEST_CASE("softmax_attention: within the bound with a bias of any element type", "[gauge][score]",
                    float, double, bfloat16, half) {
   for_each_case(25, [](Random& random) {
     const Shape shape = small_shape(random);
@@ -219,7 +218,7 @@ TEMPLATE_TEST_CASE("softmax_attention: within the bound under a bias of any elem
   });
 }
 
-TEST_CASE("softmax_attention: a bias gives the bits of the same bias as a function", "[score][bits]") {
+TEST_CASE("softmax_attention: a bias tensor has the bits of the same bias as a function", "[score][bits]") {
   for_each_case(40, [](Random& random) {
     const Shape shape = small_shape(random);
     const Index first = shape.kv_len - shape.q_len;

@@ -20,10 +20,10 @@ using namespace test;
 using longspan::causal;
 using longspan::softmax_attention;
 
-/// The kernel for a few queries, and that of tiles.
+/// Numbers of queries for the decode kernel and for the prefill kernel.
 const std::vector<Index> query_counts{5, 20};
 
-/// |out - exact| is within the documented bound, whose last part is for numbers that count as 0.
+/// Checks that |out - exact| is within the documented bound, whose last term is for numbers that count as 0.
 template <class T>
 void check_with_denormals(const Call<T>& call, const Definition& what) {
   const Exact exact = exact_attention(what, call);
@@ -52,7 +52,8 @@ TEST_CASE("denormal values, and products that are denormal, stay within the boun
       small.run(softmax_attention{});
       check_with_denormals(small, {});
     }
-    for (const float above : {60.0f, 83.0f, 85.0f, 87.0f, 90.0f}) {  // the first key over all others
+    for (const float above :
+         {60.0f, 83.0f, 85.0f, 87.0f, 90.0f}) {  // how much the first key scores above all others
       Call<float> peaked = call;
       for (Index i = 0; i < 2 * q_len; ++i) peaked.q.values[std::size_t(i * 16)] = 4;
       for (Index j = 0; j < 300; ++j) peaked.k.row(0, 0, j)[0] = j == 0 ? above : 0;
@@ -72,7 +73,7 @@ TEST_CASE("denormal values of double stay within the bound", "[domain]") {
   }
 }
 
-TEST_CASE("bits do not depend on the executor where numbers are denormal", "[domain][bits]") {
+TEST_CASE("bits do not depend on the executor if numbers are denormal", "[domain][bits]") {
   Random random(4);
   for (const Index q_len : {1, 5, 20, 200}) {
     Call<float> serially({1, 2, 1, q_len, 5000, 16, 12}, Values::peaked, random);
@@ -86,8 +87,7 @@ TEST_CASE("bits do not depend on the executor where numbers are denormal", "[dom
   }
 }
 
-TEST_CASE("a call leaves the floating-point mode as it was, when it returns and when a score throws",
-          "[domain]") {
+TEST_CASE("a call restores the floating-point mode when it returns and when a score throws", "[domain]") {
   Random random(5);
   const FloatingPointMode before;
   for (const Index q_len : query_counts) {
@@ -105,7 +105,7 @@ TEST_CASE("a call leaves the floating-point mode as it was, when it returns and 
   }
 }
 
-/// One column: out and lse of the first of q_len queries `q`, keys `k`, values `v`, scale 1.
+/// Out and lse of the first of q_len queries, with one column: queries `q`, keys `k`, values `v`, scale 1.
 template <class T>
 std::pair<T, T> attend_one(Index q_len, T q, const std::vector<T>& k, const std::vector<T>& v) {
   Call<T> call({1, 1, 1, q_len, Index(k.size()), 1, 1});
@@ -118,7 +118,8 @@ std::pair<T, T> attend_one(Index q_len, T q, const std::vector<T>& k, const std:
   return {call.out.values[0], call.lse.values[0]};
 }
 
-TEST_CASE("values whose sum is within 2^127 are averaged, and beyond the average is not finite", "[domain]") {
+TEST_CASE("values are averaged if their sum is within 2^127; otherwise the average is not finite",
+          "[domain]") {
   for (const Index q_len : query_counts) {
     for (const std::size_t keys : {std::size_t(1), std::size_t(2), std::size_t(128), std::size_t(4096)}) {
       const float most = 0x1p127f / static_cast<float>(keys);
@@ -132,8 +133,7 @@ TEST_CASE("values whose sum is within 2^127 are averaged, and beyond the average
   }
 }
 
-TEST_CASE("scores within 2^125 are held, lower ones may hide their key, and what overflows is NaN",
-          "[domain]") {
+TEST_CASE("scores within 2^125 are computed, lower ones may hide their key, an overflow is NaN", "[domain]") {
   constexpr float q = 0x1p100f, k = 0x1p25f;
   const auto nearly = [](float x) { return Approx(x).epsilon(1e-6); };
   for (const Index q_len : query_counts) {
@@ -144,14 +144,14 @@ TEST_CASE("scores within 2^125 are held, lower ones may hide their key, and what
       CHECK(attend_one(q_len, q, {sign * k, 0}, {1, 3}).first == (sign > 0 ? 1 : 3));
     }
     CHECK(attend_one(q_len, q, {-k, k}, {1, 3}).first == 3);
-    // Below: hidden beside others, and where there are no others.
+    // Lower scores: hidden next to other keys, and without other keys.
     CHECK(attend_one(q_len, q, {-1e6f * k, 0}, {1, 3}).first == 3);
     const auto [none, of_none] = attend_one(q_len, q, {-1e6f * k, -1e6f * k}, {1, 3});
     CHECK(none == 0);
     CHECK(of_none == -std::numeric_limits<float>::infinity());
-    // Above.
+    // Higher scores.
     CHECK(std::isnan(attend_one(q_len, q, {1e6f * k, 0}, {1, 3}).first));
-    // Queries up to 2^127, with keys from 2^-126 on.
+    // Queries up to 2^127 with keys of at least 2^-126.
     CHECK(attend_one(q_len, 0x1p127f, {0x1p-126f, 0}, {1, 0}).first == nearly(1 / (1 + std::exp(-2.0f))));
     const auto [mean, of_double] = attend_one(q_len, 0x1p1000, {-0x1p21, -0x1p21}, {1.0, 3.0});
     CHECK(mean == 2);
@@ -159,7 +159,7 @@ TEST_CASE("scores within 2^125 are held, lower ones may hide their key, and what
   }
 }
 
-/// A view of no elements, without memory, whose strides are those of others.
+/// A view without elements and memory, but with nonzero strides.
 template <class T>
 TensorView<T> nothing(Index rows, Index cols) {
   return {nullptr, 1, 2, rows, cols, 1000, 100, 10};

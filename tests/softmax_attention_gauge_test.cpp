@@ -1,4 +1,4 @@
-// softmax_attention against the definition in double, in units of the error that the data allow.
+// softmax_attention compared with the definition in double, in units of the error that the data allow.
 #include <vector>
 
 #include "support/gauge.hpp"
@@ -28,7 +28,7 @@ struct ListOfTypes {
   static void check(std::int64_t cases) { (check_types(List{}, cases), ...); }
 };
 
-/// One size from its list, the others drawn small.
+/// Checks each size of a list, with small random other sizes.
 template <class T>
 void check_each(const std::vector<Index>& sizes, Index Shape::*size, std::int64_t cases) {
   for_each_case(cases, [&](Random& random) {
@@ -47,7 +47,7 @@ void check_each(const std::vector<Index>& sizes, Index Shape::*size, std::int64_
 
 }  // namespace
 
-TEST_CASE("softmax_attention: within the bound for float, and the data are no easy ones", "[gauge][slow]") {
+TEST_CASE("softmax_attention: within the bound for float, with data that are not trivial", "[gauge][slow]") {
   Trust typical, all;
   double worst = 0;
   for_each_case(60, [&](Random& random) {
@@ -102,7 +102,7 @@ TEST_CASE("softmax_attention: every group of query heads, with few queries and w
   });
 }
 
-TEST_CASE("softmax_attention: within the bound over more keys than a stretch holds", "[gauge]") {
+TEST_CASE("softmax_attention: within the bound for more keys than a key chunk has", "[gauge]") {
   for_each_case(2, [](Random& random) {
     for (const Index q_len : {2, 20}) {
       for (const Index kv_len : {2047, 2048, 2049, 4500}) {

@@ -11,7 +11,7 @@ using namespace test;
 using Eigen::bfloat16;
 using longspan::softmax_attention;
 
-/// Values of one sign, so that errors add up, under scores that are all about the same.
+/// Values of one sign, so that errors add up, with nearly equal scores.
 template <class T>
 void check_long(const Shape& shape, bool bf16_products, double limit) {
   Random random(11);
@@ -27,7 +27,7 @@ void check_long(const Shape& shape, bool bf16_products, double limit) {
 
 }  // namespace
 
-TEST_CASE("softmax_attention: 140000 keys, which cross a span", "[gauge][slow]") {
+TEST_CASE("softmax_attention: within the bound for 140000 keys, more than a span", "[gauge][slow]") {
   static_assert(longspan::detail::keys_in_span < 140000);
   for (const Index q_len : {1, 4, 12}) {
     const Shape shape{1, 1, 1, q_len, 140000, 8, 8};
@@ -37,7 +37,7 @@ TEST_CASE("softmax_attention: 140000 keys, which cross a span", "[gauge][slow]")
   }
 }
 
-TEST_CASE("softmax_attention: a window far into 140000 keys", "[gauge][mask]") {
+TEST_CASE("softmax_attention: within the bound for a window far into 140000 keys", "[gauge][mask]") {
   Random random(12);
   for (const Index q_len : {2, 60}) {
     Call<float> call(Shape{1, 2, 1, q_len, 140000, 8, 8}, Values::rising, random);
@@ -50,7 +50,7 @@ TEST_CASE("softmax_attention: a window far into 140000 keys", "[gauge][mask]") {
   }
 }
 
-TEST_CASE("softmax_attention: 2^20 keys", "[gauge][long]") {
+TEST_CASE("softmax_attention: within the bound for 2^20 keys", "[gauge][long]") {
   for (const Index q_len : {2, 12}) {
     const Shape shape{1, 1, 1, q_len, Index{1} << 20, 8, 8};
     check_long<float>(shape, true, 8);
@@ -60,8 +60,8 @@ TEST_CASE("softmax_attention: 2^20 keys", "[gauge][long]") {
 }
 
 TEST_CASE("softmax_attention: every one of 2^18 keys counts", "[exact]") {
-  // Equal scores: p = 2^-18 for each. Column c of V sums the keys of which bit c is set, so that a lost or
-  // doubled key changes some column. Every sum is exact.
+  // Equal scores, so p = 2^-18 for each key. Column c of V counts the keys whose bit c is set, so that a lost or
+  // repeated key changes some column. Every sum is exact.
   constexpr Index kv_len = Index{1} << 18;
   for (const Index q_len : {1, 9, 30}) {
     Call<float> call(Shape{1, 1, 1, q_len, kv_len, 2, 18});

@@ -22,7 +22,7 @@ void poison(T* row, Index cols, double with) {
   std::fill_n(row, cols, static_cast<T>(static_cast<float>(with)));
 }
 
-/// Does any query of the heads that read KV head `kv` see key j?
+/// True if any query of the heads that use KV head `kv` sees key j.
 bool is_seen(const Shape& shape, Index first_query, const Predicate& sees, Index b, Index kv, Index j) {
   const Index group = shape.heads / shape.kv_heads;
   for (Index h = kv * group; h < (kv + 1) * group; ++h) {
@@ -33,7 +33,7 @@ bool is_seen(const Shape& shape, Index first_query, const Predicate& sees, Index
   return false;
 }
 
-/// Poisons the keys that no query sees; returns how many there were.
+/// Writes NaN or infinity to the keys that no query sees; returns their number.
 template <class C>
 Index poison_unseen(C& call, const Shape& shape, Index first_query, const Predicate& sees, double with) {
   Index count = 0;
@@ -63,7 +63,7 @@ std::vector<bool> changed_rows(const C& a, const C& b) {
   return changed;
 }
 
-/// Are the rows that see key j of that KV head NaN, and all the others what they were?
+/// True if the rows that see key j of this KV head are NaN and all other rows are unchanged.
 template <class C>
 bool only_seeing_rows_are_nan(const C& clean, const C& poisoned, const Shape& shape, Index first_query,
                               const Predicate& sees, Index b, Index kv, Index j, bool nan_lse) {
@@ -100,7 +100,7 @@ Shape small_shape(Random& random, Index q_len) {
 
 }  // namespace
 
-TEST_CASE("softmax_attention: within the bound under every mask", "[gauge][mask]") {
+TEST_CASE("softmax_attention: within the bound with every mask", "[gauge][mask]") {
   for_each_case(12, [](Random& random) {
     const Shape shape = draw_shape(random);
     Definition what;
@@ -114,7 +114,7 @@ TEST_CASE("softmax_attention: within the bound under every mask", "[gauge][mask]
   });
 }
 
-TEST_CASE("softmax_attention: within the bound under random combinations of masks", "[gauge][mask]") {
+TEST_CASE("softmax_attention: within the bound with random combinations of masks", "[gauge][mask]") {
   for_each_case(150, [](Random& random) {
     Shape shape = draw_shape(random);
     shape.head_dim = std::min<Index>(shape.head_dim, 33);
@@ -127,7 +127,7 @@ TEST_CASE("softmax_attention: within the bound under random combinations of mask
   });
 }
 
-TEST_CASE("softmax_attention: keys that nobody sees may hold NaN, to the bit", "[mask][nan]") {
+TEST_CASE("softmax_attention: NaN in keys that no query sees changes no bit", "[mask][nan]") {
   Index hidden = 0;
   for_each_case(12, [&](Random& random) {
     const Shape shape = small_shape(random, random.pick<Index>({1, 2, 3, 9, 30, 60}));
@@ -147,8 +147,7 @@ TEST_CASE("softmax_attention: keys that nobody sees may hold NaN, to the bit", "
   CHECK(hidden > 0);
 }
 
-TEST_CASE("softmax_attention: NaN in a key or a value reaches the rows that see it, and no other",
-          "[mask][nan]") {
+TEST_CASE("softmax_attention: NaN in a key or a value reaches exactly the rows that see it", "[mask][nan]") {
   for_each_case(12, [&](Random& random) {
     const Shape shape = small_shape(random, random.pick<Index>({1, 2, 5, 9, 30, 60}));
     const Index first_query =
@@ -174,7 +173,7 @@ TEST_CASE("softmax_attention: NaN in a key or a value reaches the rows that see 
   });
 }
 
-TEMPLATE_TEST_CASE("softmax_attention: masked NaN and seen NaN in other types", "[mask][nan]", double,
+TEMPLATE_TEST_CASE("softmax_attention: masked NaN and visible NaN in other types", "[mask][nan]", double,
                    bfloat16) {
   const Predicate sees = [](Index, Index, Index i, Index j) { return j <= i && (j >= i - 20 || j < 3); };
   const longspan::softmax_attention attend{longspan::causal{} &
@@ -231,13 +230,13 @@ TEST_CASE("softmax_attention: a score of -infinity hides the key", "[mask][nan]"
         bias.row(0, 0, i)[j] = sees(0, 0, first_query + i, j) ? 0 : -std::numeric_limits<float>::infinity();
       }
     }
-    // A bias has no rows before its first; with fewer keys than queries their positions start below 0.
+    // A bias has no rows for negative positions; with fewer keys than queries positions start below 0.
     const longspan::softmax_attention attend{longspan::additive_bias(bias.view(), first_query)};
     Call<float> clean(shape, Values::normal, random), unseen = clean, seen = clean;
     clean.run(attend);
     check_against(exact_attention({.sees = sees}, clean), clean);
 
-    // A bias cannot hide NaN in k, which is in the score that it is added to.
+    // A bias cannot hide NaN in k, because it is added to the score, which is NaN.
     poison_unseen(unseen, shape, first_query, sees, poisons[random.between(0, 2)]);
     unseen.k = clean.k;
     unseen.run(attend);
@@ -251,8 +250,8 @@ TEST_CASE("softmax_attention: a score of -infinity hides the key", "[mask][nan]"
   });
 }
 
-TEMPLATE_TEST_CASE("softmax_attention: a row that sees no key gives 0 and -infinity", "[mask]", float, double,
-                   bfloat16) {
+TEMPLATE_TEST_CASE("softmax_attention: a row that sees no key has output 0 and lse -infinity", "[mask]",
+                   float, double, bfloat16) {
   const auto is_empty = [](const Call<TestType>& call, Index b, Index h, Index i) {
     const TestType* row = call.out.row(b, h, i);
     return std::all_of(row, row + call.out.cols, [](TestType x) { return static_cast<double>(x) == 0; }) &&
@@ -266,7 +265,7 @@ TEMPLATE_TEST_CASE("softmax_attention: a row that sees no key gives 0 and -infin
       for (Index n = 0; n < 6 * q_len; ++n) REQUIRE(is_empty(call, 0, 0, n));
     }
   }
-  SECTION("rows before the first key, beside rows that see some") {
+  SECTION("rows before the first key, next to rows that see keys") {
     const longspan::softmax_attention attend{longspan::causal{} &
                                              (longspan::window{.left = 20} | longspan::sinks{3})};
     for (const Index q_len : {2, 7, 20, 100}) {
@@ -274,7 +273,7 @@ TEMPLATE_TEST_CASE("softmax_attention: a row that sees no key gives 0 and -infin
         Call<TestType> call(Shape{1, 2, 1, q_len, kv_len, 8, 9}, Values::normal, random);
         auto from_before = attend;
         from_before.first_query = -q_len / 2;
-        // What nobody sees may hold anything.
+        // Keys that no query sees may contain anything.
         for (Index j = q_len; j < kv_len; ++j) poison(call.v.row(0, 0, j), 9, NAN);
         call.run(from_before, longspan::openmp{3});
         for (Index h = 0; h < 2; ++h) {
@@ -285,7 +284,7 @@ TEMPLATE_TEST_CASE("softmax_attention: a row that sees no key gives 0 and -infin
   }
 }
 
-TEST_CASE("softmax_attention: packed documents are as good as calls of their own", "[mask]") {
+TEST_CASE("softmax_attention: packed documents are within the bound of separate calls", "[mask]") {
   for_each_case(10, [&](Random& random) {
     const Shape shape{1, 2, 1, 150, 150, 8, 9};
     std::vector<Index> starts{0};

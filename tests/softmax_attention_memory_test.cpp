@@ -1,4 +1,4 @@
-// The memory that softmax_attention reads, writes and allocates.
+// Which memory softmax_attention reads, writes and allocates.
 #include <algorithm>
 #include <type_traits>
 #include <utility>
@@ -21,7 +21,7 @@ using longspan::causal;
 using longspan::openmp;
 using longspan::softmax_attention;
 
-/// A copy of x in a buffer of its own strides.
+/// A copy of x in a buffer with other strides.
 template <class T>
 void copy_rows(TensorView<const T> from, TensorView<T> to) {
   for (Index b = 0; b < from.batch; ++b) {
@@ -43,7 +43,7 @@ bool same_rows(TensorView<const T> a, TensorView<const T> b) {
   return true;
 }
 
-/// [batch, heads, rows, cols] with `gap` elements behind each row, and the heads of a row side by side
+/// A [batch, heads, rows, cols] view with `gap` elements after each row, and the heads of a row adjacent
 /// ([batch, rows, heads, cols] in memory) or not.
 template <class T>
 TensorView<T> strided_view(T* data, const TensorView<const T>& like, Index gap, bool heads_inside) {
@@ -54,7 +54,7 @@ TensorView<T> strided_view(T* data, const TensorView<const T>& like, Index gap, 
   return view;
 }
 
-/// q, k and v in buffers of NaN, out and lse among sentinels.
+/// q, k and v in buffers of NaN, out and lse in Sentinels.
 template <class T>
 struct Strided {
   using Real = Arithmetic<T>;
@@ -102,7 +102,7 @@ const std::vector<Shape> shapes{{2, 4, 2, 60, 70, 16, 8}, {1, 3, 1, 50, 130, 17,
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("softmax_attention: any strides and any misalignment, and nothing else is written",
+TEMPLATE_TEST_CASE("softmax_attention: works with any strides and alignment, and writes nothing else",
                    "[memory]", float, double, bfloat16, half) {
   Random random(1);
   for (const Shape& shape : shapes) {
@@ -152,7 +152,7 @@ TEST_CASE("softmax_attention: a stride of 0 repeats an input", "[memory]") {
 
 namespace {
 
-/// Every tensor of the call alone between forbidden pages: a read or a write of one element too many ends the
+/// Each tensor of the call in turn next to forbidden pages: a read or a write of one element too many ends the
 /// program.
 template <class Tq, class Tk, class Tv, class To, class Attend>
 bool guarded_call_agrees(const Call<Tq, Tk, Tv, To>& call, const Attend& attend, Guard where) {
@@ -194,7 +194,7 @@ void check_guarded(const Attend& attend, const std::vector<Index>& head_dims = {
 
 }  // namespace
 
-TEST_CASE("softmax_attention: reads and writes no element beside its tensors", "[memory]") {
+TEST_CASE("softmax_attention: reads and writes no element outside its tensors", "[memory]") {
   SECTION("float") { check_guarded<float, float, float, float>(softmax_attention{causal{}}); }
   SECTION("double") { check_guarded<double, double, double, double>(softmax_attention{causal{}}); }
   SECTION("bfloat16") { check_guarded<bfloat16, bfloat16, bfloat16, bfloat16>(softmax_attention{causal{}}); }
@@ -206,7 +206,7 @@ TEST_CASE("softmax_attention: reads and writes no element beside its tensors", "
   }
 }
 
-TEST_CASE("softmax_attention: inputs stay what they were", "[memory]") {
+TEST_CASE("softmax_attention: inputs stay unchanged", "[memory]") {
   Random random(4);
   for (const Shape& shape : shapes) {
     Call<float> call(shape, Values::normal, random);
@@ -260,20 +260,20 @@ TEST_CASE("softmax_attention: nothing is allocated after the first call of a sha
     check(call, softmax_attention{longspan::softcap{9}, longspan::rotary(longspan::Pairing::half_split)},
           team);
   }
-  SECTION("nor in a smaller one") {
+  SECTION("a smaller call allocates nothing either") {
     longspan::Execution team(openmp{3});
     Call<float> large(of_all_paths[0], Values::normal, random), small(shapes[0], Values::normal, random);
     large.run(softmax_attention{}, team);
     CHECK(allocations_of([&] { small.run(softmax_attention{}, team); }) == 0);
   }
-  SECTION("and the counter counts") {
+  SECTION("the counter of allocations works") {
     Call<float> call(of_all_paths[0], Values::normal, random);
     CHECK(allocations_of([&] { call.run(softmax_attention{}, longspan::serial{}); }) == 1);
     CHECK(allocations_of([] { std::vector<int> numbers(3); }) == 1);
   }
 }
 
-TEST_CASE("softmax_attention: rows may stand more than 2^31 elements apart", "[memory]") {
+TEST_CASE("softmax_attention: rows may be more than 2^31 elements apart", "[memory]") {
   constexpr Index far = (Index{1} << 31) + 16, rows = 3;
   const auto apart = [](const Pages& pages, Index heads, Index count, Index cols) {
     auto* data = reinterpret_cast<float*>(pages.begin());

@@ -1,4 +1,4 @@
-// softmax_attention with scores and position encodings, and masks in other types, against the definition in
+// softmax_attention with scores, position encodings, and masks in other types, compared with the definition in
 // double.
 #include <cmath>
 #include <functional>
@@ -15,7 +15,7 @@ using longspan::Pairing;
 
 }  // namespace
 
-TEST_CASE("softmax_attention: within the bound under a mask in bfloat16 and double", "[gauge][mask]") {
+TEST_CASE("softmax_attention: within the bound with a mask in bfloat16 and double", "[gauge][mask]") {
   const Definition what{
       .sees = [](Index, Index, Index i, Index j) { return j <= i && (j >= i - 40 || j < 3); }};
   const longspan::softmax_attention attend{longspan::causal{} &
@@ -30,7 +30,7 @@ TEST_CASE("softmax_attention: within the bound under a mask in bfloat16 and doub
 
 namespace {
 
-/// Scores, each with its meaning; visit(name, score, function).
+/// Calls visit(name, score, function) for each score; `function` is what the score means.
 template <class Visit>
 void for_each_score(const Shape& shape, Random& random, const Visit& visit) {
   using namespace longspan;
@@ -69,8 +69,7 @@ Shape shape_for_scores(Random& random) {
   Shape shape = draw_shape(random);
   shape.head_dim = std::min<Index>(shape.head_dim, 65);
   shape.value_dim = std::min<Index>(shape.value_dim, 65);
-  shape.kv_len =
-      std::max(shape.kv_len, shape.q_len);  // a bias has no rows for positions before the first key
+  shape.kv_len = std::max(shape.kv_len, shape.q_len);  // a bias has no rows for negative positions
   return shape;
 }
 
@@ -107,7 +106,7 @@ Definition with_xpos(Pairing pairing, double scale_base, Index centre) {
 
 }  // namespace
 
-TEST_CASE("softmax_attention: within the bound under every score function", "[gauge][score]") {
+TEST_CASE("softmax_attention: within the bound with every score function", "[gauge][score]") {
   for_each_case(8, [](Random& random) {
     const Shape shape = shape_for_scores(random);
     const Values values = random.pick(all_values);
@@ -120,7 +119,7 @@ TEST_CASE("softmax_attention: within the bound under every score function", "[ga
   });
 }
 
-TEMPLATE_TEST_CASE("softmax_attention: within the bound under score functions in other types",
+TEMPLATE_TEST_CASE("softmax_attention: within the bound with score functions in other types",
                    "[gauge][score]", double, bfloat16) {
   for_each_case(8, [](Random& random) {
     const Shape shape = shape_for_scores(random);
@@ -139,7 +138,7 @@ TEMPLATE_TEST_CASE("softmax_attention: within the bound under score functions in
   });
 }
 
-TEMPLATE_TEST_CASE("softmax_attention: within the bound under position encodings", "[gauge][position]", float,
+TEMPLATE_TEST_CASE("softmax_attention: within the bound with position encodings", "[gauge][position]", float,
                    double) {
   for_each_case(10, [](Random& random) {
     Shape shape = draw_shape(random);
@@ -148,7 +147,7 @@ TEMPLATE_TEST_CASE("softmax_attention: within the bound under position encodings
     const Pairing pairing = random.pick({Pairing::interleaved, Pairing::half_split});
     const Index dims = random.chance(0.5) ? 0 : 2 * random.between(1, shape.head_dim / 2);
     Definition rotary = with_rotary(pairing, dims), xpos = with_xpos(pairing, 512, 100);
-    // Angles are made in double, and at position 300 good to 300 * 2^-53 only.
+    // Angles are computed in double, with an error of 300 * 2^-53 at position 300.
     if (std::is_same_v<TestType, double>) rotary.encode_error = xpos.encode_error = 64;
     if (random.chance(0.5)) rotary.first_query = xpos.first_query = random.between(-3, shape.kv_len + 3);
     check_call<TestType>(shape, values, random,
@@ -158,7 +157,7 @@ TEMPLATE_TEST_CASE("softmax_attention: within the bound under position encodings
   });
 }
 
-TEST_CASE("softmax_attention: mask, score and position encoding together", "[gauge]") {
+TEST_CASE("softmax_attention: within the bound with mask, score and position encoding together", "[gauge]") {
   for_each_case(12, [](Random& random) {
     Shape shape = shape_for_scores(random);
     shape.head_dim = random.pick<Index>({2, 16, 34, 64});

@@ -1,4 +1,4 @@
-// softmax_attention where the answer is known exactly, its options, and what it refuses.
+// softmax_attention: exactly known results, options, and errors.
 #include "longspan/softmax_attention.hpp"
 
 #include <cmath>
@@ -27,7 +27,7 @@ void fill_integers(Tensor<T>& v) {
   }
 }
 
-/// V[j] is 1 in column j and 0 elsewhere, so that out[i][j] is p_ij.
+/// V[j] is 1 in column j and 0 in all others, so that out[i][j] is the weight p_ij.
 template <class T>
 void fill_one_hot(Tensor<T>& v) {
   for (Index kv = 0; kv < v.batch * v.heads; ++kv) {
@@ -43,7 +43,7 @@ TEMPLATE_TEST_CASE("softmax_attention: equal scores average the values exactly",
     for (Index kv_len = 1; kv_len <= 8192; kv_len *= 2) {
       Random random(static_cast<std::uint64_t>(kv_len));
       Call<TestType> call(Shape{1, 2, 1, q_len, kv_len, 4, 11});
-      fill_normal(call.k, random);  // q is 0: every score is
+      fill_normal(call.k, random);  // q is 0, so every score is 0
       fill_integers(call.v);
       call.run(softmax_attention{}, longspan::openmp{2});
       for (Index c = 0; c < 11; ++c) {
@@ -56,7 +56,7 @@ TEMPLATE_TEST_CASE("softmax_attention: equal scores average the values exactly",
   }
 }
 
-TEMPLATE_TEST_CASE("softmax_attention: every key counts the same where scores are equal", "[exact]", float,
+TEMPLATE_TEST_CASE("softmax_attention: every key has the same weight if scores are equal", "[exact]", float,
                    double) {
   for (const Index q_len : {1, 4, 30}) {
     for (Index kv_len = 1; kv_len <= 512; kv_len *= 2) {
@@ -68,7 +68,8 @@ TEMPLATE_TEST_CASE("softmax_attention: every key counts the same where scores ar
   }
 }
 
-TEST_CASE("softmax_attention: the weight of every key, read off alone", "[exact][gauge]") {
+TEST_CASE("softmax_attention: the weight of every key, read off with an identity matrix as v",
+          "[exact][gauge]") {
   Random random(1);
   for (Index kv_len = 1; kv_len <= 300; ++kv_len) {
     const Index q_len = kv_len % 2 == 0 ? 2 : 10;
@@ -82,7 +83,7 @@ TEST_CASE("softmax_attention: the weight of every key, read off alone", "[exact]
   }
 }
 
-TEMPLATE_TEST_CASE("softmax_attention: the value of the only visible key comes back exactly", "[exact][mask]",
+TEMPLATE_TEST_CASE("softmax_attention: with one visible key the output is exactly its value", "[exact][mask]",
                    float, double, bfloat16) {
   for (const Index q_len : {1, 2, 8, 9, 60, 300}) {
     Random random(static_cast<std::uint64_t>(q_len));
@@ -104,7 +105,7 @@ TEMPLATE_TEST_CASE("softmax_attention: the value of the only visible key comes b
 // ----------------------------------------------------------------------------------------------------------
 // Options
 
-TEST_CASE("softmax_attention: a scale of 0 weighs all keys alike", "[options]") {
+TEST_CASE("softmax_attention: with a scale of 0 all keys have the same weight", "[options]") {
   for (const Index q_len : {2, 40}) {
     Random random(6);
     Call<float> call(Shape{1, 2, 1, q_len, 64, 16, 8}, Values::normal, random);
@@ -145,7 +146,7 @@ TEST_CASE("softmax_attention: scale is 1 / sqrt(head_dim) unless it is set", "[o
   }
 }
 
-TEST_CASE("softmax_attention: the last query stands at the last key unless first_query says otherwise",
+TEST_CASE("softmax_attention: the last query is at the position of the last key unless first_query is set",
           "[options]") {
   for (const Index q_len : {2, 40}) {
     Random random(6);
@@ -162,7 +163,7 @@ TEST_CASE("softmax_attention: the last query stands at the last key unless first
   }
 }
 
-TEST_CASE("softmax_attention: parts may come in any order", "[options]") {
+TEST_CASE("softmax_attention: parts may be given in any order", "[options]") {
   using namespace longspan;
   Random random(7);
   const Call<float> call(Shape{1, 2, 1, 30, 60, 16, 8}, Values::normal, random);
@@ -183,7 +184,7 @@ TEST_CASE("softmax_attention: parts may come in any order", "[options]") {
   CHECK_FALSE(first.same_outputs(outputs_of(assigned)));
 }
 
-TEST_CASE("softmax_attention: with and without lse, with and without an execution, the same", "[options]") {
+TEST_CASE("softmax_attention: the same results with and without lse and execution", "[options]") {
   for (const Index q_len : {2, 40}) {
     Random random(8);
     Call<float> call(Shape{2, 2, 1, q_len, 100, 16, 8}, Values::normal, random);
@@ -210,7 +211,7 @@ TEST_CASE("softmax_attention: with and without lse, with and without an executio
   }
 }
 
-TEST_CASE("softmax_attention: Eigen tensors, maps and matrices are the same tensors as views",
+TEST_CASE("softmax_attention: Eigen tensors, maps and matrices give the results of views",
           "[options][eigen]") {
   using Tensor4 = Eigen::Tensor<float, 4, Eigen::RowMajor>;
   using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -236,11 +237,11 @@ TEST_CASE("softmax_attention: Eigen tensors, maps and matrices are the same tens
 }
 
 // ----------------------------------------------------------------------------------------------------------
-// What it refuses
+// Errors
 
 namespace {
 
-/// The views of one call, to be bent one by one.
+/// The views of one call, which the cases below change one at a time.
 struct Views {
   TensorView<const float> q, k, v;
   TensorView<float> out;
@@ -250,7 +251,7 @@ struct Views {
 struct Refused {
   const char* what;
   std::function<void(Views&)> bend;
-  std::vector<std::string> words;  ///< of the error's text
+  std::vector<std::string> words;  ///< parts of the error's text
 };
 
 const std::vector<Refused> refused_shapes{
@@ -314,7 +315,7 @@ TEST_CASE("softmax_attention: shapes that disagree are refused by name, and noth
   }
 }
 
-TEST_CASE("softmax_attention: the shapes that the refused ones are made from are accepted", "[errors]") {
+TEST_CASE("softmax_attention: the unchanged shapes of the refused cases are accepted", "[errors]") {
   Call<float> call(Shape{2, 6, 2, 5, 7, 8, 4});
   const Views x{call.q.view(), call.k.view(), call.v.view(), call.out.view(), call.lse.view()};
   CHECK(refusal_of(softmax_attention<>{}, x).empty());
@@ -349,9 +350,9 @@ struct FailingExecutor {
 
 }  // namespace
 
-TEST_CASE("softmax_attention: what an executor or a score throws passes through", "[errors]") {
+TEST_CASE("softmax_attention: exceptions of an executor or a score reach the caller", "[errors]") {
   Random random(2);
-  // Enough work for the caller's executor to be used at all.
+  // Enough work that the caller's executor is used.
   Call<float> call(Shape{1, 2, 2, 100, 200, 32, 32}, Values::normal, random);
   CHECK_THROWS_AS(call.run(softmax_attention{}, FailingExecutor{}), std::runtime_error);
   const auto fails_at_key_150 = [](float s, Index, Index, Index, Index j) {

@@ -18,7 +18,7 @@ using longspan::TensorView;
 
 namespace {
 
-/// 0, 1, 2, ...: the value of an element is its offset.
+/// 0, 1, 2, ...: each element's value is its offset.
 std::vector<Index> offsets(std::size_t count) {
   std::vector<Index> values(count);
   std::iota(values.begin(), values.end(), Index{0});
@@ -27,7 +27,7 @@ std::vector<Index> offsets(std::size_t count) {
 
 }  // namespace
 
-TEST_CASE("compact_view: the last dimension runs fastest", "[view]") {
+TEST_CASE("compact_view: the last dimension is contiguous", "[view]") {
   auto memory = offsets(2 * 3 * 4 * 5);
   const auto x = longspan::compact_view(memory.data(), 2, 3, 4, 5);
   CHECK(x.batch == 2);
@@ -74,7 +74,7 @@ TEST_CASE("TensorView: a stride of 0 repeats an input", "[view]") {
   CHECK(x.row(0, 0, 2) == x.row(6, 4, 2));
 }
 
-TEST_CASE("TensorView: slice_rows takes the same rows of every head", "[view]") {
+TEST_CASE("TensorView: slice_rows returns the same rows of every head", "[view]") {
   auto memory = offsets(2 * 3 * 8 * 4);
   const auto x = longspan::compact_view(memory.data(), 2, 3, 8, 4);
   const auto part = x.slice_rows(2, 5);
@@ -95,7 +95,7 @@ TEST_CASE("TensorView: an empty tensor is sliced without arithmetic on its point
   CHECK(nothing.slice_rows(3, 0).data == nullptr);
 }
 
-TEST_CASE("TensorView: empty where any dimension is 0", "[view]") {
+TEST_CASE("TensorView: empty if any dimension is 0", "[view]") {
   float one = 0;
   CHECK_FALSE(longspan::compact_view(&one, 1, 1, 1, 1).empty());
   CHECK(longspan::compact_view(&one, 0, 1, 1, 1).empty());
@@ -114,7 +114,7 @@ TEST_CASE("RowsView: each index has its stride", "[view]") {
   CHECK(memory[1] == 100);
 }
 
-TEST_CASE("views: of const from mutable, never back", "[view]") {
+TEST_CASE("views: mutable views convert to const views, but not the other way round", "[view]") {
   STATIC_REQUIRE(std::is_convertible_v<TensorView<float>, TensorView<const float>>);
   STATIC_REQUIRE(std::is_convertible_v<MatrixView<float>, MatrixView<const float>>);
   STATIC_REQUIRE(std::is_convertible_v<RowsView<float>, RowsView<const float>>);
@@ -135,7 +135,7 @@ TEST_CASE("views: of const from mutable, never back", "[view]") {
   CHECK(rows(0, 1, 2) == 4 + 2 * 2);
 }
 
-TEST_CASE("views: are constant expressions", "[view]") {
+TEST_CASE("views: can be used in constant expressions", "[view]") {
   static constexpr std::array<int, 12> memory{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
   constexpr auto x = longspan::compact_view(memory.data(), 1, 2, 3, 2);
   STATIC_REQUIRE(*x.row(0, 1, 2) == 10);
@@ -145,13 +145,13 @@ TEST_CASE("views: are constant expressions", "[view]") {
 
 #if defined(__linux__) && defined(__LP64__)
 TEST_CASE("views: offsets beyond 2^31 elements reach their memory", "[view]") {
-  // Address space only: two pages of it are ever touched.
+  // This is only address space: the test touches two pages of it.
   constexpr std::size_t bytes = std::size_t{24} << 30;
   constexpr Index far = (Index{1} << 31) + 16;
   void* space =
       mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (space == MAP_FAILED) {
-    SUCCEED("this machine hands out less address space");
+    SUCCEED("this machine provides less address space");
     return;
   }
   auto* memory = static_cast<float*>(space);

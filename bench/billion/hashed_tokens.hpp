@@ -1,5 +1,5 @@
-// A sequence of any length that is nowhere stored: q, k and v of a token are a hash of its position, so any
-// output row can be computed again, in double, from nothing.
+// A sequence of any length that is not stored: q, k and v of a token are hashes of its position, so any
+// output row can be computed again in double.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ namespace bench {
 
 enum class Stream : std::uint64_t { q = 1, k = 2, v = 3 };
 
-/// The row of `cols` numbers of the token at position n: uniform, mean 0, variance 1, four to a hash.
+/// The row of `cols` numbers of the token at position n: uniform, mean 0, variance 1, four numbers from each hash.
 inline void hash_row(Stream stream, Index n, Index cols, float* row) {
   const std::uint64_t of_token = hashed(static_cast<std::uint64_t>(stream), static_cast<std::uint64_t>(n));
   for (Index c = 0; c < cols; c += 4) {
@@ -36,7 +36,7 @@ inline void hash_rows(Stream stream, Index first, const longspan::TensorView<flo
   });
 }
 
-/// What causal dilated attention of one head gives the token at position n.
+/// The exact output of causal dilated attention of one head for the token at position n.
 inline ExactRow hashed_exact_row(std::span<const longspan::Branch> branches, Index head_dim, Index n) {
   const std::vector<Index> met = met_keys(branches, 1, 0, n);
   const auto count = static_cast<Index>(met.size());
@@ -53,8 +53,8 @@ inline ExactRow hashed_exact_row(std::span<const longspan::Branch> branches, Ind
                           {});
 }
 
-/// Rows to look at: the first, the last, and hashed ones, of which each second is a multiple of a high power
-/// of two, where the wide branches meet.
+/// The rows to check: the first, the last, and hashed ones, of which every second is a multiple of a high power
+/// of two, which more branches keep.
 inline std::vector<Index> checked_rows(Index length, Index count) {
   std::vector<Index> rows{0, length - 1};
   for (std::uint64_t n = 2; static_cast<Index>(rows.size()) < count; ++n) {

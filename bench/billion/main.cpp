@@ -1,8 +1,8 @@
-// A billion tokens of dilated attention on one machine, in the memory of a few thousand.
+// Dilated attention over a billion tokens on one machine, with the memory of a few thousand tokens.
 //
-// One head, segments from 2048 tokens to the whole sequence, each twice the one before at twice the dilation.
-// Tokens are hashed from their positions, so that rows of the output can be checked against double wherever
-// they stand.
+// One head, with segments from 2048 tokens to the whole sequence, each with twice the length and twice the dilation
+// of the one before. Tokens are hashes of their positions, so that any row of the output can be checked against
+// double.
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -31,13 +31,14 @@ constexpr const char* usage =
     "billion: causal dilated attention over a very long sequence, one head, in bounded memory\n"
     "\n"
     "  --tokens N          length of the sequence; default 2^24, the billion is 1000000000\n"
-    "  --head-dim 16       of queries, keys and values\n"
+    "  --head-dim 16       columns of queries, keys and values\n"
     "  --segment 2048      tokens of the dense segments\n"
-    "  --checks 128        output rows that are held against double, at least 100\n"
-    "  --checkpoint FILE   where the run can go on: written every minute, read at the start, removed at the "
+    "  --checks 128        output rows that are checked against double, at least 100\n"
+    "  --checkpoint FILE   state to continue the run: written every minute, read at the start, removed at "
+    "the "
     "end\n"
-    "  --seconds S         stop after so many, with a checkpoint\n"
-    "  --threads N         default: as many as OpenMP takes\n";
+    "  --seconds S         stop after S seconds with a checkpoint\n"
+    "  --threads N         default: OpenMP's own number\n";
 
 struct Options {
   Index tokens, head_dim, segment, checks, seconds, threads;
@@ -61,18 +62,18 @@ Options parsed(std::span<const std::string> words) {
                   given.number("--threads", default_threads(), 1, most_threads),
                   given.value("--checkpoint").value_or("")};
   if (options.seconds > 0 && options.checkpoint.empty())
-    throw UsageError("the option --seconds needs --checkpoint, or the work would be lost");
+    throw UsageError("the option --seconds needs --checkpoint, otherwise the work would be lost");
   if (!options.checkpoint.empty()) require_writable("--checkpoint", options.checkpoint);
   return options;
 }
 
-/// What is known of the tokens that are done.
+/// The findings for the tokens so far.
 struct Findings {
   std::int64_t checked = 0;
-  double worst_ratio = 0;     ///< of the error to u (1 + a) sum p |v|: right up to 16
-  double sum = 0;             ///< of all outputs: tells two runs apart
-  double seconds = 0;         ///< of all runs together
-  double attend_seconds = 0;  ///< without making tokens and checking
+  double worst_ratio = 0;     ///< error in units of u (1 + a) sum p |v|: right up to 16
+  double sum = 0;             ///< sum of all outputs, to compare two runs
+  double seconds = 0;         ///< time of all runs together
+  double attend_seconds = 0;  ///< time without the tokens and the checks
 };
 
 class Run {
@@ -85,7 +86,7 @@ class Run {
         rows_(checked_rows(options.tokens, options.checks)),
         block_(1, 4, std::min(block_rows, options.tokens), options.head_dim) {}
 
-  /// Goes on to the end, or to the end of the time. Is it the end?
+  /// Continues to the end of the sequence or of the time limit. Returns true at the end of the sequence.
   bool run() {
     if (!options_.checkpoint.empty() && std::filesystem::exists(options_.checkpoint)) resume();
     const Index blocks = (options_.tokens - stream_.size() + block_rows - 1) / block_rows;
@@ -153,7 +154,7 @@ class Run {
   static constexpr Index block_rows = 65536;
   using Numbers = std::array<double, 6>;
 
-  /// A checkpoint is the findings, behind the options they belong to, and the stream.
+  /// A checkpoint contains the options, the findings and the stream.
   void save() const {
     const std::string part = options_.checkpoint + ".part";
     std::ofstream file(part, std::ios::binary);
@@ -174,7 +175,7 @@ class Run {
     Numbers numbers{};
     file.read(reinterpret_cast<char*>(numbers.data()), sizeof numbers);
     if (!file || numbers[0] != static_cast<double>(options_.tokens))
-      throw UsageError("the checkpoint " + options_.checkpoint + " is of another run");
+      throw UsageError("the checkpoint " + options_.checkpoint + " belongs to another run");
     stream_.load(file);
     findings_ = {static_cast<std::int64_t>(numbers[1]), numbers[2], numbers[3], numbers[4], numbers[5]};
     std::printf("resumed at token %td\n", stream_.size());
@@ -183,14 +184,14 @@ class Run {
   Options options_;
   std::vector<longspan::Branch> branches_;
   longspan::dilated_cache<float, longspan::causal, longspan::unchanged, longspan::no_position> stream_;
-  std::vector<Index> rows_;   ///< to be checked, rising
+  std::vector<Index> rows_;   ///< rows to check, in rising order
   OwnedTensor<float> block_;  ///< q, k, v and out of one block
   longspan::Execution<longspan::openmp> execution_{longspan::openmp{options_.threads}};
   Findings findings_;
   double opened_ = 0;
 };
 
-/// Seconds of exact causal attention over `tokens`, at the rate it has over 16384.
+/// The time of exact causal attention over `tokens`, estimated from its rate over 16384 tokens.
 double exact_seconds(const Options& options) {
   constexpr Index length = 16384;
   const Inputs<float> in = hashed_inputs<float>(1, 1, length, length, options.head_dim);
@@ -222,13 +223,13 @@ bool report(const Options& options, const Run& run) {
   std::printf("%td tokens, head_dim %td, %zu branches from (%td, 1) to (%td, %td), %td threads\n",
               options.tokens, options.head_dim, run.branches().size(), options.segment,
               run.branches().back().segment, run.branches().back().dilation, options.threads);
-  std::printf("time           %s: %stokens/s; attention alone %s, %.0f ns a token, %.1f GFLOP/s\n",
+  std::printf("time           %s: %stokens/s; attention alone %s, %.0f ns per token, %.1f GFLOP/s\n",
               long_time(found.seconds).c_str(), per_second(tokens / found.seconds).c_str(),
               long_time(found.attend_seconds).c_str(), 1e9 * found.attend_seconds / tokens,
               flop / found.attend_seconds / 1e9);
   std::printf("memory         %s at most, of which the stream %s\n", bytes_text(peak_memory()).c_str(),
               bytes_text(static_cast<double>(run.stream().bytes())).c_str());
-  std::printf("checked        %td rows against double: error %.2f of 16, %s\n",
+  std::printf("checked        %td rows checked against double: error %.2f of 16, %s\n",
               static_cast<Index>(found.checked), found.worst_ratio, right ? "right" : "WRONG");
   std::printf("outputs        sum %.9e\n", found.sum);
   std::printf("exact attention would take %s\n", long_time(exact_seconds(options)).c_str());
@@ -239,7 +240,7 @@ int run(std::span<const std::string> words) {
   const Options options = parsed(words);
   Run all(options);
   if (!all.run()) {
-    std::printf("stopped at token %td of %td; the same command goes on\n", all.stream().size(),
+    std::printf("stopped at token %td of %td; the same command continues\n", all.stream().size(),
                 options.tokens);
     return 0;
   }

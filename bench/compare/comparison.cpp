@@ -1,5 +1,5 @@
-// The comparison: at each length every contender is checked against double, then those that are right are
-// timed in turns, with a sample of the machine's roof between any two.
+// The comparison: at each length every contender is checked against double; then those with right results are
+// timed in turns, with a sample of the machine's roof after each.
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -12,8 +12,8 @@
 namespace bench {
 namespace {
 
-/// How long things may take. The preset's run must end within three minutes on two cores: cells that would
-/// not fit are skipped, and one length cannot eat the time of the rest.
+/// Time limits. The preset's run must end within three minutes on two cores: cells that would
+/// exceed this are skipped, and one length cannot use up the time of the others.
 struct Budget {
   double total_seconds;
   double seconds_per_length;
@@ -61,7 +61,7 @@ class Comparison {
     return shape;
   }
 
-  /// Calls on a short input tell what longer ones will take.
+  /// Calls with a short input, from which the time of longer ones is estimated.
   void probe() {
     const Index length = std::min<Index>(source_.available, 256);
     const Inputs<float> in = source_.first(length);
@@ -87,7 +87,7 @@ class Comparison {
     return contender.obstacle ? contender.obstacle(shape_at(length)) : std::string();
   }
 
-  /// What the lengths from number `first` on will take: a checked call, then rounds up to their limit.
+  /// The estimated time of the lengths from number `first` on: a checked call, then rounds up to their limit.
   double planned_seconds(std::size_t first) const {
     double total = 0;
     for (std::size_t l = first; l < results_.lengths.size(); ++l) {
@@ -148,7 +148,7 @@ class Comparison {
     }
   }
 
-  /// Runs the contender once on an output full of NaN and looks at what it gave.
+  /// Runs the contender once with an output of NaN and checks the result.
   Cell checked_cell(std::size_t n, const Inputs<float>& in, OwnedTensor<float>& out,
                     std::span<const RowId> rows, std::span<const ExactRow> exact) {
     const Contender& contender = results_.contenders[n];
@@ -172,10 +172,10 @@ class Comparison {
     cell.error_ratio = error_ratio(contender, in, std::as_const(out), rows, exact);
     cell.verdict = cell.error_ratio <= highest_ratio ? Verdict::timed : Verdict::wrong;
     if (cell.verdict == Verdict::wrong) {
-      cell.note =
-          std::isfinite(cell.error_ratio)
-              ? "WRONG, not timed: off by " + printed("%.3g", cell.error_ratio) + " times what float may be"
-              : "WRONG, not timed: holds what is not a number, or leaves rows unwritten";
+      cell.note = std::isfinite(cell.error_ratio)
+                      ? "WRONG, not timed: the error is " + printed("%.3g", cell.error_ratio) +
+                            " times the error that float allows"
+                      : "WRONG, not timed: the output has NaN, or rows that were not written";
     }
     return cell;
   }
@@ -190,21 +190,21 @@ class Comparison {
     return expected.size() == rows.size() ? worst_ratio(out.view(), expected) : infinite;
   }
 
-  /// The best rate that was seen: a call that was disturbed must not have all longer ones skipped.
+  /// Keeps the best rate, so that one disturbed call does not skip all longer ones.
   void saw(const Cell& cell, double seconds) {
     double& rate = seconds_per_flop_[cell.contender];
     rate = std::min(rate, seconds / cell.flop);
   }
 
-  /// A call is made at least twice, once checked and once timed.
+  /// Every call runs at least twice, once checked and once timed.
   std::string over_budget(double seconds) const {
-    const std::string about = seconds > 0 ? "about " + seconds_text(seconds) + " a call, " : "";
-    if (seconds > budget_.seconds_per_call) return "skipped: " + about + "more than this run takes";
+    const std::string about = seconds > 0 ? "about " + seconds_text(seconds) + " per call, " : "";
+    if (seconds > budget_.seconds_per_call) return "skipped: " + about + "more than the limit of this run";
     if (seconds_now() - start_ + 2 * seconds <= budget_.total_seconds) return {};
-    return "skipped: " + about + "the time of this run is up; --full goes further";
+    return "skipped: " + about + "the time limit of this run; --full allows more";
   }
 
-  /// Of the rows in the second half: those before have few keys to choose from.
+  /// The median of the rows in the second half; earlier rows see few keys.
   static double middle_keys(std::span<const ExactRow> exact, Index length) {
     std::vector<double> keys;
     for (const ExactRow& row : exact) {
@@ -217,7 +217,7 @@ class Comparison {
   const Source& source_;
   Budget budget_;
   double start_ = seconds_now();
-  std::vector<double> seconds_per_flop_;  ///< the least that was seen, for each contender
+  std::vector<double> seconds_per_flop_;  ///< the smallest so far, for each contender
   std::optional<Progress> progress_;
 };
 

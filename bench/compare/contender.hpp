@@ -1,4 +1,4 @@
-// A contender: one way to compute attention, in one small file, entered in one list.
+// A contender: one implementation of attention, in one small file, registered in one list.
 #pragma once
 
 #include <functional>
@@ -13,7 +13,7 @@
 
 namespace bench {
 
-/// Causal prefill: `length` queries against as many keys.
+/// Causal prefill: `length` queries and `length` keys.
 struct Shape {
   Index batch = 1;
   Index heads = 8;
@@ -28,33 +28,33 @@ using Oracle = std::function<std::vector<ExactRow>(const Inputs<float>&, std::sp
 struct Contender {
   std::string name;
   std::string description;
-  /// Computes softmax attention itself. One that does not brings its own `oracle`.
+  /// True if it computes exact softmax attention. Otherwise it has its own `oracle`.
   bool exact = true;
-  /// The speed-ups in the report are over this one.
+  /// True for the contender to which the speed-ups in the report refer.
   bool baseline = false;
-  /// The work the method needs, not what an implementation spends: causal counts half of the square.
+  /// The work that the method needs, whatever the implementation does: causal counts half of the square.
   std::function<double(const Shape&)> flop;
-  /// What has to be kept to continue behind the last token.
+  /// The bytes that must be kept to continue after the last token.
   std::function<double(const Shape&)> state_bytes;
-  /// Why it cannot run on this shape; empty where it can.
+  /// The reason why it cannot run with this shape; empty if it can.
   std::function<std::string(const Shape&)> obstacle;
-  /// Untimed, before the calls of a length: what the users of another library have at hand when they call it,
-  /// such as a mask. Empty: nothing. The inputs stay where they are until the next call.
+  /// Not timed, before the calls of a length: prepares what users of another library have before they call it,
+  /// such as a mask. May be empty. The inputs stay in place until the next call.
   std::function<void(const Inputs<float>&)> prepare;
   /// Writes every row of `out`. May keep memory from call to call.
   std::function<void(const Inputs<float>&, longspan::TensorView<float> out)> run;
-  /// Untimed, behind a call: brings to `out` what a library writes to memory or in a layout of its own.
+  /// Not timed, after a call: copies a result in the library's own memory or layout to `out`.
   std::function<void(longspan::TensorView<float> out)> collect;
-  /// What it should give, in double; empty: exact causal attention.
+  /// The exact result, in double; empty: exact causal attention.
   Oracle oracle;
 
-  /// The stream that decodes; empty where the method has none.
+  /// The name of the stream that decodes; empty if the method has none.
   std::string stream;
-  /// The stream behind the first `prompt` tokens, which writes to `out`.
+  /// The stream after the first `prompt` tokens, which writes to `out`.
   std::function<Decoder(const Inputs<float>&, Index prompt, longspan::TensorView<float> out)> decode;
-  /// Seconds of `decode` are those of `run`: the prompt's outputs are computed too.
+  /// True if `decode` takes as long as `run`, because the prompt's outputs are computed too.
   bool prompt_is_attended = false;
-  /// What it should give where that is not the prefill's.
+  /// The exact result of decoding if it differs from that of the prefill.
   Oracle decode_oracle;
 };
 
@@ -62,7 +62,7 @@ inline double causal_flop(const Shape& s) {
   return attention_flop(Visible::causal, s.batch, s.heads, s.length, s.length, s.head_dim, s.value_dim);
 }
 
-/// Keys and values of every token, in float.
+/// The bytes of the keys and values of every token, in float.
 inline double cache_bytes(const Shape& s) {
   return 4.0 * static_cast<double>(s.batch * s.kv_heads * s.length * (s.head_dim + s.value_dim));
 }
@@ -73,10 +73,10 @@ Contender infini(Index threads);
 Contender dilated(Index threads);
 Contender hybrid(Index threads);
 Contender eigen_naive(Index threads);
-/// Of the libraries that are installed: bench/peers.
+/// The contenders of the installed libraries, see bench/peers.
 std::vector<Contender> peers(Index threads);
 
-/// The list. A new contender is a file like softmax.cpp, a line above and a line here.
+/// The list of contenders. A new contender is a file like softmax.cpp, a line above, and a line here.
 inline std::vector<Contender> all_contenders(Index threads) {
   std::vector<Contender> all{softmax(threads), landmark(threads), infini(threads),
                              dilated(threads), hybrid(threads),   eigen_naive(threads)};

@@ -1,4 +1,4 @@
-// Decoding: a stream that has taken a prompt in, and goes on token by token.
+// Decoding: a stream with a prompt, which continues token by token.
 #pragma once
 
 #include <functional>
@@ -12,7 +12,7 @@
 namespace bench {
 
 struct Decoder {
-  /// Takes in token i of the inputs and writes row i of the output.
+  /// Appends token i of the inputs and writes row i of the output.
   std::function<void(Index i)> step;
   std::function<double()> state_bytes;
 };

@@ -1,4 +1,4 @@
-// Decoding: each stream takes in all of a text but its last tokens, and is timed on those, one by one.
+// Decoding: each stream gets a text without its last tokens and is then timed with these tokens one by one.
 #include <cmath>
 #include <limits>
 
@@ -10,7 +10,7 @@ namespace {
 
 Index steps_at(Index length) { return std::clamp<Index>(length / 8, 1, 32); }
 
-/// Of the tokens that are decoded: the first, the last and two between, of every head.
+/// The checked rows: the first, the last and two other decoded tokens, for every head.
 std::vector<RowId> decoded_rows(const Inputs<float>& in) {
   std::vector<RowId> rows = sampled_rows(in.batch(), in.heads(), steps_at(in.q_len()), 4);
   for (RowId& row : rows) row.i += in.q_len() - steps_at(in.q_len());
@@ -33,10 +33,12 @@ void check(DecodeCell& cell, const Contender& contender, const Inputs<float>& in
       worst_ratio(out.view(), oracle ? oracle(in, rows) : std::vector(exact.begin(), exact.end()));
   const bool right = cell.error_ratio <= highest_ratio;
   cell.verdict = right ? Verdict::timed : Verdict::wrong;
-  if (!right) cell.note = "WRONG: off by " + printed("%.3g", cell.error_ratio) + " times what float may be";
+  if (!right)
+    cell.note =
+        "WRONG: the error is " + printed("%.3g", cell.error_ratio) + " times the error that float allows";
 }
 
-/// The share of heads that find each of the facts.
+/// The share of heads that find each fact.
 std::vector<double> found(const Contender& contender, const Needles& needles, const Inputs<float>& in,
                           OwnedTensor<float>& out) {
   const Decoder decoder = contender.decode(in, needles.question(0), out.view());

@@ -1,4 +1,4 @@
-// dilated_attention: LongNet's geometric schedule, dense in segments of 2048 and thinner in wider ones.
+// dilated_attention: LongNet's geometric schedule, dense in segments of 2048, with larger dilations in longer segments.
 #include <algorithm>
 #include <memory>
 
@@ -27,7 +27,7 @@ Contender dilated(Index threads) {
     return static_cast<double>(s.batch) *
            longspan::dilated_flop(branches_for(s.length), s.heads, s.length, s.head_dim, s.value_dim, true);
   };
-  // Each query head may keep other rows than those that share its KV head.
+  // Query heads with the same KV head may keep different rows.
   contender.state_bytes = [](const Shape& s) {
     double rows = 0;
     for (const longspan::Branch& branch : branches_for(s.length))

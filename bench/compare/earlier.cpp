@@ -40,7 +40,7 @@ std::optional<Earlier> earlier_run(const std::string& path) {
 #else
 std::optional<Earlier> earlier_run(const std::string& path) {
   if (path.empty()) return {};
-  throw UsageError("--against needs a compare that was built where nlohmann-json is installed");
+  throw UsageError("--against needs a compare that was built with nlohmann-json");
 }
 #endif
 
@@ -69,8 +69,9 @@ std::string against_report(const Results& r, const Earlier& earlier) {
   table.add_rule();
   for (const DecodeCell& cell : r.decoding) compare(cell, r.contenders[cell.contender].stream, 0);
   return text + "\n" + table.text() +
-         "\nof its roof  the ratio of the times as shares of the roof of their own run: what a faster clock "
-         "gives is left out\n";
+         "\nof its roof  the ratio of the times relative to the roof of their own run, which removes the "
+         "effect of "
+         "the clock\n";
 }
 
 }  // namespace bench

@@ -19,13 +19,13 @@ struct EarlierCell {
 
 struct Earlier {
   std::string date, cpu, problem;
-  std::vector<EarlierCell> cells;  ///< those that were timed
+  std::vector<EarlierCell> cells;  ///< only cells with a time
 };
 
-/// Nothing where no file is named. Throws UsageError where the file is not a report of compare.
+/// Empty if no file is named. Throws UsageError if the file is not a report of compare.
 std::optional<Earlier> earlier_run(const std::string& path);
 
-/// The times of this run beside those.
+/// A table of the times of this run and of the earlier one.
 std::string against_report(const Results& results, const Earlier& earlier);
 
 }  // namespace bench

@@ -1,4 +1,4 @@
-// eigen_naive: the baseline. Its square of scores ends it at 8192 tokens.
+// eigen_naive: the baseline. It keeps all scores in memory, so it runs only up to 8192 tokens.
 #include "support/eigen_naive.hpp"
 
 #include <memory>
@@ -13,7 +13,7 @@ std::string square_too_large(const Shape& shape) {
   constexpr Index longest = 8192;
   if (shape.length <= longest) return {};
   const std::string n = std::to_string(shape.length), bytes = bytes_text(4.0 * std::pow(shape.length, 2));
-  return "skipped: needs " + n + " x " + n + " floats, " + bytes + " a thread";
+  return "skipped: needs " + n + " x " + n + " floats, " + bytes + " per thread";
 }
 
 }  // namespace
@@ -22,8 +22,7 @@ Contender eigen_naive(Index threads) {
   const auto attend = std::make_shared<EigenNaive>(threads);
   Contender contender;
   contender.name = "eigen_naive";
-  contender.description =
-      "three lines of Eigen a head: the whole square of scores, row softmax, product with V";
+  contender.description = "three lines of Eigen per head: all scores, row softmax, product with V";
   contender.baseline = true;
   contender.flop = causal_flop;
   contender.state_bytes = cache_bytes;

@@ -1,4 +1,5 @@
-// One page for people: table and plots, no script, nothing fetched, light and dark. And the first plot alone.
+// One HTML page: table and plots, without scripts and external resources, for light and dark screens. Also the first
+// plot.
 #include <algorithm>
 
 #include "compare/results.hpp"
@@ -8,7 +9,7 @@
 namespace bench {
 namespace {
 
-// Eight colours that stay apart for colour-blind readers, for a light and for a dark page.
+// Eight colours that colour-blind readers can distinguish, for a light and for a dark page.
 constexpr const char* palette = R"(
 :root { color-scheme: light dark;
   --page: #ffffff; --text: #1d2126; --muted: #5b6670; --rule: #dde2e7; --band: #f5f7f9;
@@ -100,7 +101,7 @@ std::string row_text(const Results& r, const DecodeCell& cell) {
   return row + cell_text(cell.found.empty() ? "-" : printed("%.0f %%", 100 * cell.found_share()));
 }
 
-/// Head and one table body for each length; `row(cell)` is what follows the tokens.
+/// A table head, and one table body for each length; `row(cell)` are the columns after the tokens.
 template <class C, class Row>
 std::string table_of(const Results& r, const std::vector<C>& cells, const std::vector<const char*>& titles,
                      const Row& row) {
@@ -142,7 +143,7 @@ std::string decode_table(const Results& r) {
                   [&](const DecodeCell& cell) { return row_text(r, cell); });
 }
 
-/// How many of the heads find the fact at each depth of the longest text that has facts in it.
+/// The share of heads that find the fact at each depth of the longest text with facts.
 std::string depth_table(const Results& r) {
   Index longest = 0;
   for (const DecodeCell& cell : r.decoding) {
@@ -167,7 +168,7 @@ std::string depth_table(const Results& r) {
 
 constexpr double no_point = -1;
 
-/// A line for each contender, in the same colour in each chart.
+/// A line for each contender, with the same colour in all charts.
 template <class C, class Value, class Words>
 std::vector<ChartLine> lines_of(const Results& r, const std::vector<C>& cells, const Value& value,
                                 const Words& words) {
@@ -268,7 +269,7 @@ std::string state_chart(const Results& r) {
       : high / low > 16 ? 4
                         : 2,
       [](double bytes) {
-        const std::string text = bytes_text(bytes);  // powers of 2: whole numbers, but for their decimals
+        const std::string text = bytes_text(bytes);  // powers of 2 without decimals
         const std::size_t dot = text.find('.');
         return dot == std::string::npos ? text : text.substr(0, dot) + text.substr(text.find(' '));
       });
@@ -284,7 +285,7 @@ std::string facts(const Results& r) {
   add("keys in effect", readable(r.keys_in_effect.front()) + " of " + std::to_string(r.lengths.front()) +
                             " and " + readable(r.keys_in_effect.back()) + " of " +
                             std::to_string(r.lengths.back()) +
-                            ": exp of the entropy of a row of weights, the middle one of those sampled");
+                            ": exp of the entropy of a row of weights, the median of the sampled rows");
   add("processor", r.machine.cpu + ", " + counted(r.machine.cores, "core"));
   add("threads", std::to_string(r.options.threads));
   add("FMA roof",
@@ -303,16 +304,19 @@ std::string explanations(const Results& r) {
   };
   add("ms", "median of the rounds, in which the contenders take turns");
   add("GFLOP/s", "useful work, 4 H N&sup2; d / 2: a causal mask hides half of the square");
-  add("% of roof", "of the multiply-adds that this machine did between the same rounds");
-  add("state", "what must be kept to go on behind the last token");
+  add("% of roof", "share of the multiply-adds that this machine achieved between the same rounds");
+  add("state", "bytes that must be kept to continue after the last token");
   add("vs exact", "relative distance from exact attention, Euclidean norm, on sampled rows");
   add("error",
-      "max |out &minus; double| / (u (1 + a) &Sigma; p |v|): what float may cost; right up to 16. "
-      "What is wrong has no time here");
+      "max |out &minus; double| / (u (1 + a) &Sigma; p |v|): the error in units of float rounding; right up "
+      "to 16. "
+      "A wrong result has no time");
   add("facts found",
-      "of ten facts that were hidden in the text, each with a key of its own 2.5 times as long as the text's "
-      "and known to its block's landmark, and asked for at its end: the share that heads answer with the "
-      "value nearest to the right one. By chance 10 %");
+      "the share of ten facts hidden in the text for which a head's output at the end of the text is nearest "
+      "to the "
+      "fact's value. Each fact has a key of its own, 2.5 times as long as the text's keys, and the landmark "
+      "of its "
+      "block has the same key. By chance 10 %");
   for (const Contender& c : r.contenders) add(c.name, escaped(c.description).c_str());
   return text + "</dl>\n";
 }

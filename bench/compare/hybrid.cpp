@@ -1,4 +1,4 @@
-// hybrid_stream: the last 512 tokens exact, 4 blocks retrieved from 16384 before, a memory of all that is older.
+// hybrid_stream: the last 512 tokens exact, 4 blocks retrieved from the 16384 before, a memory of all older tokens.
 #include "compare/contender.hpp"
 #include "longspan/stream/hybrid_stream.hpp"
 #include "support/retrieval_rows.hpp"
@@ -17,7 +17,7 @@ longspan::hybrid_stream<float> stream_for(const Inputs<float>& in) {
                                                            .evicted_at_once = rows_of.evicted_at_once});
 }
 
-/// Products with the keys and values that are attended and with the landmarks, reading the memory and writing it.
+/// Products with attended keys and values and with landmarks, and reads and writes of the memory.
 double useful_flop(const Shape& s) {
   const auto heads = static_cast<double>(s.batch * s.heads),
              kv_heads = static_cast<double>(s.batch * s.kv_heads);
@@ -43,7 +43,7 @@ Contender hybrid(Index threads) {
   Contender contender;
   contender.name = contender.stream = "hybrid_stream";
   contender.description =
-      "512 tokens exact, 4 blocks of 64 retrieved from 16384 before, a memory of all that is older";
+      "512 tokens exact, 4 blocks of 64 retrieved from the 16384 before, a memory of all older tokens";
   contender.exact = false;
   contender.flop = useful_flop;
   contender.state_bytes = [](const Shape& s) {

@@ -1,4 +1,4 @@
-// infini_attention: segments of 2048, and a memory of all before them under a half-open gate.
+// infini_attention: segments of 2048, and a memory of all earlier segments with gate 1/2.
 #include <memory>
 
 #include "compare/contender.hpp"

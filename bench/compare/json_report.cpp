@@ -1,4 +1,4 @@
-// Every figure, for programs. Times in seconds, rates in FLOP/s and tokens/s, sizes in bytes.
+// All figures for other programs. Times in seconds, rates in FLOP/s and tokens/s, sizes in bytes.
 #include "compare/results.hpp"
 #include "support/json.hpp"
 

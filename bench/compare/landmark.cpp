@@ -1,4 +1,4 @@
-// landmark_attention: blocks of 64 keys, the last of each its landmark, in tokens that were not made for it.
+// landmark_attention: blocks of 64 keys whose last key is the landmark, with tokens of a model not trained for it.
 #include <memory>
 
 #include "compare/contender.hpp"
@@ -14,7 +14,7 @@ Contender landmark(Index threads) {
   const auto execution = std::make_shared<longspan::Execution<longspan::openmp>>(longspan::openmp{threads});
   Contender contender;
   contender.name = "landmark_attention";
-  contender.description = "grouped softmax, blocks of 64 under their landmarks; decoding retrieves 4 of them";
+  contender.description = "grouped softmax, blocks of 64 keys with landmarks; decoding retrieves 4 blocks";
   contender.exact = false;
   contender.flop = causal_flop;
   contender.state_bytes = [](const Shape& s) {

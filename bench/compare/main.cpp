@@ -1,4 +1,4 @@
-// compare: every contender over growing context, on real input. `compare --help` lists the options.
+// compare: all contenders with growing context, on real input. `compare --help` lists the options.
 #include <cstdio>
 #include <exception>
 #include <new>
@@ -49,7 +49,7 @@ int refused(const char* sentence) {
 
 int main(int count, char** words) {
   longspan::request_amx();
-  // eigen_naive is parallel over heads: a product within a head must not start threads of its own.
+  // eigen_naive is parallel over heads, so Eigen must not start threads within a head.
   Eigen::setNbThreads(1);
   try {
     return bench::run(std::vector<std::string>(words + 1, words + count));

@@ -1,4 +1,4 @@
-// What the user of `compare` may ask for.
+// The options of `compare`.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ inline constexpr std::string_view usage =
   --lengths 512,1024,...   context lengths; default 512 to 32768, with --full to 1048576
   --heads 8 --kv-heads 8   query heads and KV heads; these divide those; default as many
   --head-dim 64
-  --threads N              default: as many as OpenMP takes
+  --threads N              default: OpenMP's own number
   --rounds 7               times each contender is timed at a length, in turns; the table shows the median
   --full                   calls of up to a minute; without it the whole run takes about two
   --smoke                  a run of a second that shows only that everything works
@@ -32,8 +32,8 @@ inline constexpr std::string_view usage =
 
 struct Options {
   std::string text;            ///< empty: the sources of this repository
-  std::string q, k, v;         ///< all empty or none
-  std::vector<Index> lengths;  ///< rising; empty: the default ones
+  std::string q, k, v;         ///< all of them empty, or none
+  std::vector<Index> lengths;  ///< in rising order; empty: the default lengths
   Index heads = 8;
   Index kv_heads = 8;
   Index head_dim = 64;
@@ -41,8 +41,8 @@ struct Options {
   Index rounds = 7;
   bool full = false;
   bool smoke = false;
-  std::string json, html, svg;  ///< empty: not wanted
-  std::string against;          ///< likewise
+  std::string json, html, svg;  ///< empty: not requested
+  std::string against;          ///< empty: not requested
 
   bool has_tensors() const { return !q.empty(); }
 };
@@ -55,7 +55,7 @@ inline void refuse_contradictions(const Arguments& given, const Options& options
   for (const char* name : {"--text", "--heads", "--kv-heads", "--head-dim"}) {
     if (any && given.has(name)) {
       throw UsageError(std::string("the option ") + name +
-                       " is given beside --q, --k and --v, which decide it");
+                       " conflicts with --q, --k and --v, which determine it");
     }
   }
   if (given.has("--text") && options.text.empty())
@@ -98,7 +98,7 @@ inline Options parsed_options(const Arguments& given) {
 
 inline constexpr Index longest_full = Index{1} << 20;
 
-/// 512, 1024, ... up to what is there; with tensors also the whole of them.
+/// 512, 1024, ... up to the available tokens; with tensors also their full length.
 inline std::vector<Index> lengths_to_run(const Options& options, Index available) {
   if (!options.lengths.empty()) {
     if (options.lengths.back() > available) {

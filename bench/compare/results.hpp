@@ -1,4 +1,4 @@
-// What a comparison has found, before anybody prints it.
+// The results of a comparison, from which the reports are made.
 #pragma once
 
 #include <numeric>
@@ -15,18 +15,19 @@ namespace bench {
 
 enum class Verdict : unsigned char { timed, skipped, wrong };
 
-/// A contender at a length.
+/// The result of a contender at a length.
 struct Cell {
   std::size_t contender = 0;
   Index length = 0;
   Verdict verdict = Verdict::skipped;
   std::string note;  ///< why there is no time
   Times seconds;
-  double flop = 0;  ///< useful ones, see Contender::flop
+  double flop = 0;  ///< useful operations, see Contender::flop
   double roof = 0;  ///< FLOP/s of multiply-adds, the middle sample between the rounds of this length
   double state_bytes = 0;
-  double distance = 0;     ///< from exact attention, relative, Euclidean norm, on the sampled rows
-  double error_ratio = 0;  ///< from its own oracle, in units of what a float kernel may be off by
+  double distance = 0;  ///< from exact attention, relative, Euclidean norm, on the sampled rows
+  double error_ratio =
+      0;  ///< error relative to its own oracle, in units of the allowed error of a float kernel
 
   bool is_timed() const { return verdict == Verdict::timed; }
   double flop_rate() const { return flop / seconds.median; }
@@ -36,7 +37,7 @@ struct Cell {
   }
 };
 
-/// A contender's stream at the end of a text of a length.
+/// The result of a contender's stream at the end of a text of some length.
 struct DecodeCell {
   std::size_t contender = 0;
   Index length = 0;
@@ -44,9 +45,10 @@ struct DecodeCell {
   std::string note;  ///< why there is no time
   Times seconds;     ///< of one token
   double state_bytes = 0;
-  double distance = 0;        ///< as of a Cell, on sampled rows of the tokens decoded
-  double error_ratio = 0;     ///< as of a Cell
-  std::vector<double> found;  ///< share of the heads that find the fact at each depth; empty: none was hidden
+  double distance = 0;     ///< as in Cell, for sampled rows of the decoded tokens
+  double error_ratio = 0;  ///< as in Cell
+  std::vector<double>
+      found;  ///< share of the heads that find the fact at each depth; empty: no facts were hidden
 
   bool is_timed() const { return verdict == Verdict::timed; }
   double found_share() const {
@@ -61,15 +63,15 @@ struct Results {
   Shape shape;
   std::vector<Contender> contenders;
   std::vector<Index> lengths;
-  std::vector<double> keys_in_effect;  ///< of a sampled row, the middle one, for each length
-  std::vector<Cell> cells;             ///< by length, then in the order of the contenders
-  std::vector<DecodeCell> decoding;    ///< of the contenders that have a stream, in the same order
-  double roof = 0;                     ///< the middle one of the roofs of the lengths
+  std::vector<double> keys_in_effect;  ///< of the median sampled row, for each length
+  std::vector<Cell> cells;             ///< sorted by length, then by contender
+  std::vector<DecodeCell> decoding;    ///< for the contenders that have a stream, in the same order
+  double roof = 0;                     ///< the median of the roofs of the lengths
 
   bool any_wrong() const {
     return std::any_of(cells.begin(), cells.end(), [](const Cell& c) { return c.verdict == Verdict::wrong; });
   }
-  /// How many times faster than the baseline at the same length; 0 where that was not timed.
+  /// The speed-up over the baseline at the same length; 0 if the baseline was not timed.
   double speed_up(const Cell& cell) const {
     for (const Cell& other : cells) {
       if (other.length == cell.length && other.is_timed() && contenders[other.contender].baseline) {
@@ -78,7 +80,7 @@ struct Results {
     }
     return 0;
   }
-  /// The same against the exact stream.
+  /// The speed-up over the exact stream.
   double decode_speed_up(const DecodeCell& cell) const {
     for (const DecodeCell& other : decoding) {
       if (other.length == cell.length && other.is_timed() && contenders[other.contender].exact) {
@@ -107,15 +109,15 @@ inline std::string machine_text(const Machine& m) {
 std::string text_report(const Results& results);
 std::string json_report(const Results& results);
 std::string html_report(const Results& results);
-/// The plot of time against length alone.
+/// Only the plot of time over length.
 std::string svg_report(const Results& results);
 
-/// Decodes the last tokens of the inputs with every contender that has a stream and no obstacle, then
-/// hides facts in the inputs and asks for them.
+/// Decodes the last tokens of the inputs with every contender that has a stream and no obstacle. Then
+/// hides facts in the inputs and queries them.
 std::vector<DecodeCell> decoded(const Results& so_far, Inputs<float>& in, OwnedTensor<float>& out,
                                 const std::function<std::string(std::size_t)>& obstacle, Progress& progress);
 
-/// Runs the comparison; see comparison.cpp for the order of things.
+/// Runs the comparison; comparison.cpp describes its order.
 struct Source;
 Results compared(const Options& options, const Source& source, std::vector<Contender> contenders);
 

@@ -1,4 +1,4 @@
-// softmax_attention: exact, blocked, no square of scores in memory.
+// softmax_attention: exact, blocked, without a square of scores in memory.
 #include <memory>
 
 #include "compare/contender.hpp"

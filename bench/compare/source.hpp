@@ -12,11 +12,11 @@ namespace bench {
 struct Source {
   std::string description;
   Index available = 0;  ///< tokens
-  Shape shape;          ///< of the first token; the length is the caller's
+  Shape shape;          ///< for one token; the caller sets the length
   std::function<Inputs<float>(Index length)> first;
 };
 
-/// Throws UsageError, or longspan::FileError for a file that is no tensor.
+/// Throws UsageError, or longspan::FileError if a file is not a tensor.
 Source open_source(const Options& options);
 
 }  // namespace bench

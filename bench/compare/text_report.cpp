@@ -66,10 +66,11 @@ std::string text_report(const Results& r) {
   text +=
       "ms        median of the rounds          GFLOP/s   useful work, 4 H N^2 d / 2: half of the square is "
       "masked\n"
-      "% roof    of the FMA roof               state     bytes kept to continue behind the last token\n"
+      "% roof    of the FMA roof               state     bytes kept to continue after the last token\n"
       "vs exact  relative distance from exact attention on sampled rows, Euclidean norm\n"
       "error     max |out - double| / (u (1 + a) sum p |v|): right up to 16, or no time is shown\n"
-      "found     of ten facts hidden in the text and asked for at its end, over all heads; by chance 10 %\n";
+      "found     share of ten hidden facts that queries at the end of the text find, over all heads; by "
+      "chance 10 %\n";
   return text;
 }
 

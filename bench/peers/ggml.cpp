@@ -1,4 +1,4 @@
-// ggml: its flash attention on its CPU backend, called as llama.cpp does.
+// ggml: its flash attention on its CPU backend, called as in llama.cpp.
 #include <ggml-backend.h>
 #include <ggml-cpp.h>
 #include <ggml.h>
@@ -46,7 +46,7 @@ class GgmlFlash {
  private:
   void start_backend() {
     ggml_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
-    ggml_backend_load_all();  // a distribution has it in a library for each processor
+    ggml_backend_load_all();  // distributions have one library for each kind of processor
     backend_.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     if (!backend_) throw std::runtime_error("ggml has no CPU backend");
     ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend_.get()));
@@ -59,7 +59,7 @@ class GgmlFlash {
     buffers_.emplace_back(ggml_backend_cpu_buffer_from_ptr(data, ggml_nbytes(tensor)));
     ggml_backend_tensor_alloc(buffers_.back().get(), tensor, data);
   }
-  /// The input where it lies.
+  /// A ggml tensor that refers to the input in place.
   ggml_tensor* placed(const longspan::TensorView<const float>& x) {
     ggml_tensor* tensor = ggml_new_tensor_4d(context_.get(), GGML_TYPE_F32, x.cols, x.rows, x.heads, x.batch);
     place(tensor, const_cast<float*>(x.data));
@@ -79,7 +79,9 @@ class GgmlFlash {
 
 Contender ggml(Index threads) {
   Contender contender = peer<GgmlFlash>(
-      "ggml", std::string("ggml ") + ggml_version() + ": ggml_flash_attn_ext, its mask made before", threads);
+      "ggml",
+      std::string("ggml ") + ggml_version() + ": ggml_flash_attn_ext, with a mask made before the call",
+      threads);
   contender.obstacle = [](const Shape& shape) {
     return too_large(shape, "its whole mask", sizeof(ggml_fp16_t));
   };

@@ -1,4 +1,4 @@
-// The list of those that CMakeLists.txt has found.
+// The list of the libraries that CMakeLists.txt has found.
 #include "peers/peers.hpp"
 
 namespace bench {

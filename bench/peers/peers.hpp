@@ -1,4 +1,4 @@
-// Attention of other libraries, each a contender in one file, compiled where the library is installed.
+// Attention of other libraries: each is a contender in one file, compiled if the library is installed.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,8 @@ Contender onednn(Index threads);
 Contender onnxruntime(Index threads);
 Contender torch(Index threads);
 
-/// A `Library` has prepare(in), run(out), and collect(out) where it writes elsewhere, as Contender has them.
+/// A `Library` has the members prepare(in), run(out), and, if it writes to its own memory, collect(out), as in
+/// Contender.
 template <class Library>
 Contender peer(std::string name, std::string description, Index threads) {
   const auto library = std::make_shared<Library>(threads);
@@ -31,13 +32,13 @@ Contender peer(std::string name, std::string description, Index threads) {
   return contender;
 }
 
-/// For `Contender::obstacle` of a library that is given its mask, or keeps its scores, whole.
+/// For `Contender::obstacle` of a library that needs the whole mask or keeps all scores.
 inline std::string too_large(const Shape& shape, const std::string& what, double bytes_a_pair) {
   const double bytes = bytes_a_pair * std::pow(static_cast<double>(shape.length), 2);
   return bytes <= 4.5e9 ? std::string() : "skipped: needs " + what + ", " + bytes_text(bytes);
 }
 
-/// [length, length], `hidden` behind the diagonal.
+/// A matrix [length, length] with `hidden` after the diagonal.
 template <class T>
 OwnedTensor<T> causal_mask(Index length, T hidden) {
   OwnedTensor<T> mask(1, 1, length, length);

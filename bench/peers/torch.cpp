@@ -1,4 +1,4 @@
-// libtorch: scaled_dot_product_attention, which on a CPU is its own flash attention.
+// libtorch: scaled_dot_product_attention, which on CPUs is torch's flash attention.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/version.h>

@@ -1,4 +1,4 @@
-// Command lines: --name value and --flag.
+// Parses command lines of --name value and --flag.
 #pragma once
 
 #include <charconv>
@@ -18,7 +18,7 @@ using longspan::Index;
 
 class Arguments {
  public:
-  /// Refuses what is in neither list, a value that is missing and an option given twice.
+  /// Throws UsageError for an option in neither list, a missing value, or an option given twice.
   Arguments(std::span<const std::string> words, std::span<const std::string_view> valued,
             std::span<const std::string_view> flags) {
     for (std::size_t n = 0; n < words.size(); ++n) {

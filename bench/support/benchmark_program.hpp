@@ -1,4 +1,4 @@
-// What the Google Benchmark programs have in common.
+// The common part of the Google Benchmark programs.
 #pragma once
 
 #include <benchmark/benchmark.h>
@@ -13,7 +13,7 @@
 
 namespace bench {
 
-/// Runs the loop of a benchmark; seconds of one call on the wall.
+/// Runs the loop of a benchmark and returns the wall-clock seconds of one call.
 template <class Call>
 double timed_calls(benchmark::State& state, const Call& call) {
   const double start = seconds_now();
@@ -24,12 +24,12 @@ double timed_calls(benchmark::State& state, const Call& call) {
   return (seconds_now() - start) / static_cast<double>(state.iterations());
 }
 
-/// A plain number: Google Benchmark would print a rate as "84.2/s".
+/// Sets a plain number: Google Benchmark would print a rate as "84.2/s".
 inline void set_counter(benchmark::State& state, const char* name, double value) {
   state.counters[name] = benchmark::Counter(value);
 }
 
-/// Work per second, and how much that is of what the machine does; the roof is sampled here, next to the
+/// Reports work per second, and its share of the machine's roof, which is sampled directly before and after the
 /// calls.
 inline void report_flop(benchmark::State& state, double flop, double seconds, double roof) {
   state.counters["FLOP/s"] = benchmark::Counter(flop / seconds, benchmark::Counter::kDefaults);
@@ -40,7 +40,7 @@ inline void report_flop(benchmark::State& state, double flop, double seconds, do
 template <class AddAll>
 int run_benchmarks(int count, char** words, const AddAll& add_all) {
   longspan::request_amx();
-  Eigen::setNbThreads(1);  // the naive twin is parallel over heads
+  Eigen::setNbThreads(1);  // the naive version is parallel over heads
   benchmark::Initialize(&count, words);
   if (benchmark::ReportUnrecognizedArguments(count, words)) return 2;
   const Machine machine = this_machine();

@@ -1,4 +1,4 @@
-// The double oracle of dilated attention: sampled rows, each over its own gathered keys.
+// The oracle in double of dilated attention: sampled rows, each over its gathered keys.
 #pragma once
 
 #include <span>
@@ -9,7 +9,7 @@
 
 namespace bench {
 
-/// The keys that a causal query meets, branch by branch.
+/// The keys that a causal query sees, branch by branch.
 inline std::vector<Index> met_keys(std::span<const longspan::Branch> branches, Index heads, Index h,
                                    Index i) {
   std::vector<Index> keys;

@@ -1,4 +1,4 @@
-// What one writes with Eigen in ten lines: per head S = Q K^T, row softmax, S V; heads in parallel.
+// Attention in ten lines of Eigen: per head S = Q K^T, row softmax, S V; heads in parallel.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ namespace bench {
 
 class EigenNaive {
  public:
-  /// Heads are the parallel loop. Eigen would start a team of its own inside a loop of one thread.
+  /// The parallel loop is over heads. Eigen would start its own threads if this loop had only one thread.
   explicit EigenNaive(Index threads) : scores_(static_cast<std::size_t>(threads)) { Eigen::setNbThreads(1); }
 
   void operator()(const Inputs<float>& in, longspan::TensorView<float> out, Visible visible) {
@@ -58,8 +58,8 @@ class EigenNaive {
     out.noalias() = scores * v;
   }
 
-  // For each thread a square, kept from call to call: its pages are not fetched anew within the time that is
-  // taken.
+  // One square of scores for each thread, kept from call to call, so that page faults are not part of the measured
+  // time.
   std::vector<Matrix> scores_;
 };
 

@@ -1,4 +1,4 @@
-// The double oracle of the benches: sampled rows of exact attention, and how far an answer is from them.
+// The oracle in double of the benches: sampled rows of exact attention, and the errors of results.
 #pragma once
 
 #include <algorithm>
@@ -14,15 +14,15 @@
 
 namespace bench {
 
-/// Which keys the query in row i sees; positions as in softmax_attention.
+/// The keys that the query in row i sees; positions are as in softmax_attention.
 enum class Visible { all, causal };
 
 inline Index visible_keys(Visible visible, Index q_len, Index kv_len, Index i) {
   return visible == Visible::all ? kv_len : std::clamp<Index>(kv_len - q_len + i + 1, 0, kv_len);
 }
 
-/// 4 flop for each visible pair of query and key and each dimension (2 in each of the two products); with
-/// d = (head_dim + value_dim) / 2 that is the 4 H N M d of the literature, halved for causal.
+/// 4 flop for each visible pair of query and key and each column (2 in each of the two products); with
+/// d = (head_dim + value_dim) / 2 this is the 4 H N M d of the literature, and half of it for causal.
 inline double attention_flop(Visible visible, Index batch, Index heads, Index q_len, Index kv_len,
                              Index head_dim, Index value_dim) {
   const auto n = static_cast<double>(q_len), m = static_cast<double>(kv_len);
@@ -34,7 +34,7 @@ struct RowId {
   Index b = 0, h = 0, i = 0;
 };
 
-/// One output row in double, and what it can be blamed on.
+/// One output row in double, and the quantities of its error bound.
 struct ExactRow {
   RowId id;
   std::vector<double> out;
@@ -43,7 +43,7 @@ struct ExactRow {
   double keys_in_effect = 0;     ///< exp of the entropy of p: 1 is one-hot, kv_len is flat
 };
 
-/// The first row, the last, and hashed ones between, of every head.
+/// The first row, the last row, and hashed rows between them, for every head.
 inline std::vector<RowId> sampled_rows(Index batch, Index heads, Index q_len, Index rows_per_head) {
   std::vector<RowId> rows;
   for (Index b = 0; b < batch; ++b) {
@@ -124,16 +124,15 @@ std::vector<ExactRow> exact_rows(const longspan::TensorView<const T>& q,
   return exact;
 }
 
-/// Errors that a kernel may make on top of those of float arithmetic: relative ones, of an output that is
-/// rounded once more and of weights that are.
+/// Errors that a kernel may have in addition to those of float arithmetic, both relative: of an output that is
+/// rounded once more, and of weights that are rounded.
 struct Rounding {
   double of_output = 0;
   double of_weights = 0;
 };
 
-/// max |out - exact| / (u (1 + a) sum p |v|), u = 2^-24, after what `rounding` allows: in units of what a
-/// healthy float kernel may be off by. Infinite where an answer is not a number, so that no comparison lets
-/// it pass.
+/// max |out - exact| / (u (1 + a) sum p |v|), u = 2^-24, after subtracting what `rounding` allows: the error in units
+/// of the rounding of a float kernel. Infinite if the output is NaN, so that no comparison accepts it.
 template <class T>
 double worst_ratio(const longspan::TensorView<const T>& out, std::span<const ExactRow> exact,
                    Rounding rounding = {}) {
@@ -152,7 +151,7 @@ double worst_ratio(const longspan::TensorView<const T>& out, std::span<const Exa
   return worst;
 }
 
-/// |out - exact| / |exact| over all the rows, in the Euclidean norm.
+/// |out - exact| / |exact| over all rows, in the Euclidean norm.
 inline double relative_distance(const longspan::TensorView<const float>& out,
                                 std::span<const ExactRow> exact) {
   double difference = 0, total = 0;
@@ -169,14 +168,14 @@ inline double relative_distance(const longspan::TensorView<const float>& out,
                           : 0;
 }
 
-/// Rows that nobody wrote: a sample of rows cannot see those, so every element is looked at. Fill with NaN
-/// before.
+/// True if some row was not written. A sample of rows could miss such rows, so every element is checked. The caller
+/// fills the tensor with NaN before the call.
 template <class T>
 bool all_finite(std::span<const T> values) {
   return std::all_of(values.begin(), values.end(), [](T x) { return std::isfinite(static_cast<float>(x)); });
 }
 
-/// The promise of the library, and of any float kernel worth timing.
+/// The error bound of the library, which every contender must meet.
 inline constexpr double highest_ratio = 16;
 
 }  // namespace bench

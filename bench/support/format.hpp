@@ -1,4 +1,4 @@
-// Numbers as people read them.
+// Numbers as text for people.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ inline std::string printed(const char* format, double x) {
   return text;
 }
 
-/// Three to four digits: 0.0104, 0.635, 10.67, 157.1, 2698.
+/// With three to four digits: 0.0104, 0.635, 10.67, 157.1, 2698.
 inline std::string readable(double x) {
   const double size = std::abs(x);
   return printed(size < 0.1    ? "%.4f"
@@ -26,7 +26,7 @@ inline std::string readable(double x) {
                  x);
 }
 
-/// Three digits and a unit, each unit `step` of the one before: 804 k, 1.21 M.
+/// With three digits and a unit, each unit `step` times the one before: 804 k, 1.21 M.
 template <std::size_t units>
 std::string scaled(double x, double step, const char* const (&unit)[units]) {
   std::size_t n = 0;
@@ -41,7 +41,7 @@ inline std::string per_second(double x) { return scaled(x, 1000, {"", "k", "M", 
 
 inline std::string bytes_text(double bytes) { return scaled(bytes, 1024, {"B", "KiB", "MiB", "GiB", "TiB"}); }
 
-/// 512, 2K, 128K; numbers that are no whole K as they are.
+/// 512, 2K, 128K; other numbers unchanged.
 inline std::string length_text(longspan::Index n) {
   return n >= 1024 && n % 1024 == 0 ? std::to_string(n / 1024) + "K" : std::to_string(n);
 }

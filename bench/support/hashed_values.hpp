@@ -1,5 +1,5 @@
-// Numbers that are a pure function of their name: the same on every machine and for any number of threads,
-// which no std:: distribution promises.
+// Numbers that are pure functions of their name: the same on every machine and with any number of threads,
+// which std:: distributions do not guarantee.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace bench {
 
-/// Mixes the bits of `x`: two multiplications, each folded down by a shift, reach every bit from every bit.
+/// Mixes the bits of `x` by two multiplications and shifts, so that every bit of the result depends on every bit of x.
 inline std::uint64_t hashed(std::uint64_t x) {
   x ^= x >> 31;
   x *= 0x9E3779B97F4A7C15u;

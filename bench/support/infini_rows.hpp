@@ -1,4 +1,4 @@
-// The double oracle of Infini-attention with the linear rule: sampled rows, each head's memory grown once.
+// The oracle in double of Infini-attention with the linear rule: sampled rows, with one pass over each head's memory.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace bench {
 
-/// Memory of one KV head, of values and of their sizes.
+/// The memory of one KV head, for values and for their magnitudes.
 struct ExactMemory {
   std::vector<double> m, size, z;
 
@@ -32,7 +32,7 @@ struct ExactMemory {
     }
   }
 
-  /// Half of what the memory gives and half of the local row: the gate of beta = 0.
+  /// Half of the memory's output plus half of the local row: the gate with beta = 0.
   void blend(const float* query, ExactRow& row) const {
     double norm = 0;
     std::vector<double> read(row.out.size()), weighted(row.out.size());
@@ -80,7 +80,7 @@ inline std::vector<ExactRow> exact_infini_rows(const Inputs<float>& in, Index se
   return exact;
 }
 
-/// Local attention, what is read, and what is written: the last segment is not.
+/// The flop of local attention, of reads, and of writes of all segments except the last.
 inline double infini_flop(Index batch, Index heads, Index kv_heads, Index length, Index segment,
                           Index head_dim, Index value_dim) {
   double flop = 0;

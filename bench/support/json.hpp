@@ -1,4 +1,4 @@
-// JSON, written in the order in which it is told, so that the same run gives the same bytes.
+// JSON, written in the order of the calls, so that the same run writes the same bytes.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ class Json {
   void add(std::string_view key, const char* text) { put(key, quoted(text)); }
   void add(std::string_view key, bool value) { put(key, value ? "true" : "false"); }
   void add(std::string_view key, longspan::Index value) { put(key, std::to_string(value)); }
-  /// What JSON has no number for (infinite, not a number) becomes null.
+  /// Infinity and NaN, for which JSON has no number, become null.
   void add(std::string_view key, double value) {
     put(key, std::isfinite(value) ? printed("%.6g", value) : "null");
   }

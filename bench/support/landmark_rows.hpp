@@ -1,4 +1,4 @@
-// The double oracle of the benches for landmark attention.
+// The oracle in double of the benches for landmark attention.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 
 namespace bench {
 
-/// Sampled rows of causal landmark attention. What a row can be blamed on are its own weights, read off by
-/// giving the reference |v|, and the magnitudes that went into the scores, instead of v.
+/// Sampled rows of causal landmark attention. The error bound of a row needs its weights, which are read off by
+/// passing |v|, and the magnitudes in the scores, to the reference instead of v.
 inline std::vector<ExactRow> exact_landmark_rows(const Inputs<float>& in, longspan::landmarks at,
                                                  std::span<const RowId> rows, Index threads) {
   const auto q = in.q.view();

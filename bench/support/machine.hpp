@@ -1,4 +1,4 @@
-// Where a figure was measured: a speed without it says nothing.
+// The machine on which a figure was measured, without which a speed means nothing.
 #pragma once
 
 #include <ctime>

@@ -1,4 +1,4 @@
-// How much memory this process has had.
+// The peak memory of this process.
 #pragma once
 
 #if __has_include(<sys/resource.h>)
@@ -7,7 +7,7 @@
 
 namespace bench {
 
-/// The most bytes that were resident at one time; 0 where nobody can tell.
+/// The peak of resident bytes; 0 if the system does not report it.
 inline double peak_memory() {
 #if __has_include(<sys/resource.h>)
   rusage usage{};

@@ -1,4 +1,4 @@
-// The passkey test at the level of attention: facts hidden in a text, and asked for at its end.
+// A needle-in-a-haystack test at the level of attention: facts are hidden in a text and queried at its end.
 #pragma once
 
 #include <cmath>
@@ -11,15 +11,15 @@
 namespace bench {
 
 /// Fact n is hidden in every head at a depth of (n + 1/2) / count of the text, and the n-th of the last
-/// `count` tokens asks for it. Its key is a direction of its own, 2.5 times as long as the keys of the text;
-/// the question has the length of the text's queries and points the same way; the value is a direction as
-/// long as the text's values. The last token of the fact's block of 64 has the key of the fact too: as a
-/// trained landmark, it sums up its block. The questions themselves have keys and values of 0.
+/// `count` tokens queries it. Its key has its own direction and is 2.5 times as long as the keys of the text;
+/// the query has the length of the text's queries and the direction of the key; the value has its own direction
+/// and the length of the text's values. The last token of the fact's block of 64 has the key of the fact too: like a
+/// trained landmark it represents its block. The querying tokens have keys and values of 0.
 class Needles {
  public:
   static constexpr Index count = 10, block = 64;
 
-  /// At least this long, so that each fact has a block of its own before the first question.
+  /// The smallest length with which each fact has its own block before the first query.
   static constexpr Index shortest = 2 * block * count;
 
   explicit Needles(Inputs<float>& in) : length_(in.q_len()) {
@@ -38,7 +38,7 @@ class Needles {
 
   Index question(Index n) const { return length_ - count + n; }
 
-  /// Heads of which the answer to question n is nearest to the value of fact n, of all facts.
+  /// The number of heads whose output for query n is closer to the value of fact n than to that of any other fact.
   Index found(const longspan::TensorView<const float>& out, const longspan::TensorView<const float>& v,
               Index n) const {
     Index hits = 0;
@@ -76,7 +76,7 @@ class Needles {
     return std::sqrt(sum / sampled);
   }
 
-  /// A direction that is drawn for `name`, as long as asked for.
+  /// A random vector for `name` with the given norm.
   static std::vector<float> direction(std::uint64_t name, Index cols, double norm) {
     std::vector<float> x(static_cast<std::size_t>(cols));
     double sum = 0;

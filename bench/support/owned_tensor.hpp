@@ -37,7 +37,7 @@ class OwnedTensor {
   Index size_ = 0;
 };
 
-/// What one call of attention reads.
+/// The inputs of one call of attention.
 template <class T>
 struct Inputs {
   OwnedTensor<T> q, k, v;

@@ -1,4 +1,4 @@
-// A line on stderr that says how far a long run is. Only on a terminal: pipes, files and logs stay silent.
+// A progress line on stderr for long runs. Printed only on a terminal, not to pipes, files and logs.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 namespace bench {
 
-/// Counts steps and, since steps are unequal, the seconds they are expected to take.
+/// Counts steps and, because steps have different lengths, their expected seconds.
 class Progress {
  public:
   Progress(std::string unit, Index steps, double expected_seconds)
@@ -24,7 +24,7 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
-  /// At most ten times a second; never call it while time is taken.
+  /// Prints at most ten times per second. Must not be called during a measurement.
   void show(std::string_view what) {
     if (!on_terminal_ || seconds_now() - last_shown_ < 0.1) return;
     last_shown_ = seconds_now();
@@ -42,7 +42,7 @@ class Progress {
     std::fflush(stderr);
   }
 
-  /// One step is done; the rest is expected to take so long.
+  /// Counts a finished step; the remaining steps are expected to take `expected_left` seconds.
   void step(double expected_left) {
     ++done_;
     expected_left_ = expected_left;

@@ -1,4 +1,4 @@
-// The double oracle of streams that retrieve blocks by their landmarks, token by token.
+// The oracle in double for streams that retrieve blocks by their landmarks, token by token.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@
 
 namespace bench {
 
-/// Every block_size-th token is a landmark. The last window_blocks full blocks are exact; of those before, the
-/// oldest leave `evicted_at_once` together, when there are so many above the capacity.
+/// Every block_size-th token is a landmark. The last window_blocks full blocks are exact; of the blocks before, the
+/// oldest are evicted, `evicted_at_once` together, when they exceed the capacity by this number.
 struct RetrievalStream {
   Index block_size = 64;
   Index top_k = 4;
@@ -24,7 +24,7 @@ struct RetrievalStream {
   Index capacity = std::numeric_limits<Index>::max() / 2;
   Index evicted_at_once = 1;
 
-  /// Blocks outside the window when token i comes; those that have left are among them.
+  /// The number of blocks before the window of token i, including evicted ones.
   Index outside(Index i) const { return std::max<Index>(0, i / block_size - window_blocks); }
   Index evicted(Index i) const {
     return outside(i) < capacity + evicted_at_once
@@ -37,7 +37,7 @@ class RetrievalOracle {
  public:
   RetrievalOracle(const Inputs<float>& in, const RetrievalStream& stream) : in_(in), stream_(stream) {}
 
-  /// What is attended, without a memory of what has left.
+  /// The exact row without the memory of evicted blocks.
   ExactRow row(RowId id) const {
     ExactRow row{id, {}, {}, 0, 0};
     std::vector<Index> tokens;
@@ -56,7 +56,7 @@ class RetrievalOracle {
     row.condition = attended(id, tokens, blocks, 1, [&](Index j, Index) {
                       return magnitude(id, j) + of_landmark(id, j);
                     }).front();
-    // Where rounding decides which block is retrieved, there is no row to be held to.
+    // If rounding decides which block is retrieved, the row cannot be checked.
     if (!decided)
       std::fill(row.weighted.begin(), row.weighted.end(), std::numeric_limits<double>::infinity());
     return row;
@@ -80,7 +80,7 @@ class RetrievalOracle {
     return landmark <= id.i ? magnitude(id, landmark) : 0;
   }
 
-  /// The top_k blocks with the highest landmark scores, rising.
+  /// The top_k blocks with the highest landmark scores, in rising order.
   std::vector<Index> retrieved(RowId id, bool& decided) const {
     const Index first = stream_.evicted(id.i), end = stream_.outside(id.i);
     std::vector<double> scores;
@@ -98,8 +98,8 @@ class RetrievalOracle {
     return order;
   }
 
-  /// The reference over these tokens alone, of which the first `blocks` blocks are retrieved and the last
-  /// token asks.
+  /// The reference over only these tokens, of which the first `blocks` blocks are retrieved and the last
+  /// token is the query.
   template <class Value>
   std::vector<double> attended(RowId id, const std::vector<Index>& tokens, Index blocks, Index cols,
                                const Value& value) const {
@@ -144,8 +144,8 @@ inline std::vector<ExactRow> exact_retrieval_rows(const Inputs<float>& in, const
   return exact;
 }
 
-/// The same under a memory of all blocks that have left, landmarks excepted, with a gate of 1/2 from the
-/// first of them on.
+/// The same with a memory of all evicted blocks without their landmarks, and with gate 1/2 from the first
+/// eviction on.
 inline std::vector<ExactRow> exact_hybrid_rows(const Inputs<float>& in, const RetrievalStream& stream,
                                                std::span<const RowId> rows, Index threads) {
   std::vector<ExactRow> exact = exact_retrieval_rows(in, stream, rows, threads);

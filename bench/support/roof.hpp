@@ -1,4 +1,4 @@
-// What this machine can do at best: multiply-adds per second, and bytes read per second.
+// The limits of this machine: multiply-adds per second, and bytes read per second.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ inline constexpr Index most_threads = 1;
 #endif
 inline Index default_threads() { return longspan::openmp{}.workers(); }
 
-/// Seconds from a common start of `threads` threads until all of them have finished work(thread).
+/// The time from a common start of `threads` threads until all of them have finished work(thread).
 template <class Work>
 double team_seconds([[maybe_unused]] Index threads, const Work& work) {
 #if defined(_OPENMP)
@@ -52,17 +52,17 @@ double team_seconds([[maybe_unused]] Index threads, const Work& work) {
 
 namespace detail {
 
-/// Keeps a result alive: the compiler must believe that somebody reads it.
+/// Keeps a result alive: the compiler must assume that it is used.
 inline void keep(float x) {
   static std::atomic<float> kept{0};
   kept.store(x, std::memory_order_relaxed);
 }
 
-/// As many independent sums as stay in registers beside the two factors. A multiply-add takes 4 cycles and
-/// two are begun in each, so 8 would do with a perfect schedule; 24 need none.
+/// The number of independent sums that stay in registers with the two factors. A multiply-add takes 4 cycles and
+/// two start in each cycle, so 8 would suffice with perfect scheduling; 24 do not need it.
 inline constexpr int fma_chains = longspan::detail::vector_registers == 32 ? 24 : 12;
 
-/// `rounds` times fma_chains multiply-adds. Out of line: `threads` copies must run the very same loop.
+/// `rounds` times fma_chains multiply-adds. Not inlined, so that all threads run the same loop.
 template <class Real>
 [[gnu::noinline]] Real multiply_add(Index rounds, const Real* start) {
   using longspan::detail::broadcast;
@@ -85,7 +85,7 @@ template <class Real>
 }
 
 #if defined(__AVX512BF16__)
-/// The same for the bf16 dot product, 2 multiply-adds a lane.
+/// The same for the bf16 dot product, 2 multiply-adds per lane.
 [[gnu::noinline]] inline float dot_bf16(Index rounds, const float* start) {
   constexpr int chains = 24;
   __m512 sum[chains];
@@ -104,7 +104,7 @@ template <class Real>
 #endif
 
 #if defined(LONGSPAN_TARGETS_AMX)
-/// The same for matrix tiles: six sums, all operands in registers.
+/// The same for matrix tiles: six accumulators, all operands in registers.
 [[gnu::noinline]] inline void multiply_tiles(Index rounds) {
   using Unit = longspan::detail::HardwareTiles;
   const Unit::Scope configured;
@@ -119,7 +119,7 @@ template <class Real>
 }
 #endif
 
-/// Start values: the factor, the addend, then numbers that differ, or the compiler might merge equal chains.
+/// Start values: the factor, the addend, then different numbers, because the compiler might merge equal chains.
 inline std::array<float, 64> chain_starts() {
   std::array<float, 64> start{};
   for (std::size_t i = 2; i < start.size(); ++i) start[i] = 0.01f * static_cast<float>(i);
@@ -128,9 +128,9 @@ inline std::array<float, 64> chain_starts() {
   return start;
 }
 
-/// Work per second of `work(rounds)`, which does `unit` a round on every thread of a team, in a sample of
-/// `seconds`. How many rounds that are is found on one thread by the best of three: a moment in which another
-/// program has the core must not make the sample short.
+/// Work per second of `work(rounds)`, which does `unit` per round on every thread of a team, in a sample of
+/// `seconds`. The number of rounds is found on one thread as the best of three, so that a moment in which another
+/// program has the core does not make the sample too short.
 template <class Work>
 double team_rate(Index threads, double unit, double seconds, const Work& work) {
   Index rounds = 500;
@@ -145,7 +145,7 @@ double team_rate(Index threads, double unit, double seconds, const Work& work) {
   return unit * static_cast<double>(rounds) * static_cast<double>(threads) / taken;
 }
 
-/// The sum of `count` floats, a multiple of 8 packets: 8 loads in flight, nothing but loads in the loop.
+/// The sum of `count` floats, a multiple of 8 packets: 8 loads in flight, and only loads in the loop.
 [[gnu::noinline]] inline float sum_of(const float* from, Index count) {
   using longspan::detail::broadcast;
   constexpr int streams = 8, width = longspan::detail::lanes<float>;
@@ -166,7 +166,7 @@ double team_rate(Index threads, double unit, double seconds, const Work& work) {
 
 }  // namespace detail
 
-/// f32 multiply-adds of a team, in FLOP/s: one sample.
+/// One sample of the f32 multiply-adds of a team, in FLOP/s.
 inline double fma_peak(Index threads, double seconds = 0.01) {
   const std::array<float, 64> start = detail::chain_starts();
   constexpr double unit = 2.0 * detail::fma_chains * longspan::detail::lanes<float>;
@@ -174,7 +174,7 @@ inline double fma_peak(Index threads, double seconds = 0.01) {
                            [&](Index rounds) { detail::keep(detail::multiply_add(rounds, start.data())); });
 }
 
-/// bf16 dot products of a team, in FLOP/s; 0 where the build has no such instruction.
+/// bf16 dot products of a team, in FLOP/s; 0 if the build does not have the instruction.
 inline double bf16_dot_peak([[maybe_unused]] Index threads, [[maybe_unused]] double seconds = 0.01) {
 #if defined(__AVX512BF16__)
   const std::array<float, 64> start = detail::chain_starts();
@@ -185,7 +185,7 @@ inline double bf16_dot_peak([[maybe_unused]] Index threads, [[maybe_unused]] dou
 #endif
 }
 
-/// bf16 products by matrix tiles (AMX) of a team, in FLOP/s; 0 where the build or the process has none.
+/// bf16 products by matrix tiles (AMX) of a team, in FLOP/s; 0 if the build or the process has no tiles.
 inline double tile_peak([[maybe_unused]] Index threads, [[maybe_unused]] double seconds = 0.01) {
 #if defined(LONGSPAN_TARGETS_AMX)
   if (!longspan::request_amx()) return 0;
@@ -196,25 +196,25 @@ inline double tile_peak([[maybe_unused]] Index threads, [[maybe_unused]] double 
 #endif
 }
 
-/// What the fastest bf16 instruction of this machine does; that of float where there is none.
+/// The rate of the fastest bf16 instruction of this machine; that of float if there is none.
 inline double bf16_peak(Index threads) {
   const double dot = bf16_dot_peak(threads, 0.005), tiles = tile_peak(threads, 0.005);
   return dot + tiles > 0 ? std::max(dot, tiles) : fma_peak(threads);
 }
 
-/// Bytes read per second by a team of threads, each from a part of its own of one array. (Two threads at the
-/// same offset of two 2-MB-aligned arrays read only 27-37 GB/s on the machine where this reads 45-68.)
+/// Bytes read per second by a team of threads, each from its own part of one array. (Two threads, one array: 45-68
+/// GB/s, the same offset in two 2-MB-aligned arrays: only 27-37 GB/s.)
 class StreamRead {
  public:
   StreamRead(Index threads, std::size_t bytes_per_thread)
       : threads_(threads),
         floats_(static_cast<Index>(bytes_per_thread / sizeof(float)) / step * step),
         memory_(1, 1, threads, floats_) {
-    // Written once, since pages that never were are all read from one page of zeros.
+    // Written once, because all pages that were never written share one page of zeros.
     for (float& x : memory_.values()) x = 1;
   }
 
-  /// One sample of about `seconds`, whole passes.
+  /// One sample of about `seconds`, in whole passes over the array.
   double sample(double seconds = 0.05) const {
     Index passes = 1;
     for (;;) {
@@ -235,7 +235,7 @@ class StreamRead {
   OwnedTensor<float> memory_;
 };
 
-/// The best of several samples: what disturbs a sample only lowers it, and a roof is what can be reached.
+/// The best of several samples: disturbances only lower a sample, and the roof is what can be reached.
 template <class Sample>
 double best_of(int samples, const Sample& sample) {
   double best = 0;
@@ -243,8 +243,8 @@ double best_of(int samples, const Sample& sample) {
   return best;
 }
 
-/// A roof while `timed` ran: the middle one of eight samples, half of them before it and half behind. A core's
-/// clock wanders by a tenth within seconds, and calls are timed by their mean: the best of the samples would be
+/// The roof while `timed` ran: the median of eight samples, half of them before it and half after it. A core's
+/// clock varies by a tenth within seconds, and calls are timed by their mean, so the best sample would be
 /// the roof of another clock.
 template <class Sample, class Timed>
 double roof_around(const Sample& sample, const Timed& timed) {

@@ -1,5 +1,5 @@
-// Line charts in SVG, for pages without scripts. Colours are left to the page: lines have the classes line0,
-// line1, ..., text, grid and frame classes of their own.
+// Line charts in SVG, for pages without scripts. The page defines the colours: lines have the classes line0,
+// line1, ..., and text, grid and frame have their own classes.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace bench {
 
-/// For HTML and SVG text and attributes.
+/// Escapes text for HTML and SVG text and attributes.
 inline std::string escaped(const std::string& text) {
   std::string out;
   for (const char c : text) {
@@ -44,7 +44,7 @@ struct Axis {
   }
 };
 
-/// From `low` to `high` in steps of a factor, beginning at a power of it; every number gets `label(number)`.
+/// An axis from `low` to `high` in steps of a factor, starting at a power of it; label(number) is the text of a number.
 template <class Label>
 Axis logarithmic_axis(std::string title, double low, double high, double factor, const Label& label) {
   Axis axis{std::move(title), true, low / 1.25, high * 1.25, {}};
@@ -65,13 +65,13 @@ inline Axis percent_axis(std::string title, double high) {
 struct ChartPoint {
   double x = 0;
   double y = 0;
-  std::string text;  ///< shown when the pointer rests on it
+  std::string text;  ///< the tooltip
 };
 
 struct ChartLine {
   std::string name;
   std::vector<ChartPoint> points;
-  bool guide = false;  ///< a thin line without marks, to compare the others with
+  bool guide = false;  ///< a thin line without marks, for comparison
 };
 
 class Chart {
@@ -137,7 +137,7 @@ class Chart {
     double x, y;
   };
 
-  /// From left to right in rows, without the lines that have no points. Words are taken as 7.2 wide a letter.
+  /// Entries from left to right in rows, without lines that have no points. A letter counts as 7.2 wide.
   std::vector<LegendEntry> placed_legend() const {
     std::vector<LegendEntry> entries;
     double x = left, y = 14;
@@ -173,7 +173,7 @@ class Chart {
     return lines_[n].guide ? "guide" : "line line" + std::to_string(n);
   }
 
-  /// Discs, squares and diamonds, so that colour is not all that tells lines apart.
+  /// Discs, squares and diamonds, so that lines differ not only in colour.
   std::string mark(std::size_t n, double x, double y, const std::string& words) const {
     const std::string style = " class=\"mark line" + std::to_string(n) + "\"";
     const std::string end = words.empty() ? "/>\n" : "><title>" + escaped(words) + "</title>";

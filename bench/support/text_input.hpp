@@ -46,18 +46,18 @@ inline std::string repository_text(const std::filesystem::path& root) {
   std::string text;
   for (const std::string& path : paths) text += read_bytes(root / path);
   if (text.empty())
-    throw UsageError("the sources of the library are not where they were built; wanted --text FILE");
+    throw UsageError("the sources of the library are not at the place of the build; use --text FILE");
   return text;
 }
 
 /// The first `length` tokens of a text as q, k, v. A text that is too short is repeated.
 ///
-/// A token's embedding x is the sum of three hashed vectors, of its last one, two and three bytes, so that
-/// equal phrases are near each other. Keys are x W_k; queries are 1.5 x (match W_k + rest W_q), which lets a
-/// query prefer keys of a like context, as trained heads do; values are x W_v. Then rotary positions:
-/// distance matters. The 1.5 makes it neither flat nor one-hot: on C++ sources, head_dim 64, the middle row
-/// has 20 keys in effect (exp of the entropy) at 512 tokens and 6500 at 32768; with 1 it has 200 and 16000,
-/// with 2 it has 3 and 2000.
+/// The embedding x of a token is the sum of three hashed vectors, of its last one, two and three bytes, so that equal
+/// phrases have similar embeddings. Keys are x W_k; queries are 1.5 x (match W_k + rest W_q), so that a query prefers
+/// keys of a similar context, as in trained heads; values are x W_v. Rotary positions make the distance matter. The
+/// factor 1.5 makes the softmax neither flat nor one-hot. Keys in effect (exp of the entropy) of the median row, for
+/// C++ sources, head_dim 64, at 512 and at 32768 tokens, factor 1: 200 and 16000, factor 1.5: 20 and 6500, factor 2:
+/// 3 and 2000.
 class TextInput {
  public:
   TextInput(std::string text, Index threads) : text_(std::move(text)), threads_(threads) {

@@ -14,7 +14,7 @@ class TextTable {
   void add_column(std::string title, Align align) { columns_.push_back({std::move(title), align, 0}); }
 
   void add_row(std::vector<std::string> cells) { rows_.push_back({std::move(cells), {}}); }
-  /// A row whose last cells are one sentence.
+  /// A row whose last cells are replaced by one sentence.
   void add_row(std::vector<std::string> cells, std::string note) {
     rows_.push_back({std::move(cells), std::move(note)});
   }

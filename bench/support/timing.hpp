@@ -1,4 +1,4 @@
-// How time is taken: calls repeated until a sample is long enough, contenders in turn, medians.
+// Timing: calls are repeated until a sample is long enough, contenders take turns, and reports use medians.
 #pragma once
 
 #include <algorithm>
@@ -45,11 +45,11 @@ inline Times summary(const std::vector<double>& seconds) {
 
 struct Rounds {
   Index most = 7;
-  double sample_seconds = 0.02;  ///< a shorter call is repeated within its sample
-  double limit_seconds = 5;      ///< no round is begun that would end later; the first always runs
+  double sample_seconds = 0.02;  ///< shorter calls are repeated within a sample
+  double limit_seconds = 5;      ///< a round that would end later is not started, except for the first
 };
 
-/// Mean seconds of a call over at least `sample_seconds`.
+/// The mean time of a call, measured for at least `sample_seconds`.
 inline double sample_of(const std::function<void()>& call, double sample_seconds) {
   const double start = seconds_now();
   for (Index calls = 1;; ++calls) {
@@ -59,8 +59,8 @@ inline double sample_of(const std::function<void()>& call, double sample_seconds
   }
 }
 
-/// Seconds of one call, for each job and round. The jobs run in turn within a round, so that a clock that
-/// wanders or a core that is taken away meets all of them alike. `between` is called after each sample.
+/// The time of one call, for each job and round. The jobs take turns within a round, so that a changing
+/// clock rate or a lost core affects all of them alike. `between` is called after each sample.
 inline std::vector<std::vector<double>> interleaved(std::span<const std::function<void()>> jobs,
                                                     const Rounds& rounds,
                                                     const std::function<void()>& between) {

@@ -1,11 +1,11 @@
-// What bad input ends in.
+// The exception for invalid input.
 #pragma once
 
 #include <stdexcept>
 
 namespace bench {
 
-/// Bad input: the program prints this one sentence, writes nothing and ends with exit code 2.
+/// Invalid input: the program prints this sentence, writes nothing and ends with exit code 2.
 class UsageError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

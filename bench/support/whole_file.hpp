@@ -1,4 +1,4 @@
-// Reports are written whole or not at all.
+// Writes reports completely or not at all.
 #pragma once
 
 #include <filesystem>
@@ -9,7 +9,7 @@
 
 namespace bench {
 
-/// Refuses a path that could not be written, before the work whose report it is to hold.
+/// Throws UsageError if a path cannot be written, before the work for the report begins.
 inline void require_writable(const std::string& option, const std::string& path) {
   namespace fs = std::filesystem;
   const fs::path folder = fs::path(path).parent_path();

@@ -1,4 +1,4 @@
-// Exact causal attention: Eigen tensors in, Eigen tensor out, four query heads to each key head.
+// Exact causal attention: Eigen tensors in, an Eigen tensor out, four query heads per KV head.
 //
 // After copying, change: the lengths; `projected`, which stands for your model's projections; and the parts
 // in the braces of `attend`, say {longspan::causal{}, longspan::softcap{50}}. Tensors must be row-major.

@@ -1,9 +1,9 @@
-// A mask of your own: every token sees the last 256, and the heading of every chapter before it.
+// A user-defined mask: every token sees the last 256 tokens, and the heading of every earlier chapter.
 //
-// `sees` alone makes a mask: it is asked for every query and key. Two more members name blocks of keys that
-// can be skipped; the result is the same to the bit, and the cost that of the keys which are seen. A mask that
-// is a tensor already needs none of this: `longspan::dense_mask` reads it. After copying, change: the two masks,
-// and `random_tensor`, which stands for your model's projections.
+// The member `sees` alone makes a mask: it is called for every query and key. Two more members tell which blocks of
+// keys can be skipped; the result is the same to the bit, and only visible keys cost time. For a mask that is a
+// tensor use `longspan::dense_mask` instead. After copying, change: the two masks, and `random_tensor`, which stands
+// for your model's projections.
 
 #include <algorithm>
 #include <chrono>
@@ -20,7 +20,7 @@ using Tensor = Eigen::Tensor<float, 4, Eigen::RowMajor>;
 
 struct nearby_and_headings {
   Index width, heading_tokens;
-  std::span<const Index> chapters;  // where each chapter starts, rising
+  std::span<const Index> chapters;  // the first token of each chapter, in rising order
 
   bool sees(Index i, Index j) const {
     const auto next = std::upper_bound(chapters.begin(), chapters.end(), j);
@@ -29,13 +29,13 @@ struct nearby_and_headings {
 };
 
 struct skipping : nearby_and_headings {
-  /// What any query of the tile sees lies in these ranges; if they are many, the closest become one.
+  /// Ranges that contain every key which some query of the tile sees; if there are too many, the closest are merged.
   KeyRanges key_ranges(const Tile& tile) const {
     KeyRanges ranges({tile.first_query - width + 1, tile.last_query() + width});
     for (const Index chapter : chapters) ranges.add({chapter, chapter + heading_tokens});
     return ranges;
   }
-  /// `none` and `all` must be true; `some` leaves it to `sees`.
+  /// `none` and `all` must be correct; for `some` the kernel calls `sees`.
   Coverage classify(const Tile& tile) const {
     const KeyRange keys = tile.key_range(), near_all{tile.last_query() - width + 1, tile.first_query + width};
     if (near_all.contains(keys)) return Coverage::all;

@@ -1,5 +1,5 @@
-// A text of a million tokens streamed through a landmark cache, and a needle in its first part found again.
-// Copy this file, and put your model's projections in the place of `Text`.
+// Streams a text of a million tokens through a landmark cache and finds a needle in its first part.
+// Copy this file, and replace `Text` by your model's projections.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -15,8 +15,8 @@ namespace model {
 constexpr Index heads = 4, kv_heads = 1, head_dim = 64, block = 64, chunk = 4096;
 }
 
-/// Keys and values in place of a model's: noise, but for one token, the needle. A trained landmark sums up
-/// its block, so the needle's block has a landmark like the needle.
+/// Keys and values instead of a model's: noise, except for one token, the needle. A trained landmark represents its
+/// block, so the landmark of the needle's block is similar to the needle.
 class Text {
  public:
   explicit Text(Index needle) : needle_(needle), meaning_(row(-1)) {}
@@ -30,14 +30,14 @@ class Text {
     }
     return k;
   }
-  /// A value says where its token stands, in its first column.
+  /// The first column of a value is the position of its token.
   std::vector<float> values(Index first, Index count) const {
     std::vector<float> v(static_cast<std::size_t>(count * model::head_dim));
     for (Index j = 0; j < count; ++j)
       v[static_cast<std::size_t>(j * model::head_dim)] = static_cast<float>(first + j);
     return v;
   }
-  /// The question: queries of every head that are like the needle.
+  /// Queries for every head that are similar to the needle.
   std::vector<float> question() const {
     std::vector<float> q;
     for (Index h = 0; h < model::heads; ++h) {
@@ -47,7 +47,7 @@ class Text {
   }
 
  private:
-  /// Numbers from -1 to 1 that depend on the token alone.
+  /// Numbers from -1 to 1 that depend only on the token.
   static std::vector<float> row(Index token) {
     std::vector<float> x;
     auto state = static_cast<std::uint32_t>(token) * 2654435761u + 1;
@@ -75,7 +75,7 @@ int main(int count, char** words) {
                                 .head_dim = model::head_dim,
                                 .value_dim = model::head_dim});
 
-  // The text. A model would ask its queries here as well: cache.extend(q, k, v, out).
+  // The text. A model would also have queries here: cache.extend(q, k, v, out).
   for (Index first = 0; first < length; first += model::chunk) {
     const Index tokens = std::min(model::chunk, length - first);
     const auto k = text.keys(first, tokens), v = text.values(first, tokens);
@@ -85,7 +85,7 @@ int main(int count, char** words) {
   std::printf("%td tokens in %td blocks, %.0f MB\n", cache.size(), cache.blocks(),
               static_cast<double>(cache.bytes()) / 1e6);
 
-  // A few tokens more, each of which asks for the needle.
+  // A few more tokens, each of which queries the needle.
   const auto q = text.question();
   std::vector<float> out(static_cast<std::size_t>(model::heads * model::head_dim));
   longspan::Execution execution;

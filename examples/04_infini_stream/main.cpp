@@ -1,6 +1,6 @@
-// A million tokens through Infini-attention in constant memory: pairs of a key and a value come by among
-// noise, and are asked for again at the end, from the memory alone.
-// Copy this file, and put your model's projections in the place of `Pairs`.
+// A million tokens through Infini-attention in constant memory: noise with pairs of a key and a value, which queries at
+// the end find in the compressive memory.
+// Copy this file, and replace `Pairs` by your model's projections.
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,11 +17,11 @@ using longspan::Index;
 
 constexpr Index head_dim = 64, value_dim = 64, pairs = 16, segment = 2048;
 
-/// Pair n: column n of a key stands out, and so does column n of its value. A trained model would learn such
-/// keys, since phi(q).phi(k) tells apart what large positive numbers mark.
+/// In pair n column n of the key is large, and so is column n of the value. A trained model would learn such keys,
+/// because phi(q).phi(k) distinguishes keys by their large positive numbers.
 class Pairs {
  public:
-  /// The token at position i: one of the pairs every 64 tokens, else noise.
+  /// The token at position i: every 64th token is one of the pairs, all others are noise.
   void token(Index i, float* key, float* value) {
     for (Index c = 0; c < head_dim; ++c) key[c] = -8 + noise();
     for (Index c = 0; c < value_dim; ++c) value[c] = noise();
@@ -66,7 +66,7 @@ int main(int count, char** words) {
     std::fprintf(stderr, "usage: infini_stream [tokens, at least %td]\n", 64 * pairs + segment);
     return 2;
   }
-  // The gate wide open: what is answered comes from the memory, nothing from the segment at hand.
+  // With an open gate the outputs come only from the memory, not from the current segment.
   const float beta = std::numeric_limits<float>::infinity();
   longspan::infini_attention attend;
   attend.segment = segment;
@@ -81,7 +81,7 @@ int main(int count, char** words) {
     const Index tokens = std::min(segment, length - first);
     for (Index i = 0; i < tokens; ++i)
       text.token(first + i, k.data() + i * head_dim, v.data() + i * value_dim);
-    // A model has queries of its own; here the keys ask for themselves.
+    // A model has its own queries; here the keys are used as queries.
     memory.extend(longspan::compact_view(k.data(), 1, 1, tokens, head_dim),
                   longspan::compact_view(k.data(), 1, 1, tokens, head_dim),
                   longspan::compact_view(v.data(), 1, 1, tokens, value_dim),

@@ -1,4 +1,5 @@
-// LongNet's dilated attention: a long prompt in one call, then token by token on a few thousand kept rows.
+// LongNet's dilated attention: a long prompt in one call, then the same token by token, which keeps a few thousand
+// rows.
 //
 // After copying, change: the sizes; `branches`, pairs of segment length and dilation, to those your model was
 // trained with (weights from torchscale also need attend.phase = longspan::Phase::blocked); and `projected`,
@@ -22,7 +23,8 @@ static Tensor projected(Index heads, Index length, Index head_dim, double freque
 
 int main() {
   const Index heads = 8, kv_heads = 2, length = 16384, head_dim = 64, generated = 64;
-  // Dense in segments of 1024; every second token of 2048, every fourth of 4096 ... up to the whole length.
+  // Dense in segments of 1024, every second token in segments of 2048, every fourth of 4096, ... up to the whole
+  // length.
   const auto branches = longspan::geometric_branches_to({1024, 1}, 2, length + generated);
   const longspan::dilated_attention attend{branches, longspan::causal{}};
 
@@ -34,7 +36,7 @@ int main() {
 
   attend(q, k, v, out, execution);
 
-  // The same again as an inference engine meets it: the prompt, then one token after the other.
+  // The same as in an inference engine: the prompt, then one token after the other.
   auto stream =
       attend.stream({.heads = heads, .kv_heads = kv_heads, .head_dim = head_dim, .value_dim = head_dim});
   const auto extend = [&](Index first, Index count) {

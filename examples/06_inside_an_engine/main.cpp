@@ -1,5 +1,5 @@
-// Attention inside an inference engine that has a key-value cache and a thread pool of its own: the kernels
-// read the cache where it lies, and run on the engine's threads.
+// Attention inside an inference engine that has its own key-value cache and thread pool: the kernels read the cache in
+// place and run on the engine's threads.
 //
 // After copying, change: Cache, to the layout of yours (a view is a pointer, four sizes and three strides);
 // ThreadPool, to two member functions around yours; and `projected`, which stands for your model.
@@ -17,14 +17,14 @@
 using longspan::Index;
 using longspan::TensorView;
 
-/// One buffer for all layers and sequences, [layers][sequences][room][keys, values][kv_heads][head_dim]: a
-/// token's keys and values side by side, as many engines keep them.
+/// One buffer for all layers and sequences, [layers][sequences][room][keys, values][kv_heads][head_dim]: the keys and
+/// values of a token are adjacent, as in many engines.
 struct Cache {
   Index layers, sequences, room, kv_heads, head_dim;
   std::vector<Eigen::half> rows =
       std::vector<Eigen::half>(static_cast<std::size_t>(layers * sequences * room * 2 * kv_heads * head_dim));
 
-  /// Tokens [first, first + count) of a layer, all sequences: [sequences, kv_heads, count, head_dim].
+  /// The tokens [first, first + count) of a layer, for all sequences: [sequences, kv_heads, count, head_dim].
   TensorView<Eigen::half> keys(Index layer, Index first, Index count) { return view(layer, 0, first, count); }
   TensorView<Eigen::half> values(Index layer, Index first, Index count) {
     return view(layer, 1, first, count);
@@ -59,7 +59,8 @@ class ThreadPool {
 
   Index size() const { return static_cast<Index>(threads_.size()) + 1; }
 
-  /// job(n) on each thread, n its number; the caller is number 0. Returns when all have finished.
+  /// Calls job(n) on each thread, where n is the number of the thread; the caller is number 0. Returns when all have
+  /// finished.
   void run(const std::function<void(Index)>& job) {
     start(&job);
     job(0);
@@ -97,7 +98,7 @@ class ThreadPool {
   std::vector<std::thread> threads_;
 };
 
-/// What Longspan asks of it.
+/// The pool as an executor of Longspan.
 struct OnPool {
   ThreadPool* pool;
 
@@ -112,7 +113,7 @@ struct OnPool {
   }
 };
 
-/// Rows of tokens [first, first + x.rows) of a layer, as its projection would write them.
+/// Writes the rows of the tokens [first, first + x.rows) of a layer, in place of a projection.
 template <class T>
 static void projected(TensorView<T> x, Index layer, Index first, double frequency) {
   for (Index b = 0; b < x.batch; ++b) {
@@ -127,7 +128,7 @@ static void projected(TensorView<T> x, Index layer, Index first, double frequenc
   }
 }
 
-/// A prompt and then single tokens through all layers; the sum of the last layer's outputs.
+/// Runs a prompt and then single tokens through all layers; returns the sum of the last layer's outputs.
 template <class Execution>
 static double decode(Cache& cache, Index heads, Index prompt, Index length, Execution& execution) {
   const longspan::softmax_attention attend{longspan::causal{}};
@@ -135,7 +136,7 @@ static double decode(Cache& cache, Index heads, Index prompt, Index length, Exec
   std::vector<float> q_rows(static_cast<std::size_t>(cache.sequences * prompt * heads * d)), out_rows(q_rows);
   double sum = 0;
   for (Index first = 0, count = prompt; first < length; first += count, count = 1) {
-    // [sequences][tokens][heads][head_dim], as a projection writes them.
+    // The memory order is [sequences][tokens][heads][head_dim], as projections write it.
     const TensorView<float> q{q_rows.data(), cache.sequences, heads, count, d, count * heads * d, d,
                               heads * d};
     TensorView<float> out = q;

@@ -1,5 +1,5 @@
-// Longspan as an operator of a ggml graph, in the place of ggml_flash_attn_ext: the kernels read ggml's tensors
-// where they lie, and run on ggml's threads.
+// Longspan as an operator of a ggml graph, instead of ggml_flash_attn_ext: the kernels read ggml's tensors in place and
+// run on ggml's threads.
 //
 // After copying, change: Attention, to the mask, score and position of your model (any functor of Longspan that
 // has a `first_query`); `main` stands for the graph of your model.
@@ -21,14 +21,15 @@
 using longspan::Index;
 using longspan::TensorView;
 
-/// [head_dim, rows, heads, batch] in ggml's order of dimensions, strides in bytes: of any permutation or view.
+/// A view of a ggml tensor [head_dim, rows, heads, batch] (ggml's order of dimensions, strides in bytes), which may be
+/// permuted.
 template <class T>
 static TensorView<T> view_of(const ggml_tensor* x) {
   const auto stride = [&](int n) { return static_cast<Index>(x->nb[n] / sizeof(T)); };
   return {static_cast<T*>(x->data), x->ne[3], x->ne[2], x->ne[1], x->ne[0], stride(3), stride(2), stride(1)};
 }
 
-/// Heads [first, first + count) of batch row b.
+/// The heads [first, first + count) of batch row b.
 template <class T>
 static TensorView<T> heads_of(TensorView<T> x, Index b, Index first, Index count) {
   x.data = x.row(b, first, 0);
@@ -37,7 +38,8 @@ static TensorView<T> heads_of(TensorView<T> x, Index b, Index first, Index count
   return x;
 }
 
-/// What the operator keeps from call to call. It has to outlive the graph; one graph at a time may compute it.
+/// The state of the operator, kept from call to call. It must outlive the graph; only one graph at a time may compute
+/// it.
 class Attention {
  public:
   explicit Attention(int most_threads) : executions_(static_cast<std::size_t>(most_threads)) {}
@@ -52,16 +54,16 @@ class Attention {
   }
 
  private:
-  /// ggml calls this on each of its `threads` threads, and goes on when all have returned.
+  /// ggml calls this on each of its `threads` threads and continues when all have returned.
   static void run(ggml_tensor* out, int thread, int threads, void* self) {
     static_cast<Attention*>(self)->take_part(out, thread, threads);
   }
 
-  /// Shares are cut by shape, and taken by whoever is free: the result does not depend on the threads.
+  /// The shapes determine the shares, and free threads take them: the result does not depend on the threads.
   void take_part(ggml_tensor* dst, int thread, int threads) {
     const auto q = view_of<const float>(dst->src[0]);
     const auto k = view_of<const Eigen::half>(dst->src[1]), v = view_of<const Eigen::half>(dst->src[2]);
-    TensorView<float> out = view_of<float>(dst);  // rows lie outside heads
+    TensorView<float> out = view_of<float>(dst);  // memory order: rows, then heads
     std::swap(out.heads, out.rows);
     std::swap(out.head_stride, out.row_stride);
 
@@ -70,7 +72,8 @@ class Attention {
     longspan::softmax_attention attend{longspan::causal{}};
     for (Index n = next_++; n < q.batch * k.heads * shares; n = next_++) {
       const Index b = n / (k.heads * shares), kv_head = n / shares % k.heads;
-      const Index first = (shares - 1 - n % shares) * share;  // the last rows see most keys: they go first
+      const Index first =
+          (shares - 1 - n % shares) * share;  // the last rows see most keys, so they start first
       const Index count = std::min(share, q.rows - first);
       attend.first_query = k.rows - q.rows + first;
       attend(heads_of(q, b, kv_head * group, group).slice_rows(first, count), heads_of(k, b, kv_head, 1),
@@ -85,7 +88,7 @@ class Attention {
   std::atomic<Index> left_{0};
 };
 
-/// Numbers as a projection would leave them.
+/// Numbers in place of those of a projection.
 template <class T>
 static void fill(ggml_tensor* x, double frequency) {
   std::vector<T> values(static_cast<std::size_t>(ggml_nelements(x)));
@@ -103,7 +106,7 @@ static double distance(const ggml_tensor* out) {
   const longspan::reference::exact reference{longspan::softmax_attention{longspan::causal{}}};
   reference(q, view_of<const Eigen::half>(out->src[1]), view_of<const Eigen::half>(out->src[2]), exact);
 
-  const auto got = view_of<const float>(out);  // its heads are rows, its rows heads
+  const auto got = view_of<const float>(out);  // with heads and rows exchanged
   double largest = 0;
   for (Index b = 0; b < exact.batch; ++b) {
     for (Index h = 0; h < exact.heads; ++h) {
@@ -111,7 +114,7 @@ static double distance(const ggml_tensor* out) {
         for (Index c = 0; c < exact.cols; ++c) {
           const double difference =
               std::abs(static_cast<double>(got.row(b, i, h)[c]) - exact.row(b, h, i)[c]);
-          if (!(difference <= largest)) largest = difference;  // NaN stays
+          if (!(difference <= largest)) largest = difference;  // NaN counts as the largest
         }
       }
     }
@@ -143,7 +146,7 @@ int main() {
   ggml_tensor* values = ggml_new_tensor_3d(c, GGML_TYPE_F16, head_dim, kv_heads, room);
   ggml_tensor* queries = ggml_new_tensor_3d(c, GGML_TYPE_F32, head_dim, heads, prompt);
 
-  // Two graphs in one, a prompt and a single token behind it, which share the operator.
+  // Two results in one graph, a prompt and a single token after it, which share the operator.
   Attention attention(threads);
   const auto attended = [&](std::int64_t rows, std::int64_t tokens) {
     const auto first = [&](ggml_tensor* x, std::int64_t n) {

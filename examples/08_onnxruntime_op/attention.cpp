@@ -1,5 +1,5 @@
-// Longspan as an operator of ONNX Runtime: a library that a session loads. The kernels read ONNX Runtime's tensors
-// where they lie, heads between tokens as projections leave them, and run on its threads.
+// Longspan as an operator of ONNX Runtime: a library that a session loads. The kernels read ONNX Runtime's tensors in
+// place, in the order [tokens, heads, head_dim] of projections, and run on its threads.
 //
 // After copying, change: `attend`, to the mask, score and position of your model, and the attributes with it.
 
@@ -23,11 +23,11 @@ using longspan::Index;
 using longspan::TensorView;
 using Tensor = Ort::Custom::Tensor<float>;
 
-/// The session's threads, as what Longspan asks for.
+/// The session's threads as an executor of Longspan.
 struct OnSession {
   OrtKernelContext* context = nullptr;
 
-  /// How many there are it does not say: more than this never take part at one time, fewer share the work.
+  /// The session does not report its number of threads. This is an upper bound; fewer threads share the work.
   Index workers() const { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); }
 
   template <class Task>
@@ -71,7 +71,7 @@ class Attention {
   }
 
  private:
-  /// [batch, rows, heads * cols], seen as [batch, heads, rows, cols].
+  /// A tensor [batch, rows, heads * cols] as a view [batch, heads, rows, cols].
   template <class T>
   static TensorView<T> view_of(T* data, const std::vector<std::int64_t>& shape, Index heads) {
     if (shape.size() != 3 || shape[2] % heads != 0)
@@ -82,7 +82,7 @@ class Attention {
 
   void attend(TensorView<const float> q, TensorView<const float> k, TensorView<const float> v,
               TensorView<float> out, OrtKernelContext* context) const {
-    // A session may compute a node on several threads at once. Scratch is kept from call to call.
+    // A session may compute a node on several threads at the same time. Scratch memory is kept from call to call.
     thread_local longspan::Execution<OnSession> execution;
     execution.executor.context = context;
     if (causal_) {
@@ -98,11 +98,11 @@ class Attention {
 
 }  // namespace
 
-/// What a session calls when it loads the library.
+/// A session calls this function when it loads the library.
 extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* api) {
   Ort::InitApi(api->GetApi(ORT_API_VERSION));
   try {
-    // They have to outlive every session.
+    // These objects must outlive every session.
     static const std::unique_ptr<Ort::Custom::OrtLiteCustomOp> attention(
         Ort::Custom::CreateLiteCustomOp<Attention>("Attention", "CPUExecutionProvider"));
     static const Ort::CustomOpDomain domain = [] {

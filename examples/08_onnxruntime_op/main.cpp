@@ -1,4 +1,4 @@
-// Runs a model of one node, the operator, and holds it to exact attention in double.
+// Runs a model of one node, the operator, and compares it with exact attention in double.
 
 #include <onnxruntime_cxx_api.h>
 
@@ -33,7 +33,7 @@ struct Rows {
   }
 };
 
-/// Numbers as a projection would leave them.
+/// Numbers in place of those of a projection.
 static Rows projected(Index tokens, Index count, double frequency) {
   Rows x{.tokens = tokens, .count = count};
   for (std::size_t n = 0; n < x.values.size(); ++n)
@@ -72,7 +72,7 @@ int main() {
     double off = 0;
     for (std::size_t n = 0; n < exact.size(); ++n) {
       const double difference = std::abs(static_cast<double>(got[n]) - exact[n]);
-      if (!(difference <= off)) off = difference;  // NaN stays
+      if (!(difference <= off)) off = difference;  // NaN counts as the largest
     }
     std::printf("%td queries over %td keys: %.1e from exact attention\n", rows, length, off);
     right = right && off < 1e-5;

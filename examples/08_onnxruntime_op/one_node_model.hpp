@@ -1,4 +1,4 @@
-// An ONNX model of a single node, as the bytes that an exporter would have written. Stands for your model.
+// An ONNX model of a single node, as the bytes that an exporter would write. It stands for your model.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,7 @@ class Message {
   std::string bytes_;
 };
 
-/// A tensor of floats; a size of -1 is any.
+/// A tensor of floats; -1 means any size.
 struct Port {
   std::string name;
   std::vector<std::int64_t> sizes;
@@ -50,7 +50,7 @@ struct Port {
 
 using Numbers = std::vector<std::pair<std::string, std::int64_t>>;
 
-/// `domains` are those of operators, with versions; the node is of the last.
+/// `domains` are the domains of operators with their versions; the node belongs to the last one.
 inline std::string one_node_model(const Numbers& domains, const std::string& operation,
                                   const Numbers& attributes, const std::vector<Port>& inputs,
                                   const Port& output) {

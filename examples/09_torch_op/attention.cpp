@@ -1,5 +1,5 @@
-// Longspan as an operator of PyTorch: a library to load, in Python or from C++. The kernels read torch's tensors
-// where they lie, and run on torch's threads.
+// Longspan as an operator of PyTorch: a library to load in Python or C++. The kernels read torch's tensors in place and
+// run on torch's threads.
 //
 // After copying, change: `attend`, to the mask, score and position of your model, and the schema with it.
 
@@ -16,7 +16,7 @@ namespace {
 using longspan::Index;
 using longspan::TensorView;
 
-/// Torch's threads, as what Longspan asks for.
+/// Torch's threads as an executor of Longspan.
 struct OnTorch {
   Index workers() const { return at::get_num_threads(); }
 
@@ -31,7 +31,8 @@ struct OnTorch {
   }
 };
 
-/// [batch, heads, rows, head_dim] with any strides but the last: a transposed or narrowed tensor is not copied.
+/// A view [batch, heads, rows, head_dim]; only the last dimension must be contiguous, so a transposed or narrowed
+/// tensor is not copied.
 template <class T>
 TensorView<T> view_of(const at::Tensor& x) {
   TORCH_CHECK(x.stride(3) == 1 || x.size(3) <= 1,
@@ -49,7 +50,7 @@ TensorView<T> view_of(const at::Tensor& x) {
 template <class T>
 void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal,
             const at::Tensor& out) {
-  thread_local longspan::Execution<OnTorch> execution;  // its scratch is kept from call to call
+  thread_local longspan::Execution<OnTorch> execution;  // keeps its scratch memory from call to call
   const auto run = [&](const auto& attention) {
     attention(view_of<const T>(q), view_of<const T>(k), view_of<const T>(v), view_of<T>(out), execution);
   };
@@ -60,7 +61,7 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool 
   }
 }
 
-/// Shapes and types alone: what torch.compile asks for.
+/// Only shapes and types, for torch.compile.
 at::Tensor empty_result(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool) {
   for (const at::Tensor& x : {q, k, v}) {
     TORCH_CHECK(x.dim() == 4, "longspan::attention: wanted [batch, heads, rows, head_dim], got ", x.sizes());

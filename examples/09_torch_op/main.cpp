@@ -1,4 +1,4 @@
-// Calls the operator as a program with libtorch does, and holds it to torch's own arithmetic in double.
+// Calls the operator from a program with libtorch, and compares it with torch's own arithmetic in double.
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -9,7 +9,7 @@
 #include <cstdio>
 #include <utility>
 
-/// softmax(q k^T / sqrt(d)) v, the last query seeing all keys.
+/// softmax(q k^T / sqrt(d)) v, causal, where the last query sees all keys.
 static at::Tensor exact(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   const std::int64_t group = q.size(1) / k.size(1), n = q.size(2), m = k.size(2);
   const auto wide = [&](const at::Tensor& x) { return x.to(at::kDouble).repeat_interleave(group, 1); };
@@ -26,7 +26,7 @@ int main() {
           .findSchemaOrThrow("longspan::attention", "")
           .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool)>();
 
-  // [sequences, tokens, heads, head_dim], as a projection leaves them, and a cache with room for more.
+  // Tensors [sequences, tokens, heads, head_dim], as projections write them, and a cache with room for more tokens.
   constexpr std::ptrdiff_t sequences = 2, heads = 8, kv_heads = 2, head_dim = 64, room = 1024, length = 530;
   const at::Tensor cache = at::randn({2, sequences, room, kv_heads, head_dim});
   bool right = true;

@@ -1,6 +1,6 @@
-// A million tokens in bounded memory that reaches back to the first: a window kept exact, retrieval from the
-// blocks that left it, and a compressive memory behind both. Facts of three ages are asked for at the end.
-// Copy this file, and put your model's projections in the place of `Text`.
+// A million tokens in bounded memory: exact attention in a window, retrieval from the blocks before it, and a
+// compressive memory of all older tokens. Queries at the end look for facts of three ages. Copy this file, and
+// replace `Text` by your model's projections.
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,9 +18,9 @@ constexpr Index head_dim = 64, block = 64, chunk = 4096, facts = 16;
 constexpr Index retrieved_fact = facts - 2, recent_fact = facts - 1;
 }  // namespace model
 
-/// Fact n: column n of a key stands out, and so does column n of its value. The first facts come again and
-/// again in the first half of the text; one comes once, 10000 tokens before its end, and one 100 before. A
-/// trained landmark sums up its block, so the block of the fact that comes once has a landmark like it.
+/// In fact n column n of the key is large, and so is column n of the value. The first facts are repeated in the first
+/// half of the text; one fact occurs once, 10000 tokens before the end, and one 100 tokens before the end. A trained
+/// landmark represents its block, so the block of the fact that occurs once has a similar landmark.
 class Text {
  public:
   explicit Text(Index length) : length_(length) {}
@@ -75,7 +75,7 @@ int main(int count, char** words) {
     std::fprintf(stderr, "usage: hybrid_stream [tokens, at least %td]\n", least);
     return 2;
   }
-  // 512 tokens exact, 16384 that can be retrieved; all before goes to the memory.
+  // 512 tokens exact, 16384 that can be retrieved; all older tokens are in the memory.
   const longspan::hybrid_retrieval retrieve{
       {.block_size = model::block, .top_k = 4, .window_blocks = 8, .capacity = 256}};
   auto stream = retrieve.stream({.head_dim = model::head_dim, .value_dim = model::head_dim});
@@ -91,7 +91,7 @@ int main(int count, char** words) {
     const Index tokens = std::min(model::chunk, length - first);
     for (Index i = 0; i < tokens; ++i)
       text.token(first + i, k.data() + i * model::head_dim, v.data() + i * model::head_dim);
-    // A model has queries of its own; here the keys ask for themselves.
+    // A model has its own queries; here the keys are used as queries.
     stream.extend(rows(k, tokens), rows(k, tokens), rows(v, tokens), rows(out, tokens), execution);
     if (first < 100'000) early_megabytes = resident_megabytes();
     show_progress(first + tokens, length);
@@ -99,8 +99,8 @@ int main(int count, char** words) {
 
   const auto knows = [&](Index fact) {
     const std::vector<float> q = Text::question(fact);
-    const std::vector<float> nothing(model::head_dim);  // a key of zeros: the question is not its own answer
-    auto asked = stream;                                // and leaves no trace
+    const std::vector<float> nothing(model::head_dim);  // a key of zeros: the query must not find itself
+    auto asked = stream;                                // a copy, so that the stream does not change
     asked.extend(rows(q, 1), rows(nothing, 1), rows(nothing, 1), rows(out, 1), execution);
     return std::max_element(out.begin(), out.begin() + model::head_dim) - out.begin() == fact;
   };

@@ -1,5 +1,5 @@
-// One decoding loop, five attentions: what changes from one to the other is the line that makes the stream.
-// Copy this file, and put your model in the place of `Model`.
+// One decoding loop with five kinds of attention: they differ only in the line that makes the stream.
+// Copy this file, and replace `Model` by your model.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr longspan::StreamShape shape{.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64};
 
-/// Queries, keys and values of tokens [first, first + count), each [1, heads, count, 64].
+/// Queries, keys and values of the tokens [first, first + count), each [1, heads, count, 64].
 class Model {
  public:
   void take(Index first, Index count) {
@@ -41,7 +41,7 @@ class Model {
   std::vector<float> q_, k_, v_;
 };
 
-/// The loop: a prompt, then token by token. Says what was kept and how long a token took.
+/// The loop: a prompt, then token by token. Prints the memory of the stream and the time of a token.
 template <longspan::Stream Stream>
 bool decode(const char* name, Stream stream) {
   constexpr Index prompt = 8000, tokens = 200;

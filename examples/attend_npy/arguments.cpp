@@ -9,7 +9,7 @@
 namespace attend_npy {
 namespace {
 
-/// The whole of `text` as a number, or nothing. No leading white space, no plus sign.
+/// `text` as a number, or nothing if it is not exactly one number. White space and a plus sign are not allowed.
 template <class Number>
 std::optional<Number> number_in(std::string_view text) {
   Number number{};
@@ -18,8 +18,7 @@ std::optional<Number> number_in(std::string_view text) {
   return number;
 }
 
-/// Reads "8,16,64"; false where it is something else, or where fits(the number before or -1, number) is not
-/// true.
+/// Reads "8,16,64"; returns false if the text is something else, or if fits(the number before or -1, number) is false.
 template <class Fits>
 bool add_numbers(std::string_view text, std::vector<Index>& numbers, const Fits& fits) {
   for (std::size_t begin = 0; begin <= text.size();) {
@@ -51,7 +50,7 @@ Layout layout_named(std::string_view name) {
 }
 
 Index thread_count(std::string_view text) {
-  constexpr Index most = 4096;  // each thread takes scratch memory before it has work
+  constexpr Index most = 4096;  // each thread needs scratch memory even if it gets no work
   const auto count = number_in<Index>(text);
   if (!count || *count < 1 || *count > most) {
     throw Error("the option --threads is '" + std::string(text) + "', wanted an integer from 1 to " +

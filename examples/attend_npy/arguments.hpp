@@ -1,4 +1,4 @@
-// The command line of attend_npy: VARIANT key=value ... --option value ..., read strictly.
+// The command line of attend_npy: VARIANT key=value ... --option value ... Anything else is an error.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,7 @@ class Keys {
  public:
   void add(std::string_view key, std::string_view value);
 
-  /// Called by each variant before it reads its keys.
+  /// Throws Error if there is any other key. Each variant calls this before it reads its keys.
   void allow(std::string_view variant, std::span<const std::string_view> keys) const;
 
   bool flag(std::string_view key) const;
@@ -41,14 +41,14 @@ class Keys {
   std::optional<double> nonzero(std::string_view key) const;
   std::optional<float> positive_float(std::string_view key) const;
 
-  /// "8,16,64"; empty where the key is absent.
+  /// Reads "8,16,64"; empty if the key is absent.
   std::vector<Index> positive_integers(std::string_view key) const;
-  /// "0,7,15", each more than the one before, or "", which is none; nothing where the key is absent.
+  /// Reads "0,7,15", rising integers, or "" for none; nothing if the key is absent.
   std::optional<std::vector<Index>> rising_integers(std::string_view key) const;
 
-  /// Which of the words the key has, counted from 0; nothing where it is absent.
+  /// The index of the word that the key has; nothing if the key is absent.
   std::optional<std::size_t> word(std::string_view key, std::span<const std::string_view> words) const;
-  /// Which of two words the key has, 0 or 1; 0 where it is absent.
+  /// The index, 0 or 1, of the word that the key has; 0 if the key is absent.
   int choice(std::string_view key, const char* first, const char* second) const;
 
  private:
@@ -60,16 +60,16 @@ class Keys {
 struct Arguments {
   Keys keys;
   std::string q, k, v, out;
-  std::string lse;                 ///< empty: not wanted
-  std::string beta;                ///< of variants with a memory; empty: 0
-  std::string memory_out;          ///< of infini, as is the next; empty: not wanted
-  std::string norm_out;            ///< empty: not wanted
-  std::optional<Storage> storage;  ///< absent: as the files have it
-  Index threads = 0;               ///< 0: as many as OpenMP takes
+  std::string lse;                 ///< empty: not requested
+  std::string beta;                ///< for variants with a memory; empty: 0
+  std::string memory_out;          ///< for infini; empty: not requested
+  std::string norm_out;            ///< for infini; empty: not requested
+  std::optional<Storage> storage;  ///< absent: the type of the files
+  Index threads = 0;               ///< 0: OpenMP's own number
   Layout layout = Layout::bhnd;
 };
 
-/// The words behind VARIANT; keys and options in any order.
+/// Parses the words after VARIANT; keys and options may be in any order.
 Arguments parse_arguments(std::span<const std::string_view> words);
 
 }  // namespace attend_npy

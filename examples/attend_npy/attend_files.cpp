@@ -25,13 +25,13 @@ npy::Array read_tensor(const std::string& path, Layout layout) {
   return array;
 }
 
-/// Do the paths lead to one file, whatever its names and links? Not if one of them is not there.
+/// True if the paths lead to the same existing file, through any names and links.
 bool are_one_file(const std::string& a, const std::string& b) {
   std::error_code error;
   return std::filesystem::equivalent(a, b, error) && !error;
 }
 
-/// No output may be an input, and no two outputs one file.
+/// Throws Error if an output is an input, or if two outputs are the same file.
 void check_targets(const Arguments& arguments) {
   using Named = std::pair<const char*, const std::string*>;
   const Named inputs[] = {

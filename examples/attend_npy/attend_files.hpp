@@ -1,4 +1,4 @@
-// What every variant does around its functor: files to tensors, tensors to files.
+// The common part of all variants: files to tensors, and tensors to files.
 #pragma once
 
 #include <cstddef>
@@ -14,16 +14,17 @@
 
 namespace attend_npy {
 
-/// The tensors of --q, --k and --v, and the type to which they are to be rounded.
+/// The tensors of --q, --k and --v, and the type to which they will be rounded.
 struct Inputs {
   npy::Array q, k, v;
   Storage storage = Storage::f32;
 };
 
-/// Refuses outputs that cannot be written, that are inputs, or two that are one file, before it reads.
+/// Reads the inputs. Before that it throws Error if an output cannot be written, is an input, or is the same file as
+/// another output.
 Inputs read_inputs(const Arguments& arguments);
 
-/// The gates of --beta, [1], [H] or [H, dv]; no rows where it is left out.
+/// The gates of --beta, [1], [H] or [H, dv]; without rows if it is omitted.
 struct Gates {
   std::vector<float> values;
   Index rows = 0, cols = 0;
@@ -32,10 +33,10 @@ struct Gates {
 };
 Gates read_gates(const Arguments& arguments);
 
-/// How many values a file of that shape would hold.
+/// The number of values of a file with that shape. Throws Error if it is too large.
 std::size_t checked_count(const std::string& path, const std::vector<Index>& shape);
 
-/// Rounds the values to the type, which they need not be in.
+/// Rounds the values to the type; they stay stored in their own type.
 void round_to(Storage storage, npy::Array& array);
 
 /// A tensor [B, H, N, d] or [B, N, H, d] in the file; a file of rank 2 is one head of one batch row, one of rank 3 one
@@ -52,7 +53,7 @@ struct FileShape {
   /// [B, H, N] without the dimensions that the file does not have: the shape of an lse.
   std::vector<Index> rows_of_heads() const;
 
-  /// [B, H, N, d], whatever the file has.
+  /// The tensor as [B, H, N, d], whatever the layout and rank of the file.
   template <class T>
   longspan::TensorView<T> view(T* values) const {
     const Index cols = from_end(0), head = rows() * cols, row = heads() * cols;
@@ -67,7 +68,7 @@ struct FileShape {
   }
 };
 
-/// With values of Real, which is float or double.
+/// The tensors with values of Real, which is float or double.
 template <class Real>
 class Tensor {
  public:
@@ -81,28 +82,28 @@ class Tensor {
   std::vector<Real> values_;
 };
 
-/// Says on stderr what q, k and v are. If their shapes do not agree it says nothing: the kernel refuses them.
+/// Prints the shapes of q, k and v to stderr, unless they disagree; then the kernel throws an Error.
 template <class Real>
 void report_inputs(const longspan::TensorView<const Real>& q, const longspan::TensorView<const Real>& k,
                    const longspan::TensorView<const Real>& v);
 
-/// Warns on stderr of queries that see no key: a layout that was meant otherwise often shows so.
+/// Prints a warning to stderr if queries see no key, which is often the sign of a wrong layout.
 template <class Real>
 void warn_of_unseeing(const std::vector<Real>& lse, Index q_len, Index kv_len);
 
-/// A tensor that a variant gives.
+/// A tensor that a variant writes.
 template <class Real>
 struct Output {
-  std::string path;  ///< empty: not wanted
+  std::string path;  ///< empty: not requested
   std::vector<Index> shape;
   std::vector<Real> values;
 };
 
-/// All of them, or none. Real: float or double.
+/// Writes all outputs, or none if one fails. Real is float or double.
 template <class Real>
 void write_outputs(const std::vector<Output<Real>>& outputs);
 
-/// By value: each file's values are freed when they are in the type of the kernel.
+/// Takes the inputs by value, so that the values of each file are freed after their conversion to the kernel's type.
 template <class Real, class Attend>
 void attend_in(const Arguments& arguments, Inputs inputs, const Attend& attend) {
   const Layout layout = arguments.layout;
@@ -132,9 +133,9 @@ void attend_in(const Arguments& arguments, Inputs inputs, const Attend& attend) 
   warn_of_unseeing(outputs[1].values, q_view.rows, k_view.rows);
 }
 
-/// Calls attend(q, k, v, out, lse, executor) on the tensors of the files, as double with --dtype f64, else
-/// as float, rounded to that type: bit for bit what the kernels give for 16-bit tensors, with half as many of
-/// them to compile. What the call may return, a list of Output, is written too.
+/// Calls attend(q, k, v, out, lse, executor) with the tensors of the files, as double with --dtype f64, otherwise as
+/// float with values rounded to the type. The result has the bits of kernels for 16-bit tensors, with half as many
+/// kernels to compile. If the call returns a list of Output, these are written too.
 template <class Attend>
 void attend_files(const Arguments& arguments, Inputs inputs, const Attend& attend) {
   if (inputs.storage == Storage::f64) return attend_in<double>(arguments, std::move(inputs), attend);

@@ -1,4 +1,4 @@
-// Chunks in which the streaming variants take their tokens.
+// The chunks of tokens of the streaming variants.
 #pragma once
 
 #include <string>
@@ -14,7 +14,7 @@ struct Chunk {
   Index length = 0;
 };
 
-/// The wanted lengths, which must add up to the tokens; one chunk of all tokens where none are wanted.
+/// Chunks of the given lengths, which must add up to the number of tokens; one chunk of all tokens if none are given.
 inline std::vector<Chunk> chunks_of(std::string_view variant, const std::vector<Index>& wanted, Index queries,
                                     Index keys) {
   if (queries != keys) {
@@ -34,7 +34,7 @@ inline std::vector<Chunk> chunks_of(std::string_view variant, const std::vector<
   return chunks;
 }
 
-/// Takes a chunk of the tokens into a stream that gives an lse.
+/// Extends a stream with lse by a chunk of the tokens.
 template <class Stream, class Q, class K, class V, class Out, class Lse, class E>
 void extend(Stream& stream, Chunk chunk, const Q& q, const K& k, const V& v, const Out& out, Lse lse,
             const E& executor) {
@@ -45,7 +45,7 @@ void extend(Stream& stream, Chunk chunk, const Q& q, const K& k, const V& v, con
                 executor);
 }
 
-/// Into one that gives none.
+/// Extends a stream without lse.
 template <class Stream, class Q, class K, class V, class Out, class E>
 void extend(Stream& stream, Chunk chunk, const Q& q, const K& k, const V& v, const Out& out,
             const E& executor) {

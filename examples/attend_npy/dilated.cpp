@@ -14,7 +14,7 @@ void run(const Arguments& arguments) {
   const Keys& keys = arguments.keys;
   keys.allow("dilated", std::array<std::string_view, 7>{"segments", "dilations", "causal", "phase", "overlap",
                                                         "zero_pad", "scale"});
-  // Causal and not are both a window, so the kernel is compiled once for the two.
+  // With and without causal the mask is a window, so the kernel is compiled only once.
   longspan::window mask;
   if (keys.flag("causal")) mask.right = 0;
   auto attend = dilated_functor(keys, mask);
@@ -31,7 +31,7 @@ const Variant dilated{
     "causal=0|1               1: a query sees no later key (default 0)\n"
     "phase=modulo|blocked     offset of head h: h mod r, or as torchscale (default modulo)\n"
     "overlap=multiset|set     a key of several branches counts several times, or once (default multiset)\n"
-    "zero_pad=0|1             1: short segments are filled with zeros, as torchscale does (default 0)\n"
+    "zero_pad=0|1             1: short segments are padded with zeros as in torchscale (default 0)\n"
     "scale=x                  multiplies q.k, not 0 (default 1 / sqrt(head_dim))\n",
     run};
 

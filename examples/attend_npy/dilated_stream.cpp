@@ -14,7 +14,7 @@
 namespace attend_npy {
 namespace {
 
-/// A functor like the others, that streams its tokens through a cache.
+/// A functor that passes its tokens through a dilated_cache in chunks.
 struct DilatedStream {
   longspan::dilated_attention<longspan::causal> attend;
   std::vector<Index> chunks;
@@ -45,7 +45,7 @@ const Variant dilated_stream{
     "dilations=r,r,...        their dilations (default 1 each)\n"
     "phase=modulo|blocked     offset of head h: h mod r, or as torchscale (default modulo)\n"
     "overlap=multiset|set     a key of several branches counts several times, or once (default multiset)\n"
-    "chunks=n,n,...           tokens that come together (default: all of them)\n"
+    "chunks=n,n,...           tokens in each chunk (default: one chunk)\n"
     "scale=x                  multiplies q.k, not 0 (default 1 / sqrt(head_dim))\n",
     run};
 

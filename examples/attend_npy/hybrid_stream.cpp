@@ -1,4 +1,5 @@
-// attend_npy hybrid_stream: an exact window, retrieval behind it and a compressive memory behind both.
+// attend_npy hybrid_stream: an exact window, retrieval of earlier blocks, and a compressive memory of the oldest
+// tokens.
 #include "longspan/stream/hybrid_stream.hpp"
 
 #include <array>
@@ -13,7 +14,7 @@
 namespace attend_npy {
 namespace {
 
-/// A functor like the others, that streams its tokens.
+/// A functor that passes its tokens through a hybrid_stream in chunks.
 struct HybridStream {
   longspan::hybrid_options options;
   std::vector<Index> chunks;
@@ -31,7 +32,8 @@ void run(const Arguments& arguments) {
   const Keys& keys = arguments.keys;
   keys.allow("hybrid_stream", std::array<std::string_view, 8>{"block", "top_k", "window_blocks", "capacity",
                                                               "evicted_at_once", "rule", "first", "chunks"});
-  if (!arguments.lse.empty()) throw Error("hybrid_stream has no lse: its output is no softmax over all keys");
+  if (!arguments.lse.empty())
+    throw Error("hybrid_stream has no lse, because its output is not a softmax over all keys");
   HybridStream stream;
   longspan::hybrid_options& options = stream.options;
   options.block_size = keys.positive_integer("block").value_or(options.block_size);
@@ -55,12 +57,12 @@ const Variant hybrid_stream{
     "hybrid_stream",
     "block=B             every B-th key is a landmark, the last of its block (default 64)\n"
     "top_k=k             blocks outside the window that a query retrieves (default 4)\n"
-    "window_blocks=n     full blocks that are attended token by token (default 8)\n"
+    "window_blocks=n     full blocks with exact attention (default 8)\n"
     "capacity=n          blocks outside the window that can be retrieved (default 1024)\n"
-    "evicted_at_once=n   blocks that go to the memory together (default 32)\n"
+    "evicted_at_once=n   blocks that are written to the memory together (default 32)\n"
     "rule=linear|delta   how they are written to the memory (default linear)\n"
-    "first=bypass|gate   bypass: no gate while nothing is written (default bypass)\n"
-    "chunks=n,n,...      tokens that come together (default: all of them)\n",
+    "first=bypass|gate   bypass: no gate while the memory is empty (default bypass)\n"
+    "chunks=n,n,...      tokens in each chunk (default: one chunk)\n",
     run, true};
 
 }  // namespace attend_npy

@@ -1,4 +1,4 @@
-// attend_npy infini: Infini-attention in chunks, and the memory that it leaves.
+// attend_npy infini: Infini-attention in chunks, and its memory after the last token.
 #include <array>
 #include <string>
 #include <string_view>
@@ -13,7 +13,7 @@
 namespace attend_npy {
 namespace {
 
-/// Streams its tokens through a memory, and gives that as further outputs.
+/// A functor that passes its tokens through an infini_memory in chunks, and returns the memory as additional outputs.
 struct InfiniStream {
   longspan::infini_attention<> attend;
   std::vector<Index> chunks;
@@ -47,7 +47,8 @@ void run(const Arguments& arguments) {
   const Keys& keys = arguments.keys;
   keys.allow("infini",
              std::array<std::string_view, 6>{"segment", "rule", "first", "chunks", "flush", "scale"});
-  if (!arguments.lse.empty()) throw Error("infini has no lse: its output is no softmax over all keys");
+  if (!arguments.lse.empty())
+    throw Error("infini has no lse, because its output is not a softmax over all keys");
   InfiniStream stream;
   const auto segment = keys.positive_integer("segment");
   if (!segment) throw Error("the key segment is missing");
@@ -72,9 +73,9 @@ const Variant infini{
     "infini",
     "segment=S                tokens of a segment\n"
     "rule=linear|delta        how a segment is written to the memory (default linear)\n"
-    "first=gate|bypass        bypass: local attention alone while nothing is written (default gate)\n"
-    "chunks=n,n,...           tokens that come together (default: all of them)\n"
-    "flush=0|1                1: the last segment is written too if it is not full (default 0)\n"
+    "first=gate|bypass        bypass: only local attention while the memory is empty (default gate)\n"
+    "chunks=n,n,...           tokens in each chunk (default: one chunk)\n"
+    "flush=0|1                1: the last segment is written even if it is not full (default 0)\n"
     "scale=x                  multiplies q.k, not 0 (default 1 / sqrt(head_dim))\n",
     run, true, true};
 

@@ -19,7 +19,7 @@ void run(const Arguments& arguments) {
     throw Error(block ? "the keys block and landmarks are both given, wanted one"
                       : "the key block is missing, and so is landmarks");
   }
-  // Causal and not are both a window, so the kernel is compiled once for the two.
+  // With and without causal the mask is a window, so the kernel is compiled only once.
   longspan::window mask;
   if (keys.flag("causal")) mask.right = 0;
   longspan::landmark_attention attend{

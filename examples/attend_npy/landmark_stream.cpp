@@ -14,7 +14,7 @@
 namespace attend_npy {
 namespace {
 
-/// Either map, so that the kernels are compiled once for the two.
+/// One of the two position maps, in one type, so that the kernels are compiled only once.
 struct ChosenPositions {
   bool exact = false;
 
@@ -30,7 +30,7 @@ struct ChosenPositions {
   }
 };
 
-/// Rotary positions or none, so that the kernels are compiled once for the two.
+/// Rotary positions or none, in one type, so that the kernels are compiled only once.
 struct ChosenEncoding {
   std::optional<longspan::rotary> rotary;
 
@@ -47,7 +47,7 @@ struct ChosenEncoding {
   }
 };
 
-/// A functor like the others, that streams its tokens through a cache.
+/// A functor that passes its tokens through a landmark_cache in chunks.
 struct LandmarkStream {
   longspan::landmark_cache_options options;
   ChosenEncoding encoding;
@@ -106,13 +106,13 @@ void run(const Arguments& arguments) {
 const Variant landmark_stream{
     "landmark_stream",
     "block=B                             every B-th key is a landmark, the last of its block\n"
-    "chunks=n,n,...                      tokens that come together (default: all of them)\n"
+    "chunks=n,n,...                      tokens in each chunk (default: one chunk)\n"
     "top_k=k                             blocks that a query retrieves (default 4)\n"
-    "select=token_head|max_heads|max_tokens  for whom blocks are chosen (default token_head)\n"
+    "select=token_head|max_heads|max_tokens  which queries share a choice of blocks (default token_head)\n"
     "capacity=n                          blocks that are kept (default: all)\n"
-    "positions=stingy|exact              where retrieved blocks stand (default stingy)\n"
+    "positions=stingy|exact              positions of retrieved blocks (default stingy)\n"
     "rope_base=x                         base of rotary positions (default 10000)\n"
-    "rope_layout=interleaved|half        rotary positions; none where it is left out\n"
+    "rope_layout=interleaved|half        rotary positions; none if omitted\n"
     "scale=x                             multiplies q.k, not 0 (default 1 / sqrt(head_dim))\n",
     run};
 

@@ -1,6 +1,6 @@
-// Runs a variant of attention on tensors that a model dumped as .npy files, so that a port can be checked
-// against its original layer by layer. Copy this folder to run your own functor: write a file like
-// softmax.cpp for it, and name it in variants.hpp, in CMakeLists.txt and in `variants`.
+// Runs a variant of attention with tensors from .npy files that a model has dumped, so that a port can be compared
+// with its original layer by layer. Copy this folder to run your own functor: write a file like softmax.cpp for it,
+// and add it to variants.hpp, CMakeLists.txt and `variants`.
 
 #include <cstdio>
 #include <exception>
@@ -36,11 +36,13 @@ constexpr std::string_view usage =
     "  --memory-out   out: the memory of infini after the last token, [B, Hkv, d, dv]\n"
     "  --norm-out     out: its norm, [B, Hkv, d]\n"
     "  --dtype        type to which q, k and v are rounded (default: f64 if one of the files is\n"
-    "                 float64, else f32); arithmetic and outputs are float64 with f64, else float32\n"
-    "  --threads      default: as many as OpenMP takes; the result is the same for any number\n"
+    "                 float64, otherwise f32); arithmetic and outputs are float64 with f64, otherwise "
+    "float32\n"
+    "  --threads      default: OpenMP's own number; the result does not depend on it\n"
     "\n"
-    "A line on stderr says what was read, and a warning how many queries see no key. An output that is one\n"
-    "of the inputs, under any name, is refused.\n";
+    "A line on stderr has the shapes, and a warning tells how many queries see no key. An output must not "
+    "be\n"
+    "one of the inputs under any name.\n";
 
 std::string help() {
   std::string text(usage);

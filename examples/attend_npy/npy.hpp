@@ -1,6 +1,6 @@
-// Tensors in .npy files: the bridge to numpy. Files are untrusted: whatever is not exactly a C-order array of
-// float32 or float64 is refused by one sentence, and no size in a file is believed before it was compared
-// with the bytes that are there.
+// Tensors in .npy files, the file format of numpy. Files are not trusted: everything except a C-order array of
+// float32 or float64 throws an Error of one sentence, and no size in a file is used before it has been compared with
+// the bytes of the file.
 #pragma once
 
 #include <algorithm>
@@ -34,14 +34,14 @@ static_assert(std::endian::native == std::endian::little,
 
 using longspan::Index;
 
-/// Values in C order, the last dimension fastest.
+/// An array with values in C order: the last dimension is contiguous.
 struct Array {
   std::vector<Index> shape;
   std::variant<std::vector<float>, std::vector<double>> values;
 };
 
-/// How many values a shape holds, or nothing where its dimensions other than 0 have a product too large to be
-/// counted in bytes. So the strides of an empty array, which are such products, can be counted as well.
+/// The number of values of a shape; nothing if the product of its dimensions other than 0 is too large to be counted in
+/// bytes. The strides of an empty array, which are such products, can therefore be counted as well.
 inline std::optional<Index> value_count(std::span<const Index> shape) {
   Index product = 1;
   for (const Index dimension : shape) {
@@ -52,7 +52,7 @@ inline std::optional<Index> value_count(std::span<const Index> shape) {
   return std::find(shape.begin(), shape.end(), 0) == shape.end() ? product : 0;
 }
 
-/// As numpy prints it: (), (3,), (3, 4).
+/// A shape as numpy prints it: (), (3,), (3, 4).
 inline std::string shape_text(std::span<const Index> shape) {
   std::string text = "(";
   for (const Index dimension : shape) text += std::to_string(dimension) + ", ";
@@ -72,7 +72,7 @@ constexpr std::string_view magic = "\x93NUMPY";
   throw longspan::FileError(path + ": " + why);
 }
 
-/// Text of a file, safe to show on a terminal.
+/// Text from a file, made safe to print on a terminal.
 inline std::string shown(std::string_view text) {
   std::string safe(text.substr(0, 32));
   for (char& c : safe) c = c >= ' ' && c <= '~' ? c : '?';
@@ -85,8 +85,8 @@ struct Header {
   std::vector<Index> shape;
 };
 
-/// Reads the header's text: a Python dictionary with the keys descr, fortran_order and shape, each once, in
-/// any order, and white space behind it.
+/// Reads the header's text: a Python dictionary with the keys descr, fortran_order and shape, each once, in any order,
+/// followed by white space.
 class HeaderText {
  public:
   HeaderText(std::string_view text, const std::string& path) : rest_(text), path_(path) {}
@@ -206,14 +206,14 @@ struct CloseFile {
   void operator()(std::FILE* file) const noexcept { std::fclose(file); }
 };
 
-/// A regular file that is read from front to back, with its true size.
+/// A regular file that is read from beginning to end, with its real size.
 class InputFile {
  public:
   explicit InputFile(const std::string& path) : path_(path) {
     std::error_code error;
     const auto status = std::filesystem::status(path, error);
     if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status)) {
-      refuse(path, "is not a regular file");  // before it is opened: opening a pipe would wait for its writer
+      refuse(path, "is not a regular file");  // checked first: opening a pipe would wait for its writer
     }
     file_.reset(std::fopen(path.c_str(), "rb"));
     if (!file_) refuse(path, "cannot be read: " + std::generic_category().message(errno));
@@ -229,7 +229,7 @@ class InputFile {
     left_ -= bytes;
   }
 
-  /// Behind the last byte, also when the file has grown since it was opened.
+  /// True at the end of the file, even if it has grown since it was opened.
   bool at_end() { return left_ == 0 && std::fgetc(file_.get()) == EOF; }
 
  private:
@@ -281,8 +281,8 @@ std::vector<T> read_values(InputFile& file, const std::string& path, const std::
 
 }  // namespace detail
 
-/// Throws longspan::FileError, the text of which starts with the path, unless the file holds an array of float32
-/// or float64 in C order and nothing else.
+/// Reads an array. Throws longspan::FileError, whose text starts with the path, unless the file contains exactly one
+/// array of float32 or float64 in C order.
 inline Array read(const std::string& path) {
   detail::InputFile file(path);
   detail::Header header = detail::read_header(file, path);
@@ -305,7 +305,7 @@ inline Array read(const std::string& path) {
   return array;
 }
 
-/// Everything in front of the values: version 1.0, padded so that the values start at a multiple of 64 bytes.
+/// The bytes before the values: version 1.0, padded so that the values start at a multiple of 64 bytes.
 template <class T>
 std::string header_bytes(std::span<const Index> shape) {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "npy.hpp writes float32 and float64");

@@ -1,4 +1,4 @@
-// The mask that the keys of softmax and softmax_stream ask for.
+// The mask for the keys of softmax and softmax_stream.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace attend_npy {
 
-/// All that can be asked for is a window, so the kernel is compiled once for all.
+/// Every mask of these keys is a window, so the kernel is compiled only once.
 inline longspan::window softmax_mask(const Keys& keys, bool causal) {
   longspan::window mask;
   if (const auto width = keys.positive_integer("window"))

@@ -18,11 +18,12 @@
 namespace attend_npy {
 namespace {
 
-/// In the order of Storage, and one more.
+/// The names of Storage in its order, and int8.
 constexpr std::array<std::string_view, 5> row_types{"f32", "f64", "bf16", "f16", "int8"};
 constexpr std::string_view f64_rows = row_types[1];
 
-/// What the cache keeps. Rows are f64 where the arithmetic is double, and only there: five kernels, not ten.
+/// The type of the stored rows. It is f64 if and only if the arithmetic is double, which makes five kernels instead
+/// of ten.
 std::string_view row_type(std::optional<std::size_t> wanted, Storage storage) {
   const std::string_view own = row_types[static_cast<std::size_t>(storage)];
   const std::string_view type = wanted ? row_types[*wanted] : own;
@@ -34,7 +35,7 @@ std::string_view row_type(std::optional<std::size_t> wanted, Storage storage) {
   return type;
 }
 
-/// A functor like the others, that streams its tokens through a cache.
+/// A functor that passes its tokens through a kv_cache in chunks.
 template <class S>
 struct SoftmaxStream {
   longspan::softmax_attention<longspan::window, S> attend;
@@ -93,10 +94,10 @@ void run(const Arguments& arguments) {
 const Variant softmax_stream{
     "softmax_stream",
     "window=W                    a query sees the last W keys\n"
-    "chunks=n,n,...              tokens that come together (default: all of them)\n"
+    "chunks=n,n,...              tokens in each chunk (default: one chunk)\n"
     "page=n                      tokens in a page of the cache (default 0: one array)\n"
-    "rows=f32|f64|bf16|f16|int8  as what the cache keeps k and v (default: --dtype);\n"
-    "                            f64 with --dtype f64 and with no other\n"
+    "rows=f32|f64|bf16|f16|int8  type in which the cache stores k and v (default: --dtype);\n"
+    "                            f64 if and only if --dtype is f64\n"
     "scale=x                     multiplies q.k, not 0 (default 1 / sqrt(head_dim))\n"
     "softcap=c                   scores become c * tanh(score / c)\n",
     run};

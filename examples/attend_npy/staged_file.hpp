@@ -1,4 +1,4 @@
-// Files that appear whole or not at all, and several of them together or none.
+// Files that appear completely or not at all, several of them together.
 #pragma once
 
 #include <cerrno>
@@ -15,9 +15,8 @@
 
 namespace attend_npy {
 
-/// Where a file named `path` will really stand: behind a symbolic link, at what it points to. Refuses
-/// folders, devices, pipes and folders that do not exist, so that a long computation does not end in this
-/// sentence.
+/// The real target of a file named `path`, after resolving symbolic links. Throws Error for folders, devices, pipes,
+/// and files in folders that do not exist, so that this does not happen only after a long computation.
 inline std::filesystem::path checked_target(const std::string& path) {
   namespace fs = std::filesystem;
   std::error_code error;
@@ -35,8 +34,8 @@ inline std::filesystem::path checked_target(const std::string& path) {
   return fs::canonical(folder) / fs::path(path).filename();
 }
 
-/// A file that is written under another name beside its target until `put_in_place`. Unless that happens it
-/// is removed with this object.
+/// A file that has a temporary name in the folder of its target until `put_in_place`. Without that call it is removed
+/// with this object.
 class StagedFile {
  public:
   explicit StagedFile(const std::string& path) : path_(path), target_(checked_target(path)) {
@@ -44,7 +43,7 @@ class StagedFile {
     for (int n = 0; n < names && !file_; ++n) {
       staged_ = target_;
       staged_ += "." + std::to_string(n) + ".part";
-      file_.reset(std::fopen(staged_.c_str(), "wbx"));  // x: never a file that is there already
+      file_.reset(std::fopen(staged_.c_str(), "wbx"));  // x: fails if the file exists
       if (!file_ && errno != EEXIST) break;
     }
     if (!file_) fail(std::generic_category().message(errno));
@@ -69,7 +68,7 @@ class StagedFile {
     }
   }
 
-  /// Gives all files their real names, or leaves every target as it was and throws.
+  /// Gives all files their real names; if one fails, restores every target and throws.
   static void put_in_place(std::span<StagedFile> files) {
     for (StagedFile& file : files) file.close();
     std::size_t placed = 0;
@@ -88,11 +87,11 @@ class StagedFile {
   };
 
   void close() {
-    // The last bytes are written here: a full disk may not show before.
+    // The last bytes are written here, so a full disk may be noticed only now.
     if (file_ && std::fclose(file_.release()) != 0) fail(std::generic_category().message(errno));
   }
 
-  /// The last file needs no way back: a rename happens or does not.
+  /// The last file needs no backup, because a rename is atomic.
   void place(bool may_be_taken_back) {
     std::error_code error;
     if (may_be_taken_back && std::filesystem::exists(target_, error)) {

@@ -1,4 +1,4 @@
-// The variants of attend_npy, each in a .cpp of its own.
+// The variants of attend_npy, each of which has its own .cpp file.
 #pragma once
 
 #include <string_view>

@@ -1,5 +1,5 @@
-// A landmark cache that asks an approximate index, hnswlib's, which blocks are worth a look, instead of
-// scoring the landmarks of all of them. Copy `HnswIndex` to plug in the index of your own.
+// A landmark cache that gets candidate blocks from an approximate index, hnswlib's, instead of scoring the landmarks of
+// all blocks. Copy `HnswIndex` to use your own index.
 #include <hnswlib/hnswlib.h>
 
 #include <algorithm>
@@ -21,8 +21,8 @@ using longspan::Index;
 
 constexpr Index head_dim = 64, block = 64;
 
-/// One graph for each KV head of each batch row, by inner product, which is what ranks landmarks. Copies of
-/// the cache share it, so a copy that goes its own way needs `clear` and its blocks added again.
+/// One graph for each KV head of each batch row, with the inner product, which ranks landmarks. Copies of the cache
+/// share it, so a copy that gets other tokens needs `clear` and its blocks added again.
 class HnswIndex {
  public:
   explicit HnswIndex(Index wanted) : wanted_(wanted) {}
@@ -33,9 +33,9 @@ class HnswIndex {
     if (graph->cur_element_count == graph->max_elements_) graph->resizeIndex(2 * graph->max_elements_);
     graph->addPoint(key.data(), static_cast<hnswlib::labeltype>(n));
   }
-  /// Blocks that have left keep their place in the graph; the cache passes over them.
+  /// Dropped blocks stay in the graph; the cache ignores them.
   void drop(Index) {}
-  /// So do blocks whose tokens were taken back: a point that is added again replaces the one of its number.
+  /// Unsealed blocks stay too: a block that is added again replaces the point with its number.
   void truncate(Index) {}
   void clear() { graphs_->clear(); }
 
@@ -57,7 +57,7 @@ class HnswIndex {
       std::make_shared<std::map<std::pair<Index, Index>, std::unique_ptr<Graph>>>();
 };
 
-/// Numbers from -1 to 1 that depend on the token alone, in place of a model's.
+/// Numbers from -1 to 1 that depend only on the token, instead of those of a model.
 std::vector<float> row_of(Index token) {
   std::vector<float> x;
   auto state = static_cast<std::uint32_t>(token) * 2654435761u + 1;
@@ -68,8 +68,8 @@ std::vector<float> row_of(Index token) {
   return x;
 }
 
-/// Streams `length` tokens and asks for block after block by its own landmark: how many are found, and in
-/// which time.
+/// Streams `length` tokens and queries block after block with its own landmark: counts how many are found, and takes
+/// the time.
 template <class Cache>
 Index ask(Cache cache, Index length, Index questions, const char* name) {
   constexpr Index chunk = 4096;

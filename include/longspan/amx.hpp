@@ -18,7 +18,7 @@ namespace detail {
 /// The kernel's number of the tile registers among the parts of a process's state.
 inline constexpr unsigned long tile_data_state = 18;
 
-/// Remembers a granted permission: Linux never takes one back.
+/// Remembers a granted permission: Linux never revokes it.
 inline std::atomic<bool>& knows_amx_permission() {
   static std::atomic<bool> known{false};
   return known;
@@ -42,22 +42,22 @@ inline bool amx_is_permitted() { return false; }
 
 }  // namespace detail
 
-/// Asks the operating system for the permission to use matrix tiles in this process, and says whether the library will
-/// use them from now on. Call it once, before the first thread that attends is created or at any later time; a second
-/// call costs nothing.
+/// Requests the permission of the operating system to use matrix tiles in this process, and returns true if the library
+/// will use them from now on. Call it once, at any time, for instance at the start of the program; a second call costs
+/// nothing.
 ///
 ///   int main() {
-///     longspan::request_amx();   // no harm where there is no AMX
+///     longspan::request_amx();   // has no effect without AMX
 ///
-/// With tiles, bfloat16 attention runs 3 to 8 times as fast as without on an Intel Xeon of the fourth generation or
-/// later. The library never asks by itself, since the permission changes the process: it holds for all of its threads
-/// and for its children, and each thread that uses tiles then has 8 KB more to save when it is switched, and needs a
-/// signal stack that is 8 KB larger (sigaltstack of less is refused by Linux from then on). Where another library has
-/// asked before, this one uses tiles without this call.
+/// With tiles, bfloat16 attention is 3 to 8 times as fast as without on an Intel Xeon of the fourth generation or
+/// later. The library never requests the permission on its own, because the permission changes the process. It
+/// applies to all threads and to child processes. Each thread that uses tiles has 8 KB more to save at a context
+/// switch and needs a signal stack that is 8 KB larger (Linux then rejects a smaller stack in sigaltstack). If
+/// another library has already obtained the permission, this one uses tiles without this call.
 ///
-/// False, and nothing changes, where the code was compiled for a processor without AMX (-march=sapphirerapids or
-/// -march=native on one that has it is needed), where the processor or the kernel (Linux 5.16) has none, or where
-/// a policy of the system forbids it. Results without tiles are the same within the documented error.
+/// Returns false, and changes nothing, if the code was compiled for a processor without AMX (use -march=sapphirerapids,
+/// or -march=native on a processor with AMX), if the processor or the kernel (before Linux 5.16) does not support it,
+/// or if a policy of the system forbids it. Results without tiles are the same within the documented error.
 /// Throws    nothing.
 inline bool request_amx() {
 #if defined(LONGSPAN_TARGETS_AMX)

@@ -1,4 +1,4 @@
-// The sizes of one call, which masks and scores check their own arrays against.
+// The sizes of one call, with which masks and scores compare the sizes of their arrays.
 #pragma once
 
 #include <string_view>
@@ -8,12 +8,12 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// What a call of a functor needs of its mask and its score: positions first_query .. first_query + q_len - 1 of
-/// the queries, keys 0 .. kv_len - 1, query heads 0 .. heads - 1, batch rows 0 .. batch - 1. `function` names the
+/// The indices that a call of a functor passes to its mask and its score: query positions first_query .. first_query
+/// + q_len - 1, keys 0 .. kv_len - 1, query heads 0 .. heads - 1, batch rows 0 .. batch - 1. `function` names the
 /// caller in the text of an Error.
 ///
-/// A functor checks its parts in every call, before it writes anything; a stream also checks them when it is
-/// made, with a q_len and a kv_len of 0.
+/// A functor checks its parts in every call, before it writes anything; a stream also checks them in its constructor,
+/// with q_len and kv_len equal to 0.
 struct CallSizes {
   std::string_view function;
   Index batch = 0;
@@ -25,7 +25,7 @@ struct CallSizes {
 
 namespace detail {
 
-/// Calls part.check(sizes) if a mask or a score has such a member.
+/// Calls part.check(sizes) if the mask or score has this member.
 template <class Part>
 void check_part(const Part& part, const CallSizes& sizes) {
   if constexpr (requires { part.check(sizes); }) part.check(sizes);

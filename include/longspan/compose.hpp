@@ -19,27 +19,27 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// Softmax attention over the keys of all parts together:
+/// Softmax attention over the union of the keys of all parts:
 ///
 ///   lse = log sum_n exp(lse_n),  out = sum_n exp(lse_n - lse) out_n.
 ///
 ///   merged attend{softmax_attention{causal{} & sinks{4}},
 ///                 dilated_attention{{{2048, 1}, {8192, 4}}, causal{} & !sinks{4}}};
-///   attend(q, k, v, out, lse, execution);  // lse and execution may be left out
+///   attend(q, k, v, out, lse, execution);  // lse and execution are optional
 ///
 /// Shapes    those of the parts
-/// Types     out_n is kept in the type of the arithmetic, whatever out is
-/// Keys      of which several parts see one count it as often; masks keep parts apart
+/// Types     out_n is stored in the type of the arithmetic, whatever the type of out is
+/// Keys      a key that n parts see counts n times; disjoint masks avoid that
 /// Aliasing  out and lse overlap no input, nor each other
 /// Cost      that of the parts, and one pass over their outputs. Scratch: an output and an lse for each part
-///           but the last
-/// Error     that of each part, and that of `merge`
-/// Exact     two parts give the same bits in either order; a part that sees no key changes nothing
-/// Throws    what the parts do, before anything is written
+///           except the last
+/// Error     that of each part, plus that of `merge`
+/// Exact     two parts produce the same bits in either order; a part that sees no key changes nothing
+/// Throws    what the parts throw, before anything is written
 template <class... Parts>
 struct merged : detail::FunctorCalls<merged<Parts...>, true> {
   static_assert(sizeof...(Parts) > 0 && sizeof...(Parts) <= 64);
-  static_assert((LseFunctor<Parts> && ...), "longspan: a part of merged has to give an lse");
+  static_assert((LseFunctor<Parts> && ...), "longspan: each part of merged must return an lse");
 
   std::tuple<Parts...> parts;
 
@@ -69,7 +69,7 @@ struct merged : detail::FunctorCalls<merged<Parts...>, true> {
       }
     };
     detail::take_scratch(workspace, take);
-    // The last part alone may write to out: one that refuses the call does so before.
+    // Only the last part may write to out; a part that rejects the call throws before that.
     detail::ExecutionRef<E> inner{executor, workspace.inner()};
     std::size_t n = 0;
     std::apply(
@@ -91,13 +91,13 @@ merged(Parts...) -> merged<Parts...>;
 /// out = g * a + (1 - g) * b, g = sigmoid(beta): the gate of Infini-attention between any two functors.
 ///
 ///   gated attend{MatrixView<const float>{beta.data(), heads, 1, 1}, memory, local};
-///   attend(q, k, v, out, execution);  // execution may be left out; there is no lse
+///   attend(q, k, v, out, execution);  // execution is optional; there is no lse
 ///
-/// Shapes    those of a and b; beta as for `gate` (see gates.hpp): 1 or heads rows, 1 or value_dim columns. No beta is a 0
+/// Shapes    those of a and b; beta as for `gate` in gates.hpp: 1 or heads rows, 1 or value_dim columns; 0 if omitted
 /// Aliasing  out overlaps no input
-/// Cost      that of a and b, and one pass. Scratch: an output, two where out is not in the arithmetic's type
-/// Error     that of `gate`. A side whose gate is 0 has no effect, even if it gives NaN
-/// Throws    what a and b do, and Error for a beta that does not fit, before anything is written
+/// Cost      that of a and b, and one pass. Scratch: one output, two if out is not of the arithmetic's type
+/// Error     that of `gate`. A functor whose gate is 0 has no effect, even if its output is NaN
+/// Throws    what a and b throw, and Error if beta does not fit, before anything is written
 /// Source    Munkhdalai et al. 2024 (arXiv 2404.07143), eq. 10
 template <class A, class B>
 struct gated : detail::FunctorCalls<gated<A, B>, false> {
@@ -157,19 +157,19 @@ struct for_heads {
 template <class F>
 for_heads(Index, Index, F) -> for_heads<F>;
 
-/// Different functors for different heads, as in models whose layers mix windows with whole context.
+/// Different functors for different heads, as in models that mix heads with a window and heads with the whole context.
 ///
 ///   per_head attend{for_heads{0, 24, softmax_attention{causal{} & window{.left = 1023}}},
 ///                   for_heads{24, 32, softmax_attention{causal{}}}};
-///   attend(q, k, v, out, lse, execution);  // lse, where all of them give one, and execution may be left out
+///   attend(q, k, v, out, lse, execution);  // lse (available if all functors return one) and execution are optional
 ///
-/// Shapes    the ranges follow one another from head 0 to the last; each holds whole groups of the query
-///           heads that share a KV head. A functor counts heads (a slope, a gate, an offset of each) from the
-///           begin of its range
+/// Shapes    the ranges follow one another from head 0 to the last; each consists of whole groups of query
+///           heads that share a KV head. A functor numbers its heads (for slopes, gates, offsets) from the
+///           beginning of its range
 /// Aliasing  out and lse overlap no input, nor each other
-/// Cost      that of the functors. No copy, no scratch of its own
-/// Throws    Error when the ranges do not fit, and what a functor refuses, before anything is written; a functor
-///           of a user's own refuses its heads when it is called for them
+/// Cost      that of the functors. No copies and no additional scratch
+/// Throws    Error if the ranges do not fit, and what the functors throw, before anything is written. A
+///           user-defined functor throws only when it is called for its heads
 template <class... F>
 struct per_head : detail::FunctorCalls<per_head<F...>, (LseFunctor<F> && ...)> {
   static_assert((AttentionFunctor<F> && ...));

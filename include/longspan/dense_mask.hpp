@@ -24,8 +24,8 @@ namespace detail {
 template <class T>
 concept MaskByte = std::integral<T> && sizeof(T) == 1;
 
-/// What the tensors of masks have in common: [batch or 1, heads or 1, queries or 1] rows of keys, of which the
-/// first belongs to the query at position `first_query`.
+/// The common part of mask tensors: [batch or 1, heads or 1, queries or 1] rows of keys, the first of which belongs to
+/// the query at position `first_query`.
 template <class Word>
 struct MaskRows {
   TensorView<const Word> words;
@@ -39,7 +39,7 @@ struct MaskRows {
     if (words.rows == 1) words.row_stride = 0;
   }
 
-  /// The row of a query, or null where the tensor has none.
+  /// The row of a query, or null if the tensor has none.
   const Word* row(Index b, Index h, Index i) const noexcept {
     const auto has = [](Index size, Index n) { return size == 1 || (0 <= n && n < size); };
     const Index row = i - first_query;
@@ -47,7 +47,7 @@ struct MaskRows {
     return found ? words.row(b, h, row) : nullptr;
   }
 
-  /// Bit n for key first + n, from read(row, key, count), which answers for the keys [key, key + count).
+  /// Bit n is for key first + n. read(row, key, count) returns the bits of the keys [key, key + count).
   template <class Read>
   std::uint64_t bits(Index b, Index h, Index i, Index first, std::uint64_t asked, const Read& read) const {
     const Word* of_query = row(b, h, i);
@@ -57,7 +57,7 @@ struct MaskRows {
     return read(of_query, from, end - from) << (from - first);
   }
 
-  /// Reads the tile's rows until it has met both a key that is seen and one that is hidden.
+  /// Reads the tile's rows until it has found both a visible and a hidden key.
   template <class M>
   Coverage classify(const M& mask, const Tile& tile) const {
     const Index heads = words.heads == 1 ? 1 : tile.heads, queries = words.rows == 1 ? 1 : tile.queries;
@@ -96,21 +96,21 @@ struct MaskRows {
         return "positions " + std::to_string(first) + " to " + std::to_string(first + count - 1);
       };
       refuse(call.function, argument, "for queries at " + positions(first_query, words.rows),
-             "one that has " + positions(call.first_query, call.q_len));
+             "rows for " + positions(call.first_query, call.q_len));
     }
   }
 };
 
 }  // namespace detail
 
-/// A tensor of bytes, [batch or 1, heads or 1, queries or 1, keys], not owned: a query sees the keys whose byte
-/// is other than 0, as in a boolean `attn_mask` of PyTorch. A dimension of 1 is repeated. Row 0 belongs to the
-/// query at position `first_query`, which by default is that of row 0 of [queries, keys] in a call.
+/// A tensor of bytes, [batch or 1, heads or 1, queries or 1, keys], not owned: a query sees the keys whose byte is
+/// not 0, as in a boolean `attn_mask` of PyTorch. A dimension of 1 is repeated. Row 0 belongs to the query at
+/// position `first_query`; the default keys - queries aligns the last row with the last key.
 ///
 ///   dense_mask{TensorView<const bool>{data, 1, 1, queries, keys, 0, 0, row_stride}}
 ///
-/// A block of keys that no query of a tile sees is read from the mask and skipped; `causal{} & dense_mask{...}`
-/// does not even read it. What the tensor has no byte for is hidden.
+/// A block of keys that no query of a tile sees is read from the mask and then skipped; with `causal{} &
+/// dense_mask{...}` it is not even read if causal hides it. A pair for which the tensor has no byte is hidden.
 class dense_mask {
  public:
   template <detail::MaskByte T>
@@ -127,7 +127,7 @@ class dense_mask {
   }
   std::uint64_t seen_bits(Index b, Index h, Index i, Index first, std::uint64_t asked) const noexcept {
     return rows_.bits(b, h, i, first, asked, [](const unsigned char* row, Index key, Index count) {
-      // Rows are too far apart for the processor to foresee where the next block of keys reads on.
+      // Rows are too far apart for the hardware prefetcher to predict the read of the next block of keys.
       detail::prefetch_line(reinterpret_cast<std::uintptr_t>(row + key) + keys_ahead);
       return detail::bits_of_bytes(row + key, count);
     });
@@ -142,8 +142,8 @@ class dense_mask {
   detail::MaskRows<unsigned char> rows_;
 };
 
-/// The same with one bit for each pair: key j is bit j % B of word j / B in the row of its query, where words
-/// have B bits and bit 0 is the lowest. Words are any unsigned integers; for bytes that is the order of numpy's
+/// The same with one bit for each pair: key j is bit j % B of word j / B in the row of its query, for words of B bits
+/// whose bit 0 is the lowest. Words may be any unsigned integers; for bytes this is the order of numpy's
 /// packbits(..., bitorder="little"). `words` is [batch or 1, heads or 1, queries or 1, at least keys / B].
 ///
 ///   bit_mask{TensorView<const std::uint64_t>{words, 1, 1, queries, 32, 0, 0, 32}, 2048}

@@ -27,8 +27,8 @@ LONGSPAN_NAMESPACE_BEGIN
 template <StoredElement T, Mask M, Score S, Position P>
 class dilated_cache;
 
-/// A branch (w, r) keeps of each segment of w tokens those whose place in it is s plus a multiple of r, with
-/// s the head's offset (h mod r). A kept query attends the kept keys of its segment,
+/// A branch (w, r) keeps, of each segment of w tokens, those whose index in the segment is s plus a multiple of r,
+/// where s is the head's offset (h mod r). A kept query attends to the kept keys of its segment,
 ///
 ///   out_i = sum_j exp(s_j - lse_i) v_j,  lse_i = log sum_j exp(s_j),  s_j = score(scale * q.k_j),
 ///
@@ -36,27 +36,27 @@ class dilated_cache;
 ///
 ///   dilated_attention attend{{{2048, 1}, {4096, 2}, {8192, 4}}, causal{}};  // (w, r) ..., then parts
 ///   dilated_attention attend{geometric_branches_to({2048, 1}, 2, length), causal{}};
-///   attend(q, k, v, out, lse, execution);  // lse and execution may be left out, as in softmax_attention
+///   attend(q, k, v, out, lse, execution);  // lse and execution are optional, as in softmax_attention
 ///
-/// Shapes    those of softmax_attention; q_len is kv_len, or less where q holds some of the positions.
+/// Shapes    those of softmax_attention; q_len is kv_len, or less if q contains only some of the positions.
 ///           Lengths, segments and dilations need not divide one another; the last segment is short
 /// Types     those of softmax_attention
-/// Positions row i of q is at position `first_query` + i, key j at j. Mask, score and position encoding are told
-///           positions in the whole sequence, and change rows before they are chosen. A query after the last
-///           key sees the keys of its segment, if there are any. An encoding costs more here than before the
-///           call, by encode_positions, since a row is met many times
+/// Positions row i of q is at position `first_query` + i, key j at j. Mask, score and position encoding use
+///           positions in the whole sequence. A query after the last key sees the keys of its segment, if there
+///           are any. A position encoding costs more here than encode_positions before the call, because every row is
+///           encoded several times
 /// Aliasing  out and lse overlap no input, nor each other
-/// Cost      2 (head_dim + value_dim) flop a pair, kv_len sum_i w_i / r_i^2 pairs a head, under a causal mask
-///           about half (dilated_flop counts them). Scratch of each worker: that of softmax_attention and
-///           256 KB. Nothing is gathered, and no branch has a buffer of its own
+/// Cost      2 (head_dim + value_dim) flop per pair, kv_len sum_i w_i / r_i^2 pairs per head, about half of that with
+///           a causal mask (dilated_flop counts them). Scratch per worker: that of softmax_attention plus
+///           256 KB. Rows are not gathered, and branches have no buffers of their own
 /// Error     that of softmax_attention, with the keys of all branches as one set
-/// Masked    as softmax_attention. A query that no branch keeps gives 0 and lse = -infinity
-/// Bits      do not depend on the executor, on how many threads it has, nor on batch rows, heads and queries
-///           beside
-/// Throws    Error when shapes disagree, a branch is not positive, or an option or an array of a part does not
+/// Masked    as in softmax_attention. A query that no branch keeps has out = 0 and lse = -infinity
+/// Bits      do not depend on the executor, on its number of threads, nor on the other batch rows, heads and
+///           queries of the call
+/// Throws    Error if shapes disagree, a branch is not positive, or an option or an array of a part does not
 ///           fit, before anything is written
-/// Source    Ding et al. 2023 (arXiv 2307.02486), eq. 3-10 and 13-15. Where the paper is silent: a key that
-///           several branches keep counts several times (eq. 9 and 10 taken literally), see `overlap`
+/// Source    Ding et al. 2023 (arXiv 2307.02486), eq. 3-10 and 13-15. The paper does not say how often a key
+///           counts that several branches keep: here as often as in eq. 9 and 10 taken literally, see `overlap`
 template <Mask M = everything, Score S = unchanged, Position P = no_position>
 struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true> {
   std::vector<Branch> branches;
@@ -66,12 +66,12 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
   std::optional<double> scale{};            ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
   Phase phase = Phase::modulo;
-  /// `set` counts each key once, in the first branch that keeps it: slower than `multiset` unless segments
-  /// and dilations are multiples of those before.
+  /// `set` counts each key once, in the first branch that keeps it. This is slower than `multiset`, unless the segment
+  /// and dilation of each branch are multiples of those of the branch before.
   Overlap overlap = Overlap::multiset;
-  /// As torchscale, which fills short segments with zeros and lets queries see them: needed to have the
-  /// numbers of a model trained so. Matters without a causal mask only. Masks and scores are asked about the
-  /// zeros too, whose keys follow the last one.
+  /// As in torchscale, which pads short segments with zeros that queries see: needed to reproduce a model trained that
+  /// way. Has an effect only without a causal mask. Masks and scores are also called for the zeros, as keys after the
+  /// last one.
   bool zero_pad_compat = false;
   bool bf16_products = true;  ///< as in softmax_attention
 
@@ -83,8 +83,8 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
         score(detail::take_part<detail::ScorePart, S>(parts...)),
         position(detail::take_part<detail::PositionPart, P>(parts...)) {}
 
-  /// The same, causal, for rows that come in chunks or one by one: a dilated_cache<T, M, S, P>, which keeps rows
-  /// as T. Include longspan/stream/dilated_cache.hpp before the call.
+  /// A causal stream of this functor, for rows that arrive in chunks or one by one: a dilated_cache<T, M, S, P>, which
+  /// stores rows as T. Include longspan/stream/dilated_cache.hpp before the call.
   template <StoredElement T = float>
   auto stream(const StreamShape& shape, const dilated_cache_options& options = {}) const {
     using Stream = dilated_cache<T, M, S, P>;

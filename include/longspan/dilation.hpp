@@ -1,4 +1,4 @@
-// Branches of dilated attention: which tokens they cover, schedules of them, and what they cost.
+// Branches of dilated attention: the tokens that they cover, schedules of branches, and their cost.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// The sequence is cut into segments of `segment` tokens, and of each segment every `dilation`-th token is
-/// kept: those whose place in the segment is the head's offset, plus a multiple of `dilation`.
+/// Cuts the sequence into segments of `segment` tokens and keeps every `dilation`-th token of each segment: those whose
+/// index in the segment is the head's offset plus a multiple of `dilation`.
 struct Branch {
   Index segment = 1;
   Index dilation = 1;
@@ -25,15 +25,15 @@ struct Branch {
   LONGSPAN_INLINE constexpr bool operator==(const Branch&) const = default;
 };
 
-/// How heads are spread over the `dilation` possible offsets.
+/// How the heads are distributed over the `dilation` possible offsets.
 enum class Phase : std::uint8_t {
   modulo,   ///< h mod dilation: the paper
   blocked,  ///< h / ceil(heads / dilation): torchscale, and the weights of LongViT and GigaPath
 };
 
-/// What a key counts that several branches of a query hold.
+/// How often a key counts that several branches of a query contain.
 enum class Overlap : std::uint8_t {
-  multiset,  ///< once for each of these branches: the paper
+  multiset,  ///< once for each of these branches, as in the paper
   set,       ///< once
 };
 
@@ -46,19 +46,19 @@ constexpr Index head_offset(Phase phase, Index h, Index heads, Index dilation) n
   return phase == Phase::modulo ? h % dilation : h / ((heads - 1) / dilation + 1);
 }
 
-/// Does a branch keep the token at position n >= 0 for a head with that offset?
+/// True if a branch keeps the token at position n >= 0 for a head with that offset.
 constexpr bool covers(const Branch& branch, Index offset, Index n) noexcept {
   return n % branch.segment % branch.dilation == offset;
 }
 
-/// Rows of a segment of `length` tokens that a head keeps: floor((length - 1 - offset) / dilation) + 1.
+/// The number of rows that a head keeps of a segment of `length` tokens: floor((length - 1 - offset) / dilation) + 1.
 constexpr Index kept_rows(Index length, Index offset, Index dilation) noexcept {
   return length <= offset ? 0 : (length - 1 - offset) / dilation + 1;
 }
 
 namespace detail {
 
-/// Refuses a branch that is not positive.
+/// Throws Error if a branch is not positive.
 inline void check_each_branch(std::string_view function, std::span<const Branch> branches) {
   for (std::size_t n = 0; n < branches.size(); ++n) {
     const Branch& branch = branches[n];
@@ -75,7 +75,7 @@ inline void check_branches(std::string_view function, std::span<const Branch> br
   check_each_branch(function, branches);
 }
 
-/// Keys of kv_len tokens and of the zeros that zero_pad_compat appends to them.
+/// The number of keys including the zeros that zero_pad_compat appends to kv_len tokens.
 inline Index padded_length(std::span<const Branch> branches, Index kv_len) {
   Index longest = kv_len;
   for (const Branch& branch : branches) {
@@ -86,7 +86,7 @@ inline Index padded_length(std::span<const Branch> branches, Index kv_len) {
   return longest;
 }
 
-/// The branch (segment, dilation) times `ratio`, each at most the largest Index.
+/// The branch (segment * ratio, dilation * ratio), with both limited to the largest Index.
 constexpr Branch times(const Branch& branch, Index ratio) noexcept {
   constexpr Index most = (std::numeric_limits<Index>::max)();
   return {branch.segment > most / ratio ? most : branch.segment * ratio,
@@ -100,9 +100,9 @@ inline void check_schedule(const Branch& first, Index ratio) {
 
 }  // namespace detail
 
-/// `count` branches, segment and dilation of each `ratio` times those before.
+/// `count` branches; segment and dilation of each are `ratio` times those of the branch before.
 ///
-/// Throws  Error when segment or dilation is below 1, or the ratio below 2
+/// Throws  Error if segment or dilation is below 1, or the ratio below 2
 /// Source  Ding et al. 2023 (arXiv 2307.02486), eq. 11 and 12
 inline std::vector<Branch> geometric_branches(Branch first, Index ratio, Index count) {
   detail::check_schedule(first, ratio);
@@ -111,7 +111,8 @@ inline std::vector<Branch> geometric_branches(Branch first, Index ratio, Index c
   return branches;
 }
 
-/// The same until a segment holds `length` tokens: the last branch then reaches from one end to the other.
+/// The same, with as many branches as it takes until a segment has `length` tokens; the last branch then connects both
+/// ends of the sequence.
 inline std::vector<Branch> geometric_branches_to(Branch first, Index ratio, Index length) {
   detail::check_schedule(first, ratio);
   std::vector<Branch> branches{first};
@@ -119,8 +120,8 @@ inline std::vector<Branch> geometric_branches_to(Branch first, Index ratio, Inde
   return branches;
 }
 
-/// Pairs of a query and a key that one branch attends over `length` tokens, for a head with that offset. In
-/// full segments that dilation divides: length * segment / dilation^2, or half of it and a little more.
+/// The number of pairs of a query and a key in one branch over `length` tokens, for a head with that offset. For full
+/// segments that the dilation divides: length * segment / dilation^2, and slightly more than half of it if causal.
 inline double dilated_pairs(const Branch& branch, Index offset, Index length, bool is_causal) {
   detail::check_each_branch("dilated_pairs", std::span<const Branch>(&branch, 1));
   const auto pairs = [&](Index tokens) {
@@ -131,9 +132,9 @@ inline double dilated_pairs(const Branch& branch, Index offset, Index length, bo
          pairs(length % branch.segment);
 }
 
-/// What dilated attention over `length` tokens costs: 2 (head_dim + value_dim) flop for each pair.
+/// The cost of dilated attention over `length` tokens: 2 (head_dim + value_dim) flop for each pair.
 ///
-/// Source  eq. 17, which counts one of the two products: 2 N d sum_i w_i / r_i^2
+/// Source  eq. 17, which counts only one of the two products: 2 N d sum_i w_i / r_i^2
 inline double dilated_flop(std::span<const Branch> branches, Index heads, Index length, Index head_dim,
                            Index value_dim, bool is_causal, Phase phase = Phase::modulo) {
   detail::check_each_branch("dilated_flop", branches);
@@ -145,7 +146,8 @@ inline double dilated_flop(std::span<const Branch> branches, Index heads, Index 
   return 2 * pairs * static_cast<double>(head_dim + value_dim);
 }
 
-/// Share of the pairs (head, token) that some branch covers; the others give 0. 1 where a dilation is 1.
+/// The share of the pairs (head, token) that some branch covers; the outputs of the others are 0. It is 1 if a dilation
+/// is 1.
 inline double dilated_coverage(std::span<const Branch> branches, Index heads, Index length,
                                Phase phase = Phase::modulo) {
   detail::check_each_branch("dilated_coverage", branches);
@@ -163,7 +165,7 @@ inline double dilated_coverage(std::span<const Branch> branches, Index heads, In
   return static_cast<double>(covered) / static_cast<double>(heads) / static_cast<double>(length);
 }
 
-/// Rows of keys and values for each head that a causal stream keeps at most: sum_i ceil(w_i / r_i).
+/// The maximum number of rows of keys and values that a causal stream keeps for each head: sum_i ceil(w_i / r_i).
 inline double dilated_rows(std::span<const Branch> branches) {
   detail::check_each_branch("dilated_rows", branches);
   double rows = 0;
@@ -172,8 +174,8 @@ inline double dilated_rows(std::span<const Branch> branches) {
   return rows;
 }
 
-/// Layers after which any token can have reached any other under a geometric schedule: log(N (a - 1) / w_0)
-/// to the base a.
+/// The number of layers after which information from any token can have reached any other with a geometric schedule:
+/// log(N (a - 1) / w_0) to the base a.
 ///
 /// Source  eq. 19 and 20
 inline double dilated_path_length(Index first_segment, Index ratio, Index length) {

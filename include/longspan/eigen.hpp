@@ -1,7 +1,7 @@
 // Eigen tensors, maps and matrices as views.
 //
-// Eigen::Tensor is met by its shape (data, dimension, Layout), so this header does not include Eigen's Tensor
-// module, which costs its includers about as much as all of <Eigen/Core>.
+// Eigen::Tensor is recognised by its members (data, dimension, Layout), so this header does not include Eigen's Tensor
+// module, which takes about as long to compile as all of <Eigen/Core>.
 #pragma once
 
 #include <concepts>
@@ -44,7 +44,7 @@ inline constexpr bool is_tensor_view = false;
 template <class T>
 inline constexpr bool is_tensor_view<TensorView<T>> = true;
 
-/// dimension(from_end) of a tensor, counted from the last; 1 where the tensor has fewer dimensions.
+/// The size of a dimension of a tensor, counted from the last one; 1 if the tensor has fewer dimensions.
 template <class X>
 Index dimension_from_end(const X& x, int from_end) {
   constexpr int rank = X::NumDimensions;
@@ -61,9 +61,9 @@ constexpr void require_row_major() {
 
 }  // namespace detail
 
-/// What `view()` turns into a TensorView: a view, a row-major Eigen::Tensor or TensorMap of rank 2 to 4
-/// ([rows, cols], [heads, rows, cols], [batch, heads, rows, cols]), or an Eigen matrix, Map, Ref or block,
-/// which is one head.
+/// Everything that `view()` converts to a TensorView: a TensorView, a row-major Eigen::Tensor or TensorMap of rank 2
+/// to 4 ([rows, cols], [heads, rows, cols], [batch, heads, rows, cols]), or an Eigen matrix, Map, Ref or block, which
+/// is one head.
 template <class X>
 concept TensorLike =
     detail::is_tensor_view<std::remove_cvref_t<X>> || detail::EigenTensor<X> || detail::EigenMatrix<X>;
@@ -77,9 +77,9 @@ constexpr TensorView<T> view(const TensorView<T>& x) noexcept {
 template <detail::EigenTensor X>
 auto view(X&& x) {
   using Tensor = std::remove_cvref_t<X>;
-  static_assert(
-      Tensor::NumDimensions >= 2 && Tensor::NumDimensions <= 4,
-      "longspan: a tensor has rank 2 [rows, cols], 3 [heads, rows, cols] or 4 [batch, heads, rows, cols]");
+  static_assert(Tensor::NumDimensions >= 2 && Tensor::NumDimensions <= 4,
+                "longspan: a tensor must have rank 2 [rows, cols], 3 [heads, rows, cols] or 4 [batch, heads, "
+                "rows, cols]");
   detail::require_row_major<Tensor>();
   return compact_view(x.data(), detail::dimension_from_end(x, 3), detail::dimension_from_end(x, 2),
                       detail::dimension_from_end(x, 1), detail::dimension_from_end(x, 0));
@@ -88,10 +88,10 @@ auto view(X&& x) {
 template <detail::EigenMatrix X>
 auto view(X&& x) {
   using Matrix = std::remove_cvref_t<X>;
-  static_assert(
-      bool(Matrix::IsRowMajor),
-      "longspan: this matrix is column-major, which is Eigen's default; declare it "
-      "Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>, one query or key a row");
+  static_assert(bool(Matrix::IsRowMajor),
+                "longspan: this matrix is column-major, which is Eigen's default; declare it "
+                "Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>, with one query or "
+                "key in each row");
   if (x.innerStride() != 1) {
     detail::refuse("view", "the inner stride of an Eigen matrix", std::to_string(x.innerStride()), "1");
   }
@@ -101,9 +101,8 @@ auto view(X&& x) {
                                                     rows * stride, stride};
 }
 
-/// What `rows_view()` turns into a RowsView: a RowsView, a row-major Eigen::Tensor or TensorMap of rank 1 to
-/// 3
-/// ([rows], [heads, rows], [batch, heads, rows]), or an Eigen vector.
+/// Everything that `rows_view()` converts to a RowsView: a RowsView, a row-major Eigen::Tensor or TensorMap of rank 1
+/// to 3 ([rows], [heads, rows], [batch, heads, rows]), or an Eigen vector.
 template <class X>
 concept RowsLike =
     (detail::is_view<std::remove_cvref_t<X>> && !detail::is_tensor_view<std::remove_cvref_t<X>>) ||
@@ -118,7 +117,7 @@ template <detail::EigenTensor X>
 auto rows_view(X&& x) {
   using Tensor = std::remove_cvref_t<X>;
   static_assert(Tensor::NumDimensions >= 1 && Tensor::NumDimensions <= 3,
-                "longspan: log-sum-exps have rank 1 [rows], 2 [heads, rows] or 3 [batch, heads, rows]");
+                "longspan: log-sum-exps must have rank 1 [rows], 2 [heads, rows] or 3 [batch, heads, rows]");
   detail::require_row_major<Tensor>();
   return compact_rows_view(x.data(), detail::dimension_from_end(x, 2), detail::dimension_from_end(x, 1),
                            detail::dimension_from_end(x, 0));
@@ -127,7 +126,7 @@ auto rows_view(X&& x) {
 template <detail::EigenMatrix X>
 auto rows_view(X&& x) {
   static_assert(bool(std::remove_cvref_t<X>::IsVectorAtCompileTime),
-                "longspan: log-sum-exps of one head are an Eigen vector, one number for each query");
+                "longspan: log-sum-exps of one head must be an Eigen vector, with one number for each query");
   using Pointer = decltype(x.data());
   return RowsView<std::remove_pointer_t<Pointer>>{
       x.data(), 1, 1, static_cast<Index>(x.size()), 0, 0, static_cast<Index>(x.innerStride())};

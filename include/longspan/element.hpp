@@ -1,4 +1,4 @@
-// The element types a tensor may hold, and the type in which the arithmetic on them is done.
+// The element types of tensors, and the type of the arithmetic with them.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +8,7 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// float, double, Eigen::bfloat16 or Eigen::half. The 16-bit types are for storage only.
+/// float, double, Eigen::bfloat16 or Eigen::half. The 16-bit types are used for storage only.
 template <class T>
 concept Element =
     std::is_same_v<std::remove_const_t<T>, float> || std::is_same_v<std::remove_const_t<T>, double> ||
@@ -19,7 +19,7 @@ concept Element =
 template <class T>
 concept MutableElement = Element<T> && !std::is_const_v<T>;
 
-/// Arithmetic is done in the type of the queries: double for double, float for all others.
+/// The type of the arithmetic for queries of type T: double for double, float for all others.
 template <Element T>
 using Arithmetic = std::conditional_t<std::is_same_v<std::remove_const_t<T>, double>, double, float>;
 

@@ -1,4 +1,4 @@
-// The two exceptions of the library, and how their texts are made.
+// The two exceptions of the library, and the functions that build their texts.
 #pragma once
 
 #include <cstdio>
@@ -15,9 +15,10 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// A shape, an option or another argument that cannot be accepted. The text names function, argument, got and
-/// wanted. Thrown before anything is written. Values of tensors are never an error. Error and FileError are each
-/// one type in all translation units, whatever their flags: what one throws another catches.
+/// Thrown for a shape, an option or another argument that a function does not accept, before it writes anything. The
+/// text names the function, the argument, what it is, and what is wanted. Values of tensors are never an error. Error
+/// and FileError are the same types in all translation units, whatever their flags, so that one can catch what another
+/// throws.
 class Error : public std::invalid_argument {
  public:
   LONGSPAN_INLINE explicit Error(const std::string& text) : std::invalid_argument(text) {}
@@ -38,8 +39,8 @@ LONGSPAN_VOCABULARY_END
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Throws E. Compiled with -fno-exceptions it calls LONGSPAN_ERROR_HANDLER(text) if the including program
-/// defines that macro (it must not return), and otherwise prints the text and aborts.
+/// Throws E. With -fno-exceptions it calls LONGSPAN_ERROR_HANDLER(text) if the including program defines that macro
+/// (the handler must not return); otherwise it prints the text and aborts.
 template <class E = Error>
 [[noreturn]] void raise(const std::string& text) {
 #if defined(__cpp_exceptions)

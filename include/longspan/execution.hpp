@@ -1,4 +1,4 @@
-// Where a call runs and which memory it works in: executors and the reusable workspace.
+// Executors, which run the tasks of a call, and the workspace, which is its reusable scratch memory.
 #pragma once
 
 #include <concepts>
@@ -15,7 +15,7 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// Runs on the caller's thread.
+/// Runs all tasks on the calling thread.
 struct serial {
   Index workers() const noexcept { return 1; }
 
@@ -25,14 +25,15 @@ struct serial {
   }
 };
 
-/// A team of OpenMP threads; `threads` = 0 takes what OpenMP would (OMP_NUM_THREADS). The default.
+/// Runs tasks on a team of OpenMP threads. The default executor. If `threads` is 0, OpenMP chooses their number
+/// (OMP_NUM_THREADS).
 ///
-/// Inside a parallel region, and in a program compiled without OpenMP, it runs on the caller's thread. It
-/// sets nothing: neither omp_set_num_threads nor any other global of the process.
+/// Inside a parallel region, and in a program compiled without OpenMP, all tasks run on the calling thread. It changes
+/// no global setting of the process; in particular it does not call omp_set_num_threads.
 ///
-/// A child of fork() does not have the threads of its parent. If the parent has run a parallel call before, the
-/// first one of the child hangs (GNU's OpenMP): pass `serial{}` in the child, fork before the first parallel call,
-/// or call exec in the child.
+/// A child process made by fork() does not have the threads of its parent. If the parent has run a parallel call
+/// before, the first parallel call of the child hangs (with GNU's OpenMP): pass `serial{}` in the child, fork before
+/// the first parallel call, or call exec in the child.
 struct openmp {
   Index threads = 0;
 
@@ -44,30 +45,31 @@ struct openmp {
   }
 };
 
-/// Anything that runs tasks: a framework's thread pool fits with these two members.
+/// Anything that runs tasks. A framework's thread pool can be adapted with these two members.
 ///
-///   workers()             at most so many tasks run at one time
-///   for_each(n, task)     calls task(t, worker) once for each t in [0, n), with 0 <= worker < workers() and
-///                         no worker number in use by two tasks at one time; returns when all are done
+///   workers()             the maximum number of tasks that run at the same time
+///   for_each(n, task)     calls task(t, worker) once for each t in [0, n), with 0 <= worker < workers(); two tasks
+///                         that run at the same time have different worker numbers. Returns when all are done
 ///
-/// Results do not depend on the executor, to the bit: work is cut by shape and merged in a fixed order.
+/// Results do not depend on the executor, to the bit: the shapes alone determine the tasks, and results are merged in a
+/// fixed order.
 ///
-/// While a task of the library runs, its thread takes denormal numbers (below 2^-126 for float) for 0, on x86-64 and
-/// AArch64; when the task ends, also by an exception, the mode of the thread is what it was. An executor sees nothing
-/// of it. A score, mask, position encoding or feature map of yours that a task calls does.
+/// While a task of the library runs, its thread treats denormal numbers (below 2^-126 for float) as 0, on x86-64 and
+/// AArch64. When the task ends, even by an exception, the previous mode of the thread is restored. The executor's own
+/// code is not affected; a user-defined score, mask, position encoding or feature map that a task calls is.
 template <class E>
 concept Executor = requires(const std::remove_cvref_t<E>& executor, void (*task)(Index, Index)) {
   { executor.workers() } -> std::convertible_to<Index>;
   executor.for_each(Index{1}, task);
 };
 
-/// Scratch memory that grows to what the largest call needed and is then reused: no call allocates twice.
-/// Not for two calls at one time.
+/// Scratch memory that grows to the size that the largest call needs and is then reused, so that a repeated call
+/// allocates nothing. Two calls that run at the same time must not share one.
 class Workspace {
  public:
   static constexpr std::size_t alignment = 64;
 
-  /// At least `bytes` bytes, 64-byte aligned, contents unspecified. Throws std::bad_alloc.
+  /// Returns at least `bytes` bytes, 64-byte aligned, with unspecified contents. Throws std::bad_alloc.
   std::byte* reserve(std::size_t bytes) {
     if (bytes > size_) {
       memory_.reset();
@@ -82,7 +84,7 @@ class Workspace {
     return static_cast<Index>(size_) + (inner_ == nullptr ? 0 : inner_->bytes());
   }
 
-  /// A workspace beside this one, for a functor that calls another while it uses its own.
+  /// A second workspace, for a functor that calls another functor while it uses this one.
   Workspace& inner() {
     if (inner_ == nullptr) inner_ = std::make_unique<Workspace>();
     return *inner_;
@@ -99,9 +101,9 @@ class Workspace {
   std::unique_ptr<Workspace> inner_;
 };
 
-/// An executor with a workspace: the optional last argument of every functor. Keep one for each calling
-/// thread, and from the second call of a shape on nothing is allocated. A functor called without one runs on
-/// `openmp{}` and allocates its scratch for the length of the call.
+/// An executor with a workspace: the optional last argument of every functor. With one Execution for each calling
+/// thread, nothing is allocated from the second call of a shape on. A functor called without one runs on `openmp{}` and
+/// allocates its scratch memory for each call.
 template <Executor E = openmp>
 struct Execution {
   E executor{};
@@ -113,7 +115,7 @@ struct Execution {
 
 namespace detail {
 
-/// An Execution of parts that somebody else holds.
+/// An Execution that refers to an executor and a workspace owned elsewhere.
 template <Executor E>
 struct ExecutionRef {
   const E& executor;
@@ -129,13 +131,13 @@ inline constexpr bool is_execution<ExecutionRef<E>> = true;
 
 }  // namespace detail
 
-/// What a functor takes as its last argument: an Execution (by reference), or an executor alone.
+/// The last argument of a functor: an Execution (by reference), or an executor alone.
 template <class X>
 concept ExecutionLike = detail::is_execution<std::remove_cvref_t<X>> || Executor<X>;
 
 namespace detail {
 
-/// work(executor, workspace) for an Execution, or for an executor alone with a workspace for this call.
+/// Calls work(executor, workspace) with the parts of an Execution, or with an executor and a workspace for this call.
 template <class E, class Work>
 void with_workspace(E& execution, const Work& work) {
   if constexpr (is_execution<std::remove_cvref_t<E>>) {
@@ -147,7 +149,7 @@ void with_workspace(E& execution, const Work& work) {
   }
 }
 
-/// work(executor) for an Execution or an executor.
+/// Calls work(executor) with the executor of an Execution, or with the executor itself.
 template <class E, class Work>
 void with_executor(E& execution, const Work& work) {
   if constexpr (is_execution<std::remove_cvref_t<E>>) {

@@ -1,4 +1,4 @@
-// What all attention functors have in common: whatever takes one takes each.
+// The concepts of attention functors. Everything that accepts one functor accepts all that satisfy the concept.
 #pragma once
 
 #include "longspan/execution.hpp"
@@ -7,7 +7,7 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// Called with q, k, v and out, of T, and an execution if wanted.
+/// A functor that can be called with q, k, v and out, of T, and optionally an execution.
 template <class F, class T = float>
 concept AttentionFunctor =
     requires(const F& attend, TensorView<const T> in, TensorView<T> out, openmp& execution) {
@@ -15,7 +15,7 @@ concept AttentionFunctor =
       attend(in, in, in, out, execution);
     };
 
-/// Takes an lse behind out as well: its results are partials, which can be merged.
+/// A functor that also accepts an lse after out: its results are partials, which can be merged.
 template <class F, class T = float>
 concept LseFunctor =
     AttentionFunctor<F, T> &&

@@ -1,4 +1,4 @@
-// Infini-attention: attention within segments, and a compressive memory of all segments before.
+// Infini-attention: attention within segments, and a compressive memory of all earlier segments.
 #pragma once
 
 #include <algorithm>
@@ -27,55 +27,56 @@ LONGSPAN_NAMESPACE_BEGIN
 template <Element T, class Local, FeatureMap F>
 class infini_memory;
 
-/// The sequence is cut into segments of `segment` tokens. In each,
+/// Cuts the sequence into segments of `segment` tokens. In each of them,
 ///
 ///   out = g * phi(q) M / (phi(q) z) + (1 - g) * local(q, k, v),   g = sigmoid(beta),
 ///
-/// with M and z as the segments before have left them; then the segment is written:
+/// with M and z as written by the earlier segments. Then the segment is written:
 ///
 ///   M += phi(K)^T V                                     InfiniRule::linear
 ///   M += phi(K)^T (V - phi(K) M / (phi(K) z))           InfiniRule::delta,    z += sum of phi(K).
 ///
-///   infini_attention attend;                                       // softmax_attention{causal{}} within
+///   infini_attention attend;                                       // local: softmax_attention{causal{}}
 ///   infini_attention attend{softmax_attention{causal{}, rotary(Pairing::half_split)}};
 ///   infini_attention attend{dilated_attention{{{512, 1}, {1024, 2}}, causal{}}};
 ///   infini_attention attend{landmark_attention{landmarks::every(64)}};
 ///   attend.segment = 1024;
 ///   attend.beta = per_head_gate(beta);                              // a logit for each head, see gates.hpp
-///   attend(q, k, v, out, execution);                               // execution may be left out
+///   attend(q, k, v, out, execution);                               // execution is optional
 ///
-/// infini_memory (stream/infini_memory.hpp) carries M, z and the open segment from call to call.
+/// infini_memory (stream/infini_memory.hpp) keeps M, z and the open segment from call to call.
 ///
 /// Shapes    q [batch, heads, length, head_dim]      k [batch, kv_heads, length, head_dim]
 ///           v [batch, kv_heads, length, value_dim]  out [batch, heads, length, value_dim]
-///           kv_heads divides heads; a KV head has one M [head_dim, value_dim] and z [head_dim], which its
+///           kv_heads divides heads; a KV head has one M [head_dim, value_dim] and one z [head_dim], which its
 ///           query heads share. The length need not be a multiple of the segment. There is no lse.
-/// Types     those of softmax_attention; M and z are float, double where q is.
-/// Local     any AttentionFunctor (functor.hpp), called for each segment with its rows alone: dilated
-/// segments
-///           and blocks of landmarks begin anew in every one, and none reaches across. The memory takes every
-///           row, those of landmarks too.
-/// Positions the local functor counts from the beginning of the segment (the same for rotary but for
-///           rounding), its mask and score too; softmax_attention can be told absolute positions. The memory
-///           sees q and k without positions unless `memory_uses_positions`.
+/// Types     those of softmax_attention; M and z are double if q is, otherwise float.
+/// Local     any AttentionFunctor (functor.hpp), called for each segment with the rows of that segment only:
+///           dilated segments and landmark blocks start anew in every segment and do not cross its border.
+///           The memory contains every row, including the rows of landmarks.
+/// Positions the local functor, its mask and its score count positions from the beginning of the segment
+///           (for rotary this makes no difference except rounding); `absolute_positions` changes that for
+///           softmax_attention. The memory uses q and k without position encoding unless
+///           `memory_uses_positions`.
 /// Aliasing  out overlaps no input.
 /// Cost      that of local for each segment: causal softmax attention takes segment * (head_dim + value_dim)
-///           flop for each token and query head. The memory takes 2 head_dim * value_dim for reading, and for
-///           each KV head as much for writing, twice that by the delta rule. It holds batch * kv_heads *
-///           head_dim * (value_dim + 1) numbers.
+///           flop for each token and query head. A read from the memory takes 2 head_dim * value_dim flop for
+///           each token and query head; a write takes as much for each token and KV head, and twice that with
+///           the delta rule. The memory has batch * kv_heads * head_dim * (value_dim + 1) numbers.
 /// Error     that of local, plus 16 u (head_dim + 128) g sum_j p_j |v_j| with p the weights of the linear
-///           memory: all are positive, and segments are summed by themselves before they are added.
-/// Masked    with `lengths` the rows behind the length of a batch row are neither seen nor written, even if
-///           they hold NaN; their own outputs mean nothing. A side whose gate is 0 has no effect.
-/// Bits      do not depend on the executor nor on how many threads it has.
-/// Throws    Error when shapes or options disagree, those of the local functor too, before anything is written.
-///           A local functor of a user's own without an lse refuses a segment when it is called for it.
-/// Source    Munkhdalai et al. 2024 (arXiv 2404.07143 v2), eq. 6-11. Where the paper is silent: M and z begin
-///           as 0 and the gate holds in the first segment too (see `empty_memory`); a norm below 1e-10 counts as it.
+///           memory: all of them are positive, and each segment is summed separately before it is added.
+/// Masked    with `lengths` the rows after the length of a batch row are neither seen nor written, even if
+///           they contain NaN; their own outputs are unspecified. A side whose gate is 0 has no effect.
+/// Bits      do not depend on the executor, nor on its number of threads.
+/// Throws    Error if shapes or options disagree, including those of the local functor, before anything is
+///           written. A user-defined local functor without an lse throws only when it is called for a segment.
+/// Source    Munkhdalai et al. 2024 (arXiv 2404.07143 v2), eq. 6-11. Not specified by the paper: M and z begin
+///           as 0, the gate also applies in the first segment (see `empty_memory`), and a norm below 1e-10 is replaced
+///           by 1e-10.
 template <class Local = softmax_attention<causal>, FeatureMap F = elu_plus_one>
 struct infini_attention {
   static_assert(AttentionFunctor<Local> || AttentionFunctor<Local, double>,
-                "longspan: local attention is called with q, k, v, out and an execution");
+                "longspan: the local functor must be callable with q, k, v, out and an execution");
 
   Local local{};
   F feature{};
@@ -83,9 +84,9 @@ struct infini_attention {
   MatrixView<const float> beta{};  ///< [1 or heads][1 or value_dim], see gates.hpp; 0 unless set
   InfiniRule rule = InfiniRule::linear;
   EmptyMemory empty_memory = EmptyMemory::gate;
-  std::span<const Index> lengths{};    ///< of each batch row; all of it unless set
-  bool memory_uses_positions = false;  ///< give the memory q and k as the position encoding of local has them
-  bool absolute_positions = false;  ///< tell softmax_attention and the memory positions in the whole sequence
+  std::span<const Index> lengths{};    ///< of each batch row; kv_len unless set
+  bool memory_uses_positions = false;  ///< the memory uses q and k with the position encoding of local
+  bool absolute_positions = false;  ///< softmax_attention and the memory use positions in the whole sequence
 
   infini_attention() = default;
   explicit infini_attention(Local within, F map = {}) : local(std::move(within)), feature(std::move(map)) {}
@@ -104,7 +105,7 @@ struct infini_attention {
         execution, [&](const auto& executor, Workspace& workspace) { run(call, executor, workspace); });
   }
 
-  /// A stream of this functor: an infini_memory<T, Local, F>, which keeps its open segment as T. Include
+  /// A stream of this functor: an infini_memory<T, Local, F>, which stores its open segment as T. Include
   /// longspan/stream/infini_memory.hpp before the call.
   template <Element T = float>
   auto stream(const StreamShape& shape, const infini_memory_options& options = {}) const {
@@ -115,7 +116,7 @@ struct infini_attention {
     if constexpr (has_header) return Stream(*this, shape, options);
   }
 
-  /// For functors made of this one: throws what a call refuses.
+  /// For functors that contain this one: throws Error if a call would throw it.
   template <class Call>
   void check_call(const Call& call) const {
     if (call.q_len() != call.kv_len()) {
@@ -128,7 +129,7 @@ struct infini_attention {
     });
   }
 
-  /// Throws Error unless the local functor fits a whole segment of a stream of that shape.
+  /// Throws Error if the local functor does not fit a whole segment of a stream of that shape.
   void check_segment(const StreamShape& shape) const {
     const Index rows = (std::min)(segment, Index{1} << 60);
     const auto of = [&](Index heads, Index cols) {
@@ -143,7 +144,7 @@ struct infini_attention {
     detail::InfiniPass<float, Local, F>::check_sizes(local, call, [&](Index) { return rows; });
   }
 
-  /// Throws Error unless the options fit tensors of these sizes.
+  /// Throws Error if the options do not fit tensors of these sizes.
   void check(std::string_view function, Index batch, Index heads, Index head_dim, Index value_dim) const {
     if (segment < 1) detail::refuse(function, "the segment", std::to_string(segment), "at least 1");
     detail::position_of(local).check(head_dim);
@@ -156,7 +157,7 @@ struct infini_attention {
     if constexpr (requires { local.gate_keep, local.control; }) {
       if (local.gate_keep.data != nullptr || local.control.cmt.data != nullptr)
         detail::refuse(function, "gate_keep or control of the local attention", "given",
-                       "none: they hold rows of one call, and each segment is another");
+                       "none, because they index rows of one call and each segment is a separate call");
     }
     if (!lengths.empty() && static_cast<Index>(lengths.size()) != batch) {
       detail::refuse(function, "the number of lengths", std::to_string(lengths.size()),
@@ -168,7 +169,7 @@ struct infini_attention {
   }
 
  private:
-  /// work(part, begin, rows_of) for each segment: its call, its first position, the rows of each batch row.
+  /// Calls work(part, begin, rows_of) for each segment: its call, its first position, and the rows of each batch row.
   template <class Call, class Work>
   void for_each_segment(const Call& call, const Work& work) const {
     for (Index begin = 0; begin < call.kv_len();) {

@@ -1,4 +1,4 @@
-// What Infini-attention can be told: the update rule, the first segment, the feature map.
+// Options of Infini-attention: the update rule, the first segment, the feature map.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ LONGSPAN_VOCABULARY_BEGIN
 /// How a segment is written to the memory.
 enum class InfiniRule : std::uint8_t {
   linear,  ///< M += phi(K)^T V
-  delta,   ///< M += phi(K)^T (V - what the memory gives for K already)
+  delta,   ///< M += phi(K)^T (V - what the memory already returns for K)
 };
 
 /// The output of a query while nothing has been written to the memory.
@@ -28,11 +28,11 @@ LONGSPAN_VOCABULARY_END
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// A sum phi(q).z below it counts as it, so that no quotient is infinite.
+/// The smallest norm: a sum phi(q).z below it is replaced by it, so that no quotient is infinite.
 inline constexpr double infini_least_norm = 1e-10;
 
 /// phi(x) = elu(x) + 1: x + 1 above 0, exp(x) below. Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 7.
-/// exp(x) is taken as it is: elu(x) + 1 in float would be 0 from x = -17 on.
+/// Computed as exp(x) below 0, because elu(x) + 1 in float would be 0 for x below -17.
 struct elu_plus_one {
   double operator()(double x) const { return x > 0 ? x + 1 : std::exp(x); }
 
@@ -43,8 +43,8 @@ struct elu_plus_one {
   }
 };
 
-/// A feature map: a function of one number, positive or 0. Without an `on_packet` it is called for each
-/// number: slow, never wrong.
+/// A feature map: a function of one number whose result is at least 0. Without `on_packet` it is called for each
+/// number, which is slower but gives the same results.
 template <class F>
 concept FeatureMap = std::is_object_v<F> && requires(const F& feature, double x) {
   { feature(x) } -> std::convertible_to<double>;

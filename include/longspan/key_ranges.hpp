@@ -1,4 +1,4 @@
-// Ranges of key indices: the vocabulary in which masks say what can be skipped.
+// Ranges of key indices, with which masks tell the kernels what to skip.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// The keys begin .. end - 1; empty when end <= begin. Whatever is outside of [lowest, highest] counts as these.
+/// The keys begin .. end - 1; empty if end <= begin. A bound outside [lowest, highest] counts as lowest or highest.
 struct KeyRange {
   static constexpr Index highest = (std::numeric_limits<Index>::max)() / 4;  // room to add two of them
   static constexpr Index lowest = -highest;
@@ -41,9 +41,9 @@ constexpr Index saturating_sum(Index x, Index y) noexcept {
   if (y > 0) return x > KeyRange::highest - y ? KeyRange::highest : (std::max)(KeyRange::lowest, x + y);
   return x < KeyRange::lowest - y ? KeyRange::lowest : (std::min)(KeyRange::highest, x + y);
 }
-/// x - y, kept likewise.
+/// x - y, with the same bounds.
 constexpr Index saturating_difference(Index x, Index y) noexcept {
-  // The negative of the lowest Index is none. One more or less is the same beyond these bounds.
+  // The lowest Index has no negative in the type. Beyond these bounds one more or less makes no difference.
   return saturating_sum(x,
                         y < -(std::numeric_limits<Index>::max)() ? (std::numeric_limits<Index>::max)() : -y);
 }
@@ -54,8 +54,8 @@ constexpr KeyRange within_bounds(KeyRange range) noexcept {
 
 }  // namespace detail
 
-/// At most `capacity` ranges, rising, with gaps between them. A range that would be one too many closes the
-/// narrowest gap: the set may then hold keys that were never put in, never fewer.
+/// At most `capacity` ranges in rising order with gaps between them. When a range would exceed the capacity, the
+/// narrowest gap is closed: the set may then contain keys that were never added, but it never misses a key.
 class KeyRanges {
  public:
   static constexpr int capacity = 8;

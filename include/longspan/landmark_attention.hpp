@@ -1,4 +1,4 @@
-// Landmark attention: softmax in groups, each block of the context under the weight of its landmark token.
+// Landmark attention: a grouped softmax in which the landmark token of each block determines the weight of the block.
 #pragma once
 
 #include <algorithm>
@@ -24,20 +24,21 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// What landmarks do.
+/// How landmarks enter the softmax.
 enum class LandmarkSoftmax : unsigned char {
-  grouped,  ///< they gate their blocks
-  plain,    ///< nothing: tokens like all others
-  ignored   ///< they are hidden, and the others are one group
+  grouped,  ///< each landmark determines the weight of its block, as in the paper
+  plain,    ///< landmarks are ordinary tokens
+  ignored   ///< landmarks are hidden, and all other tokens are one group
 };
 
 LONGSPAN_VOCABULARY_END
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// out[i] = sum_j g_ij v[j] + sum_m g_im o_m over the tokens j of i's own block and the other blocks m, with
-/// o_m = sum_t softmax_t(s_it) v[t] over the tokens t of block m, and g the softmax over the scores s_ij of
-/// the own tokens and s_im of the landmarks of the other blocks; lse[i] is the log-sum-exp of that group.
+/// out[i] = sum_j g_ij v[j] + sum_m g_im o_m over the tokens j of i's own block and the other blocks m, with o_m =
+/// sum_t softmax_t(s_it) v[t] over the tokens t of block m, and g the softmax over the group of the scores s_ij of
+/// the tokens of i's own block and s_im of the landmarks of the other blocks; lse[i] is the log-sum-exp of that
+/// group.
 ///
 ///   landmark_attention attend{landmarks::every(64)};  // causal
 ///   landmark_attention attend{landmarks::at(keys), everything{}, rotary(Pairing::half_split)};
@@ -45,24 +46,24 @@ LONGSPAN_NAMESPACE_BEGIN
 ///
 /// Shapes    q [batch, heads, q_len, head_dim]        k [batch, kv_heads, kv_len, head_dim]
 ///           v [batch, kv_heads, kv_len, value_dim]   out [batch, heads, q_len, value_dim]
-///           lse [batch, heads, q_len]; kv_heads divides heads. Blocks of any length, each its own.
+///           lse [batch, heads, q_len]; kv_heads divides heads. Blocks may have any lengths.
 /// Types     those of softmax_attention
-/// Positions row i of q stands at position `first_query` + i, key j at j. A query belongs to the block in
-///           which it stands, and a landmark to the block that it closes.
-/// Values    of landmarks have no effect, even if they are NaN.
+/// Positions row i of q is at position `first_query` + i, key j at j. A query belongs to the block that
+///           contains its position, and a landmark to the block that it closes.
+/// Values    the values of landmarks have no effect, even if they are NaN.
 /// Aliasing  out and lse overlap no input, nor each other.
-/// Cost      that of softmax_attention under the same mask, and 2 to 10 % more for blocks of 64 keys. Every
-///           block has a softmax and a product with its values by itself, so blocks of 8 cost up to half as
-///           much again. Scratch as there, and 5 words for each block.
+/// Cost      that of softmax_attention with the same mask, plus 2 to 10 % for blocks of 64 keys. Every block
+///           has a separate softmax and a separate product with its values, so blocks of 8 keys cost up to
+///           50 % more. Scratch: that of softmax_attention, and 5 words for each block.
 /// Error     |out - exact| <= 16 u (1 + a_i) sum_j w_ij |v_j|, w the weights of all tokens, a_i = sum_j w_ij
 ///           (a_ij + a_im), with a = scale sum_c |q_c k_c| of token and landmark; u = 2^-24 for float.
-/// Masked    a landmark that a query does not see closes its block to it; one without a token that the query
-///           sees is absent; the open block at the end is closed to other blocks. A row that sees nothing
-///           gives 0 and lse = -infinity.
-/// Bits      do not depend on the executor, on how many threads it has, nor on what is computed beside.
-/// Throws    Error when shapes or landmarks disagree, or an option or an array of a part does not fit them,
+/// Masked    if a landmark is masked, its whole block is masked. A landmark whose block has no visible token is
+///           dropped. The open block at the end is visible only to its own queries. A row that sees nothing has
+///           out = 0 and lse = -infinity.
+/// Bits      do not depend on the executor, on its number of threads, nor on the rest of the call.
+/// Throws    Error if shapes or landmarks disagree, or an option or an array of a part does not fit them,
 ///           before anything is written.
-/// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), eq. 2-4, where G_ij = G_ii reads "in the block of
+/// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), eq. 2-4, where G_ij = G_ii means "in the block of
 ///           i": a block is a partial whose log-sum-exp is replaced by the score of its landmark.
 template <Mask M = causal, Score S = unchanged, Position P = no_position>
 struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, true> {
@@ -73,11 +74,11 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
   std::optional<double> scale{};            ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
   LandmarkSoftmax softmax = LandmarkSoftmax::grouped;
-  /// A landmark whose block has no token to see keeps its share of the weight, which is then lost, as in the
-  /// code of the authors.
+  /// A landmark whose block has no visible token keeps its share of the weight, which is then lost, as in the authors'
+  /// code.
   bool leak = false;
-  /// [batch, heads, q_len, blocks]: each gate of a block is multiplied by its own factor, behind the softmax.
-  /// For dropout of groups, 0 or 1 / (1 - rate); null: by 1.
+  /// [batch, heads, q_len, blocks]: factors of the weights of the blocks, applied after the softmax. For dropout of
+  /// groups use 0 and 1 / (1 - rate); if null, all factors are 1.
   TensorView<const float> gate_keep{};
   landmark_control control{};
   /// Multiply in bfloat16 where q, k and v are bfloat16 and the process may use matrix tiles (see request_amx), blocks have
@@ -119,7 +120,7 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
   void check_options(const Problem& call) const {
     landmarks.check(name, call.k.batch, call.kv_len());
     if (softmax != LandmarkSoftmax::grouped && (gate_keep.data != nullptr || control.cmt.data != nullptr)) {
-      detail::refuse(name, "softmax", "not grouped", "grouped, where gate_keep or control are given");
+      detail::refuse(name, "softmax", "not grouped", "grouped, which gate_keep and control require");
     }
     Index blocks = 0;
     for (Index b = 0; b < (landmarks.same_in_all_rows() ? 1 : call.k.batch); ++b)

@@ -1,4 +1,4 @@
-// Retrieval of landmark blocks: which blocks a query attends to, and at which positions.
+// Retrieval of landmark blocks: which blocks a query attends to, and at which positions it sees them.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,8 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// For whom blocks are chosen. But for the first, the scores of the landmarks go through a softmax over the
-/// blocks, and the largest weight counts.
+/// The queries that share one choice of blocks. Except for per_token_and_head, the scores of the landmarks pass
+/// through a softmax over the blocks, and the largest weight among these queries counts.
 enum class LandmarkSelect : std::uint8_t {
   per_token_and_head,
   max_over_heads,   ///< for each token
@@ -39,18 +39,18 @@ struct landmark_cache_options {
   Index block_size = 64;  ///< keys of a block, its landmark included: every block_size-th key is a landmark
   Index top_k = 4;        ///< sealed blocks that a query retrieves
   LandmarkSelect select = LandmarkSelect::per_token_and_head;
-  Index window_blocks = 0;  ///< the last full blocks, which are always attended and sealed later
-  /// Queries attend token by token to what is not sealed, the full blocks of the window included, and not
-  /// through landmarks. Window, open block and chunk are then one group.
+  Index window_blocks = 0;  ///< the last full blocks, which are always attended to and sealed later
+  /// All unsealed tokens are one group: the tokens of full blocks count individually like those of the open block, not
+  /// by their landmarks. Together with window_blocks this is a window of exact attention.
   bool exact_window = false;
-  Index capacity = 0;  ///< sealed blocks that can be retrieved, the oldest are dropped first; 0: all
-  /// The last `rollback` tokens before the largest size that the stream has had can be taken back: for that
-  /// long the rows of sealed blocks and the blocks that the capacity drops stay kept. Changes no result.
+  Index capacity = 0;  ///< sealed blocks that can be retrieved; the oldest are dropped first; 0: all
+  /// `truncate` can remove the last `rollback` tokens before the largest size that the stream has had. Until then the
+  /// stream keeps the rows of sealed blocks, and blocks dropped because of `capacity`. Changes no result.
   Index rollback = 16;
-  /// Cuts a chunk where a block ends, so that a query retrieves from all blocks before its own, as it does
-  /// when tokens come one by one. Off, as in the paper, where a chunk retrieves from what came before it.
-  /// With max_over_tokens and max_over_both the choice is one for the tokens of a piece, and cutting at
-  /// blocks does not make it that of single tokens.
+  /// Cuts a chunk at the ends of blocks, so that a query retrieves from all blocks before its own, as it does when
+  /// tokens arrive one by one. Off by default, as in the paper, where a chunk retrieves only from blocks before the
+  /// chunk. With max_over_tokens and max_over_both all tokens of a piece share one choice, which cutting does not turn
+  /// into the choice of single tokens.
   bool split_at_blocks = false;
   std::optional<double> scale{};  ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index mass_sample = 0;          ///< tokens of each block from which `mass` is estimated; 0: no estimate
@@ -82,41 +82,41 @@ inline const StreamShape& checked(const StreamShape& shape, const landmark_cache
 
 }  // namespace detail
 
-/// What a query attended and what it passed over, as logarithms of sums of exp(score) over tokens; landmarks
-/// are none.
+/// The mass of the tokens that a query attended to and of those that it did not, as logarithms of sums of exp(score).
+/// Landmarks do not count as tokens.
 struct LandmarkMass {
   double attended = -std::numeric_limits<double>::infinity();
   double dropped = -std::numeric_limits<double>::infinity();
 
-  /// Of the softmax over all these tokens, the part that was passed over.
+  /// The share, in the softmax over all these tokens, of the tokens that the query did not attend to.
   double dropped_share() const { return dropped == attended ? 0.5 : 1 / (1 + std::exp(attended - dropped)); }
 };
 
-/// Tokens of a block, evenly spread about its middle: first, first + stride, ...
+/// A sample of a block's tokens, evenly spread about its middle: first, first + stride, ...
 struct TokenSample {
   Index first = 0;
   Index stride = 1;
   Index count = 0;
 
-  /// At most `wanted` of `tokens`.
+  /// A sample of at most `wanted` of `tokens` tokens.
   static constexpr TokenSample of(Index tokens, Index wanted) noexcept {
     const Index count = (std::min)(tokens, wanted), stride = count == 0 ? 1 : tokens / count;
     return {count == 0 ? 0 : (tokens - 1 - (count - 1) * stride) / 2, stride, count};
   }
 };
 
-/// What a cache holds when a chunk of queries comes.
+/// The state of a cache when a chunk of queries arrives.
 struct Retrieval {
-  Index blocks = 0;      ///< that can be retrieved
-  Index dropped = 0;     ///< older ones that are gone
-  Index top_k = 0;       ///< how many a query takes, at most `blocks`
-  Index wanted = 0;      ///< how many it would take of enough
+  Index blocks = 0;      ///< blocks that can be retrieved
+  Index dropped = 0;     ///< older blocks that have been dropped
+  Index top_k = 0;       ///< how many a query retrieves, at most `blocks`
+  Index wanted = 0;      ///< how many it would retrieve if there were enough
   Index block_size = 0;  ///< keys of a block, landmark included
 };
 
-/// Where blocks stand, as positions of their first keys. `local` is the position of the first key behind the
-/// blocks, `scored` where block n of them stands while landmarks are compared, `attended` where it stands as
-/// number `rank` of the chosen ones.
+/// The positions at which queries see the blocks, given as positions of the blocks' first keys. `local` is the
+/// position of the first key after the blocks, `scored` the position of block n while landmarks are scored,
+/// `attended` its position as number `rank` of the chosen blocks.
 template <class M>
 concept PositionMap = requires(const M& map, const Retrieval& held, Index n) {
   { map.local(held) } -> std::convertible_to<Index>;
@@ -124,8 +124,8 @@ concept PositionMap = requires(const M& map, const Retrieval& held, Index n) {
   { map.attended(held, n, n) } -> std::convertible_to<Index>;
 };
 
-/// Positions that a model knows from training, however long the text: old blocks share the first place while
-/// they are scored, chosen ones are lined up behind each other, and those among the last top_k keep their
+/// Positions that stay within the range of the model's training, however long the text is: old blocks share the first
+/// place while they are scored, chosen blocks follow one another, and chosen blocks among the last top_k keep their
 /// distance.
 ///
 /// Source  Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 3.2.1, figure 2.
@@ -146,7 +146,7 @@ struct stingy_positions {
   }
 };
 
-/// The positions that the keys have in the text.
+/// The positions of the keys in the text.
 struct exact_positions {
   static constexpr bool are_of_the_text = true;
 
@@ -155,19 +155,19 @@ struct exact_positions {
   Index attended(const Retrieval& held, Index n, Index) const noexcept { return scored(held, n); }
 };
 
-/// An index that names blocks worth a look, where scoring the landmarks of all of them takes too long.
+/// An index that proposes blocks, for streams in which scoring the landmarks of all blocks takes too long.
 ///
-///   add(b, kv_head, n, key)           block n has been sealed; key is its landmark, of head_dim numbers
-///   drop(n)                           the blocks before n have left
-///   clear()                           all have
+///   add(b, kv_head, n, key)           block n has been sealed; key is its landmark, head_dim numbers
+///   drop(n)                           the blocks before n have been dropped
+///   clear()                           all blocks have been dropped
 ///   truncate(n)                       optional: the blocks from n on have been unsealed, and may be added
-///                                     again with other keys. Without it, and where dropped blocks come back,
-///                                     the cache clears the index before the next call and adds all blocks
-///   candidates(b, kv_head, query)     numbers of blocks, in any order; called on several threads at one time
+///                                     again with other keys. Without this member, and if dropped blocks come
+///                                     back, the cache clears the index before the next call and adds all blocks
+///   candidates(b, kv_head, query)     numbers of blocks, in any order; called on several threads at the same time
 ///
-/// Blocks are numbered from the start of the stream. A query has the encoding of the place that old blocks
-/// share, so that its products with the keys rank them. The candidates and the last top_k blocks are scored
-/// exactly; where they are fewer than top_k, the oldest blocks fill up.
+/// Blocks are numbered from the start of the stream. The query is encoded for the place that old blocks share, so
+/// that its products with the keys rank the blocks. The candidates and the last top_k blocks are scored exactly; if
+/// these are fewer than top_k, the oldest blocks are added.
 template <class Finder, class Real>
 concept LandmarkIndex = requires(Finder& index, const Finder& constant, Index n, std::span<const Real> row) {
   index.add(n, n, n, row);

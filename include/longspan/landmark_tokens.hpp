@@ -1,5 +1,4 @@
-// Landmark tokens in a text: inserting them, where they then stand, what each position learns to predict, and
-// how they leave again.
+// Landmark tokens in a text: inserting them, their positions, the labels for training, and removing them.
 #pragma once
 
 #include <algorithm>
@@ -16,17 +15,17 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// Does a landmark also stand behind a block that ends the text?
+/// Whether a block that ends the text also has a landmark.
 enum class LastLandmark : unsigned char {
-  stands,  ///< behind every complete block
-  omitted  ///< between blocks only
+  stands,  ///< a landmark after every complete block
+  omitted  ///< landmarks only between blocks
 };
 
-/// What the loss makes of landmarks. Both are published: the first for training from scratch, the second for
-/// fine-tuning of a model.
+/// How the loss treats landmarks. Both variants are published: the first for training from scratch, the second for
+/// fine-tuning.
 enum class LandmarkLoss : unsigned char {
-  skips,    ///< a landmark predicts nothing, and the token before it predicts the one behind it
-  includes  ///< a landmark is predicted by the token before it and predicts the one behind it
+  skips,    ///< a landmark predicts nothing, and the token before it predicts the token after it
+  includes  ///< the token before a landmark predicts it, and the landmark predicts the token after it
 };
 
 LONGSPAN_VOCABULARY_END
@@ -67,7 +66,7 @@ std::vector<Token> without_landmarks(std::span<const Token> tokens, Token landma
   return result;
 }
 
-/// Where the landmarks stand, as `landmarks::at` takes them: the mask of the landmarks as a rising list.
+/// The indices of the landmarks in rising order, as `landmarks::at` takes them.
 template <class Token>
 std::vector<Index> landmark_keys(std::span<const Token> tokens, Token landmark) {
   std::vector<Index> keys;
@@ -77,7 +76,7 @@ std::vector<Index> landmark_keys(std::span<const Token> tokens, Token landmark) 
   return keys;
 }
 
-/// The same from a mask that is not 0 at landmarks.
+/// The same for a mask that is not 0 at landmarks.
 inline std::vector<Index> landmark_keys(std::span<const unsigned char> mask) {
   std::vector<Index> keys;
   for (std::size_t j = 0; j < mask.size(); ++j) {
@@ -86,7 +85,7 @@ inline std::vector<Index> landmark_keys(std::span<const unsigned char> mask) {
   return keys;
 }
 
-/// 1 at landmarks, 0 elsewhere.
+/// A mask that is 1 at landmarks and 0 at all other tokens.
 template <class Token>
 std::vector<unsigned char> landmark_mask(std::span<const Token> tokens, Token landmark) {
   std::vector<unsigned char> mask;
@@ -94,16 +93,16 @@ std::vector<unsigned char> landmark_mask(std::span<const Token> tokens, Token la
   return mask;
 }
 
-/// The position of every token. `jumps` lengthens the way behind each landmark, by one number each: random
-/// ones, in training, teach a model distances beyond its context (appendix E of the paper). Without them the
-/// positions are 0, 1, 2, ...
+/// The position of every token. `jumps` has one number for each landmark, which is added to the positions after that
+/// landmark: random jumps in training teach a model distances beyond its context (appendix E of the paper). Without
+/// jumps the positions are 0, 1, 2, ...
 template <class Token>
 std::vector<Index> landmark_positions(std::span<const Token> tokens, Token landmark,
                                       std::span<const Index> jumps = {}) {
   const auto count = static_cast<std::size_t>(std::count(tokens.begin(), tokens.end(), landmark));
   if (!jumps.empty() && jumps.size() != count) {
     detail::refuse("landmark_positions", "the number of jumps", std::to_string(jumps.size()),
-                   std::to_string(count) + ", one behind each landmark");
+                   std::to_string(count) + ", one for each landmark");
   }
   for (const Index jump : jumps) {
     if (jump < 0) detail::refuse("landmark_positions", "a jump", std::to_string(jump), "at least 0");
@@ -118,8 +117,8 @@ std::vector<Index> landmark_positions(std::span<const Token> tokens, Token landm
   return positions;
 }
 
-/// What each position is to predict: labels[j] belongs to the output at j, already shifted. `ignored` stands
-/// where nothing is learned: at the end, and at landmarks that the loss skips.
+/// The token that each position has to predict: labels[j] belongs to the output at j, already shifted. The label is
+/// `ignored` where nothing is learned: at the end, and at landmarks that the loss skips.
 template <class Token>
 std::vector<Token> landmark_labels(std::span<const Token> tokens, Token landmark, LandmarkLoss loss,
                                    Token ignored) {
@@ -134,8 +133,8 @@ std::vector<Token> landmark_labels(std::span<const Token> tokens, Token landmark
   return labels;
 }
 
-/// The rows of `logits`, one for each token and landmark, that say what follows the tokens: row t of the
-/// result is that of token t, or of the landmark behind it where the loss includes landmarks.
+/// For each token the row of the logits that predicts what follows it, where logits have one row for each token and
+/// landmark: the row of token t, or of the landmark after it if the loss includes landmarks.
 template <class Token>
 std::vector<Index> logit_rows(std::span<const Token> tokens, Token landmark, LandmarkLoss loss) {
   std::vector<Index> rows;
@@ -149,7 +148,7 @@ std::vector<Index> logit_rows(std::span<const Token> tokens, Token landmark, Lan
   return rows;
 }
 
-/// Copies those rows: logits [tokens and landmarks, vocabulary] to [tokens, vocabulary].
+/// Copies these rows: logits [tokens and landmarks, vocabulary] to [tokens, vocabulary].
 template <class T, class Token>
 void remove_landmark_logits(MatrixView<const T> logits, std::span<const Token> tokens, Token landmark,
                             LandmarkLoss loss, MatrixView<T> to) {
@@ -172,8 +171,8 @@ void remove_landmark_logits(MatrixView<const T> logits, std::span<const Token> t
     std::copy_n(logits.row(rows[static_cast<std::size_t>(t)]), to.cols, to.row(t));
 }
 
-/// The most tokens and landmarks that a model of `context` positions takes in one chunk beside `top_k`
-/// retrieved blocks of `block_size` keys and one empty block. Throws Error where none is left.
+/// The maximum number of tokens and landmarks in one chunk of a model with `context` positions, of which `top_k`
+/// retrieved blocks of `block_size` keys and one empty block take their share. Throws Error if no position is left.
 inline Index landmark_chunk_length(Index context, Index block_size, Index top_k) {
   detail::check_block_size("landmark_chunk_length", block_size, 1);
   const Index blocks = context / block_size;

@@ -1,4 +1,4 @@
-// Where the landmarks stand among the keys: the cut of a context into blocks.
+// The positions of landmarks among the keys, which cut a context into blocks.
 #pragma once
 
 #include <algorithm>
@@ -12,32 +12,32 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// A landmark is the last key of its block: block m holds the keys behind landmark m - 1 up to landmark m,
-/// and the keys behind the last landmark are a block without one. Owns nothing.
+/// A landmark is the last key of its block: block m consists of the keys after landmark m - 1 up to landmark m, and the
+/// keys after the last landmark are a block without one. Owns nothing.
 class landmarks {
  public:
-  /// Every `length`-th key: blocks of length - 1 tokens and their landmark.
+  /// Every `length`-th key is a landmark: blocks of length - 1 tokens and their landmark.
   static constexpr landmarks every(Index length) noexcept { return landmarks(true, length, {}, {}); }
-  /// These keys, rising, in every batch row.
+  /// The same keys, in rising order, in every batch row.
   static constexpr landmarks at(std::span<const Index> keys) noexcept {
     return landmarks(false, 0, keys, {});
   }
-  /// A list of its own for each batch row.
+  /// One list of keys for each batch row.
   static constexpr landmarks at(std::span<const std::span<const Index>> lists) noexcept {
     return landmarks(false, 0, {}, lists);
   }
   static constexpr landmarks none() noexcept { return landmarks(false, 0, {}, {}); }
 
-  /// How many of batch row b are among the first kv_len keys.
+  /// The number of landmarks of batch row b among the first kv_len keys.
   constexpr Index count(Index b, Index kv_len) const noexcept {
     return regular_ ? kv_len / length_ : static_cast<Index>(list(b).size());
   }
-  /// Landmark m of batch row b.
+  /// The key that is landmark m of batch row b.
   constexpr Index key(Index b, Index m) const noexcept {
     return regular_ ? (m + 1) * length_ - 1 : list(b)[static_cast<std::size_t>(m)];
   }
-  /// The block in which position j stands, of kv_len keys: how many landmarks stand before it. Positions
-  /// behind the keys are in the open block at the end, positions before them in none, which is -1.
+  /// The block of position j in a context of kv_len keys: the number of landmarks before it. Positions after the last
+  /// key belong to the open block at the end; positions before key 0 belong to no block, which is -1.
   constexpr Index block_of(Index b, Index j, Index kv_len) const noexcept {
     if (j < 0) return -1;
     if (regular_) return (std::min)(j, kv_len) / length_;
@@ -45,12 +45,12 @@ class landmarks {
     return std::lower_bound(keys.begin(), keys.end(), j) - keys.begin();
   }
 
-  /// Are they landmarks of a context of any length?
+  /// True if they fit a context of any length.
   constexpr bool fit_any_length() const noexcept { return regular_ || (keys_.empty() && lists_.empty()); }
-  /// Does every batch row have the same blocks?
+  /// True if every batch row has the same blocks.
   constexpr bool same_in_all_rows() const noexcept { return lists_.empty(); }
 
-  /// Throws Error unless these are landmarks of kv_len keys in each of `batch` rows.
+  /// Throws Error if these are not landmarks of kv_len keys in each of `batch` rows.
   void check(std::string_view function, Index batch, Index kv_len) const {
     if (regular_ && length_ < 1)
       detail::refuse(function, "the length of a block", std::to_string(length_), "at least 1");
@@ -89,12 +89,12 @@ LONGSPAN_NAMESPACE_END
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// Controlled landmarks: an extra token (the CMT) joins the group of each query, and what weight it takes is
-/// shared among the controlled blocks by their own landmarks.
+/// Controlled landmarks: an extra token (the CMT) joins the group of each query, and the controlled blocks share its
+/// weight according to their own landmarks.
 struct landmark_control {
   RowsView<const float> cmt{};  ///< [batch, heads, q_len], scaled logits; null: nothing is controlled
-  MatrixView<const unsigned char> blocks{};  ///< [batch or 1, blocks], not 0 for a controlled one
-  double cutoff = 0;                         ///< a CMT weight below it counts as 0
+  MatrixView<const unsigned char> blocks{};  ///< [batch or 1, blocks], not 0 if the block is controlled
+  double cutoff = 0;                         ///< a CMT weight below this counts as 0
 };
 
 LONGSPAN_VOCABULARY_END

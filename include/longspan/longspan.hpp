@@ -1,4 +1,4 @@
-// All of Longspan but reference/, which computes the same slowly: include its headers where you need them.
+// Includes all of Longspan except reference/, slow versions of the same functions: include its headers where needed.
 #pragma once
 
 #include "longspan/amx.hpp"

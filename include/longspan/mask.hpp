@@ -1,5 +1,5 @@
-// Which keys a query sees. The masks of this header are arithmetic: they take no memory, and what they hide is
-// skipped, not computed. For a mask that is a tensor see dense_mask.hpp.
+// Masks: which keys a query sees. The masks of this header are computed from positions: they take no memory, and the
+// kernels skip what they hide. For masks that are tensors see dense_mask.hpp.
 #pragma once
 
 #include <algorithm>
@@ -22,12 +22,11 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// How much of a tile is seen: no pair of it, every pair, or perhaps some.
+/// How much of a tile is visible: no pair, possibly some pairs, or all pairs.
 enum class Coverage : std::uint8_t { none, some, all };
 
-/// The queries [first_query, first_query + queries) of the heads [first_head, first_head + heads) of one
-/// batch row, against the keys [first_key, first_key + keys). Queries are named by position (see
-/// softmax_attention).
+/// The pairs of the queries [first_query, first_query + queries) of the heads [first_head, first_head + heads) of one
+/// batch row with the keys [first_key, first_key + keys). Queries are numbered by position (see softmax_attention).
 struct Tile {
   Index batch = 0;
   Index first_head = 0;
@@ -46,25 +45,24 @@ LONGSPAN_VOCABULARY_END
 LONGSPAN_NAMESPACE_BEGIN
 
 // ----------------------------------------------------------------------------------------------------------
-// What a mask may offer. The least is `sees`; the rest makes it faster, and a mask that leaves it out is slow
-// but never wrong.
+// The members of a mask. Only `sees` is required; the others make the mask faster, but do not change results.
 //
-//   bool sees(Index i, Index j) const                does the query at position i see key j?
-//   bool sees(Index b, Index h, Index i, Index j)    the same, where it depends on batch row or head
-//   Coverage classify(const Tile&) const                 `none` and `all` must be true, `some` always may be said
-//   KeyRanges key_ranges(const Tile&) const          every key outside is hidden from all of the tile
+//   bool sees(Index i, Index j) const                true if the query at position i sees key j
+//   bool sees(Index b, Index h, Index i, Index j)    the same, if it depends on the batch row or the head
+//   Coverage classify(const Tile&) const             `none` and `all` must be correct; `some` is always allowed
+//   KeyRanges key_ranges(const Tile&) const          every key outside of them is hidden from the whole tile
 //   std::uint64_t seen_bits(Index b, Index h, Index i, Index first, std::uint64_t asked) const
-//                                                    the same as `sees`, 64 keys at once: bit n of the answer
-//                                                    is that of key first + n. Only bits set in `asked` are
-//                                                    used; the other keys may lie outside the call
+//                                                    the same as `sees`, for 64 keys at once: bit n of the result
+//                                                    belongs to key first + n. Only bits set in `asked` are
+//                                                    used; the other keys may be outside the call
 //
-// Where the keys of each query are one range whose two ends never fall from one query to the next, a mask
-// says that range, and all the answers above follow from it:
+// If the visible keys of each query are one range, and neither end of the range ever decreases from one query to the
+// next, a mask offers only this range, from which all members above follow:
 //
 //   KeyRange keys(Index b, Index i) const
 //
-// A mask of either kind may check its options and arrays against a call (call_sizes.hpp). It throws Error by
-// detail::refuse, allocates nothing otherwise, and is called before anything is written:
+// A mask of either kind may check its options and arrays against a call (call_sizes.hpp). This member is called before
+// anything is written; it throws Error by detail::refuse and allocates nothing otherwise:
 //
 //   void check(const CallSizes& sizes) const
 
@@ -93,7 +91,7 @@ concept SeesInBits = requires(const M& mask, Index x, std::uint64_t asked) {
 template <class M>
 concept Mask = std::is_object_v<M> && (RangeMask<M> || detail::SeesByPosition<M> || detail::SeesByHead<M>);
 
-/// Does the query at position i of head h, batch row b, see key j?
+/// True if the query at position i of head h, batch row b, sees key j.
 template <Mask M>
 constexpr bool sees(const M& mask, Index b, Index h, Index i, Index j) {
   if constexpr (RangeMask<M>) {
@@ -122,7 +120,7 @@ constexpr Coverage classify(const M& mask, const Tile& tile) {
   }
 }
 
-/// Key ranges that hold every key which any query of the tile sees. The tile's own keys are not read.
+/// Key ranges that contain every key which some query of the tile sees. The tile's own key range is not used.
 template <Mask M>
 constexpr KeyRanges key_ranges(const M& mask, const Tile& tile) {
   if constexpr (RangeMask<M>) {
@@ -139,16 +137,16 @@ constexpr KeyRanges key_ranges(const M& mask, const Tile& tile) {
 
 namespace detail {
 
-/// The `count` lowest bits: none below 1, all from 64 on.
+/// A word whose `count` lowest bits are set: none if count < 1, all if count >= 64.
 constexpr std::uint64_t low_bits(Index count) noexcept {
   return count <= 0 ? 0 : count >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << count) - 1;
 }
-/// Bit n is that of key first + n.
+/// Bit n is set if the range contains key first + n.
 constexpr std::uint64_t bits_of_range(KeyRange keys, Index first) noexcept {
   return low_bits(keys.end - first) & ~low_bits(keys.begin - first);
 }
 
-/// Bit n: does the query see key first + n? Where `asked` has no bit, the mask is not asked and the answer is 0.
+/// Bit n is set if the query sees key first + n. For bits not set in `asked` the mask is not called, and the bit is 0.
 template <Mask M>
 std::uint64_t seen_bits(const M& mask, Index b, Index h, Index i, Index first, std::uint64_t asked) {
   if constexpr (RangeMask<M>) {
@@ -158,7 +156,7 @@ std::uint64_t seen_bits(const M& mask, Index b, Index h, Index i, Index first, s
   } else {
     const int begin = std::countr_zero(asked), end = 64 - std::countl_zero(asked);
     if (asked != 0 && std::popcount(asked) == end - begin) {
-      // Bytes first: of a simple `sees` compilers make vectors then, and of a loop over bits they do not.
+      // Bytes first: compilers vectorise this loop for a simple `sees`, but not a loop over bits.
       bool seen[64];
       for (int n = begin; n < end; ++n) seen[n] = longspan::sees(mask, b, h, i, first + n);
       return bits_of_bytes(reinterpret_cast<const unsigned char*>(seen) + begin, end - begin) << begin;
@@ -172,14 +170,14 @@ std::uint64_t seen_bits(const M& mask, Index b, Index h, Index i, Index first, s
   }
 }
 
-/// Does M answer for 64 keys in less time than `classify` takes, so that asking it first would not pay?
+/// True if M computes the bits of 64 keys faster than `classify`, so that calling `classify` first does not pay.
 template <class M>
 inline constexpr bool has_cheap_bits = RangeMask<M> || SeesInBits<M>;
 
 }  // namespace detail
 
 // ----------------------------------------------------------------------------------------------------------
-// The masks of the library. Their bounds saturate: a window of any size may end anywhere.
+// The masks of the library. Their bounds saturate, so that options of any size are safe from overflow.
 
 namespace detail {
 
@@ -198,8 +196,8 @@ struct everything {
   constexpr KeyRange keys(Index, Index) const noexcept { return KeyRange::everything(); }
 };
 
-/// Query i sees the keys 0 .. i. With fewer queries than keys the last query is aligned with the last key,
-/// since that is where positions stand unless `first_query` says otherwise.
+/// Query i sees the keys 0 .. i. With fewer queries than keys the last query is aligned with the last key, unless
+/// `first_query` sets other positions.
 struct causal {
   constexpr KeyRange keys(Index, Index i) const noexcept {
     return {KeyRange::lowest, detail::saturating_sum(i, 1)};
@@ -207,7 +205,7 @@ struct causal {
 };
 
 /// Query i sees the keys i - left .. i + right. `causal{} & window{.left = 4095}` sees the last 4096 keys.
-/// A side that is not set is unlimited; a negative one is refused.
+/// A side that is not set is unlimited; a negative one throws Error.
 struct window {
   static constexpr Index unlimited = KeyRange::highest;
   Index left = unlimited;
@@ -232,7 +230,7 @@ struct sinks {
   void check(const CallSizes& sizes) const { detail::check_at_least(sizes, "sinks.count", count, 0); }
 };
 
-/// Positions are cut into segments of `length` (at least 1); query i sees the keys of its own segment.
+/// Positions are cut into segments of `length` (at least 1); a query sees the keys of its own segment.
 struct segments {
   Index length = 1;
 
@@ -243,9 +241,9 @@ struct segments {
   void check(const CallSizes& sizes) const { detail::check_at_least(sizes, "segments.length", length, 1); }
 };
 
-/// Packed documents: document n holds the positions starts[n] .. starts[n + 1] - 1, and a query sees the keys
-/// of its own document. `starts` never falls: an entry that repeats the one before makes an empty document.
-/// Positions before the first entry are a document of their own. Not owned.
+/// Packed documents: document n consists of the positions starts[n] .. starts[n + 1] - 1, and a query sees the keys of
+/// its own document. `starts` never decreases: an entry equal to the one before is an empty document. Positions before
+/// the first entry are a document of their own. Not owned.
 struct documents {
   std::span<const Index> starts;
 
@@ -264,8 +262,8 @@ struct documents {
   }
 };
 
-/// Batch row b has lengths[b] keys; those after them are padding. `!padding{pads}` is padding on the left: the
-/// first pads[b] keys are hidden. One length for each batch row, at least 0; not owned.
+/// Batch row b has lengths[b] keys; the keys after them are padding. `!padding{pads}` is padding on the left: the first
+/// pads[b] keys are hidden. One length for each batch row, at least 0; not owned.
 struct padding {
   std::span<const Index> lengths;
 
@@ -284,7 +282,7 @@ struct padding {
 // ----------------------------------------------------------------------------------------------------------
 // Masks made of masks
 
-/// What both see. `a & b`.
+/// A query sees the keys that both masks show. `a & b`.
 template <Mask A, Mask B>
 struct both {
   A a;
@@ -316,7 +314,7 @@ struct both {
   }
 };
 
-/// What either sees. `a | b`.
+/// A query sees the keys that at least one of the masks shows. `a | b`.
 template <Mask A, Mask B>
 struct either {
   A a;
@@ -343,7 +341,7 @@ struct either {
   }
 };
 
-/// What the other hides. `!a`.
+/// A query sees the keys that the mask hides. `!a`.
 template <Mask A>
 struct inverse {
   A a;

@@ -1,8 +1,8 @@
 // Partial attention results and the three ways to combine them: merge, with_lse, gate.
 //
-// Softmax attention over any subset of the keys gives each query a partial: its normalised output and the
-// log-sum-exp of its scores. Partials over disjoint sets of keys form a commutative monoid under `merge`; its
-// identity is out = 0, lse = -infinity, which is what attention over no keys gives.
+// Softmax attention over any subset of the keys gives each query a partial: its normalised output and the log-sum-exp
+// of its scores. Partials over disjoint sets of keys form a commutative monoid under `merge`; its identity is out =
+// 0, lse = -infinity, which is the result of attention over no keys.
 #pragma once
 
 #include <algorithm>
@@ -59,8 +59,8 @@ auto partial(Out&& out, Lse&& lse) {
   return Partial<std::conditional_t<is_constant, const Of, Of>>{values, rows};
 }
 
-/// The same output under another log-weight. Landmark attention is a merge in which each block carries the
-/// logit of its landmark instead of its own log-sum-exp.
+/// The same output with another log-weight. Landmark attention is a merge in which each block has the logit of its
+/// landmark instead of its own log-sum-exp.
 template <Element T, RowsLike Lse>
 Partial<const T> with_lse(const Partial<T>& part, Lse&& lse) {
   return {part.out, rows_view(lse)};
@@ -84,7 +84,7 @@ void check_partial(std::string_view function, const std::string& argument, const
   if (fault_of(part.lse) != nullptr) refuse_view(function, "the lse of " + argument, part.lse);
 }
 
-/// work(b, h, i) for each row of a tensor, a few hundred rows to a task.
+/// Calls work(b, h, i) for each row of a tensor, with a few hundred rows in each task.
 template <class T, class E, class Work>
 void for_each_row(const TensorView<T>& like, const E& executor, const Work& work) {
   constexpr Index rows_in_task = 256;
@@ -99,14 +99,14 @@ void for_each_row(const TensorView<T>& like, const E& executor, const Work& work
 
 /// to[c] = sum over n of weight[n] * from[n][c]. `to` may be one of `from`.
 ///
-/// Each product is rounded before it is added, as an fma with 0 that no compiler fuses with the addition: two
-/// parts then give the same bits in either order.
+/// Each product is rounded before it is added: it is an fma with 0, which no compiler fuses with the addition. Two
+/// parts therefore produce the same bits in either order.
 template <class T, class Real>
 void weighted_sum(std::span<const T* const> from, std::span<const Real> weights, T* to, Index cols) {
   const auto sum_at = [&](const auto& load_at) {
     Packet<Real> sum = broadcast(Real(0));
     for (std::size_t n = 0; n < from.size(); ++n) {
-      // A part of weight 0 is absent, even if it holds NaN.
+      // A part of weight 0 is absent, even if it contains NaN.
       if (weights[n] == Real(0)) continue;
       sum = sum + fma(broadcast(weights[n]), load_at(from[n]), broadcast(Real(0)));
     }
@@ -126,15 +126,15 @@ void weighted_sum(std::span<const T* const> from, std::span<const Real> weights,
 
 /// The partial over the union of the keys: lse = log sum_n exp(lse_n), out = sum_n exp(lse_n - lse) * out_n.
 ///
-/// Shapes    every part and `into` alike
-/// Aliasing  `into` may be one of the parts; else it overlaps none
+/// Shapes    the same for every part and `into`
+/// Aliasing  `into` may be one of the parts; otherwise it overlaps none of them
 /// Cost      one pass over the parts
 /// Error     out within (parts + 4) u of sum_n weight_n |out_n|, lse within 2 u (1 + |lse|); u = 2^-24 for
 ///           float
-/// Exact     two parts give the same bits in either order; a part with lse = -infinity changes nothing,
-///           whatever its output holds
-/// NaN       a row becomes NaN, as does its lse, if the lse of one of its parts is NaN
-/// Throws    Error when shapes disagree or there are more than 64 parts, before anything is written
+/// Exact     two parts produce the same bits in either order; a part with lse = -infinity changes nothing,
+///           whatever its output contains
+/// NaN       a row and its lse become NaN if the lse of one of its parts is NaN
+/// Throws    Error if shapes disagree or there are more than 64 parts, before anything is written
 template <MutableElement T, ExecutionLike E = openmp>
 void merge(std::type_identity_t<std::span<const Partial<const T>>> parts, const Partial<T>& into,
            E&& execution = E{}) {
@@ -153,11 +153,11 @@ void merge(std::type_identity_t<std::span<const Partial<const T>>> parts, const 
     for (std::size_t n = 0; n < parts.size(); ++n) {
       weights[n] = parts[n].lse(b, h, i);
       rows[n] = parts[n].out.row(b, h, i);
-      top = (std::max)(top, weights[n]);  // a NaN does not raise it, and makes the sum NaN
+      top = (std::max)(top, weights[n]);  // NaN does not raise the maximum, but makes the sum NaN
     }
     Real sum = 0;
     for (std::size_t n = 0; n < parts.size(); ++n) {
-      // lse - top would be NaN for a part that saw no key, beside others that saw none.
+      // lse - top would be NaN for a part that saw no key if the other parts saw none either.
       weights[n] = detail::is_minus_infinity(weights[n]) ? Real(0) : std::exp(weights[n] - top);
       sum += weights[n];
     }
@@ -171,7 +171,7 @@ void merge(std::type_identity_t<std::span<const Partial<const T>>> parts, const 
                         [&](const auto& executor) { detail::for_each_row(into.out, executor, merge_row); });
 }
 
-/// The parts that `partial` returns for tensors that could be written, in a vector or an array.
+/// The same for parts in a vector or an array that `partial` made from tensors of mutable elements.
 template <MutableElement T, ExecutionLike E = openmp>
 void merge(std::type_identity_t<std::span<const Partial<T>>> parts, const Partial<T>& into,
            E&& execution = E{}) {
@@ -199,14 +199,15 @@ void check_gate(std::string_view function, const MatrixView<const Real>& beta, c
 
 }  // namespace detail
 
-/// out = g * a + (1 - g) * b with g = sigmoid(beta): Infini-attention's gate, a the memory, b the local part.
+/// out = g * a + (1 - g) * b with g = sigmoid(beta): the gate of Infini-attention, where a is the output of the
+/// memory and b the output of local attention.
 ///
 /// Shapes    a, b, out [batch, heads, rows, cols]; beta [1], [heads] or [heads, cols], as a view of
 ///           1 or heads rows and 1 or cols columns: scalar_gate(logit), per_head_gate(logits)
 /// Aliasing  out may be a or b
 /// Cost      one pass
-/// Error     6 u (g |a| + (1 - g) |b|). A side whose gate is 0 has no effect, even if it holds NaN
-/// Throws    Error when shapes disagree, before out is touched
+/// Error     6 u (g |a| + (1 - g) |b|). A side whose gate is 0 has no effect, even if it contains NaN
+/// Throws    Error if shapes disagree, before anything is written
 /// Source    Munkhdalai et al. 2024 (arXiv 2404.07143), eq. 10
 template <TensorLike A, TensorLike B, TensorLike Out, class Real, ExecutionLike E = openmp>
 void gate(MatrixView<const Real> beta, const A& a, const B& b, Out&& out, E&& execution = E{}) {
@@ -215,7 +216,7 @@ void gate(MatrixView<const Real> beta, const A& a, const B& b, Out&& out, E&& ex
   const auto to = view(out);
   using T = typename std::remove_cvref_t<decltype(to)>::Element;
   static_assert(std::is_same_v<Real, float> || std::is_same_v<Real, Arithmetic<T>>,
-                "longspan: beta holds float, or double where the tensors do");
+                "longspan: the elements of beta must be float, or double if those of the tensors are");
   detail::check_view("gate", "out", to);
   for (const auto& [name, x] :
        {std::pair{"a", TensorView<const T>(memory)}, {"b", TensorView<const T>(local)}}) {
@@ -232,7 +233,7 @@ void gate(MatrixView<const Real> beta, const A& a, const B& b, Out&& out, E&& ex
     T* z = to.row(batch, h, i);
     for (Index c = 0; c < to.cols; ++c) {
       const auto logit = static_cast<Sum>(of_head[beta.cols == 1 ? 0 : c]);
-      // Both from their own exponential: 1 - g would lose every digit of a small one.
+      // Each from its own exponential: computed as 1 - g, a small number would lose all of its digits.
       const Sum g = 1 / (1 + std::exp(-logit)), rest = 1 / (1 + std::exp(logit));
       const Sum from_memory = g == Sum(0) ? Sum(0) : g * static_cast<Sum>(x[c]);
       const Sum from_local = rest == Sum(0) ? Sum(0) : rest * static_cast<Sum>(y[c]);

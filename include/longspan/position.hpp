@@ -1,4 +1,4 @@
-// Positions written into queries and keys: rotary, xpos, or none.
+// Position encodings, which write positions into queries and keys: rotary, xpos, or none.
 #pragma once
 
 #include <algorithm>
@@ -21,27 +21,27 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// Which two coordinates of a row turn together. Published weights need the one they were trained with, and
-/// the wrong one fails silently, so there is no default.
+/// Which two columns of a row are rotated together. Published weights need the pairing that they were trained with, and
+/// the wrong one gives wrong results without an error, so there is no default.
 enum class Pairing : std::uint8_t {
   interleaved,  ///< (0, 1), (2, 3), ...: RoFormer, GPT-J
   half_split,   ///< (0, n/2), (1, n/2 + 1), ...: GPT-NeoX, Llama as Hugging Face stores it
 };
 
-/// What a row is for; xpos scales queries up and keys down.
+/// Whether a row is a query or a key: xpos scales queries up and keys down.
 enum class Role : std::uint8_t { query, key };
 
 LONGSPAN_VOCABULARY_END
 
 LONGSPAN_NAMESPACE_BEGIN
-/// Numbers that tell encodings apart: two encodings with the same numbers write the same rows. The first one is
-/// the kind: 0 none, 1 rotary, 2 xpos; encodings of a user's own use 100 or more.
+/// Numbers that identify an encoding: two encodings with the same numbers write the same rows. The first number is the
+/// kind: 0 none, 1 rotary, 2 xpos, 100 or more for user-defined encodings.
 using PositionIdentity = std::array<double, 6>;
 
-/// A position encoding: `encode(rows, first_position, role)` changes rows of floats or doubles in place, row
-/// i at position first_position + i. `check(cols)` throws if rows of that length cannot be encoded.
-/// `PositionIdentity identity() const` is optional: the file of a stream holds it, and `load` refuses a file whose
-/// keys have another. All encodings without it share one.
+/// A position encoding. `encode(rows, first_position, role)` changes rows of floats or doubles in place; row i is at
+/// position first_position + i. `check(cols)` throws Error if rows of that length cannot be encoded.
+/// `PositionIdentity identity() const` is optional: a stream saves it in its file, and `load` throws Error if the
+/// keys in the file have another identity. All encodings without this member share one identity.
 template <class P>
 concept Position = std::is_object_v<P> && requires(const P& encoding, float* row, Index x, Role role) {
   encoding.encode(MatrixView<float>{row, x, x, x}, x, role);
@@ -50,7 +50,7 @@ concept Position = std::is_object_v<P> && requires(const P& encoding, float* row
 
 namespace detail {
 
-/// Encodes rows that all stand at one position.
+/// Encodes rows that are all at the same position.
 template <class P, class Real>
 void encode_alike(const P& encoding, MatrixView<Real> rows, Index position, Role role) {
   if constexpr (requires { encoding.encode_alike(rows, position, role); }) {
@@ -72,7 +72,7 @@ PositionIdentity position_identity(const P& encoding) {
 
 }  // namespace detail
 
-/// No position encoding: q and k are taken as they are.
+/// No position encoding: q and k stay unchanged.
 struct no_position {
   PositionIdentity identity() const noexcept { return {}; }
   template <class Real>
@@ -103,7 +103,7 @@ struct PairTurns {
       s[p] = stretched * std::sin(frequency[p] * n);
     }
   }
-  /// To the next position.
+  /// Advances all pairs to the next position.
   void turn() {
     for (std::size_t p = 0; p < capacity; ++p) {
       const double next = c[p] * turn_c[p] - s[p] * turn_s[p];
@@ -113,15 +113,14 @@ struct PairTurns {
   }
 };
 
-/// Turns pair p of a row at position n by the angle n * base^(-2p / turned), and multiplies it by
-/// exp(n * growth(p)).
+/// Rotates pair p of a row at position n by the angle n * base^(-2p / turned), and multiplies it by exp(n * growth(p)).
 ///
-/// Angles are made in double: at position 10^6 a float angle is off by 0.06. For rows of float, cos and sin
-/// are called at multiples of 64 only, and turned on from there row by row, always from that multiple, so the
-/// bits of a row depend on its position and not on which rows are encoded with it. The 63 turns cost 1e-14,
-/// too much for rows of double: these call them for every row.
+/// Angles are computed in double: at position 10^6 a float angle has an error of 0.06. For rows of float, cos and sin
+/// are called only at multiples of 64; the positions in between are reached by repeated rotation, always from that
+/// multiple, so that the bits of a row depend on its position and not on the other rows. Up to 63 rotations have an
+/// error of 1e-14. That is too much for rows of double, for which cos and sin are called in every row.
 ///
-/// Row i stands at first_position + i * advance; advance is 1, or 0 for rows that all stand in one place.
+/// Row i is at position first_position + i * advance; advance is 1, or 0 for rows that are all at the same position.
 template <class Real, class Growth>
 void rotate_rows(MatrixView<Real> x, Index first_position, Index advance, Index turned, double base,
                  Pairing pairing, const Growth& growth) {
@@ -155,7 +154,7 @@ void rotate_rows(MatrixView<Real> x, Index first_position, Index advance, Index 
 
 inline void check_turned(std::string_view function, Index turned, Index cols) {
   if (turned < 0 || turned % 2 != 0 || turned > cols) {
-    refuse(function, "the number of turned dimensions", std::to_string(turned),
+    refuse(function, "the number of rotated dimensions", std::to_string(turned),
            "an even number of at most head_dim = " + std::to_string(cols));
   }
 }
@@ -166,23 +165,23 @@ inline void check_positive(std::string_view function, std::string_view option, d
 
 }  // namespace detail
 
-/// Rotary positions: pair p of a row at position n is turned by n * base^(-2p / dims).
+/// Rotary positions: pair p of a row at position n is rotated by the angle n * base^(-2p / dims).
 ///
 /// Source  Su et al. 2021 (RoFormer, arXiv 2104.09864), eq. 34.
 struct rotary {
   Pairing pairing;
   double base = 10000;
-  Index dims = 0;  ///< how many leading dimensions are turned, even; 0: all
+  Index dims = 0;  ///< the number of leading columns that are rotated, even; 0: all
 
   explicit rotary(Pairing which, double frequency_base = 10000, Index turned_dims = 0)
       : pairing(which), base(frequency_base), dims(turned_dims) {}
 
-  /// Row i of `rows` stands at position `first_position` + i. Changed in place.
+  /// Encodes `rows` in place; row i is at position `first_position` + i.
   template <class Real>
   void encode(MatrixView<Real> rows, Index first_position, Role) const {
     detail::rotate_rows(rows, first_position, 1, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
   }
-  /// The same with every row at `position`, which makes the angles once.
+  /// The same with every row at `position`; the angles are computed only once.
   template <class Real>
   void encode_alike(MatrixView<Real> rows, Index position, Role) const {
     detail::rotate_rows(rows, position, 0, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
@@ -199,11 +198,11 @@ struct rotary {
   Index turned(Index cols) const noexcept { return dims == 0 ? cols : dims; }
 };
 
-/// Rotary positions whose scores also fall with distance: a query is multiplied by zeta_p^((n - centre) /
-/// scale_base) and a key by the inverse, with zeta_p = (2p / d + 0.4) / 1.4.
+/// Rotary positions with scores that also decrease with distance: a query is multiplied by
+/// zeta_p^((n - centre) / scale_base) and a key by the inverse, with zeta_p = (2p / d + 0.4) / 1.4.
 ///
-/// Only the product is bounded: far from the centre the factors leave the range of float. Positions within
-/// 60 * scale_base of the centre are safe; set `centre` to the middle of what is attended.
+/// Only the product of both factors is bounded: far from the centre each factor exceeds the range of float. Positions
+/// within 60 * scale_base of the centre are safe; set `centre` to the middle of the positions of a call.
 ///
 /// Source  Sun et al. 2022 (A Length-Extrapolatable Transformer, arXiv 2212.10554), eq. 11 and algorithm 1.
 struct xpos {
@@ -221,7 +220,7 @@ struct xpos {
     const auto growth = [&](Index p) {
       return sign * std::log((2 * static_cast<double>(p) / cols + 0.4) / 1.4) / scale_base;
     };
-    // Turned about the centre too: scores see only differences of positions.
+    // Angles are also relative to the centre, because scores depend only on differences of positions.
     detail::rotate_rows(rows, first_position - centre, 1, rows.cols, base, pairing, growth);
   }
   void check(Index cols) const {
@@ -237,13 +236,12 @@ struct xpos {
   }
 };
 
-/// Encodes x in place: row i of every head stands at position `first_position` + i.
+/// Encodes x in place: row i of every head is at position `first_position` + i.
 ///
 /// Shapes  x [batch, heads, rows, cols], float or double
 /// Cost    about 3 * batch * heads * rows * cols flop; no allocation
-/// Error   each coordinate within 2 ulp of the pair's length, at any position up to 2^40
-/// Throws  Error when rows of x cannot be encoded or first_position is farther away than 2^62, before x is
-///         touched
+/// Error   each number within 2 ulp of the length of its pair, at any position up to 2^40
+/// Throws  Error if rows of x cannot be encoded or |first_position| exceeds 2^62, before x is changed
 template <TensorLike X, Position P>
 void encode_positions(X&& x, const P& encoding, Index first_position, Role role) {
   const auto tensor = view(x);

@@ -1,4 +1,4 @@
-// How a score is changed between q.k and the softmax.
+// Score functions, which change scores between q.k and the softmax (the `score_mod` of FlexAttention).
 #pragma once
 
 #include <algorithm>
@@ -24,16 +24,16 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// A score function: takes s = scale * q.k of head h in batch row b, for the query at position i and key j,
-/// and returns what the softmax is to see instead. A lambda will do:
+/// A score function: receives s = scale * q.k of head h in batch row b, for the query at position i and key j, and
+/// returns the score that the softmax uses instead. It may be a lambda:
 ///
 ///   [](float s, Index b, Index h, Index i, Index j) { return s + table[h][i - j]; }
 ///
-/// Minus infinity hides the key. Units are those of the natural exponential. Denormal numbers count as 0 in it (see
-/// Executor).
+/// Minus infinity hides the key. The softmax weight of a score s is proportional to e^s. Inside the function denormal
+/// numbers count as 0 (see Executor).
 ///
-/// A score may have a member `void check(const CallSizes& sizes) const` (call_sizes.hpp), which throws Error
-/// if its options or arrays do not fit a call. Like that of a mask it is called before anything is written.
+/// A score may have a member `void check(const CallSizes& sizes) const` (call_sizes.hpp), which throws Error if its
+/// options or arrays do not fit a call. Like the same member of a mask it is called before anything is written.
 template <class S>
 concept Score = std::is_object_v<S> && !Mask<S> && requires(const S& score, float s, Index x) {
   { score(s, x, x, x, x) } -> std::convertible_to<float>;
@@ -62,17 +62,17 @@ struct ScoreValueOf<S, Real> {
   using type = typename FirstArgument<decltype(&S::operator())>::type;
 };
 
-/// The type in which a score function takes its score: its own if it names one, Real if it is a template.
+/// The type of a score function's first argument: the type that it declares, or Real if it is a template.
 template <class S, class Real>
 using ScoreValue = typename ScoreValueOf<S, Real>::type;
 
-/// Scores that also work on a packet of queries at once; `distance` holds i - j of each lane.
+/// Score functions that can also change a packet of queries at once; `distance` contains i - j for each lane.
 template <class S, class Packet>
 concept PacketScore = requires(const S& score, Packet s, Index x) {
   { score.on_packet(s, x, s) } -> std::convertible_to<Packet>;
 };
 
-/// Changes the scores of a strip in place, in the fastest way that the score offers.
+/// Changes the scores of a strip in place, in the fastest way that the score function offers.
 template <class Real, class S>
 void change_strip(const S& score, const ScoreStrip<Real>& strip) {
   constexpr Index w = lanes<Real>;
@@ -96,8 +96,9 @@ void change_strip(const S& score, const ScoreStrip<Real>& strip) {
     }
   }
 }
-/// Scores that also work on packets whose lanes belong to different heads: for_heads(the head of each lane) returns a
-/// function of (scores, distances). A packet score without it is called once for each of these heads.
+/// Score functions that can also change packets whose lanes belong to different heads: for_heads(the head of each
+/// lane) returns a function of (scores, distances). A packet score without this member is called once for each of
+/// these heads.
 template <class S, class Real>
 concept PacketScoreOfHeads = requires(const S& score, Packet<Real> s, const Index* heads) {
   { score.template for_heads<Real>(heads)(s, s) } -> std::convertible_to<Packet<Real>>;
@@ -105,7 +106,7 @@ concept PacketScoreOfHeads = requires(const S& score, Packet<Real> s, const Inde
 
 }  // namespace detail
 
-/// Scores as they are.
+/// Leaves scores unchanged.
 struct unchanged {
   template <class Real>
   constexpr Real operator()(Real s, Index, Index, Index, Index) const noexcept {
@@ -174,8 +175,8 @@ struct alibi {
   }
 };
 
-/// The slopes of the paper: 2^(-8 n / heads) for head n = 1 .. heads when heads is a power of two; else those
-/// of the next lower power of two, followed by every second one of the next higher.
+/// The slopes of the paper: 2^(-8 n / heads) for head n = 1 .. heads if heads is a power of two; otherwise the slopes
+/// of the next lower power of two, followed by every second slope of the next higher power of two.
 inline std::vector<float> alibi_slopes(Index heads) {
   std::vector<float> slopes;
   Index power = 1;
@@ -191,10 +192,10 @@ inline std::vector<float> alibi_slopes(Index heads) {
   return slopes;
 }
 
-/// s + bias[b, h, i, j], from a tensor [batch or 1, heads or 1, queries or 1, keys]; a dimension of 1 is
-/// repeated, but for the keys. Its row 0 belongs to the query at position `first_query`, which by default is that of
-/// row 0 of [queries, keys] in a call. It may hold more queries and keys than a call has. Minus infinity hides the key,
-/// but the pair is computed: a mask skips it.
+/// s + bias[b, h, i, j], with bias from a tensor [batch or 1, heads or 1, queries or 1, keys]; a dimension of 1 is
+/// repeated, except for keys. Row 0 belongs to the query at position `first_query`; the default keys - queries aligns
+/// the last row with the last key. The tensor may have more queries and keys than a call. Minus infinity hides the
+/// key, but unlike with a mask the pair is still computed.
 template <class T>
 struct additive_bias {
   TensorView<const T> bias;
@@ -252,7 +253,7 @@ additive_bias(TensorView<T>) -> additive_bias<std::remove_const_t<T>>;
 template <class T>
 additive_bias(TensorView<T>, Index) -> additive_bias<std::remove_const_t<T>>;
 
-/// First one, then the other. `a | b`.
+/// Applies two score functions one after the other. `a | b`.
 template <Score A, Score B>
 struct piped {
   A first;

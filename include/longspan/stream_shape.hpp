@@ -1,4 +1,4 @@
-// What a stream is told before its first token.
+// The shape and the options of streams.
 #pragma once
 
 #include <algorithm>
@@ -24,35 +24,37 @@ struct StreamShape {
   LONGSPAN_INLINE constexpr bool operator==(const StreamShape&) const = default;
 };
 
-/// How a kv_cache keeps its rows.
+/// How a kv_cache stores its rows.
 struct kv_cache_options {
-  /// Tokens in a page. 0: all tokens in one array, which grows by doubling. The kernels take every page by
-  /// itself: a token against 32768 (float, 32 heads on 8 of 128) costs 5 to 20 % more with pages of 256 than
-  /// with an array, 5 to 30 % with 64 and 15 to 50 % with 16; a chunk of 512 against 4096 1, 5 and 13 %.
+  /// Tokens in a page. 0: all tokens are in one array, which grows by doubling. The kernels process every page
+  /// separately, which costs time compared with one array. One token after 32768 (float, 32 heads, 8 KV heads,
+  /// head_dim 128), pages of 256: 5 to 20 % more, of 64: 5 to 30 %, of 16: 15 to 50 %. A chunk of 512 tokens after
+  /// 4096, pages of 256: 1 %, of 64: 5 %, of 16: 13 %.
   Index page_size = 0;
-  /// Evict a page when the mask will show none of its keys again: with `causal{} & window{W}`, or
-  /// `causal{} & (window{W} | sinks{4})`, a ring of about (W + rollback) / page_size + 2 pages remains, however many
-  /// tokens have come: 38 MB with W 4096, pages of 256 and the sizes above. An array keeps everything.
+  /// Evict a page when the mask will not show any of its keys again. With `causal{} & window{W}`, or
+  /// `causal{} & (window{W} | sinks{4})`, about (W + rollback) / page_size + 2 pages remain, however many tokens were
+  /// appended: 38 MB with W 4096, pages of 256 and the sizes above. One array keeps everything.
   bool evict = true;
-  /// The last `rollback` tokens before the largest size that the stream has had can be taken back: pages are
-  /// evicted that much later. Tokens that stay have the results and bits of a stream that never saw the others.
+  /// `truncate` can remove the last `rollback` tokens before the largest size that the stream has had; pages are
+  /// evicted so many tokens later. After that the stream has the results and bits of one that never saw the removed
+  /// tokens.
   Index rollback = 16;
 };
 
-/// What a dilated_cache keeps beyond the rows that later queries see.
+/// What a dilated_cache keeps in addition to the rows that later queries see.
 struct dilated_cache_options {
-  /// So many of the last tokens can always be taken back, counted from the largest size that the stream has
-  /// had: a segment that closes keeps its rows for that many tokens more. 16 cost at most one closed segment
-  /// and 16 / r rows for each branch (w, r).
+  /// `truncate` can always remove so many of the last tokens, counted from the largest size that the stream has had: a
+  /// closed segment keeps its rows for so many more tokens. A rollback of 16 costs at most one closed segment and
+  /// 16 / r rows for each branch (w, r).
   Index rollback = 16;
 };
 
-/// What an infini_memory keeps beyond the memory and the open segment.
+/// What an infini_memory keeps in addition to the memory and the open segment.
 struct infini_memory_options {
-  /// So many of the last tokens of a batch row can always be taken back, counted from the largest size that it
-  /// has had. Unless 0 the stream keeps a second memory, M and z as they were at a segment border that is at
-  /// least so old, and the rows since: 2 * segment + rollback of them at most. A segment is written a second
-  /// time, to that memory, if rollback is longer than a segment.
+  /// `truncate` can always remove so many of the last tokens of a batch row, counted from the largest size that the row
+  /// has had. If rollback is not 0, the stream keeps a second memory, M and z as they were at an earlier segment border
+  /// at least so many tokens ago, and the rows since then, at most 2 * segment + rollback. If rollback is longer than a
+  /// segment, each segment is written a second time, to this second memory.
   Index rollback = 0;
 };
 
@@ -61,7 +63,7 @@ LONGSPAN_VOCABULARY_END
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Has the definition of a class been read? Functors make streams whose headers they do not include.
+/// True if the definition of a class has been included: functors make streams whose headers they do not include.
 template <class T>
 concept Complete = requires { sizeof(T); };
 
@@ -79,7 +81,7 @@ inline void check_stream_shape(std::string_view function, const StreamShape& sha
   }
 }
 
-/// Refuses a call whose tensors, checked against each other before, are not those of the stream.
+/// Throws Error if the tensors of a call, which agree with each other, do not have the shape of the stream.
 template <class Call>
 void check_stream_call(std::string_view function, const Call& call, const StreamShape& shape) {
   const StreamShape given{call.q.batch, call.q.heads, call.k.heads, call.head_dim(), call.value_dim()};
@@ -95,7 +97,7 @@ void check_stream_call(std::string_view function, const Call& call, const Stream
            std::to_string(call.q.rows) + " as q has");
 }
 
-/// Refuses keys and values that come without queries unless they are of `batch` rows of the stream.
+/// Throws Error if keys and values without queries are not rows for `batch` batch rows of the stream.
 template <class K, class V>
 void check_tokens(std::string_view function, const K& k, const V& v, Index batch, const StreamShape& shape) {
   const auto wanted = [&](const auto& x, std::string_view what, Index cols) {
@@ -107,7 +109,7 @@ void check_tokens(std::string_view function, const K& k, const V& v, Index batch
   wanted(v, "v", shape.value_dim);
 }
 
-/// Refuses a `reorder` that does not name a batch row of the stream for each of its batch rows.
+/// Throws Error unless `rows` names a batch row of the stream for each of its batch rows.
 inline void check_reorder(std::string_view function, std::span<const Index> rows, Index batch) {
   if (static_cast<Index>(rows.size()) != batch)
     refuse(function, "the number of rows", std::to_string(rows.size()), std::to_string(batch));
@@ -117,7 +119,7 @@ inline void check_reorder(std::string_view function, std::span<const Index> rows
   }
 }
 
-/// Rows [first, first + count) of a call, lse as well.
+/// The rows [first, first + count) of a call, including those of lse.
 template <class Call>
 Call part_of(const Call& call, Index first, Index count) {
   Call part = call;

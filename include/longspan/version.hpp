@@ -1,8 +1,8 @@
 // The version of the library, and the two namespaces that let translation units with different flags be linked.
 #pragma once
 
-// A missing header is the one error after which every compiler stops: without C++20 thousands of others would
-// follow the sentence.
+// Compilers stop only after a missing header. Without C++20 thousands of other errors would otherwise follow this
+// sentence.
 #if defined(_MSVC_LANG) ? _MSVC_LANG < 202002L : __cplusplus < 202002L
 #error "longspan: this library needs C++20: compile with -std=c++20 or /std:c++20"
 #include "longspan/compile_with_std_c++20"
@@ -17,15 +17,15 @@
   (LONGSPAN_VERSION_MAJOR * 10000 + LONGSPAN_VERSION_MINOR * 100 + LONGSPAN_VERSION_PATCH)
 
 // ----------------------------------------------------------------------------------------------------------
-// Two translation units of one program may be compiled for different instruction sets, or one with OpenMP and one
-// without. The linker keeps one of two functions of the same name. So code is in an inline namespace whose name
-// tells all that changes code, for instance v0_2_x3_omp (x86-64-v3, OpenMP).
+// Two translation units of one program may be compiled for different instruction sets, or only one of them with OpenMP.
+// Of two functions with the same name the linker keeps only one. Code is therefore in an inline namespace whose name
+// contains everything that changes the code, for instance v0_2_x3_omp (x86-64-v3, OpenMP).
 //
-// Views, errors and options are in another inline namespace, v0_2, and are the same types in all units: they can
-// stand in the signature of a function that one unit defines and another calls. Their members are compiled into
-// their callers (LONGSPAN_INLINE), so that the linker has none to choose from.
+// Views, errors and options are in another inline namespace, v0_2, and are the same types in all units, so that they
+// can be used in the signature of a function that one unit defines and another calls. Their members are always
+// inlined (LONGSPAN_INLINE), so that the linker never has to choose between two versions.
 
-// What a program of several units may set for one of them.
+// Settings that may differ between the translation units of a program.
 #if defined(EIGEN_DONT_VECTORIZE)
 #define LONGSPAN_ABI_VECTORS _scalar
 #else
@@ -79,7 +79,8 @@
   }                            \
   }
 
-/// Types that are the same in all translation units of a version. No `detail` here: it would be a second one.
+/// Types that are the same in all translation units of a version. They have no namespace `detail`, because that would
+/// be a second namespace of this name.
 #define LONGSPAN_VOCABULARY_BEGIN \
   namespace longspan {            \
   inline namespace LONGSPAN_VOCABULARY {

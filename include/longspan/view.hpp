@@ -1,4 +1,4 @@
-// Strided, non-owning views: the only tensors the kernels know. No Eigen here.
+// Strided, non-owning views: the only tensors that the kernels use. This header does not include Eigen.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 LONGSPAN_VOCABULARY_BEGIN
 
-/// Every size, stride, position and offset: 64 bits, signed, counted in elements.
+/// The type of every size, stride, position and offset: 64 bits, signed, counted in elements.
 using Index = std::ptrdiff_t;
 
 /// A [rows, cols] matrix. Rows are `row_stride` elements apart, each row is contiguous.
@@ -27,9 +27,9 @@ struct MatrixView {
   }
 };
 
-/// A [batch, heads, rows, cols] tensor in any memory order, so long as the last dimension is contiguous: a
-/// [batch, rows, heads, cols] buffer is the same view with other strides, and a stride of 0 repeats an input.
-/// A view of const elements is made from one of mutable elements, never back.
+/// A [batch, heads, rows, cols] tensor in any memory order whose last dimension is contiguous: a [batch, rows, heads,
+/// cols] buffer is the same view with other strides, and a stride of 0 repeats an input. A view of mutable elements
+/// converts to a view of const elements, but not the other way round.
 template <class T>
 struct TensorView {
   using Element = T;
@@ -66,7 +66,7 @@ struct TensorView {
   }
 };
 
-/// One number for each query: [batch, heads, rows]. Holds log-sum-exps.
+/// One number for each query: [batch, heads, rows]. Used for log-sum-exps.
 template <class T>
 struct RowsView {
   using Element = T;

@@ -1,4 +1,4 @@
-// A program that uses the library as any other would. Each way to reach the headers builds it.
+// A user's program. It is built once for each way to find the headers.
 #include <longspan/longspan.hpp>
 
 int main() {

@@ -1,8 +1,8 @@
-// Macros that system headers leave behind: <windows.h>, <complex.h>, <sys/sysmacros.h>, X11 and gnu++20. A program may
-// have read them before this library. Each expands to what is no name, so that one expansion in a header is an error,
-// whether or not the program instantiates what it is in.
+// Macros that system headers leave behind: <windows.h>, <complex.h>, <sys/sysmacros.h>, X11 and gnu++20. A program
+// may have included them before this library. Each expands to something invalid, so that any expansion in a header is
+// an error, whether or not the program instantiates that code.
 //
-// The standard library takes min and max away again, so what Longspan reads of it comes first.
+// The standard library undefines min and max, so its headers are included first.
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/mman.h>

@@ -1,4 +1,4 @@
-// Compiled with -fno-exceptions: bad input ends in the handler that the program names.
+// Compiled with -fno-exceptions: invalid input calls the handler that the program defines.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -21,7 +21,7 @@ int main() {
   attend(longspan::compact_view(q, 1, 1, 1, 2), longspan::compact_view(k, 1, 1, 2, 2),
          longspan::compact_view(v, 1, 1, 2, 2), longspan::compact_view(out, 1, 1, 1, 2));
   if (out[0] != 0.0F || out[1] != 0.0F) return 1;
-  // k has 2 rows and v 1: the handler takes over and ends the program with 0.
+  // k has 2 rows and v has 1, so the handler is called; it ends the program with code 0.
   attend(longspan::compact_view(q, 1, 1, 1, 2), longspan::compact_view(k, 1, 1, 2, 2),
          longspan::compact_view(v, 1, 1, 1, 2), longspan::compact_view(out, 1, 1, 1, 2));
   return 1;

@@ -1,4 +1,4 @@
-// Compiled without OpenMP: the openmp executor is there and runs on the caller's thread.
+// Compiled without OpenMP: the openmp executor exists and runs on the calling thread.
 #include "consumer.cpp"  // NOLINT(bugprone-suspicious-include): the same program, other flags
 
 #if defined(_OPENMP)

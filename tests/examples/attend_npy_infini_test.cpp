@@ -1,4 +1,4 @@
-// attend_npy infini: the reference's results and memory, and what it refuses.
+// attend_npy infini: results and memory compared with the reference, and errors.
 #include <cmath>
 #include <random>
 #include <string>
@@ -11,7 +11,7 @@
 
 using longspan::InfiniRule;
 
-TEST_CASE("attend_npy infini: agrees with the reference, in any chunks, and so does its memory",
+TEST_CASE("attend_npy infini: results and memory agree with the reference, in any chunks",
           "[attend_npy][oracle]") {
   const TemporaryFolder folder;
   test::Random random(1);
@@ -51,7 +51,8 @@ TEST_CASE("attend_npy infini: agrees with the reference, in any chunks, and so d
   }
 }
 
-TEST_CASE("attend_npy infini: what does not fit is refused, and nothing is written", "[attend_npy][errors]") {
+TEST_CASE("attend_npy infini: invalid arguments are refused, and nothing is written",
+          "[attend_npy][errors]") {
   const TemporaryFolder folder;
   for (const char* name : {"q.npy", "k.npy", "v.npy"})
     save<float>(folder, name, {9, 4}, std::vector<float>(36, 1.0f));

@@ -1,4 +1,4 @@
-// attend_npy landmark: the reference's results, and what it refuses.
+// attend_npy landmark: compared with the reference, and errors.
 #include <cmath>
 #include <random>
 #include <string>
@@ -15,7 +15,7 @@ namespace {
 using longspan::Index;
 using longspan::landmarks;
 
-/// Runs a variant that has an lse; says what it printed where it fails.
+/// Runs a variant that has an lse; a failure shows what it printed.
 void run(const TemporaryFolder& folder, const std::string& variant, std::vector<std::string> keys) {
   keys.insert(keys.end(), {"--lse", "lse.npy"});
   const Outcome outcome = run_variant(folder, variant, keys);
@@ -23,7 +23,7 @@ void run(const TemporaryFolder& folder, const std::string& variant, std::vector<
   REQUIRE(outcome.exit_code == 0);
 }
 
-/// Random values, also as a file of the folder.
+/// Random values, which are also saved as a file of the folder.
 std::vector<float> saved(const TemporaryFolder& folder, const std::string& name,
                          const std::vector<Index>& shape, unsigned seed) {
   std::mt19937 random(seed);

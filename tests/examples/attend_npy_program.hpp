@@ -16,10 +16,10 @@
 struct Outcome {
   int exit_code = -1;
   std::string out, err;
-  std::string notes = {};  ///< the lines of stderr that say what was read or warn; `err` has the others
+  std::string notes = {};  ///< the lines of stderr with shapes and warnings; `err` has the others
 };
 
-/// Moves those lines from err to notes.
+/// Moves the lines with shapes and warnings from err to notes.
 inline Outcome with_notes(Outcome outcome) {
   std::string others;
   for (std::size_t begin = 0; begin < outcome.err.size();) {
@@ -35,7 +35,7 @@ inline Outcome with_notes(Outcome outcome) {
 
 inline std::string quoted(const std::string& text) { return "'" + text + "'"; }
 
-/// Runs `attend_npy <words>` in the folder, through a shell that first does `before`.
+/// Runs `attend_npy <words>` in the folder, in a shell that first runs `before`.
 inline Outcome run(const TemporaryFolder& folder, const std::string& words, const std::string& before = "") {
   const TemporaryFolder streams;
   const std::string command = "cd " + quoted(folder.path()) + " && " + before + quoted(LONGSPAN_ATTEND_NPY) +
@@ -45,7 +45,7 @@ inline Outcome run(const TemporaryFolder& folder, const std::string& words, cons
   return with_notes({WIFEXITED(status) ? WEXITSTATUS(status) : -1, streams.read("out"), streams.read("err")});
 }
 
-/// Runs a variant on q.npy, k.npy and v.npy, into out.npy; `words` are keys, options and names of files.
+/// Runs a variant with q.npy, k.npy, v.npy and out.npy; `words` are keys, options and names of files.
 inline Outcome run_variant(const TemporaryFolder& folder, const std::string& variant,
                            const std::vector<std::string>& words) {
   std::string line = variant + " --q q.npy --k k.npy --v v.npy --out out.npy";
@@ -53,7 +53,7 @@ inline Outcome run_variant(const TemporaryFolder& folder, const std::string& var
   return run(folder, line);
 }
 
-/// The variant refuses the words by one line that has `part` in it, and writes nothing.
+/// Checks that the variant refuses the words with one line that contains `part`, and writes nothing.
 inline void check_variant_refused(const TemporaryFolder& folder, const std::string& variant,
                                   const std::vector<std::string>& words, const std::string& part) {
   const auto names = folder.names();
@@ -65,7 +65,7 @@ inline void check_variant_refused(const TemporaryFolder& folder, const std::stri
   CHECK(folder.names() == names);
 }
 
-/// The file `name` of the folder: an array of T, whatever the type of the values.
+/// Saves the values as an array of T in the file `name` of the folder.
 template <class T, class Value = double>
 void save(const TemporaryFolder& folder, const std::string& name, const std::vector<longspan::Index>& shape,
           const std::vector<Value>& values) {
@@ -78,7 +78,7 @@ void save(const TemporaryFolder& folder, const std::string& name, const std::vec
   folder.write(name, file.bytes);
 }
 
-/// The float32 values of a file, which must have this shape.
+/// The float32 values of a file, which must have the given shape.
 inline std::vector<float> loaded(const TemporaryFolder& folder, const std::string& name,
                                  const std::vector<longspan::Index>& shape) {
   const npy::Array file = npy::read(folder.file(name));

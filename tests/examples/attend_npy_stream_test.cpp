@@ -1,5 +1,5 @@
-// attend_npy softmax_stream, dilated_stream and hybrid_stream: what one call over all tokens gives, however
-// they are cut into chunks, and what is refused.
+// attend_npy softmax_stream, dilated_stream and hybrid_stream: any chunks match a single call over all tokens, and
+// errors.
 #include <algorithm>
 #include <cmath>
 #include <random>
@@ -26,7 +26,7 @@ std::vector<double> saved(const TemporaryFolder& folder, const std::string& name
   return values;
 }
 
-/// 61 tokens of 2 batch rows, 6 heads on 2.
+/// 61 tokens, 2 batch rows, 6 heads, 2 KV heads.
 struct Inputs {
   TemporaryFolder folder;
   std::vector<double> q = saved(folder, "q.npy", {2, 6, 61, 24}, 1),
@@ -40,7 +40,7 @@ std::vector<double> values_of(const TemporaryFolder& folder, const std::string& 
                     file.values);
 }
 
-/// What the variant writes as `name`.
+/// The values that the variant writes to the file `name`.
 std::vector<double> outcome(const TemporaryFolder& folder, const std::string& variant, const Words& words,
                             const std::string& name = "out.npy") {
   CAPTURE(variant, words);
@@ -60,12 +60,12 @@ double largest_difference(const std::vector<double>& a, const std::vector<double
   double largest = 0;
   for (std::size_t n = 0; n < a.size(); ++n) {
     const double difference = a[n] == b[n] ? 0 : std::abs(a[n] - b[n]);
-    if (!(difference <= largest)) largest = difference;  // NaN is the largest
+    if (!(difference <= largest)) largest = difference;  // NaN counts as the largest
   }
   return largest;
 }
 
-/// The stream against the call, out and lse, in float and in double.
+/// Compares out and lse of the stream and of the call, in float and in double.
 void check_agree(const TemporaryFolder& folder, const std::string& stream, const Words& stream_words,
                  const std::string& call, const Words& call_words) {
   for (const auto& [dtype, bound] : {std::pair("f32", 1e-5), {"f64", 1e-13}, {"bf16", 1e-5}, {"f16", 1e-5}}) {
@@ -90,7 +90,8 @@ TEST_CASE("attend_npy softmax_stream: agrees with softmax causal=1", "[attend_np
   check({"softcap=1.5", "window=30"}, {"chunks=30,31", "page=1"});
 }
 
-TEST_CASE("attend_npy softmax_stream: rows are what the cache keeps k and v as", "[attend_npy][oracle]") {
+TEST_CASE("attend_npy softmax_stream: rows= is the type in which the cache stores k and v",
+          "[attend_npy][oracle]") {
   const Inputs in;
   const auto exact = outcome(in.folder, "softmax", {"causal=1"});
   for (const Words& more : {Words{"chunks=60,1"}, Words{"chunks=60,1", "page=16"}}) {
@@ -104,7 +105,7 @@ TEST_CASE("attend_npy softmax_stream: rows are what the cache keeps k and v as",
     CHECK((1e-3 < bf16 && bf16 < 0.05));
     CHECK((1e-3 < int8 && int8 < 0.1));
   }
-  // The same rows, though the queries are rounded as well.
+  // The same rows, but the queries are rounded as well.
   const Words halves{"--dtype", "f16"};
   CHECK(outcome(in.folder, "softmax_stream", halves) ==
         outcome(in.folder, "softmax_stream", with(halves, {"rows=f16"})));
@@ -155,7 +156,7 @@ TEST_CASE("attend_npy hybrid_stream: agrees with the library's stream, in any ch
   check({"block=4", "top_k=0", "window_blocks=0", "capacity=0", "evicted_at_once=1"}, options);
 }
 
-TEST_CASE("attend_npy streams: what does not fit is refused, and nothing is written",
+TEST_CASE("attend_npy streams: invalid arguments are refused, and nothing is written",
           "[attend_npy][errors]") {
   const TemporaryFolder folder;
   for (const char* name : {"q.npy", "k.npy", "v.npy"}) saved(folder, name, {9, 4}, 1);

@@ -1,4 +1,4 @@
-// attend_npy as a program: its variants against the references, and what it refuses.
+// attend_npy as a program: its variants compared with the references, and errors.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -31,7 +31,7 @@ namespace {
 
 using longspan::Index;
 
-/// A tensor in double, whose values a float32 holds exactly.
+/// A tensor in double whose values are exact in float32.
 struct Values {
   std::vector<Index> shape;
   std::vector<double> values;
@@ -83,7 +83,7 @@ bool holds_doubles(const npy::Array& array) {
   return std::holds_alternative<std::vector<double>>(array.values);
 }
 
-/// The largest scale * sum_c |q_ic k_jc| of any query and key: no less than a_i of the error bound.
+/// The largest scale * sum_c |q_ic k_jc| of any query and key: at least a_i of the error bound.
 double condition(const Inputs& in, double scale) {
   const auto q = in.q.view(), k = in.k.view();
   double largest = 0;
@@ -102,7 +102,7 @@ double condition(const Inputs& in, double scale) {
   return std::abs(scale) * largest;
 }
 
-/// out and lse in the folder against the oracle, within the bound that softmax_attention promises.
+/// Compares out and lse in the folder with the oracle, within the bound of softmax_attention.
 template <class Mask, class Score>
 void check_outputs(const TemporaryFolder& folder, const Inputs& in, const Mask& mask, const Score& score,
                    std::optional<double> scale, double unit) {
@@ -125,7 +125,7 @@ void check_outputs(const TemporaryFolder& folder, const Inputs& in, const Mask& 
   REQUIRE(out.size() == exact.size());
   REQUIRE(lse.size() == exact_lse.size());
   const double a = condition(in, scale.value_or(1 / std::sqrt(static_cast<double>(in.q.shape[3]))));
-  int wrong = 0, wrong_lse = 0;  // counted so that a NaN is wrong
+  int wrong = 0, wrong_lse = 0;  // counted so that NaN counts as wrong
   for (std::size_t n = 0; n < out.size(); ++n) {
     wrong += !(std::abs(out[n] - exact[n]) <= 16 * unit * (1 + a) * gauge[n]);
   }
@@ -206,8 +206,8 @@ TEST_CASE("attend_npy dilated: agrees with the oracle for every key", "[attend_n
                                     std::vector<Branch>{{8, 1}, {16, 2}, {64, 4}}, longspan::causal{}}});
 }
 
-TEST_CASE("attend_npy softmax: window=W sees the keys less than W positions away", "[attend_npy][exact]") {
-  // Equal scores and a power of two of keys: out is the mean of the visible values, exactly.
+TEST_CASE("attend_npy softmax: window=W shows the keys less than W positions away", "[attend_npy][exact]") {
+  // With equal scores and 2^n keys, out is exactly the mean of the visible values.
   const TemporaryFolder folder;
   const Index length = 12;
   std::vector<double> places(static_cast<std::size_t>(length));
@@ -217,13 +217,13 @@ TEST_CASE("attend_npy softmax: window=W sees the keys less than W positions away
   save<float>(folder, "v.npy", {length, 1}, places);
   REQUIRE(run(folder, "softmax window=4 causal=1" + files).exit_code == 0);
   CHECK(values_of(npy::read(folder.file("out.npy")))[9] == (6 + 7 + 8 + 9) / 4.0);
-  // Not causal the last query still sees four, the first ones of them behind it.
+  // Without causal the last query still sees four keys, and the first query the keys after it.
   REQUIRE(run(folder, "softmax window=4" + files).exit_code == 0);
   CHECK(values_of(npy::read(folder.file("out.npy")))[0] == (0 + 1 + 2 + 3) / 4.0);
   CHECK(values_of(npy::read(folder.file("out.npy")))[11] == (8 + 9 + 10 + 11) / 4.0);
 }
 
-TEST_CASE("attend_npy: --dtype is what the kernel sees, and decides what is written",
+TEST_CASE("attend_npy: --dtype is the type of the kernel and determines the type of the outputs",
           "[attend_npy][oracle]") {
   const TemporaryFolder folder;
   const Inputs in;
@@ -285,7 +285,7 @@ TEST_CASE("attend_npy: outputs have the rank of q", "[attend_npy]") {
   }
 }
 
-TEST_CASE("attend_npy: sizes of 0 are sizes", "[attend_npy]") {
+TEST_CASE("attend_npy: sizes of 0 are allowed", "[attend_npy]") {
   const TemporaryFolder folder;
   const auto shapes_of = [&](const std::vector<Index>& q, const std::vector<Index>& k,
                              const std::vector<Index>& v) {
@@ -300,7 +300,7 @@ TEST_CASE("attend_npy: sizes of 0 are sizes", "[attend_npy]") {
   CHECK(shapes_of({0, 2, 3, 4}, {0, 1, 3, 4}, {0, 1, 3, 5}).shape == std::vector<Index>{0, 2, 3, 5});
   CHECK(shapes_of({1, 2, 3, 4}, {1, 1, 3, 4}, {1, 1, 3, 0}).shape == std::vector<Index>{1, 2, 3, 0});
 
-  // No keys: every row sees none.
+  // Without keys no row sees a key.
   CHECK(values_of(shapes_of({1, 2, 3, 4}, {1, 1, 0, 4}, {1, 1, 0, 5})) == std::vector<double>(30, 0.0));
   CHECK(values_of(npy::read(folder.file("lse.npy"))) ==
         std::vector<double>(6, -std::numeric_limits<double>::infinity()));
@@ -327,7 +327,7 @@ TEST_CASE("attend_npy: the order of keys and options is free", "[attend_npy]") {
   CHECK(folder.read("other.npy") == expected);
 }
 
-TEST_CASE("attend_npy: --help is on stdout, a call without arguments gets the same on stderr",
+TEST_CASE("attend_npy: --help prints to stdout, a call without arguments prints the same to stderr",
           "[attend_npy]") {
   const TemporaryFolder folder;
   const Outcome help = run(folder, "--help"), late = run(folder, "softmax --out --help"),
@@ -346,7 +346,7 @@ TEST_CASE("attend_npy: --help is on stdout, a call without arguments gets the sa
 
 namespace {
 
-/// One sentence on stderr, exit code 2, and the folder as it was.
+/// Checks for one sentence on stderr, exit code 2, and an unchanged folder.
 void check_refused(const TemporaryFolder& folder, const std::string& words, const std::string& sentence,
                    const std::string& before = "") {
   CAPTURE(words);
@@ -360,8 +360,7 @@ void check_refused(const TemporaryFolder& folder, const std::string& words, cons
 
 }  // namespace
 
-TEST_CASE("attend_npy: a wrong command line is refused in one sentence and writes nothing",
-          "[attend_npy][errors]") {
+TEST_CASE("attend_npy: a wrong command line prints one sentence and writes nothing", "[attend_npy][errors]") {
   const TemporaryFolder folder;
   Inputs().save_as<float>(folder);
   const std::string options =
@@ -405,7 +404,7 @@ TEST_CASE("attend_npy: a wrong command line is refused in one sentence and write
   }
 }
 
-TEST_CASE("attend_npy: an output that is an input under any name is refused and the input is kept",
+TEST_CASE("attend_npy: an output that is an input under another name is refused, and the input is kept",
           "[attend_npy][errors]") {
   const TemporaryFolder folder;
   Inputs().save_as<float>(folder);
@@ -439,7 +438,7 @@ TEST_CASE("attend_npy: an output that is an input under any name is refused and 
   check_refused(folder, infini + " --norm-out m.npy --memory-out m.npy",
                 "the options --memory-out and --norm-out name the same file");
 
-  // Two outputs that are there already under two names of one file.
+  // Two outputs that already exist as two names of one file.
   folder.write("out.npy", "from an earlier run");
   fs::create_hard_link(folder.file("out.npy"), folder.file("lse.npy"));
   check_refused(folder, "softmax" + files + " --lse lse.npy",
@@ -447,9 +446,8 @@ TEST_CASE("attend_npy: an output that is an input under any name is refused and 
   CHECK(folder.read("out.npy") == "from an earlier run");
 }
 
-TEST_CASE(
-    "attend_npy: with --layout bnhd heads come after rows in q, k, v and out, and the result is the same",
-    "[attend_npy]") {
+TEST_CASE("attend_npy: with --layout bnhd tensors are [B, N, H, d], and the result is the same",
+          "[attend_npy]") {
   const TemporaryFolder folder;
   const Inputs in;
   const auto turned = [](const Values& x) {
@@ -463,7 +461,7 @@ TEST_CASE(
   };
   const auto check = [&](const Inputs& straight, std::size_t rank, const std::string& variant) {
     CAPTURE(variant, rank);
-    // The last dimensions; those of one head, where both layouts are [N, d].
+    // The last `rank` dimensions; with one head both layouts are [N, d].
     const auto file_shape = [&](const std::vector<Index>& shape) {
       if (rank == 2) return std::vector<Index>{shape[1] * shape[2], shape[3]};
       return std::vector<Index>(shape.end() - static_cast<std::ptrdiff_t>(rank), shape.end());
@@ -512,7 +510,7 @@ TEST_CASE(
                 "q.npy: has the shape (4,), wanted 2 to 4 dimensions: [N, d], [N, H, d] or [B, N, H, d]");
 }
 
-TEST_CASE("attend_npy: a line on stderr says what was read, and a warning how many queries see no key",
+TEST_CASE("attend_npy: stderr has a line with the shapes, and a warning if queries see no key",
           "[attend_npy]") {
   const TemporaryFolder folder;
   const auto notes = [&](const std::vector<Index>& q, const std::vector<Index>& k,
@@ -533,7 +531,7 @@ TEST_CASE("attend_npy: a line on stderr says what was read, and a warning how ma
         read + "2 batch rows of 1 head of 1 query on 1 KV head of 1 key, head_dim 8, value_dim 3\n");
   CHECK(notes({7, 8}, {7, 8}, {7, 8}, "infini segment=4") ==
         read + "1 head of 7 queries on 1 KV head of 7 keys, head_dim 8\n");
-  // A dump [B, N, H, d] that is taken for [B, H, N, d].
+  // A dump [B, N, H, d] that is read as [B, H, N, d].
   const std::vector<Index> q{1, 512, 8, 16}, k{1, 512, 2, 16};
   CHECK(notes(q, k, k, "softmax causal=1") ==
         read + "512 heads of 8 queries on 512 KV heads of 2 keys, head_dim 16\n" + warning +
@@ -547,12 +545,12 @@ TEST_CASE("attend_npy: a line on stderr says what was read, and a warning how ma
   CHECK(notes({1, 2, 1, 4}, {1, 1, 0, 4}, {1, 1, 0, 4}, "softmax") ==
         read + "2 heads of 1 query on 1 KV head of 0 keys, head_dim 4\n" + warning +
             "2 of 2 queries see no key, and the output of each is 0\n");
-  // What is refused is refused in one sentence.
+  // An error prints only one sentence.
   save<float>(folder, "k.npy", {1, 3, 2, 16}, std::vector<double>(96, 1.0));
   CHECK(run(folder, "softmax" + files).notes == "");
 }
 
-TEST_CASE("attend_npy: a wrong value of a key is refused in one sentence and writes nothing",
+TEST_CASE("attend_npy: a wrong value of a key prints one sentence and writes nothing",
           "[attend_npy][errors]") {
   const TemporaryFolder folder;
   Inputs().save_as<float>(folder);
@@ -571,7 +569,7 @@ TEST_CASE("attend_npy: a wrong value of a key is refused in one sentence and wri
   check("softcap", "a finite number above 0", {"", "0", "-1", "inf", "nan", "1e39", "1e-60", "50 "});
 }
 
-TEST_CASE("attend_npy dilated: a wrong value of a key is refused in one sentence", "[attend_npy][errors]") {
+TEST_CASE("attend_npy dilated: a wrong value of a key prints one sentence", "[attend_npy][errors]") {
   const TemporaryFolder folder;
   Inputs().save_as<float>(folder);
   check_refused(folder, "dilated" + files, "the key segments is missing");
@@ -589,7 +587,7 @@ TEST_CASE("attend_npy dilated: a wrong value of a key is refused in one sentence
                 "the key overlap is '', wanted multiset or set");
 }
 
-TEST_CASE("attend_npy: bad files are refused in one sentence and nothing is written",
+TEST_CASE("attend_npy: bad files are refused with one sentence, and nothing is written",
           "[attend_npy][errors]") {
   const TemporaryFolder folder;
   const Inputs in;
@@ -609,7 +607,7 @@ TEST_CASE("attend_npy: bad files are refused in one sentence and nothing is writ
       "deep.npy: has the shape (1, 1, 1, 1, 1), wanted 2 to 4 dimensions: [N, d], [H, N, d] or [B, H, N, d]");
 }
 
-TEST_CASE("attend_npy: shapes that disagree are refused and nothing is written", "[attend_npy][errors]") {
+TEST_CASE("attend_npy: shapes that disagree are refused, and nothing is written", "[attend_npy][errors]") {
   const TemporaryFolder folder;
   const Inputs in;
   const auto check = [&](const std::string& name, const std::vector<Index>& shape) {
@@ -625,15 +623,15 @@ TEST_CASE("attend_npy: shapes that disagree are refused and nothing is written",
     CHECK(outcome.err.find('\n') == outcome.err.size() - 1);
     CHECK(folder.names() == names);
   };
-  check("q.npy", {1, 6, 19, 24});  // batch
-  check("q.npy", {2, 5, 19, 24});  // heads no multiple of kv_heads
-  check("k.npy", {2, 2, 37, 23});  // head_dim
-  check("v.npy", {2, 2, 36, 5});   // kv_len
-  check("v.npy", {2, 1, 37, 5});   // kv_heads
+  check("q.npy", {1, 6, 19, 24});  // wrong batch
+  check("q.npy", {2, 5, 19, 24});  // heads is not a multiple of kv_heads
+  check("k.npy", {2, 2, 37, 23});  // wrong head_dim
+  check("v.npy", {2, 2, 36, 5});   // wrong kv_len
+  check("v.npy", {2, 1, 37, 5});   // wrong kv_heads
   check("v.npy", {37, 5});         // one head of one batch row
 }
 
-TEST_CASE("attend_npy: a failure leaves the outputs of an earlier run alone", "[attend_npy][errors]") {
+TEST_CASE("attend_npy: a failure does not change the outputs of an earlier run", "[attend_npy][errors]") {
   const TemporaryFolder folder;
   Inputs().save_as<float>(folder);
   folder.write("out.npy", "from an earlier run");
@@ -644,8 +642,8 @@ TEST_CASE("attend_npy: a failure leaves the outputs of an earlier run alone", "[
                 "folder: is there already and is not a regular file");
   check_refused(folder, "softmax" + files + " --lse none/lse.npy",
                 "none/lse.npy: the folder to write it in does not exist");
-  // A disk that is full after 32 KiB (64 with some shells) of the 80 KB of out.npy. Some OpenMP runtimes
-  // write a file of their own, a smaller one.
+  // A disk that is full after 32 KiB (64 KiB with some shells) of the 80 KB of out.npy. Some OpenMP runtimes write a
+  // smaller file of their own, which must still fit.
   save<float>(folder, "long.npy", {5000, 4}, std::vector<double>(20000, 1.0));
   check_refused(folder, "softmax window=1 --q long.npy --k long.npy --v long.npy --out out.npy --lse lse.npy",
                 "out.npy: cannot be written: File too large", "trap '' XFSZ && ulimit -f 64 && ");
@@ -659,15 +657,15 @@ TEST_CASE("attend_npy: a failure leaves the outputs of an earlier run alone", "[
         std::set<std::string>{"q.npy", "k.npy", "v.npy", "out.npy", "lse.npy", "long.npy", "folder"});
 }
 
-TEST_CASE("attend_npy: an output that no memory holds is refused", "[attend_npy][errors]") {
+TEST_CASE("attend_npy: an output that is too large for memory is refused", "[attend_npy][errors]") {
   const TemporaryFolder folder;
-  // Files without values may name any size: out would have 2^59 values, or more than can be counted in bytes.
+  // Files without values may have any size: out would have 2^59 values, or more bytes than can be counted.
   save<float>(folder, "q.npy", {2, 2, 2, 1}, std::vector<double>(8, 1.0));
   save<float>(folder, "k.npy", {2, 2, 0, 1}, {});
   save<float>(folder, "v.npy", {2, 2, 0, Index(1) << 57}, {});
   check_refused(folder, "softmax" + files,
                 "out.npy: would have the shape (2, 2, 2, 144115188075855872), too large for any memory");
-#if !defined(LONGSPAN_TEST_ADDRESS_SANITIZER)  // which ends the program where operator new would throw
+#if !defined(LONGSPAN_TEST_ADDRESS_SANITIZER)  // a sanitizer would end the program
   save<float>(folder, "v.npy", {2, 2, 0, Index(1) << 56}, {});
   check_refused(folder, "softmax" + files, "not enough memory for these tensors");
 #endif

@@ -13,7 +13,7 @@ namespace {
 
 using longspan::Index;
 
-/// A file put together by hand; the header's text is taken as it is.
+/// The bytes of a file with this text as its header.
 std::string npy_bytes(const std::string& header, std::size_t value_bytes, int major = 1) {
   std::string bytes = "\x93NUMPY";
   bytes += static_cast<char>(major);
@@ -26,7 +26,7 @@ std::string dictionary(const std::string& shape) {
   return "{'descr': '<f4', 'fortran_order': False, 'shape': " + shape + ", }\n";
 }
 
-/// Why the bytes are refused, without the path; "" when they are read.
+/// The reason why the bytes are refused, without the path; "" if they are read.
 std::string refusal(const TemporaryFolder& folder, const std::string& bytes) {
   folder.write("x.npy", bytes);
   try {
@@ -58,7 +58,7 @@ std::vector<T> distinct_values(std::size_t count) {
   return values;
 }
 
-/// Every array that is read holds what its shape says.
+/// Checks that an array has as many values as its shape.
 void check_consistent(const npy::Array& array) {
   const auto count = npy::value_count(array.shape);
   REQUIRE(count.has_value());
@@ -68,7 +68,7 @@ void check_consistent(const npy::Array& array) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("npy: what is written is read back to the bit", "[npy]", float, double) {
+TEMPLATE_TEST_CASE("npy: reads the bits that were written", "[npy]", float, double) {
   const TemporaryFolder folder;
   const std::vector<std::vector<Index>> shapes{{},  {1},    {7},       {3, 5}, {2, 3, 4},       {2, 1, 3, 5},
                                                {0}, {0, 3}, {4, 0, 2}, {1, 1}, {2, 2, 2, 2, 2}, {1000}};
@@ -109,7 +109,7 @@ TEST_CASE("npy: the header is the text that numpy writes, padded to 64 bytes", "
   }
 }
 
-TEST_CASE("npy: versions, key orders, quotes and spaces of other writers are read", "[npy]") {
+TEST_CASE("npy: reads the versions, key orders, quotes and spaces of other writers", "[npy]") {
   const TemporaryFolder folder;
   const auto shape_of = [&](const std::string& bytes) {
     folder.write("x.npy", bytes);
@@ -127,7 +127,7 @@ TEST_CASE("npy: versions, key orders, quotes and spaces of other writers are rea
   CHECK(shape_of(npy_bytes(dictionary("(0, 3)"), 0, version)) == std::vector<Index>{0, 3});
 }
 
-TEST_CASE("npy: each kind of bad file is refused by its own sentence", "[npy][errors]") {
+TEST_CASE("npy: each kind of bad file has its own error", "[npy][errors]") {
   const TemporaryFolder folder;
   const auto refused_dtype = [&](const std::string& descr) {
     return refusal(folder,
@@ -155,8 +155,7 @@ TEST_CASE("npy: each kind of bad file is refused by its own sentence", "[npy][er
         "is in Fortran order, wanted C order: save numpy.ascontiguousarray(x)");
 }
 
-TEST_CASE("npy: shapes that do not fit the file are refused before memory is taken for them",
-          "[npy][errors]") {
+TEST_CASE("npy: shapes that do not fit the file are refused before memory is allocated", "[npy][errors]") {
   const TemporaryFolder folder;
   const auto refused_shape = [&](const std::string& shape, std::size_t bytes = 24) {
     return refusal(folder, npy_bytes(dictionary(shape), bytes));
@@ -165,7 +164,7 @@ TEST_CASE("npy: shapes that do not fit the file are refused before memory is tak
   CHECK(refused_shape("(2, 3)", 25) == "holds 25 bytes of values, wanted 24 for the shape (2, 3)");
   CHECK(refused_shape("(0, 3)", 1) == "holds 1 bytes of values, wanted 0 for the shape (0, 3)");
   CHECK(refused_shape("(-2, -3)") == "its shape has a negative dimension");
-  // 2^60 - 1 is the most that can be counted in bytes of double, and 2^63 - 1 the most that can be counted.
+  // 2^60 - 1 is the largest number of doubles whose bytes can be counted, and 2^63 - 1 the largest number.
   CHECK(refused_shape("(1152921504606846975,)") ==
         "holds 24 bytes of values, wanted 4611686018427387900 for the shape (1152921504606846975,)");
   CHECK(refused_shape("(1152921504606846976,)") ==
@@ -222,7 +221,7 @@ TEST_CASE("npy: a header that is not exactly the dictionary is refused", "[npy][
   CHECK(refused(std::string("{'descr': '<f4'\0}", 17)) == not_numpy + "?}'");
 }
 
-TEST_CASE("npy: what is no regular file is refused without waiting for it", "[npy][errors]") {
+TEST_CASE("npy: only regular files are read, others are refused without blocking", "[npy][errors]") {
   const TemporaryFolder folder;
   const auto reason = [&](const std::string& path) -> std::string {
     try {
@@ -240,7 +239,7 @@ TEST_CASE("npy: what is no regular file is refused without waiting for it", "[np
   CHECK(reason("/dev/zero") == "/dev/zero: is not a regular file");
 }
 
-TEST_CASE("npy: a file cut short anywhere, or with a byte too many, is refused", "[npy][errors]") {
+TEST_CASE("npy: a file with bytes missing, or with one too many, is refused", "[npy][errors]") {
   const TemporaryFolder folder;
   const int version = GENERATE(1, 2, 3);
   std::string bytes = written<float>({2, 3}, distinct_values<float>(6));
@@ -253,9 +252,9 @@ TEST_CASE("npy: a file cut short anywhere, or with a byte too many, is refused",
   CHECK(!refusal(folder, bytes + '\0').empty());
 }
 
-TEST_CASE("npy: a flipped bit of the header is refused or leaves a whole array", "[npy][errors]") {
+TEST_CASE("npy: a flipped bit in the header is refused or gives a consistent array", "[npy][errors]") {
   const TemporaryFolder folder;
-  // An empty array with another second dimension is an empty array: some flips must be let through.
+  // An empty array with another second dimension is still an empty array, so some flips are accepted.
   const std::string bytes =
       GENERATE(written<float>({2, 3}, distinct_values<float>(6)), written<float>({0, 3}, {}),
                npy_bytes(dictionary("(2, 3)"), 24, 2), npy_bytes(dictionary("(0, 3)"), 0, 3));
@@ -277,7 +276,7 @@ TEST_CASE("npy: a flipped bit of the header is refused or leaves a whole array",
   CHECK((read > 0) == (empty || version_is_a_bit_from_another));
 }
 
-TEST_CASE("npy: files damaged at random are refused or leave a whole array", "[npy][errors]") {
+TEST_CASE("npy: randomly damaged files are refused or give a consistent array", "[npy][errors]") {
   const TemporaryFolder folder;
   const std::string bytes = written<float>({0, 3}, {}) + std::string(8, ' ');
   const std::string alphabet = "{}()[]',:\"\\ 0123456789<>f-TrueFalsdchpo_n\n";

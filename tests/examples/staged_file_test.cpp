@@ -25,7 +25,7 @@ std::string refusal(const std::string& path) {
 
 }  // namespace
 
-TEST_CASE("StagedFile: is seen under its name when it is put in place, not before", "[staged_file]") {
+TEST_CASE("StagedFile: appears under its name only when it is committed", "[staged_file]") {
   const TemporaryFolder folder;
   {
     std::vector<StagedFile> files;
@@ -41,7 +41,7 @@ TEST_CASE("StagedFile: is seen under its name when it is put in place, not befor
   CHECK(folder.read("b") == "second");
 }
 
-TEST_CASE("StagedFile: replaces what was there", "[staged_file]") {
+TEST_CASE("StagedFile: replaces an existing file", "[staged_file]") {
   const TemporaryFolder folder;
   folder.write("a", "old and longer");
   folder.write("b", "old");
@@ -58,7 +58,7 @@ TEST_CASE("StagedFile: replaces what was there", "[staged_file]") {
   CHECK(folder.read("b") == "new");
 }
 
-TEST_CASE("StagedFile: leaves nothing when it is given up", "[staged_file]") {
+TEST_CASE("StagedFile: leaves nothing if it is not committed", "[staged_file]") {
   const TemporaryFolder folder;
   folder.write("a", "old");
   {
@@ -71,7 +71,7 @@ TEST_CASE("StagedFile: leaves nothing when it is given up", "[staged_file]") {
   CHECK(folder.read("a") == "old");
 }
 
-TEST_CASE("StagedFile: all are put in place or none", "[staged_file][errors]") {
+TEST_CASE("StagedFile: all files are committed or none", "[staged_file][errors]") {
   const TemporaryFolder folder;
   const bool with_previous = GENERATE(false, true);
   if (with_previous) folder.write("a", "old");
@@ -81,7 +81,7 @@ TEST_CASE("StagedFile: all are put in place or none", "[staged_file][errors]") {
     files.emplace_back(folder.file("b"));
     files.emplace_back(folder.file("c"));
     for (StagedFile& file : files) write(file, "new");
-    std::filesystem::create_directory(folder.file("c"));  // comes in the way after it was looked at
+    std::filesystem::create_directory(folder.file("c"));  // appears after the check
     CHECK_THROWS_AS(StagedFile::put_in_place(files), longspan::FileError);
   }
   CHECK(folder.names() == (with_previous ? std::set<std::string>{"a", "c"} : std::set<std::string>{"c"}));
@@ -90,7 +90,7 @@ TEST_CASE("StagedFile: all are put in place or none", "[staged_file][errors]") {
 
 namespace {
 
-/// Files of this process cannot grow beyond `bytes`, as if the disk were full.
+/// Limits files of this process to `bytes`, as if the disk were full.
 class SmallDisk {
  public:
   explicit SmallDisk(rlim_t bytes) : previous_handler_(std::signal(SIGXFSZ, SIG_IGN)) {
@@ -112,16 +112,17 @@ class SmallDisk {
 
 }  // namespace
 
-TEST_CASE("StagedFile: a disk that is full is found out, at the latest when the file is closed",
+TEST_CASE("StagedFile: a full disk is noticed, at the latest when the file is closed",
           "[staged_file][errors]") {
   const TemporaryFolder folder;
   folder.write("a", "old");
-  const std::size_t size = GENERATE(std::size_t(100), std::size_t(1) << 20);  // held by a buffer, and not
+  const std::size_t size =
+      GENERATE(std::size_t(100), std::size_t(1) << 20);  // one fits into a buffer, one does not
   std::string text;
   try {
     std::vector<StagedFile> files;
     files.emplace_back(folder.file("a"));
-    const SmallDisk small(16);  // no assertion while it lasts: the test's own report may go to a file
+    const SmallDisk small(16);  // no assertions in this scope: the test's own report may go to a file
     write(files[0], std::string(size, 'x'));
     StagedFile::put_in_place(files);
   } catch (const longspan::FileError& error) {
@@ -132,9 +133,9 @@ TEST_CASE("StagedFile: a disk that is full is found out, at the latest when the 
   CHECK(folder.read("a") == "old");
 }
 
-TEST_CASE("StagedFile: never takes a file that is there already for its own", "[staged_file]") {
+TEST_CASE("StagedFile: never uses an existing file as its temporary file", "[staged_file]") {
   const TemporaryFolder folder;
-  folder.write("a.0.part", "of somebody else");
+  folder.write("a.0.part", "of another program");
   {
     std::vector<StagedFile> files;
     files.emplace_back(folder.file("a"));
@@ -142,10 +143,10 @@ TEST_CASE("StagedFile: never takes a file that is there already for its own", "[
     StagedFile::put_in_place(files);
   }
   CHECK(folder.read("a") == "new");
-  CHECK(folder.read("a.0.part") == "of somebody else");
+  CHECK(folder.read("a.0.part") == "of another program");
 }
 
-TEST_CASE("StagedFile: a link stays a link, its file is replaced", "[staged_file]") {
+TEST_CASE("StagedFile: a symbolic link stays a link, and its file is replaced", "[staged_file]") {
   const TemporaryFolder folder;
   std::filesystem::create_directory(folder.file("elsewhere"));
   folder.write("elsewhere/a", "old");
@@ -162,7 +163,7 @@ TEST_CASE("StagedFile: a link stays a link, its file is replaced", "[staged_file
         attend_npy::checked_target(folder.file("elsewhere/../elsewhere/a")));
 }
 
-TEST_CASE("StagedFile: what cannot be a file is refused at once", "[staged_file][errors]") {
+TEST_CASE("StagedFile: a name that cannot be a file is refused at once", "[staged_file][errors]") {
   const TemporaryFolder folder;
   CHECK(refusal(folder.path()) == folder.path() + ": is there already and is not a regular file");
   CHECK(refusal("/dev/null") == "/dev/null: is there already and is not a regular file");

@@ -1,4 +1,4 @@
-// A folder that lives as long as one test case.
+// A temporary folder for one test case.
 #pragma once
 
 #include <filesystem>
@@ -11,7 +11,7 @@
 class TemporaryFolder {
  public:
   TemporaryFolder() {
-    std::random_device random;  // ctest runs many test cases at one time
+    std::random_device random;  // ctest runs many test cases at the same time
     do {
       path_ = std::filesystem::temp_directory_path() / ("longspan_test_" + std::to_string(random()));
     } while (!std::filesystem::create_directory(path_));

@@ -1,4 +1,4 @@
-// expect: lse is written, and this tensor is const
+// expect: lse must not be const: the call writes it
 #include <longspan/longspan.hpp>
 #include <unsupported/Eigen/CXX11/Tensor>
 

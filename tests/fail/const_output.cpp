@@ -1,4 +1,4 @@
-// expect: out is written, and this tensor is const
+// expect: out must not be const: the call writes it
 #include <longspan/longspan.hpp>
 #include <unsupported/Eigen/CXX11/Tensor>
 

@@ -1,4 +1,4 @@
-// expect: the local attention of a stream has to hide later keys: give it causal
+// expect: the local functor of a stream must hide later keys: use the mask causal
 #include <longspan/longspan.hpp>
 
 using namespace longspan;

@@ -1,4 +1,4 @@
-// expect: tensors hold float, double, Eigen::bfloat16 or Eigen::half
+// expect: the elements of a tensor must be float, double, Eigen::bfloat16 or Eigen::half
 #include <longspan/longspan.hpp>
 #include <unsupported/Eigen/CXX11/Tensor>
 

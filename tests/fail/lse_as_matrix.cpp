@@ -1,4 +1,4 @@
-// expect: log-sum-exps of one head are an Eigen vector
+// expect: log-sum-exps of one head must be an Eigen vector
 #include <longspan/longspan.hpp>
 
 using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;

@@ -1,4 +1,4 @@
-// expect: lse holds float, or double where q does
+// expect: the elements of lse must be double if those of q are, otherwise float
 #include <longspan/longspan.hpp>
 #include <unsupported/Eigen/CXX11/Tensor>
 

@@ -1,4 +1,4 @@
-// expect: log-sum-exps have rank 1 .rows., 2 .heads, rows. or 3
+// expect: log-sum-exps must have rank 1 .rows., 2 .heads, rows. or 3
 #include <longspan/longspan.hpp>
 #include <unsupported/Eigen/CXX11/Tensor>
 

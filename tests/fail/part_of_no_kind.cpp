@@ -1,4 +1,4 @@
-// expect: each part of a functor is a mask, a score or a position encoding
+// expect: each part of a functor must be a mask, a score or a position encoding
 #include <longspan/longspan.hpp>
 #include <unsupported/Eigen/CXX11/Tensor>
 

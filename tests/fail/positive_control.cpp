@@ -1,5 +1,5 @@
-// Compiles: what the other files of this folder include and call is there, so each is refused for its one
-// mistake.
+// Compiles: everything that the other files of this folder include and call exists, so each of them fails only because
+// of its one mistake.
 #include <longspan/longspan.hpp>
 #include <unsupported/Eigen/CXX11/Tensor>
 

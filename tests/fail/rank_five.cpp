@@ -1,4 +1,4 @@
-// expect: a tensor has rank 2 .rows, cols., 3 .heads, rows, cols. or 4
+// expect: a tensor must have rank 2 .rows, cols., 3 .heads, rows, cols. or 4
 #include <longspan/longspan.hpp>
 #include <unsupported/Eigen/CXX11/Tensor>
 

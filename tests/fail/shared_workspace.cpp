@@ -1,5 +1,5 @@
 // expect: (deleted function|deleted copy|implicitly-deleted|deleted).*(Execution|Workspace|constructor)
 #include <longspan/longspan.hpp>
 
-// Two copies would be one workspace for two calls at one time.
+// A copy would share one workspace between two calls at the same time.
 longspan::Execution<> copied(const longspan::Execution<>& execution) { return execution; }

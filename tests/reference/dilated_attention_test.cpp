@@ -15,7 +15,7 @@ using Numbers = std::vector<double>;
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
-/// Heads of dimension 1 in which exp(score) of key j, and its value, are j + 1.
+/// Heads of dimension 1 in which exp(score) of key j and the value of key j are j + 1.
 struct Counts {
   test::Tensor<double> q, k, v, out;
   test::Rows<double> lse;
@@ -51,7 +51,7 @@ bool near(const Numbers& x, const Numbers& y) {
   return true;
 }
 
-/// check(attend, form) for a functor, where form(attend) is its reference or the functor itself.
+/// Calls check(attend, form) for a functor, where form(attend) is its reference or the functor itself.
 template <class Check, class... Parts>
 void check_both(const Check& check, const Branches& branches, const Parts&... parts) {
   const dilated_attention attend{branches, parts...};
@@ -88,7 +88,7 @@ TEST_CASE("dilated_attention: the same, causal", "[golden]") {
   check_both(check, two, causal{});
 }
 
-TEST_CASE("dilated_attention: a key of two branches, counted once", "[golden]") {
+TEST_CASE("dilated_attention: with Overlap::set a key of two branches counts once", "[golden]") {
   const auto check = [](auto attend, const auto& form) {
     attend.overlap = Overlap::set;
     CHECK(std::abs(Counts(1, 4).run(form(attend)).out.values[0] - 14.0 / 6) < 1e-14);
@@ -96,11 +96,11 @@ TEST_CASE("dilated_attention: a key of two branches, counted once", "[golden]") 
   check_both(check, two);
 }
 
-TEST_CASE("dilated_attention: tokens that no branch keeps give 0", "[golden]") {
+TEST_CASE("dilated_attention: outputs of tokens that no branch keeps are 0", "[golden]") {
   const auto check = [](const auto& attend, const auto& form) {
     Counts call(1, 7);
     call.run(form(attend));
-    // Keys 0; -; -; 0 and 3; 4; -; -
+    // The visible keys of the queries: 0; none; none; 0 and 3; 4; none; none.
     CHECK(near(call.out.values, {1, 0, 0, (1 + 16) / 5.0, 5, 0, 0}));
     CHECK(call.lse.values[1] == -infinity);
     CHECK(call.lse.values[6] == -infinity);
@@ -108,12 +108,12 @@ TEST_CASE("dilated_attention: tokens that no branch keeps give 0", "[golden]") {
   check_both(check, {{4, 3}}, causal{});
 }
 
-TEST_CASE("dilated_attention: a short segment, and torchscale's zeros", "[golden]") {
+TEST_CASE("dilated_attention: a short segment, without and with torchscale's zeros", "[golden]") {
   const auto check = [](auto attend, const auto& form) {
     CHECK(near(Counts(2, 3).run(form(attend)).out.values, {2.5, 0, 2.5, 0, 2, 0}));
     attend.zero_pad_compat = true;
     CHECK(near(Counts(2, 3).run(form(attend)).out.values, {2.5, 0, 2.5, 0, 4.0 / 3, 0}));
-    attend.branches = {{2, 1}};  // 3 tokens in segments of 2: one row of zeros
+    attend.branches = {{2, 1}};  // 3 tokens in segments of 2: one row of zeros is appended
     CHECK(near(Counts(1, 3).run(form(attend)).out.values, {5.0 / 3, 5.0 / 3, 9.0 / 4}));
   };
   check_both(check, {{4, 2}});

@@ -20,7 +20,7 @@ using longspan::reference::InfiniMemory;
 using Row = std::vector<double>;
 namespace reference = longspan::reference;
 
-/// Writes one segment of keys of two columns and one value.
+/// Writes one segment whose keys have two columns and whose values have one.
 void write(InfiniMemory& memory, const std::vector<Row>& keys, const Row& values, InfiniRule rule) {
   Row k;
   for (const Row& key : keys) k.insert(k.end(), key.begin(), key.end());
@@ -34,7 +34,7 @@ double read_at(const InfiniMemory& memory, const Row& q) {
 
 }  // namespace
 
-TEST_CASE("reference infini_attention: two keys, read by hand", "[golden][infini]") {
+TEST_CASE("reference infini_attention: two keys, computed by hand", "[golden][infini]") {
   InfiniMemory memory(2, 1);
   CHECK(read_at(memory, {0, 1}) == 0);
   write(memory, {{0, 0}, {1, 0}}, {2, 5}, InfiniRule::linear);
@@ -44,7 +44,7 @@ TEST_CASE("reference infini_attention: two keys, read by hand", "[golden][infini
   CHECK(read_at(memory, {1, 0}) == 31.0 / 8);
 }
 
-TEST_CASE("reference infini_attention: the rules part in the second segment", "[golden][infini]") {
+TEST_CASE("reference infini_attention: the two rules differ from the second segment on", "[golden][infini]") {
   InfiniMemory linear(2, 1), delta(2, 1);
   for (const auto& [memory, rule] : {std::pair{&linear, InfiniRule::linear}, {&delta, InfiniRule::delta}}) {
     write(*memory, {{0, 0}, {1, 0}}, {2, 5}, rule);
@@ -55,7 +55,7 @@ TEST_CASE("reference infini_attention: the rules part in the second segment", "[
   CHECK(delta.m == Row{14.25, 8.125});
 }
 
-TEST_CASE("reference infini_attention: the same pair again and again", "[golden][infini]") {
+TEST_CASE("reference infini_attention: the same pair repeated", "[golden][infini]") {
   InfiniMemory linear(2, 1), delta(2, 1);
   const Row of_delta[] = {{10, 5}, {10, 5}, {15, 7.5}};
   const double read_of_delta[] = {5, 2.5, 2.5};
@@ -73,7 +73,7 @@ TEST_CASE("reference infini_attention: the same pair again and again", "[golden]
 }
 
 TEST_CASE("reference infini_attention: gate and first segment", "[golden][infini]") {
-  // Segments of 2; the first query of the second reads 26/7 and sees its own value 1 alone.
+  // Segments of 2; the first query of the second segment reads 26/7 and sees only its own value 1.
   const Row q{0, 0, 0, 0, 0, 1}, k{0, 0, 1, 0, 0, 0}, v{2, 5, 1}, local{2, 3.5, 1}, beta{std::log(3.0)};
   for (const EmptyMemory empty_memory : {EmptyMemory::gate, EmptyMemory::bypass}) {
     Row out(3);

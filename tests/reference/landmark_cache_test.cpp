@@ -11,8 +11,7 @@ using test::Index;
 using test::Random;
 using test::Shape;
 
-TEST_CASE("reference::landmark_cache: tokens that come without queries are appended like all others",
-          "[reference]") {
+TEST_CASE("reference::landmark_cache: tokens without queries are appended like all others", "[reference]") {
   Random random(1);
   const Shape shape{1, 2, 1, 30, 30, 8, 6};
   for (const bool split : {false, true}) {

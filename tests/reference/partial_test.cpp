@@ -39,7 +39,7 @@ Number merged(const std::vector<Number>& numbers) {
   return into;
 }
 
-/// To what a double at lse holds of the weights.
+/// Compares with the accuracy that weights have if lse is a double.
 bool is(const Number& got, double out, double lse) {
   const double allowed = 1e-15 * (4 + (std::isfinite(lse) ? std::abs(lse) : 0));
   return std::abs(got.out - out) <= allowed * std::abs(out) &&
@@ -56,7 +56,7 @@ double gated(double beta, double a, double b) {
 
 }  // namespace
 
-TEST_CASE("reference::merge: by hand", "[reference]") {
+TEST_CASE("reference::merge: matches values computed by hand", "[reference]") {
   CHECK(is(merged({{2, std::log(3.0)}, {5, 0}}), 2.75, std::log(4.0)));
   CHECK(is(merged({{5, 0}, {2, std::log(3.0)}}), 2.75, std::log(4.0)));
   CHECK(is(merged({{1, std::log(1.0)}, {2, std::log(2.0)}, {3, std::log(3.0)}, {4, std::log(4.0)}}), 3,
@@ -66,7 +66,7 @@ TEST_CASE("reference::merge: by hand", "[reference]") {
   CHECK(is(merged({{7, 0.5}}), 7, 0.5));
 }
 
-TEST_CASE("reference::merge: -infinity is absent", "[reference]") {
+TEST_CASE("reference::merge: a part with lse -infinity is absent", "[reference]") {
   for (const double absent : {0.0, 9.0, not_a_number, infinity}) {
     CHECK(is(merged({{2, 1.5}, {absent, -infinity}}), 2, 1.5));
     CHECK(is(merged({{absent, -infinity}, {2, 1.5}}), 2, 1.5));
@@ -75,7 +75,7 @@ TEST_CASE("reference::merge: -infinity is absent", "[reference]") {
   CHECK(is(merged({}), 0, -infinity));
 }
 
-TEST_CASE("reference::merge: NaN is seen", "[reference]") {
+TEST_CASE("reference::merge: NaN reaches the result", "[reference]") {
   for (const auto& numbers : {std::vector<Number>{{2, not_a_number}, {3, 1}},
                               {{3, 1}, {2, not_a_number}},
                               {{2, not_a_number}},
@@ -86,7 +86,7 @@ TEST_CASE("reference::merge: NaN is seen", "[reference]") {
   CHECK(std::isnan(merged({{not_a_number, 0}, {3, 1}}).out));
 }
 
-TEST_CASE("reference::merge: each row and column by itself", "[reference]") {
+TEST_CASE("reference::merge: rows and columns are independent", "[reference]") {
   test::Tensor<double> a(2, 2, 2, 3), b = a, out = a;
   test::Rows<double> lse_a(2, 2, 2), lse_b = lse_a, lse = lse_a;
   for (std::size_t n = 0; n < 24; ++n) a.values[n] = static_cast<double>(n), b.values[n] = 100;
@@ -105,7 +105,7 @@ TEST_CASE("reference::merge: each row and column by itself", "[reference]") {
   CHECK(std::abs(lse.values[4] - std::log(4.0)) < 1e-15);
 }
 
-TEST_CASE("reference::gate: by hand", "[reference]") {
+TEST_CASE("reference::gate: matches values computed by hand", "[reference]") {
   CHECK(gated(0, 6, -2) == 2);
   CHECK(std::abs(gated(std::log(3.0), 26.0 / 7, 1) - 3.0357142857142857) < 1e-14);
   CHECK(std::abs(gated(-std::log(3.0), 1, 26.0 / 7) - 3.0357142857142857) < 1e-14);
@@ -121,14 +121,14 @@ TEST_CASE("reference::gate: a small share keeps its digits", "[reference]") {
   }
 }
 
-TEST_CASE("reference::gate: a closed side has no effect, whatever it holds", "[reference]") {
+TEST_CASE("reference::gate: a closed side has no effect, even if it is NaN", "[reference]") {
   CHECK(gated(infinity, 3, not_a_number) == 3);
   CHECK(gated(-infinity, not_a_number, 5) == 5);
   CHECK(std::isnan(gated(0, not_a_number, 5)));
   CHECK(std::isnan(gated(not_a_number, 3, 5)));
 }
 
-TEST_CASE("reference::gate: beta one number, one a head, one a head and column", "[reference]") {
+TEST_CASE("reference::gate: every shape of beta", "[reference]") {
   const test::Tensor<double> a(1, 2, 3, 2, 1.0), b(1, 2, 3, 2, 0.0);
   const std::vector<double> beta{0.0, std::log(3.0), -std::log(3.0), infinity};
   const auto shares = [&](Index rows, Index cols) {

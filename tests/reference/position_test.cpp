@@ -41,7 +41,7 @@ TEST_CASE("reference rotary: position 1, both pairings", "[reference]") {
   CHECK(near(row({0, 1, 0, 0}, rotary(Pairing::half_split), 1), {0, c2, 0, s2}));
 }
 
-TEST_CASE("reference rotary: position, base and the number of turned dimensions", "[reference]") {
+TEST_CASE("reference rotary: position, base and the number of rotated dimensions", "[reference]") {
   CHECK(near(row({1, 0, 0, 0}, rotary(Pairing::interleaved), -3), {std::cos(3.0), -std::sin(3.0), 0, 0}));
   CHECK(near(row({0, 0, 1, 0}, rotary(Pairing::interleaved, 16), 2), {0, 0, std::cos(0.5), std::sin(0.5)}));
   CHECK(near(row({1, 7, 5, 6}, rotary(Pairing::interleaved, 10000, 2), 1), {c1 - 7 * s1, s1 + 7 * c1, 5, 6}));
@@ -49,7 +49,8 @@ TEST_CASE("reference rotary: position, base and the number of turned dimensions"
              {c1 - 7 * s1, 0, s1 + 7 * c1, 0, 5, 6}));
 }
 
-TEST_CASE("reference xpos: stretches queries and shrinks keys from its centre", "[reference]") {
+TEST_CASE("reference xpos: scales queries up and keys down with the distance from its centre",
+          "[reference]") {
   const double zeta = 0.4 / 1.4;
   const double c5 = std::cos(5.0), s5 = std::sin(5.0);
   const xpos encoding(Pairing::interleaved, 10, 100);
@@ -67,7 +68,8 @@ TEST_CASE("reference: no position changes nothing", "[reference]") {
   CHECK(row({1, 2, 3}, longspan::no_position{}, 1000) == std::vector<double>{1, 2, 3});
 }
 
-TEST_CASE("reference::encoded: rows of a strided matrix, each at its position, in double", "[reference]") {
+TEST_CASE("reference::encoded: encodes each row of a strided matrix at its position, in double",
+          "[reference]") {
   const std::vector<float> memory{1, 0, 9, 0, 1, 9, 2, 0};
   const MatrixView<const float> x{memory.data(), 3, 2, 3};
   const auto rows = longspan::reference::encoded(x, rotary(Pairing::half_split), 4, Role::key);

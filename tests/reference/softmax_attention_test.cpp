@@ -19,7 +19,7 @@ namespace {
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 
-/// One head of dimension 1 in which exp(score of key j) is counts[j] for every query, so weights are counts
+/// One head of dimension 1 in which exp(score of key j) is counts[j] for every query, so that weights are counts
 /// over their sum.
 struct Counts {
   test::Tensor<double> q, k, v, out;
@@ -57,7 +57,7 @@ TEST_CASE("reference of softmax_attention: weights are exponentials over their s
   CHECK(near(call.lse.values, {std::log(10.0), std::log(10.0)}));
 }
 
-TEST_CASE("reference of softmax_attention: masks, and where queries stand", "[reference]") {
+TEST_CASE("reference of softmax_attention: masks, and positions of queries", "[reference]") {
   Counts all(4, {1, 2, 3, 4}, {1, 2, 3, 4});
   all.run(reference::exact{longspan::softmax_attention(causal{})});
   CHECK(near(all.out.values, {1, 5.0 / 3, 14.0 / 6, 3}));
@@ -74,9 +74,10 @@ TEST_CASE("reference of softmax_attention: masks, and where queries stand", "[re
   CHECK(near(last_two.lse.values, {std::log(2.0), std::log(3.0)}));
 }
 
-TEST_CASE("reference of softmax_attention: a row that sees no key gives 0 and -infinity", "[reference]") {
+TEST_CASE("reference of softmax_attention: a row that sees no key has output 0 and lse -infinity",
+          "[reference]") {
   Counts call(3, {1, 2}, {5, 6});
-  call.run(reference::exact{longspan::softmax_attention(causal{})});  // the first query stands at -1
+  call.run(reference::exact{longspan::softmax_attention(causal{})});  // the first query is at position -1
   CHECK(near(call.out.values, {0, 5, 17.0 / 3}));
   CHECK(near(call.lse.values, {-infinity, 0, std::log(3.0)}));
   Counts no_keys(2, {}, {});
@@ -97,7 +98,7 @@ TEST_CASE("reference of softmax_attention: the scale, 1 / sqrt(head_dim) unless 
   CHECK(std::abs(out.values[0] - 0.75) < 1e-15);
 }
 
-TEST_CASE("reference of softmax_attention: rows without coordinates weigh all keys alike", "[reference]") {
+TEST_CASE("reference of softmax_attention: with head_dim 0 all keys have the same weight", "[reference]") {
   test::Tensor<double> q(1, 1, 1, 0), k(1, 1, 2, 0), v(1, 1, 2, 1), out(1, 1, 1, 1);
   v.values = {2, 4};
   reference::exact{longspan::softmax_attention<>{}}(q.view(), k.view(), v.view(), out.view());
@@ -110,7 +111,7 @@ TEST_CASE("reference of softmax_attention: scores", "[reference]") {
   };
   Counts call(1, {1, 2, 3}, {1, not_a_number, not_a_number});
   call.v.values = {not_a_number, 2, not_a_number};
-  // A score of -infinity hides the key, whatever its value holds.
+  // A score of -infinity hides the key, even if its value is NaN.
   call.run(reference::exact{longspan::softmax_attention(plus_key)});
   CHECK(call.out.values[0] == 2);
 
@@ -126,10 +127,11 @@ TEST_CASE("reference of softmax_attention: scores", "[reference]") {
   CHECK(near(capped.out.values, {top / (1 + top)}));
 }
 
-TEST_CASE("reference of softmax_attention: a score gets batch row, head, position and key", "[reference]") {
+TEST_CASE("reference of softmax_attention: a score receives batch row, head, position and key",
+          "[reference]") {
   test::Tensor<double> q(2, 2, 2, 1), k(2, 1, 3, 1), v(2, 1, 3, 1), out(2, 2, 2, 1);
   for (std::size_t n = 0; n < v.values.size(); ++n) v.values[n] = static_cast<double>(n % 3);
-  // Only key (b + h + i) % 3 is left.
+  // Only key (b + h + i) % 3 stays visible.
   const auto one_key = [](double s, Index b, Index h, Index i, Index j) {
     return (b + h + i) % 3 == j ? s : -infinity;
   };
@@ -149,7 +151,7 @@ TEST_CASE("reference of softmax_attention: query head h reads KV head h / (heads
   CHECK(out.values == std::vector<double>{10, 10, 10, 20, 20, 20, 30, 30, 30, 40, 40, 40});
 }
 
-TEST_CASE("reference of softmax_attention: positions turn queries and keys", "[reference]") {
+TEST_CASE("reference of softmax_attention: positions rotate queries and keys", "[reference]") {
   test::Tensor<double> q(1, 1, 1, 2), k(1, 1, 3, 2), v(1, 1, 3, 1), out(1, 1, 1, 1);
   test::Rows<double> lse(1, 1, 1);
   q.values = {1, 0};
@@ -164,7 +166,7 @@ TEST_CASE("reference of softmax_attention: positions turn queries and keys", "[r
   CHECK(std::abs(lse.values[0] - std::log(sum)) < 1e-15);
 }
 
-TEST_CASE("reference of softmax_attention: NaN reaches the rows that see it, and no other", "[reference]") {
+TEST_CASE("reference of softmax_attention: NaN reaches exactly the rows that see it", "[reference]") {
   for (const bool in_key : {true, false}) {
     Counts call(3, {1, 1, 1}, {1, 2, 3});
     (in_key ? call.k : call.v).values[1] = not_a_number;

@@ -13,7 +13,7 @@ namespace {
 
 using namespace test;
 
-/// Gives blocks of a call, and writes down which.
+/// A source of the blocks of a call that records which blocks were opened.
 struct CallSource {
   Call<float>& call;
   std::vector<std::pair<Index, Index>> opened, closed;
@@ -32,7 +32,7 @@ struct CallSource {
 
 }  // namespace
 
-TEST_CASE("extend_by_blocks: the one call, whatever the blocks and where it was stopped") {
+TEST_CASE("extend_by_blocks: matches a single call for any blocks, and can be continued") {
   Random random(1);
   Call<float> call(Shape{1, 2, 2, 100, 100, 8, 8}, Values::normal, random), by_blocks = call.unrun();
   const longspan::dilated_attention attend{std::vector<longspan::Branch>{{16, 1}, {64, 2}},

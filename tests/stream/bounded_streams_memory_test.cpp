@@ -1,4 +1,4 @@
-// dilated_cache and infini_memory when memory runs out: every allocation of every call fails in its turn.
+// dilated_cache and infini_memory when memory runs out: each allocation of each call fails in turn.
 #include <algorithm>
 #include <sstream>
 #include <string>
@@ -34,7 +34,7 @@ void extend_serially(Stream& stream, C& call, Index first, Index count) {
                 call.out.view().slice_rows(first, count), serial{});
 }
 
-/// work(copy of the stream) with each allocation failing in its turn, until none is left; then check(copy).
+/// Calls work(copy of the stream) with each allocation failing in turn, and then check(copy).
 template <class Stream, class Work, class Check>
 void for_each_failure(const Stream& stream, const Work& work, const Check& check) {
   long failures = 0;
@@ -46,7 +46,7 @@ void for_each_failure(const Stream& stream, const Work& work, const Check& check
   CHECK(failures > 1);
 }
 
-/// What changes nothing when it fails: assignment, load, truncate where `is_exact`.
+/// Operations that change nothing when they fail: assignment, load, and truncate if `is_exact`.
 template <class Stream>
 void check_strong_guarantees(const Stream& stream, const Stream& other) {
   const std::string before = saved(stream), state = saved(other);
@@ -66,7 +66,7 @@ void check_strong_guarantees(const Stream& stream, const Stream& other) {
 
 }  // namespace
 
-TEST_CASE("dilated_cache: what memory does not suffice for changes nothing, or appends the first tokens",
+TEST_CASE("dilated_cache: a call without enough memory changes nothing, or appends the first tokens",
           "[state][memory]") {
   Random random(1);
   Call<float> call(Shape{2, 2, 1, 3000, 3000, 4, 4}, Values::normal, random), wanted = call.unrun();
@@ -87,7 +87,7 @@ TEST_CASE("dilated_cache: what memory does not suffice for changes nothing, or a
       });
 }
 
-TEST_CASE("infini_memory: what memory does not suffice for changes nothing, or appends the first tokens",
+TEST_CASE("infini_memory: a call without enough memory changes nothing, or appends the first tokens",
           "[state][memory][infini]") {
   Random random(2);
   for (const Index rollback : {0, 30}) {
@@ -115,7 +115,7 @@ TEST_CASE("infini_memory: what memory does not suffice for changes nothing, or a
           [&](auto& copy) { REQUIRE(saved(copy) == saved(stream)); });
     }
 
-    // Rows may be at different sizes then; each goes on from its own.
+    // Batch rows may then have different sizes; each continues from its own.
     const auto memory_of = [](const auto& of) {
       std::vector<float> numbers;
       for (Index b = 0; b < 2; ++b) {

@@ -27,7 +27,7 @@ using Branches = std::vector<Branch>;
 
 const Branches three{{16, 1}, {50, 3}, {64, 4}};
 
-/// Holds a call that went through a stream to the definition over the rows that were kept.
+/// Compares the results of a stream with the definition over the stored rows.
 void check_kept(const Call<float>& call, const Tensor<float>& encoded_q, const Tensor<float>& encoded_k,
                 const dilated_attention<causal>& attend) {
   const Tensor<double> k = kept_as_int8(encoded_k), v = kept_as_int8(call.v);
@@ -45,7 +45,7 @@ void check_kept(const Call<float>& call, const Tensor<float>& encoded_q, const T
 
 }  // namespace
 
-TEST_CASE("dilated_cache: rows of int8 are what their scales make of them, in chunks of any size", "[law]") {
+TEST_CASE("dilated_cache: matches the definition over the rows as int8 stores them, in any chunks", "[law]") {
   for_each_case(25, [](Random& random) {
     Shape shape{random.between(1, 2),       0, random.between(1, 2), 0, 0, random.pick({2, 8, 34, 64}),
                 random.pick({1, 8, 20, 33})};
@@ -79,7 +79,8 @@ TEST_CASE("dilated_cache: keys are encoded before they become int8", "[law][bits
   check_kept(call, q, k, dilated_attention{attend.branches, causal{}});
 }
 
-TEST_CASE("dilated_cache: what a row of int8 cannot hold is NaN, and hidden is absent", "[masked]") {
+TEST_CASE("dilated_cache: an int8 row with NaN or infinity is NaN, and without effect if hidden",
+          "[masked]") {
   Random random(2);
   const Shape shape{1, 2, 1, 40, 40, 8, 8};
   Call<float> call(shape, Values::normal, random);
@@ -94,7 +95,7 @@ TEST_CASE("dilated_cache: what a row of int8 cannot hold is NaN, and hidden is a
   for (const auto* each : {&call, &tokens}) {
     for (Index h = 0; h < 2; ++h) {
       for (Index i = 0; i < 40; ++i) {
-        // Of the second branch head 1 keeps odd rows, 7 and 25 among them, and head 0 even ones.
+        // In the second branch head 1 keeps odd rows, including 7 and 25, and head 0 even ones.
         const bool spoiled = (i >= 7 && i < 10) || (i >= 25 && i < 30) ||
                              (h == 1 && i % 2 == 1 && ((i >= 7 && i < 20) || (i >= 25 && i < 40)));
         for (Index c = 0; c < 8; ++c) REQUIRE(std::isnan(each->out.row(0, h, i)[c]) == spoiled);
@@ -103,7 +104,7 @@ TEST_CASE("dilated_cache: what a row of int8 cannot hold is NaN, and hidden is a
   }
 }
 
-TEST_CASE("dilated_cache: rows of int8 take a byte for an element and a float for a row", "[state]") {
+TEST_CASE("dilated_cache: an int8 row takes a byte for each element, and a float", "[state]") {
   Random random(3);
   const Shape shape{1, 2, 1, 1500, 1500, 24, 8};
   Call<float> call(shape, Values::normal, random);
@@ -117,7 +118,7 @@ TEST_CASE("dilated_cache: rows of int8 take a byte for an element and a float fo
   CHECK(most_bytes == (64 + 2 * 64) * (24 + 8 + 2 * Index{sizeof(float)}));
 }
 
-TEST_CASE("dilated_cache: a saved stream of int8 goes on where it stopped, and no other takes its file",
+TEST_CASE("dilated_cache: a loaded int8 state continues the stream, and other types refuse it",
           "[state][errors]") {
   Random random(4);
   const Shape shape{2, 4, 2, 160, 160, 8, 6};

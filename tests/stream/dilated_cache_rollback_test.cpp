@@ -15,7 +15,7 @@ using longspan::causal;
 using longspan::dilated_attention;
 using Branches = std::vector<Branch>;
 
-/// Segments shorter and longer than what is taken back, and dilations that divide them or do not.
+/// Segments shorter and longer than the rollback, with dilations that divide them or do not.
 const std::vector<Branches> schedules{
     {{16, 1}, {64, 4}}, {{4, 1}, {12, 3}, {50, 7}}, {{1, 1}, {9, 2}}, {{30, 3}, {Index{1} << 62, 2}}};
 
@@ -36,7 +36,7 @@ void check_rollback_of(Attend attend, Random& random) {
 
 }  // namespace
 
-TEST_CASE("dilated_cache: tokens that are taken back leave no trace in later outputs", "[law][bits]") {
+TEST_CASE("dilated_cache: removed tokens change no bit of later outputs", "[law][bits]") {
   for_each_case(40, [](Random& random) {
     check_rollback_of(dilated_attention{schedules[0]}, random);
     check_rollback_of(dilated_attention{schedules[0], longspan::rotary(longspan::Pairing::half_split),
@@ -45,8 +45,7 @@ TEST_CASE("dilated_cache: tokens that are taken back leave no trace in later out
   });
 }
 
-TEST_CASE("dilated_cache: the rows that are kept longer may be bfloat16, next to encoded keys",
-          "[law][bits]") {
+TEST_CASE("dilated_cache: the same with bfloat16 rows and encoded keys", "[law][bits]") {
   for_each_case(10, [](Random& random) {
     const dilated_attention attend{random.pick(schedules), causal{},
                                    longspan::rotary(longspan::Pairing::interleaved)};
@@ -55,7 +54,7 @@ TEST_CASE("dilated_cache: the rows that are kept longer may be bfloat16, next to
   });
 }
 
-TEST_CASE("dilated_cache: how far it can go back, and what it says beyond", "[errors]") {
+TEST_CASE("dilated_cache: how far it can be truncated, and the error beyond that", "[errors]") {
   Random random(1);
   Call<float> call(Shape{1, 2, 1, 300, 300, 4, 4}, Values::normal, random);
   const dilated_attention attend{Branches{{20, 1}, {64, 3}}};
@@ -69,29 +68,29 @@ TEST_CASE("dilated_cache: how far it can go back, and what it says beyond", "[er
       CHECK_FALSE(stream.can_truncate(stream.size() + 1));
     }
   }
-  // 130 tokens and the last 16 of them: the segment of token 114 in the first branch begins at 100, that in the
+  // 130 tokens, rollback 16: the segment of token 114 in the first branch begins at 100, that in the
   // second one at 64.
   auto stream = attend.stream({1, 2, 1, 4, 4});
   extend(stream, call, 0, 130);
   CHECK(stream.can_truncate(100));
   CHECK_FALSE(stream.can_truncate(99));
-  CHECK(
-      refusal([&] { stream.truncate(99); }) ==
-      "longspan: dilated_cache::truncate: the number of tokens is 99, wanted 100..130: rows of the segments "
-      "before are dropped");
+  CHECK(refusal([&] { stream.truncate(99); }) ==
+        "longspan: dilated_cache::truncate: the number of tokens is 99, wanted 100..130, because rows of "
+        "earlier segments have been dropped");
   CHECK(stream.size() == 130);
   CHECK(stream.can_truncate(0));
   CHECK(refusal([&] {
           attend.stream({1, 2, 1, 4, 4}, {.rollback = -1});
         }) == "longspan: dilated_cache: rollback is -1, wanted at least 0 tokens");
-  // Taken back twice: it counts from the largest size.
+  // Truncated twice: the rollback counts from the largest size.
   stream.truncate(114);
   extend(stream, call, 114, 5);
   CHECK(stream.can_truncate(114));
   CHECK_FALSE(stream.can_truncate(99));
 }
 
-TEST_CASE("dilated_cache: the rows that can be seen again are counted, and no others are kept", "[state]") {
+TEST_CASE("dilated_cache: rows() counts the rows that may be visible again, and no others are kept",
+          "[state]") {
   Random random(2);
   Call<float> call(Shape{1, 2, 2, 500, 500, 4, 4}, Values::normal, random);
   const Branches branches{{64, 1}, {30, 7}};
@@ -116,7 +115,7 @@ TEST_CASE("dilated_cache: the rows that can be seen again are counted, and no ot
   }
 }
 
-TEST_CASE("dilated_cache: a file of a smaller rollback is refused, one of a larger rollback is not",
+TEST_CASE("dilated_cache: a file with a smaller rollback is refused, one with a larger rollback is not",
           "[state][errors]") {
   Random random(3);
   Call<float> call(Shape{1, 2, 1, 70, 70, 4, 4}, Values::normal, random), again = call.unrun();

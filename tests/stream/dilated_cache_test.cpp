@@ -76,7 +76,7 @@ const Branches three{{16, 1}, {50, 3}, {64, 4}};
 
 }  // namespace
 
-TEST_CASE("dilated_cache: chunks and single tokens give the one-shot result at every position", "[law]") {
+TEST_CASE("dilated_cache: chunks and single tokens match a single call at every position", "[law]") {
   for_each_case(60, [](Random& random) {
     const longspan::rotary turn(longspan::Pairing::interleaved);
     const dilated_attention plain{three, causal{}};
@@ -119,7 +119,8 @@ std::string saved(const Stream& stream) {
   return to.str();
 }
 
-/// A stream under `mask` against the one call, for each of the chunks that hold their keys; others are refused.
+/// Compares a stream with `mask` to a single call, in chunks that contain the keys of their queries; other chunks are
+/// refused.
 template <class M>
 void check_literal(const M& mask, Random& random) {
   using longspan::Overlap;
@@ -139,7 +140,7 @@ void check_literal(const M& mask, Random& random) {
     for (; shows_later_keys(mask, three, first, first + count); ++count) {
       if (random.chance(0.7)) continue;
       const std::string before = saved(stream);
-      REQUIRE(refusal([&] { extend(stream, call, first, count); }).find(" may see the keys up to ") !=
+      REQUIRE(refusal([&] { extend(stream, call, first, count); }).find(" may see keys up to ") !=
               std::string::npos);
       REQUIRE(saved(stream) == before);
     }
@@ -172,7 +173,7 @@ TEST_CASE("dilated_cache: one token and alibi, whose slopes differ from head to 
     REQUIRE(std::abs(tokens.lse.values[n] - exact.lse.values[n]) < 1e-12);
 }
 
-TEST_CASE("dilated_cache: a chunk with all keys that its queries may see is answered as by the one call",
+TEST_CASE("dilated_cache: a chunk with all keys that its queries may see gives the outputs of a single call",
           "[law]") {
   using namespace longspan;
   const std::vector<Index> lengths{50, 23}, starts{0, 9, 30, 31, 80, 200};
@@ -218,7 +219,7 @@ TEST_CASE("dilated_cache: a long chunk is cut only where no query sees beyond th
   CHECK(chunk.same_outputs(once));
 }
 
-TEST_CASE("dilated_cache: the bits of the one call, where segments do not share tiles", "[bits]") {
+TEST_CASE("dilated_cache: has the bits of a single call if segments do not share tiles", "[bits]") {
   Random random(1);
   const Shape shape{1, 4, 2, 5000, 5000, 8, 8};
   Call<float> once(shape, Values::normal, random), chunks = once.unrun();
@@ -229,7 +230,7 @@ TEST_CASE("dilated_cache: the bits of the one call, where segments do not share 
   CHECK(chunks.same_outputs(once));
 }
 
-TEST_CASE("dilated_cache: single tokens have the same bits on any number of threads", "[bits][slow]") {
+TEST_CASE("dilated_cache: single tokens have the same bits with any number of threads", "[bits][slow]") {
   Random random(4);
   const Shape shape{2, 6, 2, 3000, 3000, 24, 20};
   Call<float> call(shape, Values::normal, random);
@@ -251,7 +252,7 @@ TEST_CASE("dilated_cache: single tokens have the same bits on any number of thre
   for (const Index threads : {2, 3, 7}) CHECK(decoded(threads) == alone);
 }
 
-TEST_CASE("dilated_cache: keeps the rows of open segments that its offsets keep, and no others", "[state]") {
+TEST_CASE("dilated_cache: keeps exactly the rows of open segments that its offsets keep", "[state]") {
   Random random(2);
   const Shape shape{1, 2, 1, 1500, 1500, 4, 4};
   Call<float> call(shape, Values::normal, random);
@@ -276,12 +277,12 @@ TEST_CASE("dilated_cache: keeps the rows of open segments that its offsets keep,
   CHECK(most_bytes == (64 + 2 * 64 + 2 * 13) * 8 * Index{sizeof(float)});
 }
 
-TEST_CASE("dilated_cache: closed segments are forgotten", "[state]") {
+TEST_CASE("dilated_cache: closed segments have no effect", "[state]") {
   Random random(3);
   const Shape shape{1, 2, 2, 300, 300, 4, 4};
   Call<float> call(shape, Values::normal, random), spoiled = call;
   const dilated_attention attend{Branches{{50, 1}, {100, 2}}, causal{}};
-  for (float& x : spoiled.v.values) x = NAN;  // of the first 200 tokens, in both heads
+  for (float& x : spoiled.v.values) x = NAN;  // the values of the first 200 tokens, in both heads
   for (Index h = 0; h < 2; ++h) std::copy_n(call.v.row(0, h, 200), 100 * 4, spoiled.v.row(0, h, 200));
   auto stream = attend.stream(stream_shape(shape)), of_spoiled = attend.stream(stream_shape(shape));
   extend(stream, call, 0, 300);
@@ -290,7 +291,7 @@ TEST_CASE("dilated_cache: closed segments are forgotten", "[state]") {
     CHECK(std::equal(call.out.row(0, h, 200), call.out.row(0, h, 200) + 400, spoiled.out.row(0, h, 200)));
 }
 
-TEST_CASE("dilated_cache: copies go their own ways, and clear begins anew", "[state]") {
+TEST_CASE("dilated_cache: copies are independent, and clear starts again", "[state]") {
   Random random(4);
   const Shape shape{2, 3, 1, 200, 200, 8, 8};
   Call<float> call(shape, Values::normal, random), beam = call.unrun(), again = call.unrun();
@@ -310,8 +311,7 @@ TEST_CASE("dilated_cache: copies go their own ways, and clear begins anew", "[st
   CHECK(again.same_outputs(call));
 }
 
-TEMPLATE_TEST_CASE("dilated_cache: what was saved goes on where it stopped", "[state]", float, double,
-                   bfloat16) {
+TEMPLATE_TEST_CASE("dilated_cache: a loaded state continues the stream", "[state]", float, double, bfloat16) {
   Random random(5);
   const Shape shape{2, 4, 2, 160, 160, 8, 6};
   Call<TestType> call(shape, Values::normal, random), later = call.unrun();
@@ -332,7 +332,7 @@ TEMPLATE_TEST_CASE("dilated_cache: what was saved goes on where it stopped", "[s
   }
 }
 
-TEST_CASE("dilated_cache: a file that is damaged or of another stream is refused, and nothing changes",
+TEST_CASE("dilated_cache: a damaged file or one of another stream is refused, and nothing changes",
           "[state][errors]") {
   Random random(6);
   const Shape shape{1, 2, 1, 100, 100, 4, 4};
@@ -347,7 +347,7 @@ TEST_CASE("dilated_cache: a file that is damaged or of another stream is refused
   for (const std::size_t length : {std::size_t{0}, std::size_t{40}, bytes.size() / 2, bytes.size() - 1})
     CHECK_FALSE(refused(stream, bytes.substr(0, length)).empty());
 
-  // A whole file, rightly summed, whose header claims more than can be.
+  // A complete file with right checksums whose header has impossible numbers.
   const auto forged = [&](std::size_t number, std::int64_t value) {
     std::string state = bytes;
     std::memcpy(&state[32 + 8 * number], &value, 8);
@@ -382,7 +382,8 @@ TEST_CASE("dilated_cache: a file that is damaged or of another stream is refused
   CHECK(after.same_outputs(call));
 }
 
-TEST_CASE("dilated_cache: a file of other options is refused by the name of the option", "[state][errors]") {
+TEST_CASE("dilated_cache: a file with other options is refused by the name of the option",
+          "[state][errors]") {
   Random random(7);
   Call<float> call(Shape{1, 2, 1, 60, 60, 4, 4}, Values::normal, random);
   const longspan::rotary turn(longspan::Pairing::half_split, 1e4);
@@ -427,7 +428,7 @@ TEST_CASE("dilated_cache: a file of other options is refused by the name of the 
   CHECK(said(options.stream<bfloat16>(shape)) == "scale is 0.5 in the file, wanted 0.25 as in this stream");
 }
 
-TEST_CASE("dilated_cache: without values it writes the lse of the one call", "[state]") {
+TEST_CASE("dilated_cache: with value_dim 0 it writes the lse of a single call", "[state]") {
   Random random(8);
   for (const Index head_dim : {0, 8}) {
     const Shape shape{2, 4, 2, 70, 70, head_dim, 0};
@@ -445,7 +446,7 @@ TEST_CASE("dilated_cache: without values it writes the lse of the one call", "[s
   }
 }
 
-TEST_CASE("dilated_cache: without a mask it runs the kernels of causal", "[bits]") {
+TEST_CASE("dilated_cache: without a mask it runs the same kernels as with causal", "[bits]") {
   Random random(9);
   const Shape shape{1, 4, 2, 200, 200, 16, 16};
   Call<float> with(shape, Values::normal, random), without = with.unrun();
@@ -458,7 +459,7 @@ TEST_CASE("dilated_cache: without a mask it runs the kernels of causal", "[bits]
   CHECK(without.same_outputs(with));
 }
 
-TEST_CASE("dilated_cache: what it refuses", "[errors]") {
+TEST_CASE("dilated_cache: invalid options and shapes are refused", "[errors]") {
   const dilated_attention attend{three, causal{}};
   CHECK(refusal([&] {
           attend.stream({1, 3, 2, 4, 4});
@@ -478,10 +479,10 @@ TEST_CASE("dilated_cache: what it refuses", "[errors]") {
   CHECK(stream.size() == 0);
   auto prefix = dilated_attention{three, causal{} | longspan::sinks{8}}.stream({1, 2, 1, 4, 4});
   CHECK(refusal([&] { extend(prefix, call, 0, 5); }) ==
-        "longspan: dilated_cache::extend: the chunk is the tokens 0 to 4, but query 0 may see the keys up to "
+        "longspan: dilated_cache::extend: the chunk is the tokens 0 to 4, but query 0 may see keys up to "
         "7, "
         "wanted a "
-        "longer chunk that holds these keys, or the mask causal{} & mask");
+        "longer chunk that contains these keys, or the mask causal{} & mask");
   CHECK(prefix.size() == 0);
   dilated_attention padded{three, causal{} | longspan::sinks{8}};
   padded.zero_pad_compat = true;
@@ -493,7 +494,6 @@ TEST_CASE("dilated_cache: what it refuses", "[errors]") {
   CHECK(refusal([&] {
           shifted.stream({1, 2, 2, 4, 4});
         }) ==
-        "longspan: dilated_cache: first_query is 3, wanted unset: queries are at the positions after the "
-        "tokens "
-        "before");
+        "longspan: dilated_cache: first_query is 3, wanted no value, because queries are at the positions of "
+        "their tokens");
 }

@@ -23,7 +23,7 @@ using longspan::file_blocks;
 using longspan::SequenceFiles;
 using longspan::StreamShape;
 
-/// A folder of its own for a test, gone behind it.
+/// A folder for one test, which is removed at its end.
 class Folder {
  public:
   explicit Folder(const std::string& name) : path_(fs::temp_directory_path() / ("longspan_" + name)) {
@@ -39,7 +39,7 @@ class Folder {
 
 constexpr StreamShape shape{1, 4, 2, 8, 6};
 
-/// The rows of a tensor with the tokens first, behind a header.
+/// Writes the rows of a tensor, [tokens, heads, cols], after a header.
 template <class T>
 void write_rows(const std::string& path, const Tensor<T>& x, std::size_t header_bytes = 0) {
   std::ofstream file(path, std::ios::binary);
@@ -80,8 +80,8 @@ SequenceFiles write_call(const Folder& folder, const Call<T>& call, std::size_t 
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("file_blocks: what is in the files goes through the stream, and on where it stopped", "",
-                   float, Eigen::bfloat16) {
+TEMPLATE_TEST_CASE("file_blocks: extends a stream from files, and can be continued", "", float,
+                   Eigen::bfloat16) {
   const Folder folder("file_blocks");
   Random random(1);
   Call<TestType> call(Shape{1, 4, 2, 90, 90, 8, 6}, Values::normal, random);
@@ -104,7 +104,7 @@ TEMPLATE_TEST_CASE("file_blocks: what is in the files goes through the stream, a
   CHECK(read_rows<TestType>(files.out, 4, 90, 6) == call.out);
 }
 
-TEST_CASE("file_blocks: what it refuses", "[errors]") {
+TEST_CASE("file_blocks: invalid files and ranges are refused", "[errors]") {
   const Folder folder("file_blocks_errors");
   Random random(2);
   const Call<float> call(Shape{1, 4, 2, 10, 10, 8, 6}, Values::normal, random);
@@ -130,7 +130,7 @@ TEST_CASE("file_blocks: what it refuses", "[errors]") {
   wrong = files;
   wrong.header_bytes = 7;
   CHECK(file_error(wrong) == "longspan: file_blocks: the file " + files.q +
-                                 " has 1280 bytes, wanted 7 and a multiple of the 128 bytes of a token");
+                                 " has 1280 bytes, wanted 7 plus a multiple of the 128 bytes of a token");
   CHECK(error({2, 4, 2, 8, 6}, files).find("the batch is 2, wanted 1") != std::string::npos);
   CHECK(error({1, 4, 3, 8, 6}, files) != "");
 
@@ -139,7 +139,7 @@ TEST_CASE("file_blocks: what it refuses", "[errors]") {
         "longspan: file_blocks: the file " + files.v + " has 9 tokens, but " + files.q + " has 10");
 }
 
-TEST_CASE("file_blocks: a file that shrinks while it is read is refused, and the block is not written",
+TEST_CASE("file_blocks: a file that shrinks while it is read is refused, and its block is not written",
           "[errors]") {
   const Folder folder("file_blocks_shrinks");
   Random random(3);
@@ -154,7 +154,7 @@ TEST_CASE("file_blocks: a file that shrinks while it is read is refused, and the
         "longspan: file_blocks: the range of tokens is 51 from 950 on, wanted within [0, 1000)");
   CHECK(fs::file_size(files.out) == 0);
 
-  // After an error, and when the file is whole again.
+  // After an error the source works again when the file is complete.
   CHECK_NOTHROW(source.open(0, 500));
   write_rows(files.k, call.k);
   const auto block = source.open(900, 100);
@@ -165,9 +165,9 @@ TEST_CASE("file_blocks: a file that shrinks while it is read is refused, and the
         "longspan: file_blocks: the range of tokens is 101 from 0 on, wanted the block that is open");
 }
 
-TEST_CASE("file_blocks: a disk that is full is one sentence", "[errors]") {
+TEST_CASE("file_blocks: a full disk throws a FileError", "[errors]") {
   if (!fs::exists("/dev/full")) {
-    SUCCEED("no /dev/full here");
+    SUCCEED("this system has no /dev/full");
     return;
   }
   const Folder folder("file_blocks_full");

@@ -1,4 +1,4 @@
-// Tokens taken back from a hybrid stream: the window, the blocks outside it and the memory as they were.
+// Truncating a hybrid stream restores the window, the blocks outside it and the memory.
 #include <cstdint>
 #include <sstream>
 #include <string>
@@ -55,19 +55,20 @@ Call<float> drawn_call(Index length, Random& random) {
 
 }  // namespace
 
-TEST_CASE("hybrid_stream: tokens taken back leave no bit behind", "[stream][rollback][bits]") {
+TEST_CASE("hybrid_stream: removed tokens change no bit of later outputs", "[stream][rollback][bits]") {
   check_law<float>(1);
 }
 
-TEST_CASE("hybrid_stream: tokens taken back leave no bit behind in int8", "[stream][rollback][bits]") {
+TEST_CASE("hybrid_stream: removed tokens change no bit of later outputs with int8",
+          "[stream][rollback][bits]") {
   check_law<std::int8_t>(2);
 }
 
-TEST_CASE("hybrid_stream: an eviction can be undone as long as it is younger than the rollback",
+TEST_CASE("hybrid_stream: an eviction can be undone while it is at most `rollback` tokens old",
           "[stream][rollback]") {
   Random random(3);
   Call<float> call = drawn_call(60, random);
-  // 2 blocks of the window, 2 outside it, and the fifth is evicted at 50 tokens.
+  // 2 blocks in the window, 2 outside of it; the first eviction is at 50 tokens.
   hybrid_stream<float> stream(
       stream_shape(sizes),
       {.block_size = 10, .top_k = 1, .window_blocks = 2, .capacity = 2, .evicted_at_once = 1, .rollback = 8});
@@ -77,20 +78,19 @@ TEST_CASE("hybrid_stream: an eviction can be undone as long as it is younger tha
   CHECK(stream.memory().size() == 9);
   const Index bytes = stream.bytes();
   extend(stream, call, 50, 7);
-  CHECK(stream.bytes() == bytes);  // the rows had room
+  CHECK(stream.bytes() == bytes);  // there was room for the rows
   CHECK(stream.can_truncate(49));
   hybrid_stream<float> copy = stream;
   copy.truncate(49);
   CHECK(copy.memory().size() == 0);
   CHECK(copy.size() == 49);
   extend(stream, call, 57, 1);
-  CHECK(stream.bytes() < bytes);  // without the memory from before, nor the evicted block
+  CHECK(stream.bytes() < bytes);  // the earlier memory and the evicted block are gone
   CHECK_FALSE(stream.can_truncate(49));
   CHECK(stream.can_truncate(50));
-  CHECK(
-      refusal([&] { stream.truncate(49); }) ==
-      "longspan: hybrid_stream::truncate: the number of tokens is 49, wanted 50..58: the stream can go back "
-      "to 50");
+  CHECK(refusal([&] { stream.truncate(49); }) ==
+        "longspan: hybrid_stream::truncate: the number of tokens is 49, wanted 50..58, because the stream "
+        "cannot be truncated further");
   CHECK(stream.size() == 58);
   CHECK(refusal([&] {
           hybrid_stream<float>(stream_shape(sizes), {.rollback = -1});

@@ -42,8 +42,8 @@ hybrid_options small_options() {
 
 double phi(double x) { return x > 0 ? x + 1 : std::exp(x); }
 
-/// The hybrid from its definition: a landmark cache in double that is told when to drop, and the memory
-/// summed over everything that was dropped, token by token.
+/// hybrid_stream by its definition: a landmark cache in double that drops blocks on request, and the memory
+/// summed token by token over all dropped blocks.
 Tensor<double> composed(const Call<double>& call, const hybrid_options& options) {
   landmark_cache<double> cache(shape, {.block_size = options.block_size,
                                        .top_k = options.top_k,
@@ -107,7 +107,7 @@ Call<double> drawn_call(Random& random) {
   return wide;
 }
 
-/// Rows [first, end) in chunks of at most `longest`.
+/// Extends with the rows [first, end) in chunks of at most `longest`.
 template <class S, class T>
 void extend(S& stream, Call<T>& call, Index first, Index end, Index longest, Index threads = 2) {
   for (Index count = 0; first < end; first += count) {
@@ -129,7 +129,7 @@ double worst_difference(const Tensor<T>& a, const Tensor<U>& b) {
 
 }  // namespace
 
-TEST_CASE("hybrid_stream: window, retrieval and memory from their definitions, however rows come", "[law]") {
+TEST_CASE("hybrid_stream: matches the definitions of window, retrieval and memory for any chunks", "[law]") {
   Random random(1);
   const Call<double> call = drawn_call(random);
   hybrid_options options = small_options();
@@ -151,10 +151,10 @@ TEST_CASE("hybrid_stream: window, retrieval and memory from their definitions, h
   }
 }
 
-TEST_CASE("hybrid_stream: rows that int8 holds exactly give what rows of float give", "[law]") {
+TEST_CASE("hybrid_stream: rows that int8 represents exactly give the results of float rows", "[law]") {
   Random random(7);
   auto call = rounded<float>(drawn_call(random));
-  for (auto* x : {&call.k, &call.v}) {  // multiples of 1 / 64, the largest 127 of them
+  for (auto* x : {&call.k, &call.v}) {  // multiples of 1 / 64, the largest is 127 / 64
     for (Index n = 0; n < x->batch * x->heads * x->rows; ++n) {
       float* row = x->row(0, 0, n);
       for (Index c = 0; c < x->cols; ++c) row[c] = static_cast<float>(random.between(-127, 127)) / 64;
@@ -174,11 +174,11 @@ TEST_CASE("hybrid_stream: rows that int8 holds exactly give what rows of float g
   extend(loaded, one_by_one, 433, length, 1);
   CHECK(worst_difference(of_int8.out, call.out) < 1e-5);
   CHECK(worst_difference(one_by_one.out, call.out) < 1e-5);
-  // The blocks of int8 take a quarter; what is beside them, the window and the memory, is float.
+  // Blocks of int8 take a quarter of the memory; the window and the compressive memory are float.
   CHECK(narrow.bytes() < stream.bytes());
 }
 
-TEST_CASE("hybrid_stream: before anything is evicted it is its landmark cache, to the bit", "[law]") {
+TEST_CASE("hybrid_stream: before the first eviction it has the bits of its landmark cache", "[law]") {
   Random random(2);
   auto call = rounded<float>(drawn_call(random)), other = call.unrun();
   const hybrid_options options = small_options();
@@ -207,7 +207,7 @@ TEST_CASE("hybrid_stream: its memory is bounded", "[state]") {
   CHECK(stream.size() == 6 * length);
 }
 
-TEST_CASE("hybrid_stream: bits do not depend on threads, and copies go their own ways", "[bits]") {
+TEST_CASE("hybrid_stream: bits do not depend on threads, and copies are independent", "[bits]") {
   Random random(4);
   auto call = rounded<float>(drawn_call(random)), other = call.unrun();
   hybrid_stream<float> stream(shape, small_options());
@@ -226,7 +226,7 @@ TEST_CASE("hybrid_stream: bits do not depend on threads, and copies go their own
   CHECK(call.out == other.out);
 }
 
-TEST_CASE("hybrid_stream: what was saved goes on where it stopped, and a damaged file changes nothing",
+TEST_CASE("hybrid_stream: a loaded state continues the stream, and a damaged file changes nothing",
           "[state]") {
   Random random(5);
   auto call = rounded<float>(drawn_call(random)), other = call.unrun();
@@ -258,7 +258,7 @@ TEST_CASE("hybrid_stream: what was saved goes on where it stopped, and a damaged
   CHECK(loaded.size() == length);
 }
 
-TEST_CASE("hybrid_stream: what it refuses", "[errors]") {
+TEST_CASE("hybrid_stream: invalid options and shapes are refused", "[errors]") {
   hybrid_options options = small_options();
   const auto error = [&] { return refusal([&] { hybrid_stream<float>(shape, options); }); };
   options.evicted_at_once = 0;

@@ -47,7 +47,7 @@ infini_attention<> options(Index segment, InfiniRule rule = InfiniRule::linear) 
   return attend;
 }
 
-/// Are M, z and sizes of both streams the same, to the bit?
+/// True if M, z and sizes of both streams have the same bits.
 template <class Stream>
 bool same_memory(const Stream& a, const Stream& b) {
   const longspan::StreamShape& s = a.shape();
@@ -66,8 +66,7 @@ bool same_memory(const Stream& a, const Stream& b) {
 
 }  // namespace
 
-TEST_CASE("infini_memory: tokens that are taken back leave no trace in later outputs",
-          "[law][bits][infini]") {
+TEST_CASE("infini_memory: removed tokens change no bit of later outputs", "[law][bits][infini]") {
   for_each_case(30, [](Random& random) {
     check_rollback_of<float>(draw_attention(longspan::softmax_attention{causal{}}, random), random);
     auto turned = draw_attention(
@@ -78,7 +77,7 @@ TEST_CASE("infini_memory: tokens that are taken back leave no trace in later out
   });
 }
 
-TEST_CASE("infini_memory: tokens are taken back with dilated and landmark attention within segments too",
+TEST_CASE("infini_memory: the same with dilated and landmark attention within segments",
           "[law][bits][infini]") {
   for_each_case(15, [](Random& random) {
     check_rollback_of<float>(draw_attention(longspan::dilated_attention{{{8, 1}, {32, 3}}, causal{}}, random),
@@ -88,7 +87,7 @@ TEST_CASE("infini_memory: tokens are taken back with dilated and landmark attent
   });
 }
 
-TEST_CASE("infini_memory: batch rows that are not equally far go back by themselves", "[state][infini]") {
+TEST_CASE("infini_memory: batch rows of different sizes are truncated separately", "[state][infini]") {
   for_each_case(40, [](Random& random) {
     const auto attend =
         options(random.pick({3, 8, 20}), random.pick({InfiniRule::linear, InfiniRule::delta}));
@@ -102,7 +101,7 @@ TEST_CASE("infini_memory: batch rows that are not equally far go back by themsel
       };
       into.append(b, row(call.k), row(call.v));
     };
-    // Each row has its own tokens first; then all have the same number of tokens.
+    // Each batch row first has its own number of tokens; then all have the same number.
     const Index size = random.between(30, 60);
     const bool flushes = random.chance(0.3);
     for (Index b = 0; b < 3; ++b) {
@@ -136,7 +135,7 @@ TEST_CASE("infini_memory: batch rows that are not equally far go back by themsel
   });
 }
 
-TEST_CASE("infini_memory: M and z after a step back over borders are those without the tokens",
+TEST_CASE("infini_memory: after truncate over segment borders M and z have the bits without the tokens",
           "[state][bits][infini]") {
   Random random(5);
   for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
@@ -157,7 +156,7 @@ TEST_CASE("infini_memory: M and z after a step back over borders are those witho
   }
 }
 
-TEST_CASE("infini_memory: how far it can go back, what it says beyond, and what it keeps for that",
+TEST_CASE("infini_memory: how far it can be truncated, the error beyond that, and the memory for it",
           "[errors][infini]") {
   Random random(6);
   Call<float> call(Shape{1, 2, 1, 300, 300, 4, 4}, Values::normal, random);
@@ -178,15 +177,15 @@ TEST_CASE("infini_memory: how far it can go back, what it says beyond, and what 
   auto stream = options(20).stream({1, 2, 1, 4, 4}, {.rollback = 16});
   extend(stream, call, 0, 130);
   CHECK(refusal([&] { stream.truncate(79); }) ==
-        "longspan: infini_memory::truncate: the number of tokens is 79, wanted 100..130: the memory cannot "
-        "forget the tokens before");
+        "longspan: infini_memory::truncate: the number of tokens is 79, wanted 100..130, because earlier "
+        "tokens cannot be removed from the memory");
   CHECK(stream.size() == 130);
   CHECK(refusal([&] {
           options(20).stream({1, 2, 1, 4, 4}, {.rollback = -1});
         }) == "longspan: infini_memory: rollback is -1, wanted at least 0 tokens");
 }
 
-TEST_CASE("infini_memory: a file of a smaller rollback is refused, one of a larger rollback is not",
+TEST_CASE("infini_memory: a file with a smaller rollback is refused, one with a larger rollback is not",
           "[state][errors][infini]") {
   Random random(7);
   Call<float> call(Shape{1, 2, 1, 90, 90, 4, 4}, Values::normal, random), again = call.unrun();

@@ -25,7 +25,7 @@ using longspan::InfiniRule;
 using longspan::StreamShape;
 using longspan::TensorView;
 
-/// All rows, in chunks as `next` draws them.
+/// Extends with all rows, in chunks of next() tokens.
 template <class Stream, class T, class Next>
 void extend_by(Stream& stream, Call<T>& call, const Next& next) {
   for (Index first = 0; first < call.q.rows;) {
@@ -54,7 +54,7 @@ infini_attention<> options(Index segment, InfiniRule rule = InfiniRule::linear) 
   return attend;
 }
 
-/// A saved state, one number of its payload replaced and the checksum made right again.
+/// A saved state with one number of its payload replaced and a recomputed checksum.
 template <class Number>
 std::string forged(std::string state, std::size_t offset, Number value) {
   std::uint32_t numbers = 0;
@@ -70,7 +70,7 @@ std::string forged(std::string state, std::size_t offset, Number value) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("infini_memory: any chunks give what one call gives", "[stream][infini]", float, double) {
+TEMPLATE_TEST_CASE("infini_memory: any chunks match a single call", "[stream][infini]", float, double) {
   Random random(1);
   for (int n = 0; n < 60; ++n) {
     const Shape shape = draw_infini_shape(random);
@@ -93,7 +93,7 @@ TEMPLATE_TEST_CASE("infini_memory: any chunks give what one call gives", "[strea
   }
 }
 
-TEST_CASE("infini_memory: M and z are those of the definition", "[stream][infini]") {
+TEST_CASE("infini_memory: M and z match the definition", "[stream][infini]") {
   Random random(2);
   Call<float> call(Shape{1, 2, 1, 90, 90, 20, 12}, Values::normal, random);
   for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
@@ -114,7 +114,7 @@ TEST_CASE("infini_memory: M and z are those of the definition", "[stream][infini
   }
 }
 
-TEST_CASE("infini_memory: flush writes the open segment as it is", "[stream][infini]") {
+TEST_CASE("infini_memory: flush writes the open segment before it is full", "[stream][infini]") {
   Random random(3);
   Call<float> call(Shape{1, 1, 1, 40, 40, 8, 8}, Values::normal, random);
   auto flushed = options(30).stream({1, 1, 1, 8, 8}), exact = options(20).stream({1, 1, 1, 8, 8});
@@ -124,11 +124,12 @@ TEST_CASE("infini_memory: flush writes the open segment as it is", "[stream][inf
   extend(exact, call, 0, 20);
   for (Index c = 0; c < 8; ++c) CHECK(flushed.norm(0, 0, c) == exact.norm(0, 0, c));
   CHECK(flushed.size() == 20);
-  flushed.flush();  // of nothing does nothing
+  flushed.flush();  // has no effect without open rows
   CHECK(flushed.size() == 20);
 }
 
-TEST_CASE("infini_memory: peek gives what extend would, and leaves the stream", "[stream][infini]") {
+TEST_CASE("infini_memory: peek writes what extend would write, and does not change the stream",
+          "[stream][infini]") {
   Random random(4);
   Call<float> call(Shape{1, 2, 1, 100, 100, 16, 16}, Values::normal, random), ahead = call;
   auto stream = options(32).stream({1, 2, 1, 16, 16});
@@ -148,7 +149,7 @@ TEST_CASE("infini_memory: peek gives what extend would, and leaves the stream", 
   }
 }
 
-TEST_CASE("infini_memory: a row that is reset is new, and the others go on", "[stream][infini]") {
+TEST_CASE("infini_memory: reset empties one batch row and does not change the others", "[stream][infini]") {
   Random random(5);
   Call<float> call(Shape{2, 2, 1, 80, 80, 16, 16}, Values::normal, random), other = call;
   const infini_attention attend = options(32);
@@ -158,7 +159,7 @@ TEST_CASE("infini_memory: a row that is reset is new, and the others go on", "[s
   CHECK(stream.size(0) == 40);
   CHECK(stream.size(1) == 0);
   extend(stream, call, 40, 40);
-  // Row 1 as a stream that begins there, row 0 as if nothing had happened.
+  // Row 1 matches a stream that begins there, row 0 is unaffected.
   extend(fresh, other, 40, 40);
   for (Index i = 40; i < 80; ++i) {
     for (Index c = 0; c < 16; ++c) CHECK(call.out.row(1, 0, i)[c] == other.out.row(1, 0, i)[c]);
@@ -175,7 +176,7 @@ TEST_CASE("infini_memory: a row that is reset is new, and the others go on", "[s
         "longspan: infini_memory::reset: the batch row is 2, wanted 0..1");
 }
 
-TEST_CASE("infini_memory: state does not grow, and z stays exact, over 10^6 tokens",
+TEST_CASE("infini_memory: over 10^6 tokens memory does not grow and z stays exact",
           "[stream][infini][slow]") {
   const Index d = 8;
   auto stream = options(2048).stream({1, 1, 1, d, d});
@@ -195,7 +196,7 @@ TEST_CASE("infini_memory: state does not grow, and z stays exact, over 10^6 toke
   for (const float x : call.out.values) CHECK(std::isfinite(x));
 }
 
-TEST_CASE("infini_memory: what was saved is loaded, to the bit", "[stream][file][infini]") {
+TEST_CASE("infini_memory: a loaded state has the bits of the saved one", "[stream][file][infini]") {
   Random random(7);
   Call<float> call(Shape{2, 4, 2, 100, 100, 20, 12}, Values::normal, random), again = call;
   const infini_attention attend = options(32, InfiniRule::delta);
@@ -232,7 +233,7 @@ TEST_CASE("infini_memory: a damaged file changes nothing", "[stream][file][infin
         "longspan: infini_memory::load: segment is 4 in the file, wanted 5 as in this stream");
 }
 
-TEST_CASE("infini_memory: what does not fit is refused", "[stream][errors][infini]") {
+TEST_CASE("infini_memory: invalid shapes and options are refused", "[stream][errors][infini]") {
   CHECK(refusal([] {
           options(4).stream({1, 3, 2, 8, 8});
         }) ==
@@ -250,7 +251,7 @@ TEST_CASE("infini_memory: what does not fit is refused", "[stream][errors][infin
   CHECK(stream.size() == 0);
 }
 
-TEST_CASE("infini_memory: appended rows leave the state of rows whose outputs nobody read",
+TEST_CASE("infini_memory: rows without queries leave the same state as rows with queries",
           "[stream][infini]") {
   Random random(21);
   for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
@@ -275,7 +276,7 @@ TEST_CASE("infini_memory: appended rows leave the state of rows whose outputs no
   }
 }
 
-TEST_CASE("infini_memory: reorder takes the length of a row, its memory and what can be taken back along",
+TEST_CASE("infini_memory: reorder moves a row's length, its memory and the tokens that can be removed",
           "[stream][infini]") {
   Random random(12);
   const Shape shape{2, 4, 2, 90, 90, 12, 9};
@@ -309,7 +310,7 @@ TEST_CASE("infini_memory: reorder takes the length of a row, its memory and what
   CHECK(saved(stream) == saved(wanted));
 }
 
-TEST_CASE("infini_memory: recall is the gate alone", "[stream][infini]") {
+TEST_CASE("infini_memory: recall applies only the gate and the memory", "[stream][infini]") {
   Random random(22);
   const Shape shape{2, 4, 2, 80, 80, 12, 9};
   Call<float> call(shape, Values::normal, random);
@@ -319,7 +320,7 @@ TEST_CASE("infini_memory: recall is the gate alone", "[stream][infini]") {
   auto stream = attend.stream(stream_shape(shape));
   extend(stream, call, 0, 80);  // five segments: none is open
 
-  // A local part of one key is its value.
+  // Local attention to a single key is its value.
   const auto token = [](const auto& x) { return x.view().slice_rows(7, 1); };
   Tensor<float> whole(2, 4, 1, 9), gated(2, 4, 1, 9);
   stream.peek(token(std::as_const(call.q)), token(std::as_const(call.k)), token(std::as_const(call.v)),
@@ -332,7 +333,7 @@ TEST_CASE("infini_memory: recall is the gate alone", "[stream][infini]") {
 
   CHECK(refusal([&] { stream.recall(token(std::as_const(call.q)), call.out.view()); }) ==
         "longspan: infini_memory::recall: out is [2, 4, 80, 9], wanted [2, 4, 1, 9]");
-  // Nothing is known: the gate holds, or what is local stands.
+  // With an empty memory the gate applies, or the local part is unchanged.
   const Tensor<float> before = gated;
   attend.empty_memory = EmptyMemory::bypass;
   auto empty = attend.stream(stream_shape(shape));
@@ -340,7 +341,7 @@ TEST_CASE("infini_memory: recall is the gate alone", "[stream][infini]") {
   CHECK(gated == before);
 }
 
-TEST_CASE("infini_memory: a state whose numbers cannot be is refused, rightly summed as it is",
+TEST_CASE("infini_memory: a state with impossible numbers is refused, even with right checksums",
           "[stream][file][errors][infini]") {
   Random random(23);
   Call<float> call(Shape{1, 1, 1, 10, 10, 3, 2}, Values::normal, random);
@@ -348,7 +349,7 @@ TEST_CASE("infini_memory: a state whose numbers cannot be is refused, rightly su
   extend(stream, call, 0, 10);
   extend(target, call, 0, 7);
   const std::string whole = saved(stream), before = saved(target);
-  REQUIRE(refused(target, forged(whole, 0, std::int64_t{2})) == "");  // as it was
+  REQUIRE(refused(target, forged(whole, 0, std::int64_t{2})) == "");  // the original number
   load(target, before);
 
   const auto says = [&](const std::string& state, const std::string& what) {
@@ -356,8 +357,8 @@ TEST_CASE("infini_memory: a state whose numbers cannot be is refused, rightly su
     CHECK(text.find("longspan: infini_memory::load: " + what) == 0);
     CHECK(saved(target) == before);
   };
-  // filled, written, tokens of the second memory and number of closed segments of the one batch row, then the
-  // lengths of these.
+  // The payload: filled, written, tokens of the second memory and number of closed segments of the one batch row, then
+  // the lengths of these segments.
   for (const std::int64_t x : {std::int64_t{-1}, std::int64_t{4}, INT64_MAX})
     says(forged(whole, 0, x), "the number of open rows is");
   for (const std::int64_t x : {std::int64_t{-1}, (std::int64_t{1} << 53) + 1, INT64_MAX, INT64_MIN})
@@ -391,7 +392,7 @@ TEST_CASE("infini_memory: a state whose numbers cannot be is refused, rightly su
         std::string::npos);
 }
 
-TEST_CASE("infini_memory: a file of other options is refused by the name of the option",
+TEST_CASE("infini_memory: a file with other options is refused by the name of the option",
           "[stream][file][errors][infini]") {
   Random random(24);
   Call<float> call(Shape{1, 2, 1, 20, 20, 4, 4}, Values::normal, random);
@@ -447,7 +448,8 @@ TEST_CASE("infini_memory: a file of other options is refused by the name of the 
         "a segment of the local attention is 4 in the file, wanted 8 as in this stream");
 }
 
-TEST_CASE("infini_memory: M and z of a segment of more than one block of keys", "[stream][infini]") {
+TEST_CASE("infini_memory: M and z match the definition for segments longer than a key block",
+          "[stream][infini]") {
   Random random(25);
   for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
     Call<float> call(Shape{1, 1, 1, 700, 700, 20, 12}, Values::normal, random);
@@ -468,7 +470,7 @@ TEST_CASE("infini_memory: M and z of a segment of more than one block of keys", 
   }
 }
 
-TEST_CASE("infini_memory: a norm below the least one counts as it", "[stream][infini]") {
+TEST_CASE("infini_memory: a norm below the smallest one is replaced by it", "[stream][infini]") {
   // phi is exp(-30) = 9.4e-14: phi(q) z is 4 * 8 * 8.8e-27.
   Tensor<float> x(1, 1, 4, 8, -30.0f), ones(1, 1, 4, 6, 1.0f), out(1, 1, 4, 6, 0.0f);
   infini_attention attend = options(4);
@@ -481,7 +483,7 @@ TEST_CASE("infini_memory: a norm below the least one counts as it", "[stream][in
   for (const float got : out.values) CHECK(std::abs(double(got) / wanted - 1) < 1e-4);
 }
 
-TEST_CASE("infini_memory: batch rows of unequal lengths keep their open rows while these grow",
+TEST_CASE("infini_memory: batch rows of different lengths keep their open rows when the room grows",
           "[stream][infini]") {
   Random random(26);
   Call<float> call(Shape{3, 2, 2, 60, 60, 8, 4}, Values::normal, random);
@@ -501,7 +503,7 @@ TEST_CASE("infini_memory: batch rows of unequal lengths keep their open rows whi
   CHECK(saved(stream) == saved(wanted));
 }
 
-TEST_CASE("infini_memory: a stream of no batch rows has no tokens", "[stream][infini]") {
+TEST_CASE("infini_memory: a stream without batch rows has no tokens", "[stream][infini]") {
   auto stream = options(4).stream({0, 2, 1, 8, 4}, {.rollback = 2});
   Call<float> call(Shape{0, 2, 1, 5, 5, 8, 4});
   extend(stream, call, 0, 5);
@@ -515,10 +517,11 @@ TEST_CASE("infini_memory: a stream of no batch rows has no tokens", "[stream][in
   stream.clear();
   CHECK(stream.size(-1) == 0);
   CHECK(refusal([&] { stream.reset(0); }) ==
-        "longspan: infini_memory::reset: the batch row is 0, wanted none: the batch is 0");
+        "longspan: infini_memory::reset: the batch row is 0, wanted none, because the batch is 0");
 }
 
-TEST_CASE("infini_memory: what a score throws leaves whole tokens, and peek as it was", "[stream][infini]") {
+TEST_CASE("infini_memory: if a score throws the stream has whole tokens, and peek changes nothing",
+          "[stream][infini]") {
   Random random(27);
   bool armed = false;
   const auto score = [&armed](float s, Index, Index, Index i, Index) {
@@ -541,7 +544,7 @@ TEST_CASE("infini_memory: what a score throws leaves whole tokens, and peek as i
   CHECK(saved(stream) == before);
   armed = false;
   extend(stream, call, 11, 5);
-  auto loaded = attend.stream({1, 2, 1, 4, 4});  // whose functor cannot be assigned
+  auto loaded = attend.stream({1, 2, 1, 4, 4});  // its functor cannot be assigned
   load(loaded, saved(stream));
   CHECK(saved(loaded) == saved(stream));
 }
@@ -554,9 +557,8 @@ TEST_CASE("infini_memory: a window that shows later keys is refused", "[stream][
     });
   };
   const std::string text =
-      "longspan: infini_memory: the mask of the local attention is one that shows later keys, wanted "
-      "causal{}, "
-      "causal{} & another, or window{.right = 0}: those keys have not come yet";
+      "longspan: infini_memory: the mask of the local attention is a mask that shows later keys, wanted "
+      "causal{}, causal{} & another mask, or window{.right = 0}, because later keys do not exist yet";
   using longspan::causal;
   using longspan::window;
   CHECK(said(window{.left = 3, .right = 3}) == text);

@@ -30,7 +30,7 @@ using longspan::xpos;
 
 constexpr StreamShape one{1, 1, 1, 4, 4};
 
-/// A saved state that can be changed; its checksums are right again when it is read.
+/// A saved state that a test can change; `read` returns it with recomputed checksums.
 class Forged {
  public:
   template <class Stream>
@@ -45,9 +45,9 @@ class Forged {
     return reinterpret_cast<T&>(bytes_[offset]);
   }
   std::uint32_t& version() { return at<std::uint32_t>(16); }
-  /// How many bytes of payload the header claims; what there is unless set.
+  /// Sets the payload bytes that the header claims; by default the real number.
   void claim(std::uint64_t bytes) { claimed_ = bytes; }
-  /// The number of tokens, which is the last one of the header.
+  /// Sets the number of tokens, which is the last number of the header.
   void set_size(std::int64_t tokens) { std::memcpy(&bytes_[head() - 12], &tokens, 8); }
   std::string payload() const { return bytes_.substr(head(), bytes_.size() - head() - 4); }
   void set_payload(const std::string& payload) {
@@ -69,7 +69,7 @@ class Forged {
   }
 
  private:
-  /// Where the payload begins.
+  /// The offset of the payload.
   std::size_t head() const {
     std::uint32_t numbers = 0;
     std::memcpy(&numbers, &bytes_[20], 4);
@@ -102,7 +102,7 @@ bool says(const std::string& text, const std::string& sentence) {
 
 }  // namespace
 
-TEST_CASE("kv_cache: a state with other positions or another scale is refused by the name of what differs",
+TEST_CASE("kv_cache: a state with other positions or another scale is refused by the name of the difference",
           "[state][errors]") {
   const auto stream = [](const auto& attend) { return attend.stream(one, {}); };
   const softmax_attention turned{causal{}, rotary(Pairing::half_split, 1e4)};
@@ -135,7 +135,7 @@ TEST_CASE("kv_cache: a state with other positions or another scale is refused by
   auto other = stream(scaled);
   CHECK(refused(other, state) ==
         "longspan: kv_cache::load: scale is 0.5 in the file, wanted 0.25 as in this stream");
-  scaled.scale = 0.5;  // what 1 / sqrt(4) is
+  scaled.scale = 0.5;  // equal to 1 / sqrt(4)
   auto same = stream(scaled);
   CHECK(refused(same, state).empty());
   CHECK(same.size() == 3);
@@ -145,7 +145,8 @@ TEST_CASE("kv_cache: a state with other positions or another scale is refused by
       says(refused(bfloats, Forged(halves).read()), "the element type is half in the file, wanted bfloat16"));
 }
 
-TEST_CASE("kv_cache: a state of another version of the layout is refused by its version", "[state][errors]") {
+TEST_CASE("kv_cache: a state with another version of the layout is refused by its version",
+          "[state][errors]") {
   auto stream = softmax_attention{causal{}}.stream(one);
   append(stream, 3);
   Forged state(stream);
@@ -155,7 +156,7 @@ TEST_CASE("kv_cache: a state of another version of the layout is refused by its 
         "longspan: kv_cache::load: the layout is version 1 in the file, wanted 2");
 }
 
-TEST_CASE("kv_cache: a payload of another length than the header stands for is refused before it is read",
+TEST_CASE("kv_cache: a payload whose length does not fit the header is refused before it is read",
           "[state][errors]") {
   for (const Index page : {0, 2}) {
     auto stream = softmax_attention{causal{}}.stream(one, {.page_size = page});
@@ -175,7 +176,7 @@ TEST_CASE("kv_cache: a payload of another length than the header stands for is r
   }
 }
 
-TEST_CASE("kv_cache: flags of kept rows are 0 or 1, and 1 in an array", "[state][errors]") {
+TEST_CASE("kv_cache: flags of kept rows must be 0 or 1, and 1 for a single array", "[state][errors]") {
   auto array = softmax_attention{causal{}}.stream(one);
   append(array, 3);
   for (const std::int64_t flag : {0, 2, -1}) {
@@ -192,12 +193,12 @@ TEST_CASE("kv_cache: flags of kept rows are 0 or 1, and 1 in an array", "[state]
   state.set_payload(Forged::raw(std::vector<std::int64_t>{1, 7}) + state.payload().substr(16));
   CHECK(refused(paged, state.read()) == "longspan: kv_cache::load: a flag of kept rows is 7, wanted 0 or 1");
   state.set_payload(Forged::raw(std::vector<std::int64_t>{0, 0}));
-  CHECK(says(refused(paged, state.read()), "a state without keys that the mask will show"));
+  CHECK(says(refused(paged, state.read()), "a state without some keys that later queries may see"));
   CHECK(array.size() == 3);
   CHECK(paged.size() == 3);
 }
 
-TEST_CASE("kv_cache: no number of a file makes load allocate or loop beyond what the file holds",
+TEST_CASE("kv_cache: no number in a file makes load allocate or loop more than the file contains",
           "[state][errors]") {
   const auto load = [](const StreamShape& shape, const kv_cache_options& options, Index tokens,
                        const std::string& payload) {
@@ -222,14 +223,14 @@ TEST_CASE("kv_cache: no number of a file makes load allocate or loop beyond what
   CHECK(says(load(one, {}, (Index{1} << 44) + 1, ""), "the number of tokens is 17592186044417, wanted 0.."));
   CHECK(says(load(one, {}, -5, ""), "the number of tokens is -5"));
   CHECK(says(load(one, {.page_size = 1}, Index{1} << 62, ""), "the number of tokens is"));
-  // Rows of no bytes: their flags are in the file.
+  // Rows of 0 bytes: the file still contains their flags.
   CHECK(says(load({1, 1, 1, 0, 0}, {.page_size = 1}, Index{1} << 44, ""),
              "wanted at least 140737488355328 for the sizes"));
   CHECK(load({1, 1, 1, 0, 0}, {.page_size = 1}, 1000, flags(1000, 1)).empty());
   // No batch rows: any number of tokens, and nothing to loop over.
   CHECK(load({0, 1, 1, 4, 4}, {.page_size = 1}, Index{1} << 44, "").empty());
   CHECK(load({0, 1, 1, 4, 4}, {}, Index{1} << 44, "").empty());
-  // The header claims all rows, and the file ends: nothing was allocated for them.
+  // The header claims rows that the file does not contain: nothing is allocated for them.
   for (const kv_cache_options& options : {kv_cache_options{}, kv_cache_options{.page_size = 4096}}) {
     auto stream = softmax_attention{causal{}}.stream(many, options);
     Forged state(stream);
@@ -243,7 +244,7 @@ TEST_CASE("kv_cache: no number of a file makes load allocate or loop beyond what
   }
 }
 
-TEST_CASE("kv_cache: a stream without batch rows or elements is saved and goes on", "[state]") {
+TEST_CASE("kv_cache: a stream without batch rows or elements can be saved and continued", "[state]") {
   for (const StreamShape& shape :
        {StreamShape{0, 2, 1, 4, 4}, StreamShape{2, 2, 1, 0, 0}, StreamShape{2, 0, 0, 4, 4}}) {
     for (const Index page : {0, 4}) {

@@ -14,7 +14,7 @@
 #include "support/stream_calls.hpp"
 #include "support/tensor.hpp"
 
-TEST_CASE("kv_cache: under a causal mask, any chunking and storage gives the one call", "[law]") {
+TEST_CASE("kv_cache: with a causal mask, any chunking and storage matches a single call", "[law]") {
   using namespace test;
   for_each_case(40, [](Random& random) {
     const Shape shape = draw_self_shape(random);
@@ -40,7 +40,7 @@ using longspan::sinks;
 using longspan::softmax_attention;
 using longspan::window;
 
-/// A mask whose queries have limits, and all that it shows.
+/// A mask with upper limits for its queries, and the pairs that it shows.
 struct Literal {
   std::vector<Index> starts{0, 9, 30, 31, 80}, lengths{50, 23};
 
@@ -69,7 +69,7 @@ struct Literal {
   }
 };
 
-/// May the tokens [first, end) come in one chunk?
+/// True if the tokens [first, end) may be one chunk.
 bool holds_its_keys(const Predicate& sees, Index first, Index end) {
   for (Index i = first; i < end; ++i) {
     for (Index j = end; j < 160; ++j) {
@@ -88,13 +88,12 @@ std::string saved(const Stream& stream) {
 
 }  // namespace
 
-TEST_CASE("kv_cache: a chunk with all keys that its queries may see is answered as by the one call",
-          "[law]") {
+TEST_CASE("kv_cache: a chunk with all keys that its queries may see matches a single call", "[law]") {
   const Literal masks;
   for_each_case(5, [&](Random& random) {
     masks.for_each([&](const char* name, const auto& mask, const Predicate& sees) {
       INFO(name);
-      // The longest sequence of at most 150 tokens that ends with all that is seen.
+      // The longest sequence of at most 150 tokens that contains all keys that its queries see.
       Shape shape{2, 4, 2, 150, 150, 8, 8};
       while (!holds_its_keys(sees, 0, shape.q_len)) --shape.q_len;
       shape.kv_len = shape.q_len;
@@ -106,7 +105,7 @@ TEST_CASE("kv_cache: a chunk with all keys that its queries may see is answered 
         for (; !holds_its_keys(sees, first, first + count); ++count) {
           if (random.chance(0.7)) continue;
           const std::string before = saved(stream);
-          REQUIRE(refusal([&] { extend(stream, call, first, count); }).find(" may see the keys up to ") !=
+          REQUIRE(refusal([&] { extend(stream, call, first, count); }).find(" may see keys up to ") !=
                   std::string::npos);
           REQUIRE(saved(stream) == before);
         }
@@ -119,7 +118,7 @@ TEST_CASE("kv_cache: a chunk with all keys that its queries may see is answered 
   });
 }
 
-TEST_CASE("kv_cache: a prefix seen both ways has the bits of the one call", "[bits]") {
+TEST_CASE("kv_cache: a prefix visible in both directions has the bits of a single call", "[bits]") {
   Random random(3);
   const Shape shape{2, 4, 2, 700, 700, 16, 16};
   Call<float> once(shape, Values::normal, random), chunks = once.unrun();
@@ -133,33 +132,32 @@ TEST_CASE("kv_cache: a prefix seen both ways has the bits of the one call", "[bi
   }
 }
 
-TEST_CASE("kv_cache: a chunk that is too short for its mask is refused in a sentence, and nothing changes",
-          "[errors]") {
+TEST_CASE("kv_cache: a chunk that is too short for its mask is refused, and nothing changes", "[errors]") {
   Random random(4);
   const Shape shape{1, 2, 1, 40, 40, 4, 4};
   Call<float> call(shape, Values::normal, random), again = call.unrun();
   const softmax_attention attend{causal{} | sinks{8}};
   auto stream = attend.stream(stream_shape(shape)), other = stream;
   CHECK(refusal([&] { extend(stream, call, 0, 5); }) ==
-        "longspan: kv_cache::extend: the chunk is the tokens 0 to 4, but query 0 may see the keys up to 7, "
-        "wanted a longer chunk that holds these keys, or the mask causal{} & mask");
+        "longspan: kv_cache::extend: the chunk is the tokens 0 to 4, but query 0 may see keys up to 7, "
+        "wanted a longer chunk that contains these keys, or the mask causal{} & mask");
   CHECK(stream.size() == 0);
   CHECK(stream.bytes() == 0);
   extend(stream, call, 0, 20);
   extend(other, again, 0, 20);
   CHECK(same_rows(call, again, 0, 20));
-  // Tokens without queries come in any chunks.
+  // Tokens without queries may have any chunks.
   auto appended = attend.stream(stream_shape(shape));
   appended.append(std::as_const(call.k).view().slice_rows(0, 5),
                   std::as_const(call.v).view().slice_rows(0, 5));
   CHECK(refusal([&] { extend(appended, call, 5, 1); }).find("query 5 may see") != std::string::npos);
   extend(appended, again, 5, 15);
   CHECK(same_rows(call, again, 5, 20));
-  // A window with a right side never ends with its chunk.
+  // With a window with a right side some query always sees a key after its chunk.
   auto both_ways = softmax_attention{window{.left = 3, .right = 2}}.stream(stream_shape(shape));
-  CHECK(refusal([&] { extend(both_ways, call, 0, 40); }).find("query 38 may see the keys up to 40") !=
+  CHECK(refusal([&] { extend(both_ways, call, 0, 40); }).find("query 38 may see keys up to 40") !=
         std::string::npos);
-  // A user's range mask that promises what it does not keep.
+  // A user-defined range mask whose ranges decrease, which is not allowed.
   struct falls {
     longspan::KeyRange keys(Index, Index i) const { return {0, i < 3 ? 12 : longspan::KeyRange::highest}; }
   };
@@ -169,13 +167,13 @@ TEST_CASE("kv_cache: a chunk that is too short for its mask is refused in a sent
                   "12") != std::string::npos);
 }
 
-TEST_CASE("kv_cache: a long prompt is cut only where no query sees beyond the cut", "[law]") {
+TEST_CASE("kv_cache: a long prompt is cut only where no query sees keys after the cut", "[law]") {
   Random random(5);
   const Shape shape{1, 1, 1, 7500, 7500, 4, 4};
   Call<float> call(shape, Values::normal, random), whole = call.unrun();
   const std::vector<Index> starts{0, 2500, 2600, 5000, 7500};
   const softmax_attention attend{documents{starts}};
-  // Pages that are evicted are cut from a call; an array is not.
+  // A cache that evicts pages cuts a long call into pieces; one with a single array does not.
   auto ring = attend.stream(stream_shape(shape), {.page_size = 256}),
        array = attend.stream(stream_shape(shape));
   extend(ring, call, 0, 7500);
@@ -184,7 +182,7 @@ TEST_CASE("kv_cache: a long prompt is cut only where no query sees beyond the cu
   CHECK(ring.bytes() < array.bytes() / 2);
 }
 
-TEST_CASE("kv_cache: a token far after its ring began sees its window and the sinks, and nothing between",
+TEST_CASE("kv_cache: after many evictions a token sees its window and the sinks, and nothing between",
           "[law]") {
   using namespace test;
   Random random(1);
@@ -197,7 +195,7 @@ TEST_CASE("kv_cache: a token far after its ring began sees its window and the si
   stream.append(std::as_const(call.k).view().slice_rows(0, 8999),
                 std::as_const(call.v).view().slice_rows(0, 8999));
   extend(stream, call, 8999, 1);
-  // Keys between do not count: they may as well be anything.
+  // The keys between window and sinks may contain anything.
   for (Index b = 0; b < 2; ++b) std::fill_n(call.v.row(b, 0, 4), (8999 - left - 4) * 8, NAN);
   Call<float> last(Shape{2, 3, 1, 1, 9000, 8, 8});
   last.k = call.k;

@@ -32,7 +32,7 @@ std::string saved(const Stream& stream) {
   return to.str();
 }
 
-/// Rows [first, first + count) of the call on this thread, which allocates nothing itself.
+/// Extends with the rows [first, first + count) of the call on this thread, with an executor that allocates nothing.
 template <class Stream>
 void append(Stream& stream, Call<float>& call, Index first, Index count) {
   stream.extend(std::as_const(call.q).view().slice_rows(first, count),
@@ -41,7 +41,7 @@ void append(Stream& stream, Call<float>& call, Index first, Index count) {
                 call.out.view().slice_rows(first, count), longspan::serial{});
 }
 
-/// `work` on a copy of `stream` with memory for 0, 1, 2 ... allocations: until it succeeds, it changes nothing.
+/// Runs `work` on copies of `stream` with memory for 0, 1, 2 ... allocations: each failure must change nothing.
 template <class Stream, class Work>
 void check_strong_guarantee(const Stream& stream, const Work& work) {
   const std::string before = saved(stream);
@@ -58,13 +58,13 @@ void check_strong_guarantee(const Stream& stream, const Work& work) {
     REQUIRE(copy.size() == size);
     REQUIRE(saved(copy) == before);
     REQUIRE(copy.can_truncate(std::max<Index>(0, size - 16)));
-    work(copy);  // with memory again
+    work(copy);  // now with enough memory
   }
 }
 
 }  // namespace
 
-TEST_CASE("kv_cache: what runs out of memory changes nothing, wherever it does", "[state]") {
+TEST_CASE("kv_cache: a call that runs out of memory changes nothing, at whichever allocation", "[state]") {
   Random random(1);
   Call<float> call(shape, Values::normal, random);
   const softmax_attention attend{causal{} & (window{.left = 60} | sinks{4}),
@@ -97,7 +97,7 @@ TEST_CASE("kv_cache: what runs out of memory changes nothing, wherever it does",
   }
 }
 
-TEST_CASE("kv_cache: a stream is destroyed, cleared and truncated without memory", "[state]") {
+TEST_CASE("kv_cache: destruction, clear and truncate need no memory", "[state]") {
   Random random(2);
   Call<float> call(shape, Values::normal, random);
   using Cache = decltype(softmax_attention{causal{}}.stream(stream_shape(shape)));
@@ -114,8 +114,7 @@ TEST_CASE("kv_cache: a stream is destroyed, cleared and truncated without memory
   }
 }
 
-TEST_CASE("kv_cache: a score that throws leaves the stream as it was, after any number of pieces",
-          "[state]") {
+TEST_CASE("kv_cache: if a score throws the stream is unchanged, after any number of pieces", "[state]") {
   Random random(3);
   Call<float> call(shape, Values::normal, random), again = call.unrun();
   Index fails_from = 1 << 20;

@@ -24,7 +24,7 @@ using longspan::window;
 
 const Shape grouped{2, 6, 2, 1, 1, 8, 6};
 
-/// The law of rollback for streams of `attend` that keep rows as T.
+/// The law of rollback for streams of `attend` that store rows as T.
 template <class T, class Attend>
 void check_pages(const Attend& attend, Random& random) {
   const Index rollback = random.pick({0, 1, 5, 16, 40});
@@ -34,7 +34,7 @@ void check_pages(const Attend& attend, Random& random) {
                  {.tokens = 300, .rollback = rollback});
 }
 
-/// The least number of tokens from which on `stream` says that it can go back.
+/// The smallest size from which on can_truncate is true.
 template <class Stream>
 Index least_kept(const Stream& stream) {
   Index least = stream.size();
@@ -44,7 +44,7 @@ Index least_kept(const Stream& stream) {
 
 }  // namespace
 
-TEST_CASE("kv_cache: tokens that stay have the bits of a stream that never saw those taken back", "[law]") {
+TEST_CASE("kv_cache: removed tokens change no bit of later outputs", "[law]") {
   for_each_case(30, [](Random& random) {
     const Index left = random.pick({0, 1, 7, 31, 90});
     check_pages<float>(softmax_attention{causal{} & window{.left = left}}, random);
@@ -54,7 +54,7 @@ TEST_CASE("kv_cache: tokens that stay have the bits of a stream that never saw t
   });
 }
 
-TEMPLATE_TEST_CASE("kv_cache: tokens are taken back from rows of every type", "[law]", std::int8_t,
+TEMPLATE_TEST_CASE("kv_cache: removed tokens change no bit, with rows of other types", "[law]", std::int8_t,
                    Eigen::bfloat16) {
   for_each_case(15, [](Random& random) {
     check_pages<TestType>(softmax_attention{causal{} & (window{.left = random.pick({3, 40})} | sinks{4})},
@@ -62,7 +62,7 @@ TEMPLATE_TEST_CASE("kv_cache: tokens are taken back from rows of every type", "[
   });
 }
 
-TEST_CASE("kv_cache: no draft of up to `rollback` tokens is ever refused", "[state]") {
+TEST_CASE("kv_cache: up to `rollback` tokens can always be removed", "[state]") {
   Random random(1);
   const Shape shape{1, 1, 1, 60, 60, 4, 4};
   Call<float> call(shape, Values::normal, random);
@@ -81,25 +81,25 @@ TEST_CASE("kv_cache: no draft of up to `rollback` tokens is ever refused", "[sta
   }
 }
 
-TEST_CASE("kv_cache: rows for going back are counted, and the rest are evicted", "[state]") {
+TEST_CASE("kv_cache: keeps the pages that rollback needs and evicts all others", "[state]") {
   Random random(2);
   const Shape shape{2, 2, 1, 2000, 2000, 8, 8};
   Call<float> call(shape, Values::normal, random);
-  const Index row_bytes = 2 * 2 * 8 * Index{sizeof(float)};  // of both batch rows
+  const Index row_bytes = 2 * 2 * 8 * Index{sizeof(float)};  // for both batch rows
   const auto kept = [&](Index rollback) {
     auto stream = softmax_attention{causal{} & window{.left = 63}}.stream(
         stream_shape(shape), {.page_size = 8, .rollback = rollback});
     extend(stream, call, 0, 2000);
     return stream.bytes() / row_bytes;
   };
-  // The 63 keys before the next query begin at 1937: the page from 1936 on is the first.
+  // The 63 keys before the next query begin at 1937, so the first page kept begins at 1936.
   CHECK(kept(0) == 64);
   CHECK(kept(16) == 64 + 16);
   CHECK(kept(100) == 64 + 104);
   CHECK(kept(std::numeric_limits<Index>::max()) == 2000);
 }
 
-TEST_CASE("kv_cache: one step too far back is refused in a sentence that names the least size", "[errors]") {
+TEST_CASE("kv_cache: truncating too far is refused, and the text names the smallest size", "[errors]") {
   Random random(3);
   const Shape shape{1, 2, 1, 300, 300, 4, 4};
   Call<float> call(shape, Values::normal, random);
@@ -116,9 +116,9 @@ TEST_CASE("kv_cache: one step too far back is refused in a sentence that names t
     CHECK(refusal([&] { stream.truncate(least - 1); }) ==
           "longspan: kv_cache::truncate: the number of tokens is " + std::to_string(least - 1) +
               ", wanted at least " + std::to_string(least) +
-              ": the keys before are evicted, with rollback = 9");
+              ", because earlier keys are evicted (rollback = 9)");
     CHECK(stream.size() == 290);
-    // What was given up once cannot come back: the largest size so far counts.
+    // Evicted pages do not come back: the largest size so far counts.
     stream.truncate(least);
     CHECK_FALSE(stream.can_truncate(least - 1));
     CHECK(stream.can_truncate(0));
@@ -131,8 +131,7 @@ TEST_CASE("kv_cache: one step too far back is refused in a sentence that names t
         }) == "longspan: kv_cache: rollback is -1, wanted at least 0 tokens");
 }
 
-TEST_CASE("kv_cache: copies and batch rows do not see rows that are written over after a step back",
-          "[state]") {
+TEST_CASE("kv_cache: rows overwritten after truncate do not change copies and other batch rows", "[state]") {
   Random random(4);
   const Shape shape{3, 2, 1, 120, 120, 8, 8};
   Call<float> call(shape, Values::normal, random), other = call.unrun(), again = call.unrun();
@@ -144,7 +143,7 @@ TEST_CASE("kv_cache: copies and batch rows do not see rows that are written over
     extend(stream, call, 0, 100);
     const auto copy = stream;
     stream.truncate(88);
-    extend(stream, other, 88, 32);  // over the last 12 rows of the copy
+    extend(stream, other, 88, 32);  // overwrites what are the last 12 rows of the copy
     auto goes_on = copy;
     extend(goes_on, call, 100, 20);
     auto straight = attend.stream(stream_shape(shape), {.page_size = page});
@@ -152,7 +151,7 @@ TEST_CASE("kv_cache: copies and batch rows do not see rows that are written over
     extend(straight, again, 100, 20);
     CHECK(same_rows(call, again, 100, 120));
 
-    // Rows that reorder has made alike go their own ways after a step back.
+    // Batch rows that reorder has made equal are independent after truncate.
     Call<float> moved = call.unrun(), wanted = call.unrun();
     const std::vector<Index> from{1, 1, 0};
     for (Index b = 0; b < 3; ++b) {
@@ -177,7 +176,7 @@ TEST_CASE("kv_cache: copies and batch rows do not see rows that are written over
   }
 }
 
-TEST_CASE("kv_cache: a saved state can go back as far as before", "[state]") {
+TEST_CASE("kv_cache: a loaded state can be truncated as far as the saved stream", "[state]") {
   Random random(5);
   const Shape shape{1, 2, 1, 300, 300, 4, 4};
   Call<float> call(shape, Values::normal, random);
@@ -189,7 +188,7 @@ TEST_CASE("kv_cache: a saved state can go back as far as before", "[state]") {
   loaded.load(file);
   CHECK(least_kept(loaded) == least_kept(stream));
   CHECK(least_kept(loaded) <= 274);
-  // A stream that keeps nothing for a step back writes a state that others can load, but not go back in.
+  // The state of a stream with rollback 0 can be loaded by others, but then not be truncated.
   auto strict = attend.stream(stream_shape(shape), {.page_size = 4, .rollback = 0});
   extend(strict, call, 0, 290);
   std::stringstream less;

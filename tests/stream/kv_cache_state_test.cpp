@@ -22,7 +22,7 @@ using longspan::window;
 
 const softmax_attention ring{causal{} & (window{.left = 99} | sinks{4})};
 
-/// Bytes of one page in a cache of float with value_dim = head_dim.
+/// The bytes of one page in a cache of float with value_dim = head_dim.
 Index page_bytes(const Shape& shape, Index page) {
   return 2 * shape.kv_heads * shape.head_dim * page * Index{sizeof(float)};
 }
@@ -37,13 +37,13 @@ TEST_CASE("kv_cache: pages that the mask will not show again are evicted", "[sta
   CHECK(stream.bytes() == 0);
   for (Index n = 0; n < 1000; ++n) {
     extend(stream, call, n, 1);
-    // The sinks' page, and every page that holds one of the 99 last keys of a query 16 tokens back or later, or
+    // The page of the sinks, every page with one of the last 99 keys of a query at most 16 tokens back, and that of
     // the next token.
     const Index first = std::max<Index>(1, (n + 1 - 16 - 99) / 32), last = n / 32;
     const Index pages = std::max<Index>(0, last - first + 1) + 1;
     REQUIRE(stream.bytes() <= (pages + 1) * page_bytes(shape, 32));
   }
-  // A long prompt leaves no more than the ring.
+  // After a long prompt only the pages of the window and the sinks remain.
   auto prompt = ring.stream(stream_shape(shape), {.page_size = 32});
   extend(prompt, call, 0, 6000);
   CHECK(prompt.bytes() <= 6 * page_bytes(shape, 32));
@@ -52,7 +52,7 @@ TEST_CASE("kv_cache: pages that the mask will not show again are evicted", "[sta
   CHECK(kept.bytes() == 188 * page_bytes(shape, 32));
 }
 
-TEST_CASE("kv_cache: an array doubles, reserve is enough, and steps allocate nothing", "[state]") {
+TEST_CASE("kv_cache: an array grows by doubling, and after reserve tokens allocate nothing", "[state]") {
   Random random(2);
   const Shape shape{2, 4, 2, 1500, 1500, 16, 16};
   Call<float> call(shape, Values::normal, random);
@@ -77,7 +77,7 @@ TEST_CASE("kv_cache: an array doubles, reserve is enough, and steps allocate not
   }
 }
 
-TEST_CASE("kv_cache: copies share pages and go their own ways", "[state]") {
+TEST_CASE("kv_cache: copies share pages and are independent", "[state]") {
   Random random(3);
   const Shape shape{2, 3, 1, 200, 200, 8, 8};
   Call<float> call(shape, Values::normal, random), beam = call.unrun(), again = call.unrun();
@@ -88,7 +88,7 @@ TEST_CASE("kv_cache: copies share pages and go their own ways", "[state]") {
     extend(stream, call, 0, 90);
     {
       auto copy = stream;
-      // Whole pages are not copied: the copy allocates two lists of pages, and nothing else.
+      // Whole pages are not copied: the copy only allocates two lists of pages.
       CHECK(allocations_of([&] { const auto another = stream; }) <= 4);
       extend(copy, beam, 90, 110);
     }
@@ -112,7 +112,7 @@ TEST_CASE("kv_cache: copies share pages and go their own ways", "[state]") {
   }
 }
 
-TEST_CASE("kv_cache: a copy costs its open page", "[state]") {
+TEST_CASE("kv_cache: a copy costs only its open page", "[state]") {
   Random random(4);
   const Shape shape{1, 2, 2, 300, 300, 8, 8};
   Call<float> call(shape, Values::normal, random);
@@ -129,7 +129,7 @@ TEST_CASE("kv_cache: a copy costs its open page", "[state]") {
   CHECK(allocations_of([&] { step(stream, 290); }) == 0);
 }
 
-TEST_CASE("kv_cache: appended tokens are seen like others", "[state]") {
+TEST_CASE("kv_cache: later queries see tokens that were appended without queries", "[state]") {
   Random random(9);
   const Shape shape{2, 4, 2, 400, 400, 8, 6};
   Call<float> call(shape, Values::normal, random), again = call.unrun();
@@ -149,7 +149,7 @@ TEST_CASE("kv_cache: appended tokens are seen like others", "[state]") {
   }
 }
 
-TEST_CASE("kv_cache: truncate steps back", "[state]") {
+TEST_CASE("kv_cache: truncate removes tokens", "[state]") {
   Random random(5);
   const Shape shape{2, 4, 2, 220, 220, 8, 8};
   Call<float> call(shape, Values::normal, random), guess = call.unrun(), again = call.unrun();
@@ -173,7 +173,7 @@ TEST_CASE("kv_cache: truncate steps back", "[state]") {
   }
 }
 
-TEST_CASE("kv_cache: reorder gives a row what another was", "[state]") {
+TEST_CASE("kv_cache: reorder copies batch rows", "[state]") {
   Random random(6);
   const Shape shape{3, 2, 1, 120, 120, 8, 8};
   Call<float> call(shape, Values::normal, random), moved = call, wanted = call;
@@ -195,7 +195,7 @@ TEST_CASE("kv_cache: reorder gives a row what another was", "[state]") {
   }
 }
 
-TEMPLATE_TEST_CASE("kv_cache: what was saved goes on where it stopped", "[state]", float, double, Eigen::half,
+TEMPLATE_TEST_CASE("kv_cache: a loaded state continues the stream", "[state]", float, double, Eigen::half,
                    std::int8_t) {
   Random random(7);
   const Shape shape{2, 4, 2, 700, 700, 8, 6};
@@ -216,7 +216,7 @@ TEMPLATE_TEST_CASE("kv_cache: what was saved goes on where it stopped", "[state]
   }
 }
 
-TEST_CASE("kv_cache: a file that is damaged or of another stream is refused, and nothing changes",
+TEST_CASE("kv_cache: a damaged file or one of another stream is refused, and nothing changes",
           "[state][errors]") {
   Random random(8);
   const Shape shape{1, 2, 1, 100, 100, 4, 4};
@@ -246,7 +246,7 @@ TEST_CASE("kv_cache: a file that is damaged or of another stream is refused, and
   extend(narrow, after, 0, 60);
   std::stringstream few;
   narrow.save(few);
-  CHECK(refused(stream, few.str()).find("without keys that the mask will show") != std::string::npos);
+  CHECK(refused(stream, few.str()).find("without some keys that later queries may see") != std::string::npos);
 
   extend(stream, call, 60, 40);
   auto whole = attend.stream(stream_shape(shape), paged);

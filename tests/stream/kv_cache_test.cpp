@@ -29,7 +29,7 @@ using longspan::window;
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("kv_cache: rows of every type under queries of every type", "[law]", float, double,
+TEMPLATE_TEST_CASE("kv_cache: rows of every type with queries of every type", "[law]", float, double,
                    bfloat16, half) {
   for_each_case(25, [](Random& random) {
     const Shape shape = draw_self_shape(random);
@@ -41,7 +41,8 @@ TEMPLATE_TEST_CASE("kv_cache: rows of every type under queries of every type", "
   });
 }
 
-TEST_CASE("kv_cache: positions and scores count from the first token of the stream", "[law][slow]") {
+TEST_CASE("kv_cache: positions in encodings and scores count from the first token of the stream",
+          "[law][slow]") {
   for_each_case(40, [](Random& random) {
     Shape shape = draw_self_shape(random);
     shape.head_dim = random.pick({2, 8, 34});
@@ -73,7 +74,7 @@ TEST_CASE("kv_cache: positions and scores count from the first token of the stre
   });
 }
 
-TEST_CASE("kv_cache: rows of int8 are what their scales make of them", "[law]") {
+TEST_CASE("kv_cache: matches the definition over the rows as int8 stores them", "[law]") {
   for_each_case(40, [](Random& random) {
     const Shape shape = draw_self_shape(random);
     const Index longest = draw_longest(random);
@@ -83,7 +84,7 @@ TEST_CASE("kv_cache: rows of int8 are what their scales make of them", "[law]") 
     auto stream = softmax_attention{}.stream<std::int8_t>(stream_shape(shape), options);
     extend_in_chunks(stream, call, random, shape.q_len, longest);
 
-    // The result, from what is kept, by the common bound.
+    // The result from the stored rows, within the common bound.
     const Tensor<double> k = kept_as_int8(call.k), v = kept_as_int8(call.v);
     Definition what;
     what.sees = [](Index, Index, Index i, Index j) { return j <= i; };
@@ -92,7 +93,7 @@ TEST_CASE("kv_cache: rows of int8 are what their scales make of them", "[law]") 
   });
 }
 
-TEST_CASE("kv_cache: what a row of int8 cannot hold is NaN, and hidden is absent", "[masked]") {
+TEST_CASE("kv_cache: an int8 row with NaN or infinity is NaN, and without effect if hidden", "[masked]") {
   Random random(1);
   const Shape shape{1, 2, 1, 40, 40, 8, 8};
   Call<float> call(shape, Values::normal, random);
@@ -112,7 +113,7 @@ TEST_CASE("kv_cache: what a row of int8 cannot hold is NaN, and hidden is absent
   }
 }
 
-TEST_CASE("kv_cache: the bits of the one call", "[bits][slow]") {
+TEST_CASE("kv_cache: has the bits of a single call", "[bits][slow]") {
   Random random(2);
   const Shape shape{2, 8, 2, 2500, 2500, 40, 24};
   const auto check = [&](auto once, const auto& attend, const kv_cache_options& options) {
@@ -121,7 +122,7 @@ TEST_CASE("kv_cache: the bits of the one call", "[bits][slow]") {
     once.run(attend);
     using T = typename decltype(once.k.view())::Element;
     auto stream = attend.template stream<T>(stream_shape(shape), options);
-    // More than 8 queries to a KV head: fewer have a kernel of their own.
+    // More than 8 queries per KV head: fewer use the decode kernel.
     extend_in_chunks(stream, chunks, random, 2400, 300, 3);
     extend(stream, chunks, 2400, 100);
     CHECK(chunks.same_outputs(once));
@@ -140,7 +141,7 @@ TEST_CASE("kv_cache: the bits of the one call", "[bits][slow]") {
   }
 }
 
-TEST_CASE("kv_cache: single tokens, the bits of decoding against all tokens so far", "[bits][slow]") {
+TEST_CASE("kv_cache: a single token has the bits of decoding with all tokens so far", "[bits][slow]") {
   Random random(3);
   const Shape shape{1, 8, 2, 2100, 2100, 32, 32};
   Call<float> once(shape, Values::normal, random), tokens = once.unrun(), paged = once.unrun(),
@@ -167,7 +168,7 @@ TEST_CASE("kv_cache: single tokens, the bits of decoding against all tokens so f
     CHECK(std::equal(once.out.row(0, h, 2000), once.out.row(0, h, 2099) + 32, tokens.out.row(0, h, 2000)));
 }
 
-TEST_CASE("kv_cache: what it refuses", "[errors]") {
+TEST_CASE("kv_cache: invalid options, shapes and calls are refused", "[errors]") {
   const softmax_attention attend{causal{}};
   const auto says = [](const std::string& text, const auto& call) {
     INFO(refusal(call));
@@ -181,14 +182,14 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
   }));
   softmax_attention placed = attend;
   placed.first_query = 7;
-  // Sizes of which the products overflow.
+  // Sizes whose products overflow.
   constexpr Index huge = Index{1} << 60;
   CHECK(
       says("kv_cache: the shape [batch, heads, head_dim, value_dim] is [1, 2, 1152921504606846976, 4]", [&] {
         attend.stream({1, 2, 2, huge, 4});
       }));
   CHECK(says("kv_cache: the shape", [&] { attend.stream({1, huge, huge, 4, 4}); }));
-  CHECK(says("wanted a token that fits", [&] { attend.stream({huge, 1, 1, 0, 0}); }));
+  CHECK(says("wanted a shape whose tokens fit into memory", [&] { attend.stream({huge, 1, 1, 0, 0}); }));
   CHECK(says("kv_cache: the shape", [&] { attend.stream({1, 1, 1, 2 * huge, 6 * huge}); }));
   CHECK(says("kv_cache: page_size is 1152921504606846976, wanted at least 0 and at most", [&] {
     attend.stream({1, 2, 2, 4, 4}, {.page_size = huge});
@@ -198,7 +199,7 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
     CHECK(says("kv_cache::reserve: the number of tokens is 1152921504606846976, wanted 0..",
                [&] { stream.reserve(huge); }));
     CHECK(says("kv_cache::reserve: the number of tokens is -1, wanted 0..", [&] { stream.reserve(-1); }));
-    // One row that stands for more tokens than any memory holds.
+    // One row repeated as more tokens than fit into any memory.
     const float row[4] = {};
     const longspan::TensorView<const float> rows{row, 1, 2, huge, 4, 0, 0, 0};
     CHECK(says("kv_cache::append: k is [1, 2, 1152921504606846976, 4], wanted",
@@ -209,7 +210,7 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
   softmax_attention unscaled = attend;
   unscaled.scale = NAN;
   CHECK(says("kv_cache: scale is nan, wanted a finite number", [&] { unscaled.stream({1, 2, 2, 4, 4}); }));
-  CHECK(says("first_query is 7, wanted unset", [&] { placed.stream({1, 2, 2, 4, 4}); }));
+  CHECK(says("first_query is 7, wanted no value", [&] { placed.stream({1, 2, 2, 4, 4}); }));
   auto stream = attend.stream({1, 2, 2, 4, 4}, {.page_size = 8});
   Call<float> call(Shape{1, 2, 1, 5, 5, 4, 4}), right(Shape{1, 2, 2, 40, 40, 4, 4});
   CHECK(says("1 KV heads", [&] { extend(stream, call, 0, 5); }));
@@ -223,8 +224,9 @@ TEST_CASE("kv_cache: what it refuses", "[errors]") {
   }));
   auto ring = softmax_attention{window{.left = 10}}.stream({1, 2, 2, 4, 4}, {.page_size = 8, .rollback = 0});
   extend(ring, right, 0, 40);
-  CHECK(says("kv_cache::truncate: the number of tokens is 30, wanted at least 34: the keys",
-             [&] { ring.truncate(30); }));
+  CHECK(says(
+      "kv_cache::truncate: the number of tokens is 30, wanted at least 34, because earlier keys are evicted",
+      [&] { ring.truncate(30); }));
   ring.truncate(39);
   CHECK(ring.size() == 39);
 }

@@ -1,4 +1,4 @@
-// Landmark caches and hybrid streams whose memory ends at each possible allocation: nothing changes.
+// Landmark caches and hybrid streams that run out of memory at each possible allocation: nothing changes.
 #include <cstdint>
 #include <map>
 #include <sstream>
@@ -36,8 +36,8 @@ void append(S& stream, Call<float>& call, Index first, Index count) {
   stream.extend(rows(call.q), rows(call.k), rows(call.v), call.out.view().slice_rows(first, count), serial{});
 }
 
-/// Lets each allocation of work(stream) fail in turn, on a stream of fresh(). The stream then is as it was, and goes on
-/// with the outputs of one whose memory never ended.
+/// Lets each allocation of work(stream) fail in turn, on a stream from fresh(). The stream is then unchanged and
+/// continues with the outputs of one that never ran out of memory.
 template <class Fresh, class Work>
 void check_every_failure(const Fresh& fresh, const Work& work, int least) {
   Random random(1);
@@ -66,7 +66,7 @@ void check_every_failure(const Fresh& fresh, const Work& work, int least) {
   }
 }
 
-/// All that may fail, where `extend` is one step of the stream.
+/// Checks all operations that may fail, with `extend` as one step of the stream.
 template <class Fresh>
 void check_every_call(const Fresh& fresh, Index chunk) {
   Random random(2);
@@ -110,7 +110,7 @@ struct MapIndex {
 
 }  // namespace
 
-TEST_CASE("landmark_cache: where memory ends, nothing changes", "[stream][memory]") {
+TEST_CASE("landmark_cache: a call that runs out of memory changes nothing", "[stream][memory]") {
   const landmark_cache_options options{.block_size = 4, .top_k = 2, .window_blocks = 1, .capacity = 5};
   check_every_call([&] { return landmark_cache<float, rotary>(stream_shape(sizes), options, turned); }, 17);
   check_every_call(
@@ -121,7 +121,8 @@ TEST_CASE("landmark_cache: where memory ends, nothing changes", "[stream][memory
       17);
 }
 
-TEST_CASE("landmark_cache: where memory ends, nothing changes in a file", "[stream][memory][file]") {
+TEST_CASE("landmark_cache: a call that runs out of memory changes nothing in a file",
+          "[stream][memory][file]") {
   const TemporaryFolder folder;
   Random random(3);
   Call<float> call(sizes, Values::normal, random);
@@ -149,7 +150,7 @@ TEST_CASE("landmark_cache: where memory ends, nothing changes in a file", "[stre
   }
 }
 
-TEST_CASE("hybrid_stream: where memory ends, nothing changes", "[stream][memory]") {
+TEST_CASE("hybrid_stream: a call that runs out of memory changes nothing", "[stream][memory]") {
   for (const Index rollback : {0, 16}) {
     check_every_call(
         [&] {

@@ -98,7 +98,7 @@ TEST_CASE("landmark_cache: a file that is opened again has every block that no t
       CHECK(cache.size() == blocks * 5);
       CHECK(cache.blocks() == (capacity == 0 ? blocks : 4));
       CHECK(cache.dropped() == blocks - cache.blocks());
-      // The later tokens come again.
+      // The later tokens are appended again.
       extend(cache, own, blocks * 5, 63 - blocks * 5);
       extend(cache, own, 63, 27);
       CHECK(same_rows(call, own, 63, 90));
@@ -107,7 +107,7 @@ TEST_CASE("landmark_cache: a file that is opened again has every block that no t
   }
 }
 
-TEST_CASE("landmark_cache: tokens that were taken back are not in the file", "[stream][file][rollback]") {
+TEST_CASE("landmark_cache: removed tokens are not in the file", "[stream][file][rollback]") {
   const TemporaryFolder folder;
   Random random(8);
   Call<float> call = drawn_call(random), draft = drawn_call(random), own = call.unrun();
@@ -121,10 +121,10 @@ TEST_CASE("landmark_cache: tokens that were taken back are not in the file", "[s
         extend(cache, draft, 0, 16);
         cache.truncate(i + 4);
       }
-      CHECK(refusal([&] { cache.truncate(30); }).find("the cache can go back to 60") != std::string::npos);
+      CHECK(refusal([&] { cache.truncate(30); }).find("wanted 60..") != std::string::npos);
     }
     Cache reopened(shape, options, turned);
-    CHECK(reopened.size() == 55);  // of the 76 tokens that there were, 60 can not be taken back
+    CHECK(reopened.size() == 55);  // the largest size was 76, so the first 60 tokens cannot be removed
     Cache wanted(shape, {.block_size = 5, .top_k = 3, .window_blocks = 1, .capacity = capacity}, turned);
     extend(wanted, call, 0, 60);
     extend(reopened, own, 55, 5);
@@ -166,7 +166,7 @@ TEST_CASE("landmark_cache: an assigned cache does not write the file of the othe
   CHECK(same_rows(call, own, 45, 90));
 }
 
-TEST_CASE("landmark_cache: where the file cannot be replaced, clear is an error that changes nothing",
+TEST_CASE("landmark_cache: if the file cannot be replaced, clear throws and changes nothing",
           "[stream][file][errors]") {
   const TemporaryFolder folder;
   Random random(10);
@@ -196,7 +196,7 @@ TEST_CASE("landmark_cache: where the file cannot be replaced, clear is an error 
 }
 
 TEST_CASE("landmark_cache: a process that ends between two writes loses no sealed block", "[stream][file]") {
-  // What a file looks like between the writes of a seal: space, part of a block, all of it, and the count.
+  // The file between the writes of a seal: reserved space, part of a block, the whole block, and the count.
   const TemporaryFolder folder;
   Random random(3);
   Call<float> call = drawn_call(random);
@@ -279,7 +279,7 @@ TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[strea
         std::string::npos);
 }
 
-TEST_CASE("landmark_cache: a disk that is full is an error that changes nothing", "[stream][file]") {
+TEST_CASE("landmark_cache: a full disk throws a FileError and changes nothing", "[stream][file]") {
   const TemporaryFolder folder;
   Random random(5);
   Call<float> call = drawn_call(random), own = call.unrun();
@@ -337,7 +337,7 @@ TEST_CASE("landmark_cache: a copy reads the file and keeps its own blocks in mem
   extend(copy, other, 40, 50);
   CHECK(same_rows(call, other, 40, 90));
   copy = cache;
-  cache.clear();  // the copy still holds the blocks of the old file
+  cache.clear();  // the copy still has the blocks of the old file
   extend(cache, own, 0, 90);
   extend(copy, other, 40, 50);
   CHECK(same_rows(call, other, 40, 90));
@@ -355,8 +355,8 @@ TEST_CASE("landmark_cache: a copy reads the file and keeps its own blocks in mem
   copy.reorder(rows);
 }
 
-TEST_CASE("landmark_cache: pages of the file that stay in memory are bounded", "[stream][file]") {
-  // Where the system tells how much of its mapped files a process holds.
+TEST_CASE("landmark_cache: the memory for mapped pages of the file is bounded", "[stream][file]") {
+  // Only on systems that report the resident part of a process's mapped files.
   const auto mapped_kb = [] {
     std::ifstream status("/proc/self/status");
     for (std::string word; status >> word;) {
@@ -366,7 +366,7 @@ TEST_CASE("landmark_cache: pages of the file that stay in memory are bounded", "
     return -1L;
   };
   if (mapped_kb() < 0) {
-    SUCCEED("RssFile is not told");
+    SUCCEED("this system does not report RssFile");
     return;
   }
   const TemporaryFolder folder;

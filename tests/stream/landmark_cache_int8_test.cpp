@@ -27,7 +27,7 @@ const rotary turned(Pairing::half_split, 100);
 
 bool near(double x, double y) { return x == y || std::abs(x - y) < 4e-6; }
 
-/// What a row of each key becomes in its block, its position taken off again; and of each value.
+/// The keys as int8 blocks store them, without their position encoding, and the values.
 std::pair<Tensor<double>, Tensor<double>> sealed_rows(const Call<float>& call, Index block) {
   Tensor<float> k = call.k;
   const auto rows_at = [&](auto& x, const auto& work) {
@@ -45,7 +45,7 @@ std::pair<Tensor<double>, Tensor<double>> sealed_rows(const Call<float>& call, I
   return {kept, kept_as_int8(call.v)};
 }
 
-/// The double reference of the chunk [first, first + count), whose `sealed` first tokens are kept as int8.
+/// The reference in double for the chunk [first, first + count), with the first `sealed` tokens as int8 stores them.
 longspan::reference::landmark_cache<rotary> exact_chunk(const Call<float>& call, const Options& options,
                                                         const Tensor<double>& k, const Tensor<double>& v,
                                                         Index sealed, Index first, Index count,
@@ -68,7 +68,7 @@ longspan::reference::landmark_cache<rotary> exact_chunk(const Call<float>& call,
 
 }  // namespace
 
-TEST_CASE("landmark_cache: blocks of int8 are what the scales of their rows make of them", "[stream][law]") {
+TEST_CASE("landmark_cache: matches the reference over the rows as int8 blocks store them", "[stream][law]") {
   Index compared = 0, queries = 0;
   for_each_case(12, [&](Random& random) {
     const Options options{.block_size = random.between(2, 9),
@@ -91,7 +91,7 @@ TEST_CASE("landmark_cache: blocks of int8 are what the scales of their rows make
       for (Index n = 0; n < call.q.batch * call.q.heads * count; ++n) {
         const Index b = n / count / call.q.heads, h = n / count % call.q.heads, i = n % count;
         const auto chosen = cache.retrieved(b, h, i);
-        // The cache chooses by landmarks in float: now and then others than by those that were rounded.
+        // The cache chooses by landmarks in float, which occasionally differs from a choice by rounded landmarks.
         ++queries;
         if (!std::equal(chosen.begin(), chosen.end(), reference.retrieved(b, h, i).begin())) continue;
         ++compared;
@@ -130,7 +130,7 @@ TEST_CASE(
   CHECK(narrow.bytes() > heads * (landmarks + of_narrow));
 }
 
-TEST_CASE("landmark_cache: what a row of int8 cannot hold is NaN, where its block is retrieved",
+TEST_CASE("landmark_cache: an int8 row with NaN or infinity is NaN if its block is retrieved",
           "[stream][masked]") {
   Random random(2);
   const Shape shape{1, 2, 1, 40, 40, 8, 8};
@@ -155,7 +155,7 @@ TEST_CASE("landmark_cache: what a row of int8 cannot hold is NaN, where its bloc
   CHECK(retrieved < 48);
 }
 
-TEST_CASE("landmark_cache: threads change no bit of blocks of int8", "[stream][bits]") {
+TEST_CASE("landmark_cache: bits with int8 blocks do not depend on threads", "[stream][bits]") {
   Random random(3);
   const Shape shape{1, 6, 2, 200, 200, 34, 16};
   Call<float> call(shape, Values::normal, random), own = call.unrun();
@@ -167,7 +167,7 @@ TEST_CASE("landmark_cache: threads change no bit of blocks of int8", "[stream][b
   CHECK(call.same_outputs(own));
 }
 
-TEST_CASE("landmark_cache: blocks of int8 go on from a state, from a file and in a copy",
+TEST_CASE("landmark_cache: int8 blocks continue from a state, from a file and in a copy",
           "[stream][state][errors]") {
   Random random(4);
   const Shape shape{2, 4, 2, 60, 60, 6, 5};
@@ -214,7 +214,7 @@ TEST_CASE("landmark_cache: blocks of int8 go on from a state, from a file and in
   CHECK(same_rows(call, file_call, 43, 60));
 }
 
-TEST_CASE("landmark_cache: a sealed block decodes to the rows that are kept", "[int8]") {
+TEST_CASE("landmark_cache: decode_block returns the stored rows", "[int8]") {
   Random random(9);
   Call<float> call({2, 4, 2, 40, 40, 12, 9}, Values::normal, random);
   landmark_cache<std::int8_t> cache(stream_shape({2, 4, 2, 40, 40, 12, 9}), {.block_size = 8});

@@ -1,4 +1,4 @@
-// The report of a landmark_cache against its reference, and caches of 16-bit types.
+// The masses of a landmark_cache compared with its reference, and caches of 16-bit types.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -34,12 +34,12 @@ double largest_difference(const Call<float>& x, const Call<float>& y) {
   return most;
 }
 
-/// log of a sum, of which the reference may say that it is of nothing.
+/// Compares logarithms of sums; the log of an empty sum is -infinity.
 bool near(double got, double wanted) { return got == wanted || std::abs(got - wanted) < 2e-5; }
 
 }  // namespace
 
-TEST_CASE("landmark_cache: the report has the masses of its reference", "[stream][oracle][slow]") {
+TEST_CASE("landmark_cache: masses match the reference", "[stream][oracle][slow]") {
   for_each_case(12, [](Random& random) {
     const Options options{.block_size = random.between(2, 11),
                           .top_k = random.between(0, 3),
@@ -71,14 +71,15 @@ TEST_CASE("landmark_cache: the report has the masses of its reference", "[stream
   });
 }
 
-TEST_CASE("landmark_cache: a sample of everything gives the mass of softmax attention", "[stream][law]") {
+TEST_CASE("landmark_cache: with a sample of all tokens the mass is that of softmax attention",
+          "[stream][law]") {
   Random random(2);
   Call<float> call = drawn_call(random);
   const Options options{.block_size = 8, .top_k = 2, .mass_sample = 7};
   landmark_cache<float, rotary, exact_positions> cache(shape, options, rotary(Pairing::half_split));
   extend(cache, call, 0, 119);
   extend(cache, call, 119, 1);
-  // Landmarks are no tokens.
+  // Landmarks do not count as tokens.
   Call<float> tokens = call.unrun();
   for (Index i = 7; i < 120; i += 8) {
     for (Index b = 0; b < 2; ++b) {
@@ -103,7 +104,7 @@ TEST_CASE("landmark_cache: a sample of everything gives the mass of softmax atte
         std::string::npos);
 }
 
-TEST_CASE("landmark_cache: tokens of the sample are spread over the block", "[stream][law]") {
+TEST_CASE("landmark_cache: the tokens of a sample are spread over the block", "[stream][law]") {
   for (Index tokens = 0; tokens < 40; ++tokens) {
     for (Index wanted = 0; wanted < 45; ++wanted) {
       const auto sample = TokenSample::of(tokens, wanted);
@@ -117,8 +118,8 @@ TEST_CASE("landmark_cache: tokens of the sample are spread over the block", "[st
   }
 }
 
-TEMPLATE_TEST_CASE("landmark_cache: 16-bit blocks of values that need no more change nothing",
-                   "[stream][types]", Eigen::bfloat16, Eigen::half) {
+TEMPLATE_TEST_CASE("landmark_cache: with 16-bit numbers 16-bit blocks change nothing", "[stream][types]",
+                   Eigen::bfloat16, Eigen::half) {
   Random random(3);
   Call<float> call = drawn_call(random);
   for (auto* values : {&call.k.values, &call.v.values}) {
@@ -140,7 +141,7 @@ TEMPLATE_TEST_CASE("landmark_cache: 16-bit blocks of values that need no more ch
   CHECK(largest_difference(call, own) < 2e-6);
   CHECK(2 * narrow.bytes() == wide.bytes());
 
-  // Saved and loaded, and not by a cache of another type.
+  // The state can be saved and loaded, but not by a cache of another type.
   std::stringstream file;
   narrow.save(file);
   landmark_cache<TestType> loaded(shape, options);
@@ -151,8 +152,8 @@ TEMPLATE_TEST_CASE("landmark_cache: 16-bit blocks of values that need no more ch
   CHECK(file_refusal([&] { wide.load(file); }).find("in the file, wanted float") != std::string::npos);
 }
 
-TEMPLATE_TEST_CASE("landmark_cache: 16-bit blocks with positions are rounded once more", "[stream][types]",
-                   Eigen::bfloat16, Eigen::half) {
+TEMPLATE_TEST_CASE("landmark_cache: 16-bit blocks with positions are within one more rounding",
+                   "[stream][types]", Eigen::bfloat16, Eigen::half) {
   Random random(4);
   Call<float> call = drawn_call(random), exact = call.unrun();
   const rotary turned(Pairing::half_split);
@@ -163,7 +164,7 @@ TEMPLATE_TEST_CASE("landmark_cache: 16-bit blocks with positions are rounded onc
     extend(cache, call, i, 15);
     extend(reference, exact, i, 15);
   }
-  // Roundings of k, of k encoded and of v, by half an ulp each; logits are of about 1.
+  // Roundings of k, of the encoded k and of v, half an ulp each; scores are about 1.
   const double ulp = std::ldexp(1.0, 1 - std::numeric_limits<TestType>::digits);
   CHECK(largest_difference(call, exact) < 8 * ulp);
 }

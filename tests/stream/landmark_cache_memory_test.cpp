@@ -1,4 +1,4 @@
-// What a landmark_cache allocates, and what 16-bit blocks cost and give.
+// What a landmark_cache allocates.
 #include <filesystem>
 #include <utility>
 
@@ -30,7 +30,7 @@ void decode_without_allocating(const Options& options) {
   };
   cache.append(std::as_const(call.k).view().slice_rows(0, 160),
                std::as_const(call.v).view().slice_rows(0, 160));
-  // A whole block, so that rows that are not sealed have had all the room they need.
+  // One whole block first, so that unsealed rows have all the room that they need.
   for (Index i = 0; i < 16; ++i) step(i);
   step(16);
   REQUIRE(cache.tokens_to_landmark() == 14);
@@ -43,7 +43,7 @@ void decode_without_allocating(const Options& options) {
 
 }  // namespace
 
-TEST_CASE("landmark_cache: a step within a block allocates nothing", "[stream][memory]") {
+TEST_CASE("landmark_cache: a token within a block allocates nothing", "[stream][memory]") {
   for (const auto select :
        {LandmarkSelect::per_token_and_head, LandmarkSelect::max_over_both, LandmarkSelect::per_kv_group}) {
     decode_without_allocating<float>({.block_size = 16, .top_k = 3, .select = select, .window_blocks = 1});

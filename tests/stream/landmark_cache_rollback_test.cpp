@@ -1,4 +1,4 @@
-// Tokens taken back from a landmark cache: the law of rollback for every option that seals, drops or reads.
+// Truncating a landmark cache: the law of rollback for every option that affects sealing, dropping or reading.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -44,7 +44,7 @@ Options drawn_options(Random& random, Index rollback) {
           .split_at_blocks = random.chance(0.5)};
 }
 
-/// The law for caches that make(options) returns, for drawn options and each length of rollback.
+/// The law for caches made by make(options), for random options and several lengths of rollback.
 template <class Make>
 void check_law(const Make& make, std::uint32_t seed, bool is_saved = true, int cases = 8) {
   Random random(seed);
@@ -61,7 +61,7 @@ void check_law(const Make& make, std::uint32_t seed, bool is_saved = true, int c
   }
 }
 
-/// Remembers what a cache tells an index, and refuses what contradicts it.
+/// An index that records the calls of a cache and throws if they contradict each other.
 struct StrictIndex {
   std::map<std::pair<Index, Index>, std::map<Index, std::vector<float>>> rows{};
 
@@ -72,7 +72,7 @@ struct StrictIndex {
     for (auto& [head, keys] : rows) keys.erase(keys.begin(), keys.lower_bound(first));
   }
   void clear() { rows.clear(); }
-  /// Every second block, so that what is left in the index by mistake changes outputs.
+  /// Proposes every second block, so that blocks left in the index by mistake change outputs.
   std::vector<Index> candidates(Index b, Index h, std::span<const float> query) const {
     std::vector<Index> named;
     for (const auto& [n, key] : rows.at({b, h})) {
@@ -88,7 +88,7 @@ struct TruncatedIndex : StrictIndex {
   }
 };
 
-/// Blocks that an index knows, shared with its copies, and what it knew in the last call.
+/// The blocks that an index contains, shared with its copies, and those that it contained in the last call.
 struct KnownBlocks {
   std::set<Index>* blocks;
   std::shared_ptr<std::set<Index>> of_call = std::make_shared<std::set<Index>>();
@@ -105,12 +105,12 @@ struct KnownBlocks {
 
 }  // namespace
 
-TEST_CASE("landmark_cache: tokens taken back leave no bit behind", "[stream][rollback][bits]") {
+TEST_CASE("landmark_cache: removed tokens change no bit of later outputs", "[stream][rollback][bits]") {
   check_law([](const Options& options) { return landmark_cache<float>(stream_shape(sizes), options); }, 1,
             true, 24);
 }
 
-TEST_CASE("landmark_cache: tokens taken back leave no bit behind, with positions",
+TEST_CASE("landmark_cache: removed tokens change no bit of later outputs, with positions",
           "[stream][rollback][bits]") {
   check_law(
       [](const Options& options) {
@@ -124,7 +124,7 @@ TEST_CASE("landmark_cache: tokens taken back leave no bit behind, with positions
       3);
 }
 
-TEST_CASE("landmark_cache: tokens taken back leave no bit behind in a file",
+TEST_CASE("landmark_cache: removed tokens change no bit of later outputs, with a file",
           "[stream][rollback][file][bits]") {
   const TemporaryFolder folder;
   int files = 0;
@@ -136,7 +136,7 @@ TEST_CASE("landmark_cache: tokens taken back leave no bit behind in a file",
       4, false, 4);
 }
 
-TEST_CASE("landmark_cache: an index forgets blocks that are unsealed, and knows again those that return",
+TEST_CASE("landmark_cache: the index drops unsealed blocks, and gets blocks back that return",
           "[stream][rollback][index][bits]") {
   check_law(
       [](const Options& options) {
@@ -152,7 +152,7 @@ TEST_CASE("landmark_cache: an index forgets blocks that are unsealed, and knows 
       6);
 }
 
-TEST_CASE("landmark_cache: before each call the index knows the blocks that can be retrieved, and no others",
+TEST_CASE("landmark_cache: before each call the index contains exactly the blocks that can be retrieved",
           "[stream][rollback][index]") {
   Random random(10);
   Shape shape = sizes;
@@ -168,14 +168,14 @@ TEST_CASE("landmark_cache: before each call the index knows the blocks that can 
     const Index dropped = cache.dropped(), sealed = dropped + cache.blocks();
     index.of_call->clear();
     extend(cache, call, 0, random.between(1, 8), 1);
-    if (sealed - dropped < 3) continue;  // the landmarks of so few are scored without the index
+    if (sealed - dropped < 3) continue;  // so few landmarks are scored without the index
     CAPTURE(step, from, to);
     for (Index n = dropped; n < sealed; ++n) REQUIRE(index.of_call->contains(n));
     REQUIRE(std::ssize(*index.of_call) == sealed - dropped);
   }
 }
 
-TEST_CASE("landmark_cache: outputs do not depend on how much can be taken back", "[stream][rollback][bits]") {
+TEST_CASE("landmark_cache: outputs do not depend on rollback", "[stream][rollback][bits]") {
   Random random(7);
   for (int n = 0; n < 10; ++n) {
     Shape shape = sizes;
@@ -197,7 +197,8 @@ TEST_CASE("landmark_cache: outputs do not depend on how much can be taken back",
   }
 }
 
-TEST_CASE("landmark_cache: what can be taken back, and what is refused", "[stream][rollback][errors]") {
+TEST_CASE("landmark_cache: how far it can be truncated, and the error beyond that",
+          "[stream][rollback][errors]") {
   Random random(8);
   Shape shape = sizes;
   shape.q_len = shape.kv_len = 100;
@@ -210,10 +211,9 @@ TEST_CASE("landmark_cache: what can be taken back, and what is refused", "[strea
   CHECK_FALSE(cache.can_truncate(49));
   CHECK_FALSE(cache.can_truncate(64));
   CHECK_FALSE(cache.can_truncate(-1));
-  CHECK(
-      refusal([&] { cache.truncate(49); }) ==
-      "longspan: landmark_cache::truncate: the number of tokens is 49, wanted 50..63: the cache can go back "
-      "to 50");
+  CHECK(refusal([&] { cache.truncate(49); }) ==
+        "longspan: landmark_cache::truncate: the number of tokens is 49, wanted 50..63, because the cache "
+        "cannot be truncated further");
   CHECK(cache.size() == 63);
   cache.truncate(50);
   CHECK(cache.blocks() == 4);
@@ -224,8 +224,7 @@ TEST_CASE("landmark_cache: what can be taken back, and what is refused", "[strea
         }).find("rollback is -1, wanted at least 0") != std::string::npos);
 }
 
-TEST_CASE("landmark_cache: no truncation goes back to before a block that was dropped by hand",
-          "[stream][rollback]") {
+TEST_CASE("landmark_cache: no truncation unseals a block that was dropped by hand", "[stream][rollback]") {
   Random random(9);
   Shape shape = sizes;
   shape.q_len = shape.kv_len = 60;
@@ -242,7 +241,8 @@ TEST_CASE("landmark_cache: no truncation goes back to before a block that was dr
   CHECK(cache.blocks() == 2);
 }
 
-TEST_CASE("landmark_cache: the reference, drafts taken back", "[stream][rollback][oracle]") {
+TEST_CASE("landmark_cache: matches the reference after drafts have been removed",
+          "[stream][rollback][oracle]") {
   for_each_case(20, [](Random& random) {
     Options options = drawn_options(random, 20);
     Shape shape = sizes;

@@ -1,4 +1,4 @@
-// The state of a landmark cache and of a hybrid stream: what a file says of itself, and what it cannot promise.
+// The state of a landmark cache and of a hybrid stream: the properties in a file, and claims that are refused.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -34,7 +34,7 @@ std::string saved(const S& stream) {
   stream.save(to);
   return to.str();
 }
-/// A state with other numbers from number `first` on, and the checksum of the header that belongs to them.
+/// A state with other numbers from number `first` of the header on, and a recomputed checksum of the header.
 std::string with_numbers(std::string state, std::size_t first, const std::vector<std::int64_t>& numbers) {
   std::memcpy(&state[header_bytes + 8 * first], numbers.data(), 8 * numbers.size());
   std::uint32_t count = 0;
@@ -57,7 +57,7 @@ Cache filled_cache(const Options& options) {
 
 }  // namespace
 
-TEST_CASE("landmark_cache: a state says all that shaped its rows or decides how they are read",
+TEST_CASE("landmark_cache: a state contains all properties that determine its rows or how they are read",
           "[stream][state][errors]") {
   const Options options{.block_size = 4, .top_k = 2, .window_blocks = 1, .capacity = 3};
   const std::string state = saved(filled_cache(options));
@@ -106,7 +106,7 @@ TEST_CASE("landmark_cache: a state says all that shaped its rows or decides how 
   CHECK(same.size() == 37);
 }
 
-TEST_CASE("landmark_cache: numbers that no stream reaches are refused before memory is taken",
+TEST_CASE("landmark_cache: impossible numbers in a state are refused before memory is allocated",
           "[stream][state][errors]") {
   const Options options{.block_size = 4, .top_k = 2, .window_blocks = 1, .capacity = 3};
   const std::string state = saved(filled_cache(options));
@@ -117,7 +117,7 @@ TEST_CASE("landmark_cache: numbers that no stream reaches are refused before mem
     CHECK(text.find(words) != std::string::npos);
     CHECK(cache.size() == 0);
   };
-  // 37 tokens: 8 sealed, 16 tokens before the end 4, none opened, none dropped by hand.
+  // 37 tokens: 8 sealed blocks, 4 of them 16 tokens before the end, none from a file, none dropped by hand.
   CHECK(refused(cache, with_numbers(state, fields, {37, 8, 4, 0, 0})) == "");
   cache.clear();
   refuses({-1, 8, 4, 0, 0}, "the number of tokens is -1 in the file");
@@ -132,11 +132,11 @@ TEST_CASE("landmark_cache: numbers that no stream reaches are refused before mem
   refuses({37, 8, 4, 0, 5}, "the number of blocks dropped by hand is 5 in the file, wanted 0..4");
   refuses({37, 8, 4, 0, -1}, "the number of blocks dropped by hand is -1");
   refuses({37, 8, 5, 0, 0},
-          "the payload is");  // the capacity drops two: fewer blocks and rows than there are
+          "the payload is");  // the capacity drops two: fewer blocks and rows than in the payload
   refuses({Index{1} << 47, (Index{1} << 45) - 1, 4, 0, 0}, "the payload is");
 }
 
-TEST_CASE("landmark_cache: rows of no bytes do not let a file promise blocks without end",
+TEST_CASE("landmark_cache: with rows of 0 bytes a file still cannot claim any number of blocks",
           "[stream][state][errors]") {
   for (const StreamShape& empty :
        {StreamShape{1, 1, 1, 0, 0}, StreamShape{0, 1, 1, 4, 4}, StreamShape{1, 0, 0, 4, 4}}) {
@@ -145,7 +145,7 @@ TEST_CASE("landmark_cache: rows of no bytes do not let a file promise blocks wit
     const Index blocks = Index{1} << 40;
     CHECK(refused(cache, with_numbers(state, fields, {2 * blocks, blocks, 0, 0, 0})).find("the payload is") !=
           std::string::npos);
-    // And those that there are go through it.
+    // A real state of such rows can be saved and loaded.
     Call<float> call(
         Shape{empty.batch, empty.heads, empty.kv_heads, 21, 21, empty.head_dim, empty.value_dim});
     extend(cache, call, 0, 11);
@@ -159,7 +159,7 @@ TEST_CASE("landmark_cache: rows of no bytes do not let a file promise blocks wit
   }
 }
 
-TEST_CASE("hybrid_stream: a state says its options, and holds a memory of the blocks that were evicted",
+TEST_CASE("hybrid_stream: a state contains its options, and the memory of the evicted blocks",
           "[stream][state][errors]") {
   hybrid_options options{
       .block_size = 4, .top_k = 1, .window_blocks = 1, .capacity = 2, .evicted_at_once = 1};
@@ -186,7 +186,7 @@ TEST_CASE("hybrid_stream: a state says its options, and holds a memory of the bl
   differs([](hybrid_options& o) { o.empty_memory = EmptyMemory::gate; },
           "hybrid_stream::load: empty_memory is bypass in the file, wanted gate as in this stream");
 
-  // The memory from before the evictions that can be undone comes first, and this is the one of now.
+  // The state must contain the memory before the evictions that can be undone; this is the current memory.
   const auto part = [](const auto& x) { return saved(x); };
   const std::string of_hybrid = state.substr(0, header_bytes + 8 + 4 + 4);
   CHECK(refused(shorter, of_hybrid + part(stream.cache()) + part(stream.memory()))
@@ -194,7 +194,7 @@ TEST_CASE("hybrid_stream: a state says its options, and holds a memory of the bl
   CHECK(shorter.size() == 21);
 }
 
-TEST_CASE("hybrid_stream: its scale multiplies scores and leaves the memory alone", "[law]") {
+TEST_CASE("hybrid_stream: scale multiplies scores and does not change the memory", "[law]") {
   Random random(3);
   Call<float> call(Shape{1, 2, 1, 60, 60, 4, 4}, Values::normal, random), scaled = call.unrun();
   const hybrid_options options{

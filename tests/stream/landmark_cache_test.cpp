@@ -1,4 +1,4 @@
-// A landmark cache against its reference, its laws, and what it refuses.
+// landmark_cache: compared with its reference, laws, and errors.
 #include "longspan/stream/landmark_cache.hpp"
 
 #include <algorithm>
@@ -34,7 +34,7 @@ StreamShape shape_of(const Call<T>& call) {
   return {call.q.batch, call.q.heads, call.k.heads, call.q.cols, call.v.cols};
 }
 
-/// All tokens in chunks of `length`.
+/// Extends with all tokens in chunks of `length`.
 template <class T, class Cache>
 void stream(Cache& cache, Call<T>& call, Index length) {
   for (Index i = 0; i < call.q.rows; i += length) extend(cache, call, i, std::min(length, call.q.rows - i));
@@ -52,7 +52,8 @@ void check_near(const Call<T>& got, const Call<T>& wanted, double most) {
 
 }  // namespace
 
-TEST_CASE("landmark_cache: the reference, block by block retrieved, for every option", "[stream][oracle]") {
+TEST_CASE("landmark_cache: matches the reference, including the retrieved blocks, for every option",
+          "[stream][oracle]") {
   for_each_case(60, [](Random& random) {
     const Options options{.block_size = random.between(2, 9),
                           .top_k = random.between(0, 4),
@@ -104,7 +105,7 @@ TEST_CASE("landmark_cache: the reference, block by block retrieved, for every op
   });
 }
 
-TEST_CASE("landmark_cache: with every block retrieved, any chunks give landmark attention",
+TEST_CASE("landmark_cache: if all blocks are retrieved, any chunks match landmark attention",
           "[stream][law][slow]") {
   Random random(2);
   Call<float> whole(Shape{2, 6, 2, 300, 300, 20, 13}, Values::normal, random), call = whole.unrun();
@@ -124,8 +125,8 @@ TEST_CASE("landmark_cache: with every block retrieved, any chunks give landmark 
   }
 }
 
-TEST_CASE("landmark_cache: a block that a query does not retrieve has no share", "[stream][golden]") {
-  // Logits log c of {1, 3, L 2}, {1, 1, L 4}, {2}; the best block is the second.
+TEST_CASE("landmark_cache: a block that a query does not retrieve has no effect", "[stream][golden]") {
+  // Scores log c; c of the blocks: {1, 3, landmark 2}, {1, 1, landmark 4}, {2}. The best block is the second.
   const std::vector<double> c{1, 3, 2, 1, 1, 4, 2}, values{1, 2, 0, 3, 4, 0, 5};
   Call<float> call(Shape{1, 1, 1, 7, 7, 1, 1});
   for (Index j = 0; j < 7; ++j) {
@@ -139,7 +140,7 @@ TEST_CASE("landmark_cache: a block that a query does not retrieve has no share",
   CHECK(cache.retrieved(0, 0, 0)[0] == 1);
 }
 
-TEST_CASE("landmark_cache: where blocks stand under stingy positions", "[stream][golden]") {
+TEST_CASE("landmark_cache: positions of blocks with stingy_positions", "[stream][golden]") {
   const stingy_positions map;
   const Retrieval five{5, 0, 2, 2, 3};
   CHECK(map.local(five) == 9);
@@ -159,7 +160,7 @@ TEST_CASE("landmark_cache: where blocks stand under stingy positions", "[stream]
   CHECK(map.attended(two, 1, 1) == 3);
 }
 
-TEST_CASE("landmark_cache: of equal landmarks the oldest are retrieved, rising", "[stream][law]") {
+TEST_CASE("landmark_cache: of equal landmarks the oldest are retrieved, in rising order", "[stream][law]") {
   for (const auto select : all_selections) {
     Call<float> call(Shape{1, 4, 2, 40, 40, 4, 4});
     landmark_cache<float> cache(shape_of(call), {.block_size = 4, .top_k = 3, .select = select});
@@ -169,7 +170,7 @@ TEST_CASE("landmark_cache: of equal landmarks the oldest are retrieved, rising",
   }
 }
 
-TEST_CASE("landmark_cache: the oldest blocks leave a cache of limited capacity", "[stream][law]") {
+TEST_CASE("landmark_cache: a cache of limited capacity drops the oldest blocks", "[stream][law]") {
   Random random(3);
   Call<float> call(Shape{2, 2, 1, 100, 100, 8, 8}, Values::normal, random);
   landmark_cache<float> cache(shape_of(call), {.block_size = 5, .top_k = 50, .capacity = 7});
@@ -178,14 +179,14 @@ TEST_CASE("landmark_cache: the oldest blocks leave a cache of limited capacity",
   CHECK(cache.dropped() == 13);
   CHECK(cache.size() == 100);
   CHECK(cache.retrieved(1, 1, 0).size() == 7);
-  CHECK(cache.retrieved_from() == 12);  // the last token has sealed one more
+  CHECK(cache.retrieved_from() == 12);  // the last token has sealed another block
   const Index bytes = cache.bytes();
   Call<float> again = call.unrun();
   stream(cache, again, 3);
   CHECK(cache.bytes() == bytes);
 }
 
-TEST_CASE("landmark_cache: cut at blocks, any chunks give the results of single steps", "[stream][law]") {
+TEST_CASE("landmark_cache: with split_at_blocks any chunks match single tokens", "[stream][law]") {
   Random random(12);
   const rotary turned(Pairing::half_split, 100);
   for (const auto select :
@@ -211,7 +212,7 @@ TEST_CASE("landmark_cache: cut at blocks, any chunks give the results of single 
   }
 }
 
-TEST_CASE("landmark_cache: threads change no bit", "[stream][bits]") {
+TEST_CASE("landmark_cache: bits do not depend on threads", "[stream][bits]") {
   Random random(4);
   for (const auto select : all_selections) {
     Call<float> call(Shape{1, 6, 2, 200, 200, 24, 16}, Values::normal, random), own = call.unrun();
@@ -225,7 +226,7 @@ TEST_CASE("landmark_cache: threads change no bit", "[stream][bits]") {
   }
 }
 
-TEST_CASE("landmark_cache: a copy and the original go separate ways", "[stream][law]") {
+TEST_CASE("landmark_cache: a copy and the original are independent", "[stream][law]") {
   Random random(5);
   Call<float> call(Shape{1, 2, 1, 60, 60, 8, 8}, Values::normal, random), wanted = call.unrun(),
                                                                           elsewhere = call.unrun();
@@ -246,7 +247,7 @@ TEST_CASE("landmark_cache: a copy and the original go separate ways", "[stream][
   CHECK(again.same_outputs(wanted));
 }
 
-TEST_CASE("landmark_cache: reordered rows go on as the rows that they were", "[stream][law]") {
+TEST_CASE("landmark_cache: reordered batch rows continue as the rows that they copy", "[stream][law]") {
   Random random(6);
   Call<float> call(Shape{3, 2, 1, 50, 50, 8, 8}, Values::normal, random);
   const Options options{.block_size = 6, .top_k = 2};
@@ -254,7 +255,7 @@ TEST_CASE("landmark_cache: reordered rows go on as the rows that they were", "[s
   landmark_cache<float> cache(shape_of(call), options);
   extend(cache, call, 0, 33);
   cache.reorder(rows);
-  // The same as if the rows had been in that order from the start.
+  // The result is the same as if the rows had had this order from the start.
   Call<float> moved = call.unrun();
   for (Index b = 0; b < 3; ++b) {
     const Index from = rows[static_cast<std::size_t>(b)];
@@ -277,7 +278,8 @@ TEST_CASE("landmark_cache: reordered rows go on as the rows that they were", "[s
   CHECK(refusal([&] { cache.reorder(outside); }).find("a row is 3") != std::string::npos);
 }
 
-TEST_CASE("landmark_cache: appended tokens are like those whose outputs nobody read", "[stream][law]") {
+TEST_CASE("landmark_cache: tokens without queries leave the same state as tokens with queries",
+          "[stream][law]") {
   Random random(7);
   Call<float> call(Shape{1, 4, 2, 80, 80, 8, 8}, Values::normal, random), own = call.unrun();
   const Options options{.block_size = 6, .top_k = 2};
@@ -290,7 +292,7 @@ TEST_CASE("landmark_cache: appended tokens are like those whose outputs nobody r
     CHECK(std::equal(own.out.row(0, h, 70), own.out.row(0, h, 70) + 10 * 8, call.out.row(0, h, 70)));
 }
 
-TEST_CASE("landmark_cache: saved, loaded and continued as if never interrupted", "[stream][state]") {
+TEST_CASE("landmark_cache: a loaded state continues the stream", "[stream][state]") {
   Random random(8);
   Call<float> call(Shape{2, 4, 2, 60, 60, 8, 6}, Values::normal, random), own = call.unrun();
   const Options options{.block_size = 5, .top_k = 2, .capacity = 6};
@@ -308,7 +310,7 @@ TEST_CASE("landmark_cache: saved, loaded and continued as if never interrupted",
   for (Index h = 0; h < 4; ++h)
     REQUIRE(std::equal(own.out.row(1, h, 43), own.out.row(1, h, 43) + 17 * 6, call.out.row(1, h, 43)));
 
-  // A file that cannot be taken leaves the cache as it was.
+  // A file that cannot be loaded does not change the cache.
   const Index before = loaded.size();
   for (std::size_t length = 0; length < bytes.size(); length += 1 + length / 9) {
     std::istringstream cut(bytes.substr(0, length));
@@ -330,7 +332,7 @@ TEST_CASE("landmark_cache: saved, loaded and continued as if never interrupted",
 
 namespace {
 
-/// Looks at every landmark and names the `most` best ones, worst first.
+/// An index that scores every landmark and proposes the `most` best ones, the worst first.
 struct RowIndex {
   std::size_t most;
   std::map<std::pair<Index, Index>, std::map<Index, std::vector<float>>> rows{};
@@ -356,7 +358,7 @@ struct RowIndex {
 
 }  // namespace
 
-TEST_CASE("landmark_cache: an index that names the best blocks changes nothing", "[stream][index]") {
+TEST_CASE("landmark_cache: an index that proposes the best blocks changes no result", "[stream][index]") {
   Random random(9);
   const rotary turned(Pairing::half_split);
   const Options options{.block_size = 5, .top_k = 3, .capacity = 20};
@@ -384,11 +386,11 @@ TEST_CASE("landmark_cache: an index that names the best blocks changes nothing",
                                                                   RowIndex{0});
   Call<float> unseen = call.unrun();
   stream(blind, unseen, 10);
-  CHECK(blind.retrieved(0, 0, 0)[0] == 17);  // the last three of 20 are always looked at
+  CHECK(blind.retrieved(0, 0, 0)[0] == 17);  // the last three of 20 are always scored
   CHECK_FALSE(call.same_outputs(unseen));
 }
 
-TEST_CASE("landmark_cache: shapes and options that do not fit are refused", "[stream][errors]") {
+TEST_CASE("landmark_cache: invalid shapes and options are refused", "[stream][errors]") {
   Call<float> call(Shape{1, 4, 2, 5, 5, 8, 6});
   const auto shape = shape_of(call);
   const auto refuses = [&](const StreamShape& s, const Options& options, const char* words) {

@@ -62,7 +62,7 @@ static_assert(Stream<hybrid_stream<>> && Stream<hybrid_stream<double>, double>);
 static_assert(!LseStream<hybrid_stream<>>);
 static_assert(!Stream<softmax_attention<causal>> && !Stream<std::vector<float>>);
 
-/// work(name, stream) for every stream: what swapping the attention of a program comes to.
+/// Calls work(name, stream) for every stream, as a program that exchanges its attention would.
 template <class Work>
 void for_each_stream(const Work& work) {
   work("kv_cache, one array", exact().stream(shape));
@@ -90,7 +90,7 @@ struct Tokens {
   }
 };
 
-/// A prompt, then a token at a time: the loop of an inference engine.
+/// A prompt, then one token at a time: the loop of an inference engine.
 template <class S>
 requires Stream<S>
 Tensor<float> decode(S& stream, const Tokens& tokens, Index length) {
@@ -131,7 +131,7 @@ TEST_CASE("stream: one loop decodes with every stream", "[law]") {
   });
 }
 
-TEST_CASE("stream: tokens that are appended without queries are seen like others", "[law]") {
+TEST_CASE("stream: later queries see tokens that were appended without queries", "[law]") {
   const Tokens tokens;
   for_each_stream([&](const char* name, auto stream) {
     INFO(name);
@@ -145,7 +145,7 @@ TEST_CASE("stream: tokens that are appended without queries are seen like others
   });
 }
 
-TEST_CASE("stream: peek writes what extend would write, and leaves the stream as it is", "[law]") {
+TEST_CASE("stream: peek writes the outputs of extend, and does not change the stream", "[law]") {
   const Tokens tokens;
   const auto saved = [](const auto& stream) {
     std::ostringstream to;
@@ -166,7 +166,7 @@ TEST_CASE("stream: peek writes what extend would write, and leaves the stream as
   });
 }
 
-TEST_CASE("stream: reorder makes a batch row what another was", "[state]") {
+TEST_CASE("stream: reorder replaces a batch row by another", "[state]") {
   const Tokens tokens;
   Tokens twins;
   for (auto* x : {&twins.q, &twins.k, &twins.v}) {
@@ -207,7 +207,7 @@ TEST_CASE("landmark_retrieval: parts in any order", "[stream]") {
   CHECK(stream.tokens_to_landmark() == 3);
 }
 
-TEST_CASE("stream: a copy and a file go on where a stream stood", "[state]") {
+TEST_CASE("stream: a copy and a loaded file continue a stream", "[state]") {
   const Tokens tokens;
   for_each_stream([&](const char* name, auto stream) {
     INFO(name);
@@ -223,14 +223,14 @@ TEST_CASE("stream: a copy and a file go on where a stream stood", "[state]") {
   });
 }
 
-TEST_CASE("stream: truncate takes back what nothing else was made of, and refuses the rest", "[state]") {
+TEST_CASE("stream: truncate removes tokens as far as can_truncate allows, and refuses more", "[state]") {
   const Tokens tokens;
   Tokens guess;
   Random random(2);
   fill(guess.q, guess.k, guess.v, Values::normal, random);
   for_each_stream([&](const char* name, auto stream) {
     INFO(name);
-    // 97 is in an open segment of 16, 64 and 24, and of blocks of 8.
+    // Token 97 is inside an open segment of 16, 64 and 24, and inside a block of 8.
     decode(stream, tokens, 97);
     auto straight = stream;
     decode(stream, guess, 100);

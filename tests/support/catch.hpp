@@ -1,4 +1,5 @@
-// Catch2, version 2.13 or 3: what the two have in common. Every test includes this and not Catch2.
+// Includes Catch2, version 2.13 or 3. Every test includes this header instead of Catch2, and uses what both versions
+// have.
 #pragma once
 
 #if __has_include(<catch2/catch_test_macros.hpp>)

@@ -1,5 +1,5 @@
-// Counts what a program allocates by operator new, and lets allocations fail. Replaces the global operators, so one
-// file of a program includes it, once.
+// Counts the allocations of a program by operator new, and can make them fail. It replaces the global operators, so
+// only one file of a program may include it.
 #pragma once
 
 #include <atomic>
@@ -24,7 +24,7 @@ inline void* allocate(std::size_t bytes, std::size_t alignment) {
   return memory;
 }
 
-// Out of line: where g++ sees std::free in an expression with `new`, it warns of a mismatch.
+// Not inlined: g++ warns about a mismatch if it sees std::free in an expression with `new`.
 [[gnu::noinline]] inline void release(void* memory) noexcept { std::free(memory); }
 
 /// How many times `work` called any form of operator new, on all threads together.
@@ -35,7 +35,7 @@ long allocations_of(const Work& work) {
   return allocations - before;
 }
 
-/// The bytes of all that `work` allocated, whether it released them or not.
+/// The bytes that `work` allocated, whether it released them or not.
 template <class Work>
 std::size_t bytes_allocated_by(const Work& work) {
   const std::size_t before = allocated_bytes;
@@ -43,7 +43,7 @@ std::size_t bytes_allocated_by(const Work& work) {
   return allocated_bytes - before;
 }
 
-/// Runs `work` with memory for `count` allocations and no more. Was that too little?
+/// Runs `work` with memory for only `count` allocations. Returns true if it threw bad_alloc.
 template <class Work>
 bool runs_out_of_memory(long count, const Work& work) {
   first_to_fail = allocations + count;
@@ -60,7 +60,7 @@ bool runs_out_of_memory(long count, const Work& work) {
 
 }  // namespace test
 
-// Every form, since a sanitizer brings its own of those that are not given here.
+// All forms are replaced, because a sanitizer would provide its own for the others.
 void* operator new(std::size_t bytes) { return test::allocate(bytes, alignof(std::max_align_t)); }
 void* operator new[](std::size_t bytes) { return operator new(bytes); }
 void* operator new(std::size_t bytes, std::align_val_t alignment) {

@@ -1,4 +1,4 @@
-// One mask of each kind, as its own type and with random options, beside what it means.
+// One mask of each kind, with its own type and random options, together with its meaning.
 #pragma once
 
 #include <functional>
@@ -13,7 +13,7 @@ namespace test {
 
 using Predicate = std::function<bool(Index b, Index h, Index i, Index j)>;
 
-/// Holds what its masks point to.
+/// Random options of masks; owns the arrays that the masks refer to.
 class DrawnMasks {
  public:
   DrawnMasks(const Shape& shape, Random& random)
@@ -29,7 +29,7 @@ class DrawnMasks {
   DrawnMasks(const DrawnMasks&) = delete;
   DrawnMasks& operator=(const DrawnMasks&) = delete;
 
-  /// visit(name, mask, predicate) for each kind.
+  /// Calls visit(name, mask, predicate) for each kind.
   template <class Visit>
   void for_each(const Visit& visit) const {
     using namespace longspan;

@@ -1,4 +1,4 @@
-// How the processor treats floating-point numbers on this thread.
+// The floating-point mode of this thread.
 #pragma once
 
 #include <limits>
@@ -15,14 +15,14 @@ inline constexpr bool can_ignore_denormals = true;
 inline constexpr bool can_ignore_denormals = false;
 #endif
 
-/// Does a denormal product count as 0, and a denormal operand?
+/// True if denormal products and denormal operands count as 0.
 inline bool denormals_count_as_zero() {
   volatile float least = std::numeric_limits<float>::min(), half = 0.5f, denormal = 1e-41f, huge = 1e30f;
   volatile float product = least * half, from_denormal = denormal * huge;
   return product == 0.0f && from_denormal == 0.0f;
 }
 
-/// The mode that a thread had: all of MXCSR but the flags of what has happened.
+/// A copy of a thread's mode: MXCSR without its exception flags.
 class FloatingPointMode {
  public:
   bool is_that_of_this_thread() const { return mode_ == mode(); }

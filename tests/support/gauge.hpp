@@ -1,4 +1,4 @@
-// Random calls of softmax_attention, each held to its definition.
+// Random calls of softmax_attention, each compared with its definition.
 #pragma once
 
 #include <limits>
@@ -19,7 +19,7 @@ inline const std::vector<Index> head_dims{1,  2,  8,  16,  24,  33,  40,  63,  6
 inline const std::vector<Index> lengths{0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 47, 48, 49, 127, 128, 129, 259, 300};
 inline const std::vector<Index> groups{1, 2, 3, 4, 5, 6, 7, 8};
 
-/// Sizes from the lists, made smaller one by one until the oracle can do them in a few milliseconds.
+/// Random sizes from the lists, reduced until the oracle computes the call in a few milliseconds.
 inline Shape draw_shape(Random& random) {
   constexpr Index most_work = 4'000'000;
   Shape shape;
@@ -37,11 +37,11 @@ inline Shape draw_shape(Random& random) {
   return shape;
 }
 
-/// Tests use matrix tiles where the machine has them.
+/// Tests use the matrix unit (AMX) if the machine has one.
 inline const bool requested_amx = longspan::request_amx();
 
-/// What products in bfloat16 add: weights are rounded (2^-8 at worst), after an exponential good to 7.5e-5,
-/// as is their sum.
+/// The additional error of products in bfloat16: weights are rounded (at most 2^-8) after an exponential with an error
+/// of 7.5e-5, which their sum has too.
 template <class Tq, class Tk, class Tv, class To>
 Allowance allowance_of(bool bf16_products) {
   if (bf16_products && longspan::detail::rounds_weights<Tq, Tk, Tv, To>()) return {0x1p-8 + 1.5e-4, 1e-4};
@@ -55,7 +55,7 @@ Attend with_options(Attend attend, const Definition& what) {
   return attend;
 }
 
-/// Runs one call and holds it to its definition.
+/// Runs one random call and checks it against its definition, within the documented error bound.
 template <class Tq, class Tk = Tq, class Tv = Tk, class To = Tq, class Attend>
 Errors check_call(const Shape& shape, Values values, Random& random, const Attend& attend,
                   const Definition& what, Trust* trust = nullptr) {

@@ -1,4 +1,4 @@
-// Memory in which a stray read or write is noticed. Linux and macOS.
+// Memory in which a read or write outside an array is noticed. For Linux and macOS.
 #pragma once
 
 #include <sys/mman.h>
@@ -16,7 +16,7 @@ namespace test {
 
 using longspan::Index;
 
-/// Pages of address space; those that are touched cost memory, the others none.
+/// Pages of address space; only pages that are touched use memory.
 class Pages {
  public:
   explicit Pages(std::size_t bytes) : bytes_(bytes) {
@@ -30,7 +30,7 @@ class Pages {
   Pages& operator=(const Pages&) = delete;
 
   std::byte* begin() const { return begin_; }
-  /// Touching these bytes, whole pages, ends the program.
+  /// From now on any access to these bytes, which are whole pages, ends the program.
   void forbid(std::size_t from, std::size_t count) {
     if (::mprotect(begin_ + from, count, PROT_NONE) != 0) throw std::bad_alloc();
   }
@@ -44,7 +44,7 @@ class Pages {
 
 enum class Guard { before, behind };
 
-/// `count` elements with a forbidden page directly before the first or behind the last of them.
+/// `count` elements with a forbidden page directly before the first or after the last of them.
 template <class T>
 class GuardedArray {
  public:
@@ -67,9 +67,9 @@ class GuardedArray {
   T* data_ = nullptr;
 };
 
-/// A buffer of which only the rows of a view may be written. Everything else holds one NaN pattern: 64 words
-/// before and behind, and the gaps between rows. The first element stands `misalignment` bytes, a multiple of
-/// sizeof(T), behind a 64-byte boundary.
+/// A buffer in which a test may write only the rows of a view. Everything else contains a NaN pattern: 64 elements
+/// before and after, and the gaps between rows. The first element is `misalignment` bytes, a multiple of sizeof(T),
+/// after a 64-byte boundary.
 template <class T>
 class Sentinels {
  public:
@@ -80,7 +80,7 @@ class Sentinels {
   }
   T* data() { return reinterpret_cast<T*>(memory_.data() + offset_); }
 
-  /// Is every byte outside these rows as it was, and every element within them written?
+  /// True if every byte outside these rows is unchanged and every element within them was written.
   bool only_rows_written(const longspan::TensorView<T>& rows) const {
     std::vector<bool> allowed(memory_.size());
     for (Index b = 0; b < rows.batch; ++b) {

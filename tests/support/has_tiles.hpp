@@ -1,4 +1,4 @@
-// Tests of the tile unit of the hardware run where the machine has one.
+// Tests of the matrix unit (AMX) run only on machines that have one.
 #pragma once
 
 #include "longspan/amx.hpp"
@@ -6,10 +6,10 @@
 
 namespace test {
 
-/// Asks for the permission to use tiles. A test that gets none says so, and counts as passed.
+/// True if the process may use the matrix unit. Otherwise warns that the test did not run, and marks it as passed.
 inline bool has_tiles() {
   if (longspan::request_amx()) return true;
-  WARN("not run: this machine gives no permission to use matrix tiles");
+  WARN("not run: this machine has no matrix unit (AMX), or the process may not use it");
   SUCCEED();
   return false;
 }

@@ -1,4 +1,5 @@
-// The precompiled header needs a target that is compiled, and the kernels that it declares a place.
+// This file exists because a precompiled header needs a target with a source file, and because the kernels that the
+// header declares must be instantiated in one place.
 #include "support/kernels.hpp"
 
 #define LONGSPAN_TEST_KERNELS_HERE(Real, Key, Value) \

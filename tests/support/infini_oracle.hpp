@@ -1,4 +1,4 @@
-// Infini-attention by its definition: what the tests hold the fast one and its stream to.
+// Infini-attention by its definition: the oracle for the functor and its stream.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace test {
 
-/// What the gate of head h holds, one number for each column.
+/// beta of head h, one number for each column.
 inline std::vector<double> beta_of(longspan::MatrixView<const float> beta, Index h, Index columns) {
   std::vector<double> of_head;
   for (Index c = 0; c < columns; ++c) {
@@ -23,7 +23,8 @@ inline std::vector<double> beta_of(longspan::MatrixView<const float> beta, Index
   return of_head;
 }
 
-/// What `attend` should give, with causal softmax attention within segments, or with `local` where given.
+/// The exact result of `attend`, with the outputs `local` of local attention; without `local`, local attention is
+/// causal softmax attention.
 template <class Attend, class Call>
 Tensor<double> infini_oracle(const Attend& attend, const Call& call, Tensor<double> local) {
   const Index group = call.k.heads == 0 ? 1 : call.q.heads / call.k.heads;
@@ -47,7 +48,7 @@ Tensor<double> infini_oracle(const Attend& attend, const Call& call) {
   return infini_oracle(attend, call, local);
 }
 
-/// The largest difference, in units of u times the largest value: what averages of values lose.
+/// The largest error, in units of u times the largest value, which is the size of the errors of averages.
 template <class Real, class T, class V>
 double worst_in_u(const Tensor<T>& out, const Tensor<double>& exact, const V& values) {
   double largest = 1e-30, worst = 0;
@@ -59,7 +60,7 @@ double worst_in_u(const Tensor<T>& out, const Tensor<double>& exact, const V& va
   return worst / (largest * static_cast<double>(std::numeric_limits<Real>::epsilon()) / 2);
 }
 
-/// Sizes of a causal call over itself.
+/// Random sizes of a call with q_len = kv_len.
 inline Shape draw_infini_shape(Random& random) {
   Shape shape;
   shape.batch = random.between(1, 2);

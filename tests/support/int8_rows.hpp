@@ -1,4 +1,4 @@
-// What rows become that a stream keeps as int8.
+// Rows as a stream of int8 stores them.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace test {
 
-/// The rows of x as multiples of their scales: each element is off by half a step at most, 1 / 254 of the
-/// largest of its row.
+/// The rows of x rounded to multiples of their scales: the error of each element is at most half a step, 1 / 254 of the
+/// largest element of its row.
 inline Tensor<double> kept_as_int8(const Tensor<float>& x) {
   Tensor<double> rows(x.batch, x.heads, x.rows, x.cols);
   for (Index n = 0; n < x.batch * x.heads * x.rows; ++n) {

@@ -1,4 +1,4 @@
-// Random calls through a kv_cache, each held to its definition.
+// Random calls of a kv_cache, each compared with its definition.
 #pragma once
 
 #include <functional>
@@ -28,7 +28,8 @@ inline longspan::kv_cache_options draw_options(Random& random) {
 
 inline Index draw_longest(Random& random) { return random.pick({1, 3, 20, 400}); }
 
-/// What q, k and v give once k and v are rounded to T.
+/// Runs the call through a stream that stores rows as T and checks it against the definition. The numbers of the call
+/// must be exact in T.
 template <class T, class C, class Attend>
 void check_stream(C& call, const Attend& attend, Definition what, Random& random) {
   const Shape shape{call.q.batch, call.q.heads, call.k.heads, call.q.rows,

@@ -1,8 +1,7 @@
-// Landmark attention straight from its definition, in the log-space form, and how far a result may be from
-// it.
+// Landmark attention by its definition in log-space form, and the error bounds of results.
 //
-// Shares nothing with longspan/reference: blocks are lists of keys, and every token has one score in one
-// softmax, a' = a - lse(its block) + a(its landmark).
+// Shares no code with longspan/reference: blocks are lists of keys, and every token has one score in a single softmax,
+// a' = a - lse(its block) + a(its landmark).
 #pragma once
 
 #include <cmath>
@@ -20,7 +19,7 @@ namespace test {
 
 using longspan::landmarks;
 
-/// The landmarks of each batch row, and their blocks' options.
+/// The landmarks of each batch row.
 struct Landmarks {
   std::vector<std::vector<Index>> of_row;
 
@@ -36,7 +35,7 @@ inline Landmarks every(Index length, Index batch, Index kv_len) {
   return {std::vector<std::vector<Index>>(static_cast<std::size_t>(batch), keys)};
 }
 
-/// Blocks of 1 to 2 * mean - 1 keys, now and then one that is much longer.
+/// Random blocks of 1 to 2 * mean - 1 keys, sometimes much longer.
 inline Landmarks drawn_landmarks(Index mean, Index batch, Index kv_len, Random& random) {
   Landmarks drawn;
   for (Index b = 0; b < batch; ++b) {
@@ -51,7 +50,7 @@ inline Landmarks drawn_landmarks(Index mean, Index batch, Index kv_len, Random& 
   return drawn;
 }
 
-/// The lists as the functor takes them; alive as long as `of` and this.
+/// The lists in the form that the functor takes; valid as long as `of` and this object.
 struct LandmarkLists {
   std::vector<std::span<const Index>> lists;
 

@@ -1,4 +1,4 @@
-// Packets as lists of their lanes.
+// Packets as vectors of their lanes.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,7 @@ template <class T>
 bool same_bits(T a, T b) {
   return std::memcmp(&a, &b, sizeof a) == 0;
 }
-/// The same bits, or NaN both: a NaN's payload is the processor's business.
+/// True if both have the same bits, or both are NaN: the payload of NaN depends on the processor.
 template <class T>
 bool same(T a, T b) {
   const auto x = static_cast<double>(a), y = static_cast<double>(b);
@@ -45,7 +45,7 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](T x, T y) { return same(x, y); });
 }
 
-/// Ordinary numbers of every size, and now and then one of the numbers that are none.
+/// Random numbers of every size, and sometimes a special one: 0, infinity, NaN, the largest or the smallest number.
 template <class Real>
 Lanes<Real> random_lanes(Random& random, bool with_special = true) {
   using Limits = std::numeric_limits<Real>;

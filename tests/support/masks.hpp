@@ -1,4 +1,4 @@
-// Masks for the tests: every mask of the library beside what it means, and random combinations of them.
+// Masks for the tests: every mask of the library together with its meaning, and random combinations of them.
 #pragma once
 
 #include <array>
@@ -22,7 +22,7 @@ using longspan::operator&;
 using longspan::operator|;
 using longspan::operator!;
 
-/// Any mask, its type forgotten.
+/// A type-erased mask.
 class AnyMask {
  public:
   template <longspan::Mask M>
@@ -50,7 +50,7 @@ class AnyMask {
   std::shared_ptr<const Interface> hidden_;
 };
 
-/// Masks as a user writes them: the least that is allowed, and more.
+/// User-defined masks, from the required member only to more.
 struct every_third {
   constexpr bool sees(Index i, Index j) const { return (i + 2 * j) % 3 == 0; }
 };
@@ -60,7 +60,7 @@ struct head_stripes {
 struct up_to_twice {  // keys 0 .. 2 i
   constexpr KeyRange keys(Index, Index i) const { return {0, 2 * i + 1}; }
 };
-struct key_stripes {  // whole stripes of 4 keys, which its classify knows
+struct key_stripes {  // whole stripes of 4 keys, with an exact classify
   static constexpr bool shown(Index j) { return (j >= 0 ? j : j - 3) / 4 % 2 == 0; }
   constexpr bool sees(Index, Index j) const { return shown(j); }
   constexpr Coverage classify(const Tile& tile) const {
@@ -70,24 +70,24 @@ struct key_stripes {  // whole stripes of 4 keys, which its classify knows
   }
 };
 
-/// A mask, what it means, and its text.
+/// A mask, its meaning as a plain function, and its name.
 struct MaskCase {
   AnyMask mask;
   std::function<bool(Index b, Index h, Index i, Index j)> meaning;
   std::string text;
-  bool exact = false;  ///< its classify says `some` only where that is so
+  bool exact = false;  ///< its classify returns `some` only if the tile has visible and hidden pairs
 };
 
 inline Index floor_divide(Index x, Index by) { return (x >= 0 ? x : x - by + 1) / by; }
 
-/// Documents in which no, one or several positions start at or before 0, and some hold nothing.
+/// Documents of which none, one or several start at or before position 0, and some of which are empty.
 inline constexpr std::array<Index, 4> few_starts{0, 5, 6, 14};
 inline constexpr std::array<Index, 3> late_starts{3, 3, 9};
 inline constexpr std::array<Index, 2> early_starts{-4, 2};
 inline constexpr std::array<std::span<const Index>, 4> document_starts{
     std::span<const Index>(few_starts), std::span<const Index>(late_starts),
     std::span<const Index>(early_starts), std::span<const Index>()};
-/// Keys of batch row 0, 1, 2.
+/// The numbers of keys of the batch rows 0, 1, 2.
 inline constexpr std::array<Index, 3> padding_lengths{7, 0, 13};
 
 inline MaskCase causal_case() {
@@ -129,7 +129,7 @@ inline MaskCase padding_case() {
           "padding", true};
 }
 
-/// Every mask of the library, with options from the ordinary to the odd.
+/// Every mask of the library, with ordinary and with unusual options.
 inline std::vector<MaskCase> library_masks() {
   constexpr Index unlimited = longspan::window::unlimited;
   std::vector<MaskCase> cases{
@@ -177,7 +177,7 @@ inline MaskCase not_of(const MaskCase& a) {
           "!" + a.text, a.exact};
 }
 
-/// A random tree of at most `depth` operators above each leaf.
+/// A random combination with at most `depth` nested operators.
 inline MaskCase random_mask(Random& random, int depth) {
   static const std::vector<MaskCase> leaves = [] {
     std::vector<MaskCase> all = library_masks();

@@ -1,7 +1,6 @@
-// Softmax attention straight from its definition in double or wider, and how far a result may be from it.
+// Softmax attention by its definition, in double or wider, and the error bounds of results.
 //
-// Shares nothing with longspan/reference: masks, scores and encodings are given again by the test, as plain
-// functions.
+// Shares no code with longspan/reference: the test writes masks, scores and encodings again as plain functions.
 #pragma once
 
 #include <algorithm>
@@ -19,24 +18,26 @@
 
 namespace test {
 
-/// What a call is to compute. An empty function stands for the identity, or for "sees everything".
+/// What a call has to compute. An empty function means the identity, or "sees everything".
 struct Definition {
   std::function<bool(Index b, Index h, Index i, Index j)> sees = {};
   std::function<double(double s, Index b, Index h, Index i, Index j)> score = {};
   std::function<void(double* row, Index cols, Index position, bool is_query)> encode = {};
-  double encode_error = 1;                                ///< of an encoded row, in u of its length
+  double encode_error = 1;                                ///< error of an encoded row, in u of its length
   std::optional<double> scale{};                          ///< 1 / sqrt(head_dim) unless set
-  Index first_query = std::numeric_limits<Index>::min();  ///< the lowest: kv_len - q_len
+  Index first_query = std::numeric_limits<Index>::min();  ///< the lowest Index means kv_len - q_len
 };
+
+/// The exact results of a call, with what the error bound needs.
 
 struct Exact {
   Index batch, heads, q_len, value_dim;
   std::vector<double> out, gauge;      ///< [batch, heads, q_len, value_dim]; gauge = sum_j p_j |v_j|
   std::vector<double> lse, condition;  ///< [batch, heads, q_len]; condition = sum_j p_j a_j, see WeighedPair
-  std::vector<double> entropy;         ///< of p, as a share of log(keys seen); NaN where one key or none is
+  std::vector<double> entropy;  ///< of p, as a share of log(number of visible keys); NaN for 0 or 1 keys
 };
 
-/// Sums are taken in long double where the arithmetic under test is double.
+/// The type of the oracle's sums: long double if the tested arithmetic is double, otherwise double.
 template <class Tq>
 using Wide = std::conditional_t<std::is_same_v<Tq, double>, long double, double>;
 
@@ -52,7 +53,7 @@ std::vector<double> encoded_rows(const Definition& what, TensorView<const T> x, 
   return rows;
 }
 
-/// Score s of a pair, -infinity where it is hidden, and a: the sum of the magnitudes that went into it.
+/// The score s of a pair, -infinity if it is hidden, and a, the sum of the magnitudes that make up the score.
 template <class Real>
 struct WeighedPair {
   Real s = -std::numeric_limits<Real>::infinity();
@@ -69,7 +70,7 @@ WeighedPair<Real> weigh(const Definition& what, const double* q, const double* k
     q_square += Real(q[c]) * Real(q[c]);
     k_square += Real(k[c]) * Real(k[c]);
   }
-  // The error of a turned coordinate is that of its whole pair.
+  // The error of a rotated number is that of its whole pair.
   if (what.encode) a = Real(what.encode_error) * std::sqrt(q_square * k_square);
   s *= Real(scale);
   a *= Real(std::abs(scale));
@@ -80,7 +81,7 @@ WeighedPair<Real> weigh(const Definition& what, const double* q, const double* k
   return {s, a};
 }
 
-/// Fills row n of `exact` from the pairs of one query, values in the rows of v.
+/// Computes row n of `exact` from the pairs of one query and the values v.
 template <class Real, class Tv>
 void average(const std::vector<WeighedPair<Real>>& pairs, longspan::MatrixView<const Tv> v, std::size_t n,
              Exact& exact) {
@@ -162,7 +163,7 @@ Exact exact_attention(const Definition& what, const Call<Tq, Tk, Tv, To>& call) 
 template <class Real>
 inline constexpr double unit_roundoff = static_cast<double>(std::numeric_limits<Real>::epsilon()) / 2;
 
-/// At least half an ulp of T at x, where T is narrower than the arithmetic.
+/// An upper bound of half an ulp of T at x if T is narrower than the arithmetic, otherwise 0.
 template <class T, class Real>
 double storage_error(double x) {
   if constexpr (std::is_same_v<T, Eigen::bfloat16>) return 0x1p-8 * std::abs(x);
@@ -171,14 +172,14 @@ double storage_error(double x) {
   return 0;
 }
 
-/// Errors beyond the common bound that an option documents: relative to the gauge, and absolute for lse.
+/// Additional errors that an option documents: for out relative to the gauge, for lse absolute.
 struct Allowance {
   double out = 0;
   double lse = 0;
 };
 
-/// The worst errors of a result: out in units of u (1 + a) sum_j p_j |v_j|, lse in units of u (1 + a +
-/// |lse|). Infinite where one is NaN or infinite and the other is not.
+/// The worst errors of a result: out in units of u (1 + a) sum_j p_j |v_j|, lse in units of u (1 + a + |lse|). Infinite
+/// if only one of result and exact result is NaN or infinite.
 struct Errors {
   double out = 0;
   double lse = 0;
@@ -222,7 +223,7 @@ Errors errors_of(const Exact& exact, TensorView<const To> out, RowsView<const Re
   return errors;
 }
 
-/// The bound of the docstring.
+/// The bound in the docstring of softmax_attention, in these units.
 inline constexpr double most_error = 16;
 
 template <class Tq, class Tk, class Tv, class To>
@@ -235,8 +236,8 @@ Errors check_against(const Exact& exact, const Call<Tq, Tk, Tv, To>& call, Allow
   return errors;
 }
 
-/// How much a series of random checks proves: outputs that are mostly 0, or softmaxes that are all flat or
-/// all one key, would prove little.
+/// Measures how much a series of random checks proves: outputs that are mostly 0, or softmaxes that are all flat or all
+/// concentrated on one key, would prove little.
 class Trust {
  public:
   /// Rows that see no key, whose outputs are 0, do not count.

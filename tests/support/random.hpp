@@ -1,4 +1,4 @@
-// Random test cases that can be replayed, from numbers that are the same with every standard library.
+// Random test cases that can be replayed; the random numbers are the same with every standard library.
 #pragma once
 
 #include <cmath>
@@ -28,14 +28,14 @@ class Random {
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
   }
-  /// In [0, 1).
+  /// A number in [0, 1).
   double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }
   double normal() {
     const double radius = std::sqrt(-2 * std::log(1 - uniform()));
     return radius * std::cos(2 * std::numbers::pi * uniform());
   }
   bool chance(double probability) { return uniform() < probability; }
-  /// low .. high, both included.
+  /// A number from low to high, both included.
   Index between(Index low, Index high) {
     return low + static_cast<Index>(bits() % static_cast<std::uint64_t>(high - low + 1));
   }
@@ -61,9 +61,9 @@ inline std::int64_t environment_number(const char* name, std::int64_t otherwise)
   return text == nullptr ? otherwise : std::strtoll(text, nullptr, 10);
 }
 
-/// body(random) for each of `cases` cases, `random` depending on the seed and the number of the case alone. A
-/// failure names both; LONGSPAN_SEED and LONGSPAN_CASE run that case again, LONGSPAN_CASES (10, or 0.5)
-/// multiplies the number of cases.
+/// Calls body(random) for each of `cases` cases. `random` depends only on the seed and the number of the case. A
+/// failure prints both: the environment variables LONGSPAN_SEED and LONGSPAN_CASE run this case again. LONGSPAN_CASES
+/// (for instance 10 or 0.5) multiplies the number of cases.
 template <class Body>
 void for_each_case(std::int64_t cases, const Body& body) {
   const std::int64_t seed = environment_number("LONGSPAN_SEED", 1),

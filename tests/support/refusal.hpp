@@ -1,4 +1,4 @@
-// What a call says when it refuses its arguments.
+// The error texts of calls with invalid arguments.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace test {
 
-/// The text of the Error that `call` throws; empty where it throws none.
+/// The text of the Error that `call` throws; empty if it throws none.
 template <class Call>
 std::string refusal(const Call& call) {
   try {
@@ -32,14 +32,14 @@ std::string file_refusal(const Call& call) {
   return {};
 }
 
-/// What a stream says of a saved state that it does not take.
+/// The text of the FileError that a stream throws for a saved state; empty if it loads the state.
 template <class Stream>
 std::string refused(Stream& into, const std::string& state) {
   std::istringstream from(state);
   return file_refusal([&] { into.load(from); });
 }
 
-/// Every `step`-th byte of a saved state changed: `loader` refuses each.
+/// Changes every `step`-th byte of a saved state in turn and checks that the stream throws a FileError of `loader`.
 template <class Stream>
 void check_damage_is_refused(Stream& into, const std::string& state, std::size_t step, const char* loader) {
   for (std::size_t n = 0; n < state.size(); n += step) {

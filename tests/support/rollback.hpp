@@ -1,5 +1,5 @@
-// The law of rollback, for any stream: after rejected tokens are taken back, all outputs have the bits of a
-// stream that never saw them.
+// The law of rollback, for any stream: after rejected tokens have been removed, all outputs have the bits of a stream
+// that never saw them.
 #pragma once
 
 #include <algorithm>
@@ -16,14 +16,14 @@ namespace test {
 
 struct RollbackStory {
   Index tokens = 200;    ///< accepted tokens of one story
-  Index rollback = 16;   ///< what the stream promises to take back
-  Index longest = 12;    ///< tokens of an accepted call
-  bool is_saved = true;  ///< does the story save and load the stream?
+  Index rollback = 16;   ///< the rollback option of the stream
+  Index longest = 12;    ///< maximum number of tokens of an accepted call
+  bool is_saved = true;  ///< whether the story also saves and loads the stream
 };
 
-/// Two streams from `fresh()` read the same accepted tokens in the same calls. The second one never sees
-/// another token. The first one also appends drafts of at most `rollback` tokens that are taken back at once,
-/// takes back accepted tokens, is copied (and the abandoned copy goes on with other tokens), saved and loaded.
+/// Two streams from `fresh()` get the same accepted tokens in the same calls. The second one never sees any other
+/// token. The first one also gets drafts of at most `rollback` tokens that are removed at once, has accepted tokens
+/// removed, is copied (and the discarded copy gets other tokens), saved and loaded.
 template <class Fresh>
 void check_rollback(const Fresh& fresh, const Shape& sizes, Random& random, const RollbackStory& story = {}) {
   Shape shape = sizes;
@@ -62,7 +62,8 @@ void check_rollback(const Fresh& fresh, const Shape& sizes, Random& random, cons
       REQUIRE(stream.can_truncate(kept));
       stream.truncate(kept);
       REQUIRE(stream.size() == kept);
-      if (kept < size) {  // accepted tokens as well: the other stream begins anew and reads what stays
+      if (kept <
+          size) {  // accepted tokens were removed too: the other stream is replaced by one with the remaining tokens
         while (!ends.empty() && ends.back() > kept) ends.pop_back();
         if ((ends.empty() ? 0 : ends.back()) < kept) ends.push_back(kept);
         never_saw = fresh();

@@ -1,4 +1,4 @@
-// A call whose rows go through a stream piece by piece.
+// Extends a stream with the rows of a call, piece by piece.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ inline longspan::StreamShape stream_shape(const Shape& s) {
   return {s.batch, s.heads, s.kv_heads, s.head_dim, s.value_dim};
 }
 
-/// Rows [first, first + count) of the call, lse where the stream gives it.
+/// Extends the stream with the rows [first, first + count) of the call; with lse if the stream returns it.
 template <class Stream, class C>
 void extend(Stream& stream, C& call, Index first, Index count, Index threads = 2) {
   const auto q = std::as_const(call.q).view().slice_rows(first, count);
@@ -25,7 +25,7 @@ void extend(Stream& stream, C& call, Index first, Index count, Index threads = 2
   const auto v = std::as_const(call.v).view().slice_rows(first, count);
   const auto out = call.out.view().slice_rows(first, count);
   auto lse = call.lse.view();
-  if (lse.data != nullptr) lse.data += first;  // of no heads there is none
+  if (lse.data != nullptr) lse.data += first;  // null if there are no heads
   lse.rows = count;
   const longspan::openmp executor{threads};
   if constexpr (requires { stream.extend(q, k, v, out, lse, executor); }) {
@@ -37,7 +37,7 @@ void extend(Stream& stream, C& call, Index first, Index count, Index threads = 2
   }
 }
 
-/// Rows up to `end`, in pieces of `shortest` to `longest`.
+/// Extends the stream with the rows up to `end`, in pieces of `shortest` to `longest` rows.
 template <class Stream, class C>
 void extend_in_chunks(Stream& stream, C& call, Random& random, Index end, Index longest, Index shortest = 0) {
   while (stream.size() < end) {
@@ -46,7 +46,7 @@ void extend_in_chunks(Stream& stream, C& call, Random& random, Index end, Index 
   }
 }
 
-/// Are rows [first, end) of the outputs of both calls the same, to the bit? An lse that no stream wrote is NaN.
+/// True if the rows [first, end) of the outputs of both calls have the same bits. An lse that no stream wrote is NaN.
 template <class C>
 bool same_rows(const C& a, const C& b, Index first, Index end) {
   for (Index n = 0; n < a.out.batch * a.out.heads; ++n) {

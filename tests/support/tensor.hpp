@@ -1,4 +1,4 @@
-// Tensors of the tests, and what they are filled with.
+// Tensors that own their memory, the calls made of them, and random values.
 #pragma once
 
 #include <cmath>
@@ -34,7 +34,7 @@ struct Tensor {
 
   TensorView<T> view() { return longspan::compact_view(values.data(), batch, heads, rows, cols); }
   TensorView<const T> view() const { return longspan::compact_view(values.data(), batch, heads, rows, cols); }
-  /// Head h of batch row b, as a tensor of one head.
+  /// Head h of batch row b as a tensor with one head.
   TensorView<const T> head(Index b, Index h) const {
     return longspan::compact_view(view().row(b, h, 0), 1, 1, rows, cols);
   }
@@ -65,13 +65,13 @@ struct Rows {
   bool operator==(const Rows& other) const { return Tensor<T>::same_bits(values, other.values); }
 };
 
-/// What q, k and v hold.
+/// How q, k and v are filled.
 enum class Values {
   normal,      ///< scores of about 1
   flat,        ///< nearly equal scores: every key counts the same
   peaked,      ///< scores of about 6: a few keys count
-  huge,        ///< scores of about 40: exponentials overflow but for the maximum
-  rising,      ///< scores rise with the key: the running maximum never rests
+  huge,        ///< scores of about 40: exponentials overflow unless the maximum is subtracted
+  rising,      ///< scores rise with the key: the running maximum changes all the time
   log_normal,  ///< values of one sign: errors add up
 };
 inline const std::vector<Values> all_values{Values::normal, Values::flat,   Values::peaked,
@@ -127,7 +127,7 @@ struct Shape {
   Index work() const { return batch * heads * (q_len + 1) * (kv_len + 1) * (head_dim + value_dim + 8); }
 };
 
-/// Everything a call reads and writes. Outputs start as NaN, so that what is never written is seen.
+/// All tensors of one call. Outputs start as NaN, so that a test notices numbers that were never written.
 template <class Tq, class Tk = Tq, class Tv = Tk, class To = Tq>
 struct Call {
   using Real = Arithmetic<Tq>;
@@ -155,7 +155,7 @@ struct Call {
   void run(const Attend& attend) {
     run(attend, longspan::serial{});
   }
-  /// The same inputs, their outputs not yet written.
+  /// A copy with the same inputs and outputs of NaN.
   Call unrun() const {
     Call copy = *this;
     for (To& x : copy.out.values) x = static_cast<To>(NAN);

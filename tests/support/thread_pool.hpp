@@ -1,4 +1,4 @@
-// An executor that is not the library's: what a framework's thread pool looks like to it.
+// An executor as a framework's thread pool would provide it.
 #pragma once
 
 #include <atomic>
@@ -11,7 +11,7 @@ namespace test {
 
 using longspan::Index;
 
-/// Threads of its own for each call, so no two calls disturb each other.
+/// Creates new threads for each call.
 class ThreadPool {
  public:
   explicit ThreadPool(Index threads) : threads_(threads) {}

@@ -1,4 +1,4 @@
-// Units in which errors are counted.
+// Units of errors.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace test {
 
-/// The distance between two floats of Real that stand on either side of `exact`, subnormals included.
+/// The distance between the two numbers of type Real on either side of `exact`, including denormals.
 template <class Real, class Exact>
 Exact ulp(Exact exact) {
   constexpr int digits = std::numeric_limits<Real>::digits, lowest = std::numeric_limits<Real>::min_exponent;
@@ -19,7 +19,7 @@ Exact ulp(Exact exact) {
   return std::ldexp(Exact(1), std::max(exponent, lowest) - digits);
 }
 
-/// How far `got` is from the exact value.
+/// The error of `got` in ulp of the exact value.
 template <class Real, class Exact>
 Exact ulps(Real got, Exact exact) {
   return std::abs(static_cast<Exact>(got) - exact) / ulp<Real>(exact);
@@ -31,8 +31,7 @@ constexpr double roundoff() {
   return std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
 }
 
-/// What storing x as T may cost beside. 0 where T is the type of the arithmetic, whose rounding is counted
-/// there.
+/// The additional error of storing x as T; 0 if T is the type of the arithmetic, whose rounding is counted separately.
 template <class T>
 double storing_error(double x) {
   if constexpr (std::is_same_v<T, longspan::Arithmetic<T>>) return 0;

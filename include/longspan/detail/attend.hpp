@@ -1,5 +1,5 @@
-// The one dispatch: few queries go to the decode kernel, more to tiles; the arithmetic follows the element types and the
-// processor; little work stays on the caller's thread.
+// The only dispatch: few queries go to the decode kernel, more to tiles; the element types and the processor determine
+// the arithmetic; small calls stay on the calling thread.
 #pragma once
 
 #include <type_traits>
@@ -27,11 +27,12 @@ namespace detail {
 template <class T, class... Types>
 inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
 
-/// Work for which waking a team of threads costs more than it saves: about 5 us of one core in small tiles, or reading.
+/// Below so much work, waking a team of threads costs more than it saves: about 5 us of one core, in small tiles or for
+/// reading.
 inline constexpr double least_parallel_tile_flop = 4e5;
 inline constexpr double least_parallel_decode_flop = 1e5;
 
-/// task(executor), or task(serial) for little work. Results have the same bits.
+/// Calls task(executor), or task(serial) if there is little work. Results have the same bits.
 template <class Task>
 void run_where_it_pays(double flop, double least_parallel, const WithoutDenormals& executor,
                        const Task& task) {
@@ -67,7 +68,7 @@ using TileUnit = EmulatedTiles;
 using TileUnit = HardwareTiles;
 #endif
 
-/// Are matrix tiles used?
+/// True if matrix tiles are used.
 inline bool uses_tiles() {
 #if defined(LONGSPAN_USES_AMX)
   return amx_is_permitted();
@@ -76,11 +77,11 @@ inline bool uses_tiles() {
 #endif
 }
 
-/// Scores come out of bfloat16 products unscaled, and their highest is looked for: the scale has to be positive.
+/// The scores of bfloat16 products are unscaled when their maximum is found, so the scale must be positive.
 inline constexpr float least_scale = 1e-30f;
 
-/// Whether calls on these types multiply in bfloat16 where they may (see softmax_attention::bf16_products), which rounds
-/// their weights.
+/// Whether calls on these types multiply in bfloat16 where they may (see softmax_attention::bf16_products), which
+/// rounds their weights.
 template <class Tq, class Tk, class Tv, class To>
 bool rounds_weights() {
   constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv>;
@@ -92,7 +93,7 @@ bool rounds_weights() {
   return false;
 }
 
-/// Calls work.operator()<Policy>(executor) with the arithmetic of matrix tiles or, where they are not to be used, of float.
+/// Calls work.operator()<Policy>(executor) with the arithmetic of matrix tiles or, if they are not used, of float.
 template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
 void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To>& call,
                                    [[maybe_unused]] bool bf16_products, const E& executor, const Work& work) {

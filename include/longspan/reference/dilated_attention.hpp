@@ -1,4 +1,4 @@
-// Dilated attention again, naive and in double: what the fast kernels are held to.
+// Naive dilated attention in double: the reference for the fast kernels.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
-/// For each query the keys of every branch that keeps it, one after the other, and one softmax over all of them.
+/// For each query a list of the keys of every branch that keeps it, one branch after the other, and one softmax over
+/// the list.
 template <Mask M, Score S, Position P>
 struct exact<dilated_attention<M, S, P>> : ExactCalls<exact<dilated_attention<M, S, P>>> {
   dilated_attention<M, S, P> attend;
@@ -29,7 +30,7 @@ struct exact<dilated_attention<M, S, P>> : ExactCalls<exact<dilated_attention<M,
   template <class Q, class K, class V, class Out, class Lse>
   void attend_exactly(Q q, K k, V v, Out out, Lse lse) const {
     softmax_rows(attend, q, k, v, out, lse, [&](Index b, Index h, Index i) {
-      std::vector<Index> met;  // keys; those from kv_len on are zeros
+      std::vector<Index> met;  // keys; an index >= kv_len means a key of zeros
       for (const Branch& branch : attend.branches) append_keys(branch, b, h, q.heads, i, k.rows, met);
       return met;
     });
@@ -49,7 +50,7 @@ struct exact<dilated_attention<M, S, P>> : ExactCalls<exact<dilated_attention<M,
       if (sees(attend.mask, b, h, i, j)) met.push_back(j);
     }
     if (!attend.zero_pad_compat || begin >= kv_len) return;
-    // torchscale: min(w, kv_len) rows to each segment that has a key, and these filled up to a multiple of r.
+    // torchscale pads each segment that has a key to min(w, kv_len) rows, and these to a multiple of r.
     const Index rows = ((std::min)(w, kv_len) + r - 1) / r;
     for (Index t = kept_rows((std::min)(w, kv_len - begin), s, r); t < rows; ++t) {
       const Index j = begin + s + t * r;

@@ -1,4 +1,4 @@
-// Infini-attention again, in double and in loops that read as the paper: the oracle of the tests.
+// Naive Infini-attention in double, in loops that follow the paper: the oracle of the tests.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ struct InfiniMemory {
   double at(Index c, Index column) const { return m[static_cast<std::size_t>(c * value_dim + column)]; }
 };
 
-/// feature(row), a vector of doubles.
+/// The feature map of a row, as doubles.
 template <class T, class Feature>
 std::vector<double> features(const T* row, Index cols, const Feature& feature) {
   std::vector<double> phi;
@@ -46,7 +46,7 @@ std::vector<double> features(const T* row, Index cols, const Feature& feature) {
   return phi;
 }
 
-/// phi M / (phi z), eq. 7: 0 where nothing was written.
+/// phi M / (phi z), eq. 7; 0 if nothing has been written.
 inline std::vector<double> read(const InfiniMemory& memory, const std::vector<double>& phi) {
   double norm = 0;
   std::vector<double> out(static_cast<std::size_t>(memory.value_dim), 0.0);
@@ -60,7 +60,7 @@ inline std::vector<double> read(const InfiniMemory& memory, const std::vector<do
   return out;
 }
 
-/// Writes the rows of a segment, eq. 8 or 9; the delta rule reads the memory as it was before all of them.
+/// Writes the rows of a segment, eq. 8 or 9. The delta rule reads the memory as it was before the segment.
 template <class Tk, class Tv, class Feature>
 void write(InfiniMemory& memory, MatrixView<const Tk> k, MatrixView<const Tv> v, InfiniRule rule,
            const Feature& feature) {
@@ -78,9 +78,9 @@ void write(InfiniMemory& memory, MatrixView<const Tk> k, MatrixView<const Tv> v,
   }
 }
 
-/// One head: sigmoid(beta) * memory + (1 - sigmoid(beta)) * local, eq. 10. `local` [q_len][value_dim] is the
-/// local attention of this head, q, k and v are those of this head and its KV head, and beta has a logit for each
-/// column. Returns the memory after the last whole segment.
+/// sigmoid(beta) * memory + (1 - sigmoid(beta)) * local, eq. 10, for one head: q and `local` [q_len][value_dim] of this
+/// head, k and v of its KV head; `local` is the local attention, and beta has a logit for each column. Returns the
+/// memory after the last whole segment.
 template <class T, class Tk, class Tv, class Feature>
 InfiniMemory infini_head(MatrixView<const T> q, MatrixView<const Tk> k, MatrixView<const Tv> v,
                          MatrixView<const double> local, const std::vector<double>& beta, Index segment,

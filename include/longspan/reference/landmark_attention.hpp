@@ -1,4 +1,4 @@
-// Landmark attention again, naive and in double: what the fast kernel is held to.
+// Naive landmark attention in double: the reference for the fast kernel.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
-/// Scores one by one.
+/// Scores are computed one by one.
 template <Mask M, Score S, Position P>
 struct exact<landmark_attention<M, S, P>> : ExactCalls<exact<landmark_attention<M, S, P>>> {
   landmark_attention<M, S, P> attend;
@@ -71,7 +71,7 @@ struct exact<landmark_attention<M, S, P>> : ExactCalls<exact<landmark_attention<
 
   static std::size_t at(Index i, Index c, Index cols) { return static_cast<std::size_t>(i * cols + c); }
 
-  /// log sum exp of the scores of the keys of a group, -infinity where it sees none.
+  /// log sum exp of the scores of the keys of a group; -infinity if the query sees none of them.
   static double log_sum_exp_of(const std::vector<double>& scores, const std::vector<Index>& keys) {
     double top = nothing, sum = 0;
     for (const Index j : keys) top = std::fmax(top, scores[at(0, j, 0)]);

@@ -1,4 +1,4 @@
-// A landmark cache again, naive and in double: every key is kept, and encoded anew for each query.
+// A naive landmark cache in double, which keeps every key and encodes it again for each query.
 #pragma once
 
 #include <algorithm>
@@ -44,7 +44,7 @@ class landmark_cache {
     } while (first < k.rows);
   }
 
-  /// Forgets all tokens but the first `tokens`. Nothing has really left, so any number can be taken back.
+  /// Removes all tokens except the first `tokens`. The cache never drops a key, so any number can be removed.
   void truncate(Index tokens) {
     for (Lane& rows : lanes_) {
       rows.k.resize(at(tokens));
@@ -54,7 +54,8 @@ class landmark_cache {
     seal();
   }
 
-  /// Of query i of the last call, from options.mass_sample tokens of each block that was dropped.
+  /// The mass of query i of the last call, estimated from options.mass_sample tokens of each block that was not
+  /// retrieved.
   const LandmarkMass& mass(Index b, Index h, Index i) const {
     return masses_[at((b * shape_.heads + h) * chunk_ + i)];
   }
@@ -96,7 +97,7 @@ class landmark_cache {
     seal();
   }
 
-  /// Blocks that are sealed, and those of them that have left, for the size.
+  /// Computes the numbers of sealed and of dropped blocks from the size.
   void seal() {
     const Index sealed = std::max<Index>(0, size_ / options_.block_size - options_.window_blocks);
     dropped_ = options_.capacity > 0 ? std::max<Index>(0, sealed - options_.capacity) : 0;
@@ -121,7 +122,7 @@ class landmark_cache {
     return scale * std::inner_product(q.begin(), q.end(), k.begin(), 0.0);
   }
 
-  /// The top_k blocks for every query of a batch row; of equal ones the first.
+  /// Chooses the top_k blocks for every query of a batch row; of equal scores the first block is chosen.
   template <class Tq>
   void choose(TensorView<const Tq> q, Index b) {
     const Index heads = shape_.heads, group = heads / shape_.kv_heads;
@@ -187,7 +188,7 @@ class landmark_cache {
     const Row row = query(q, b, h, i);
     const Lane& rows = lane(b, h / (shape_.heads / shape_.kv_heads));
     std::vector<std::pair<double, Row>> parts;              // log-weight and output
-    const auto add_block = [&](Index begin, Index place) {  // a closed one, standing at `place`
+    const auto add_block = [&](Index begin, Index place) {  // a closed block at position `place`
       std::vector<std::pair<double, Row>> tokens;
       for (Index t = 0; t < block - 1; ++t)
         tokens.emplace_back(score(row, rows.k[at(begin + t)], place + t), rows.v[at(begin + t)]);
@@ -209,7 +210,7 @@ class landmark_cache {
     if (lse.data != nullptr) lse(b, h, i) = static_cast<Tl>(log_sum);
   }
 
-  /// The sums of exp(score) over tokens; of a dropped block, those of the sample stand for all.
+  /// Computes the sums of exp(score) over tokens; for a block that was not retrieved, estimated from the sample.
   template <class Tq>
   void weigh(TensorView<const Tq> q, Index b, Index h, Index i) {
     const Index block = options_.block_size, local = (dropped_ + sealed_) * block;
@@ -239,7 +240,7 @@ class landmark_cache {
     masses_[at((b * shape_.heads + h) * chunk_ + i)] = {std::log(attended), std::log(dropped)};
   }
 
-  /// The log-sum-exp of log-weights, and the mean under them.
+  /// The log-sum-exp of log-weights, and the mean with these weights.
   std::pair<double, Row> mean(const std::vector<std::pair<double, Row>>& parts) const {
     double top = -std::numeric_limits<double>::infinity(), sum = 0;
     for (const auto& part : parts) top = (std::max)(top, part.first);

@@ -1,4 +1,4 @@
-// merge and gate again, naive and in double.
+// Naive merge and gate in double.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
-/// longspan::merge in double. `into` is none of the parts.
+/// longspan::merge in double. `into` must not be one of the parts.
 inline void merge(std::span<const Partial<const double>> parts, const Partial<double>& into) {
   for (Index b = 0; b < into.out.batch; ++b) {
     for (Index h = 0; h < into.out.heads; ++h) {

@@ -1,4 +1,4 @@
-// Position encodings again, naive and in double.
+// Naive position encodings in double.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ struct ShiftedPosition;
 
 namespace reference {
 
-/// Coordinates (first, second) of a row turned by an angle and stretched.
+/// Rotates the columns (first, second) of a row by an angle and multiplies them by `stretch`.
 inline void turn(double* row, Index first, Index second, double angle, double stretch) {
   const double a = row[first], b = row[second];
   row[first] = stretch * (a * std::cos(angle) - b * std::sin(angle));
@@ -56,7 +56,7 @@ void encode_row(double* row, Index cols, const detail::ShiftedPosition<P>& encod
   encode_row(row, cols, encoding.position, encoding.offset + n, role);
 }
 
-/// The rows of a matrix in double, row i encoded at position first_position + i; [rows, cols], compact.
+/// The rows of a matrix in double, with row i encoded at position first_position + i; [rows, cols], compact.
 template <class T, Position P>
 std::vector<double> encoded(MatrixView<T> x, const P& encoding, Index first_position, Role role) {
   std::vector<double> rows(static_cast<std::size_t>(x.rows * x.cols));

@@ -1,4 +1,4 @@
-// Softmax attention again, naive and in double: what the fast kernels are held to.
+// Naive softmax attention in double: the reference for the fast kernels.
 #pragma once
 
 #include <utility>
@@ -16,7 +16,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
-/// Cost: 2 * q_len * kv_len * (head_dim + value_dim) scalar flop per head.
+/// The cost is 2 * q_len * kv_len * (head_dim + value_dim) scalar flop per head.
 template <Mask M, Score S, Position P>
 struct exact<softmax_attention<M, S, P>> : ExactCalls<exact<softmax_attention<M, S, P>>> {
   softmax_attention<M, S, P> attend;

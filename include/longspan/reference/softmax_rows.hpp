@@ -1,4 +1,4 @@
-// Softmax over a list of keys for each query, naive and in double: the common part of the oracles.
+// Naive softmax in double over a list of keys for each query: the common part of the oracles.
 #pragma once
 
 #include <algorithm>
@@ -19,9 +19,9 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
-/// out and lse of all queries, each over the keys that keys_of(b, h, i) lists for position i, as often as they
-/// stand there; numbers from kv_len on are keys and values of zeros. Takes score, position, scale and
-/// first_query from `parts`.
+/// Writes out and lse of all queries. keys_of(b, h, i) returns the list of keys of the query at position i; a key
+/// counts as often as it is in the list, and an index of kv_len or more is a key and a value of zeros. `parts`
+/// provides score, position, scale and first_query.
 template <class Parts, TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, class KeysOf>
 void softmax_rows(const Parts& parts, const Q& queries, const K& keys, const V& values, Out&& output,
                   Lse&& log_sum_exp, const KeysOf& keys_of) {
@@ -57,7 +57,7 @@ void softmax_rows(const Parts& parts, const Q& queries, const K& keys, const V& 
         }
         std::vector<double> o(at(v.cols), 0.0);
         for (std::size_t n = 0; n < met.size(); ++n) {
-          if (scores[n] == absent) continue;  // whatever its value holds
+          if (scores[n] == absent) continue;  // a hidden key does not count, even if its value is NaN
           const double weight = std::exp(scores[n] - top);
           sum += weight;
           for (Index c = 0; c < v.cols && met[n] < k.rows; ++c)

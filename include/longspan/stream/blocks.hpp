@@ -1,4 +1,4 @@
-// A sequence that no memory holds, taken through a stream block by block.
+// Extends a stream block by block, for a sequence that is too long for the memory.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +13,12 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// Where rows come from and outputs go: a file, a mapping, a generator.
+/// A source of rows that also receives the outputs: a file, a mapping, a generator.
 ///
 ///   auto block = source.open(first, count);  // has q, k, v and out, tensors of rows [first, first + count)
-///   source.close(first, count);              // their outputs are written
+///   source.close(first, count);              // the outputs of these rows are complete
 ///
-/// One block is open at a time, and blocks rise.
+/// One block is open at a time, and blocks are opened in rising order.
 template <class S>
 concept BlockSource = requires(S& source, Index n) {
   { source.open(n, n).q } -> TensorLike;
@@ -28,18 +28,18 @@ concept BlockSource = requires(S& source, Index n) {
   source.close(n, n);
 };
 
-/// Extends `stream` up to `length` tokens, at most `rows_at_once` of them at a time, from where it stands: a
-/// stream that was saved after some block and loaded goes on behind that block.
+/// Extends `stream` from its current size to `length` tokens, at most `rows_at_once` tokens at a time. A stream that
+/// was saved after some block and then loaded continues after that block.
 ///
 ///   extend_by_blocks(stream, source, length, 65536, execution);
 ///
-/// State   that of the stream and one block; the bits are those of one call
-/// Throws  Error when rows_at_once is not positive; what the stream and the source throw
+/// State   that of the stream, and one block; the bits are those of one call
+/// Throws  Error if rows_at_once is not positive; what the stream and the source throw
 template <class Stream, BlockSource Source, ExecutionLike E = openmp>
 void extend_by_blocks(Stream& stream, Source& source, Index length, Index rows_at_once, E&& execution = E{}) {
   if (rows_at_once < 1)
     detail::refuse("extend_by_blocks", "rows_at_once", std::to_string(rows_at_once), "at least 1");
-  // Counted here: a stream of batch 0 has no row whose size rises.
+  // Tokens are counted here, because the size of a stream of batch 0 does not grow.
   for (Index first = stream.size(), count = 0; first < length; first += count) {
     count = (std::min)(rows_at_once, length - first);
     auto block = source.open(first, count);

@@ -1,4 +1,4 @@
-// How a dilated_cache appends without queries, goes back and reorders, and its state, written and read.
+// Appending to a dilated_cache without queries, truncating and reordering it, and saving and loading its state.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,7 @@ namespace detail {
 
 inline constexpr StateKind dilated_state{"dilated", 2, "dilated_cache::save", "dilated_cache::load"};
 
-/// What a dilated_cache and a file have to share: what shaped the rows, and what decides how they are read.
+/// The properties that a dilated_cache and a file must share: those that determine the rows, and how they are read.
 template <class T, class Attend>
 std::vector<StateField> dilated_fields(const Attend& attend, const StreamShape& shape) {
   std::vector<StateField> fields{
@@ -56,7 +56,7 @@ std::vector<StateField> dilated_fields(const Attend& attend, const StreamShape& 
   return fields;
 }
 
-/// Segment and dilation of each branch in turn.
+/// The segment and the dilation of each branch in turn.
 inline std::vector<std::int64_t> numbers_of(std::span<const Branch> branches) {
   std::vector<std::int64_t> numbers;
   for (const Branch& branch : branches) numbers.insert(numbers.end(), {branch.segment, branch.dilation});
@@ -85,7 +85,7 @@ Index dilated_cache<T, M, S, P>::payload_bytes(Index least, Index size) const {
     claimed += static_cast<double>(rows_between(strand, least, size)) * static_cast<double>(of_row);
   if (claimed * static_cast<double>(batch) > 1e18) {
     detail::refuse<FileError>(detail::dilated_state.load, "the number of tokens", std::to_string(size),
-                              "one whose rows fit into memory");
+                              "a number whose rows fit into memory");
   }
   Index bytes = 0;
   for (const detail::Strand& strand : strands_) bytes += rows_between(strand, least, size) * of_row;
@@ -100,7 +100,7 @@ void dilated_cache<T, M, S, P>::truncate(Index tokens) {
       first = (std::max)(first, least_ / branch.segment * branch.segment);
     detail::refuse("dilated_cache::truncate", "the number of tokens", std::to_string(tokens),
                    std::to_string(first) + ".." + std::to_string(size_) +
-                       (first == 0 ? "" : ": rows of the segments before are dropped"));
+                       (first == 0 ? "" : ", because rows of earlier segments have been dropped"));
   }
   size_ = tokens;
   least_ = (std::min)(least_, tokens);
@@ -149,7 +149,7 @@ void dilated_cache<T, M, S, P>::save(std::ostream& to) const {
 
 template <StoredElement T, Mask M, Score S, Position P>
 void dilated_cache<T, M, S, P>::load(std::istream& from) {
-  // Sums of two positions are far from the largest Index.
+  // With this limit sums of two positions never overflow.
   constexpr Index most = Index{1} << 53;
   const std::string_view name = detail::dilated_state.load;
   const auto fields = detail::dilated_fields<T>(attend_, shape_);

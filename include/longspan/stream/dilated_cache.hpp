@@ -1,4 +1,4 @@
-// Dilated attention token by token: the rows that later queries can see, and no others.
+// Dilated attention token by token: a stream that keeps the rows that later queries can see.
 #pragma once
 
 #include <algorithm>
@@ -37,40 +37,41 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// dilated_attention carried from call to call: `extend` appends rows after those of the calls before, and each
-/// query gets what the one call over all rows would write for it.
+/// A stream of dilated_attention: `extend` appends rows after those of earlier calls, and the output of each query is
+/// that of a single call over all rows.
 ///
 ///   dilated_attention attend{geometric_branches_to({2048, 1}, 2, longest), causal{}};
 ///   auto stream = attend.stream({.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64});
-///   stream.extend(q, k, v, out);  // a prompt, a chunk of one or a single token; lse and execution as ever
+///   stream.extend(q, k, v, out);  // a prompt, part of a prompt, or one token; lse and execution are optional
 ///   stream.truncate(stream.size() - 3);  // the last 3 tokens were a draft that was rejected
 ///
 /// Shapes    those of dilated_attention with kv_len = q_len, which may be 0 and differ from call to call
-/// Types     rows are kept as T: float, double, Eigen::bfloat16, Eigen::half or std::int8_t; where keys are
-///           position-encoded, they are in the arithmetic type unless T is std::int8_t. q, k, v and out are
-///           any elements. Arithmetic is double where T is, else float, and so must q's be
-/// State     for each head the rows of the open segments that its offset keeps, at most sum_i w_i / r_i, and
-///           as long as `rollback` tokens may be taken back the rows of the segments that were open then;
-///           query heads that share KV head and offset share them. In int8 each has 8 bytes besides, the
-///           scales of its key and its value. A copy is a stream of its own
-/// Cost      as dilated_attention; every row is copied once for each branch and offset that keeps it. One
-///           token reads the rows that its branches show it, once for each head; int8 in 0.47 of float's time
-/// Scratch   2^14 / (batch heads) tokens, at least 1024, are taken in together
-/// Error     that of dilated_attention over the rows as they are kept. Keeping rounds each element of k and
-///           v: bfloat16 by 2^-9 of it, half by 2^-12, int8 by 1 / 254 of the largest of its row
-/// Bits      do not depend on how rows are cut into calls of more than one token, nor on tokens that were taken
-///           back. One token, with no mask but causal and Overlap::multiset, has a kernel of its own
-/// Masked    as in kv_cache: the mask of the functor, taken literally for every query whose keys it limits to the
-///           right, as `causal{} | sinks{n}` does. Every other query sees no key after itself. A chunk holds all
-///           keys that its branches and the mask show to its queries, or is refused
-/// Throws    Error when shapes disagree or a chunk is too short for its mask, before anything changes. What an executor or a score throws, and
-///           bad_alloc, leaves a stream that has appended the first size() tokens, perhaps some of the call's.
-///           An assignment or a load that throws changes nothing
+/// Types     rows are stored as T: float, double, Eigen::bfloat16, Eigen::half or std::int8_t. Keys with a
+///           position encoding are stored in the arithmetic type unless T is std::int8_t. q, k, v and out
+///           may have any element types. Arithmetic is double if T is, otherwise float; that of q must be the same
+/// State     for each head the rows of the open segments that its offset keeps, at most sum_i w_i / r_i; while
+///           `rollback` tokens may still be removed, also the rows of the segments that were open before them.
+///           Query heads with the same KV head and offset share rows. A row of int8 has 8 additional bytes, the
+///           scales of its key and its value. A copy is an independent stream
+/// Cost      that of dilated_attention; every row is copied once for each branch and offset that keeps it. One
+///           token reads the rows that its branches show it, once for each head; with int8 it takes 0.47 of
+///           the time with float
+/// Scratch   2^14 / (batch heads) tokens, at least 1024, are appended together
+/// Error     that of dilated_attention over the stored rows. Storing rounds each element of k and v: bfloat16
+///           by 2^-9 of the element, half by 2^-12, int8 by 1 / 254 of the largest element of its row
+/// Bits      do not depend on how rows are cut into calls of more than one token, nor on removed tokens. A call
+///           of one token with no mask other than causal and with Overlap::multiset has a kernel of its own
+/// Masked    as in kv_cache: the mask of the functor, taken literally for every query whose keys it limits on the
+///           right, as `causal{} | sinks{n}` does. Every other query sees no key after itself. A chunk must
+///           contain all keys that its branches and the mask show to its queries
+/// Throws    Error if shapes disagree or a chunk is too short for its mask, before anything changes. If an executor
+///           or a score throws, or memory runs out (bad_alloc), the stream has appended the first size() tokens,
+///           possibly some of the call's. An assignment or a load that throws changes nothing
 template <StoredElement T, Mask M, Score S, Position P>
 class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true> {
  public:
   using Real = detail::ArithmeticOf<T>;
-  /// A row is encoded once, when it comes: it would else be at every query.
+  /// A key is encoded once, when it is appended, and not again for every query.
   using Key = std::conditional_t<std::is_same_v<P, no_position> || std::is_same_v<T, std::int8_t>, T, Real>;
 
   dilated_cache(dilated_attention<M, S, P> attend, const StreamShape& shape,
@@ -86,7 +87,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
       detail::refuse(class_name, "rollback", std::to_string(options.rollback), "at least 0 tokens");
     if (attend_.first_query != queries_end_at_keys) {
       detail::refuse(class_name, "first_query", std::to_string(attend_.first_query),
-                     "unset: queries are at the positions after the tokens before");
+                     "no value, because queries are at the positions of their tokens");
     }
     if (!detail::hides_later_keys<Shown> && attend_.zero_pad_compat) {
       detail::refuse(class_name, "zero_pad_compat", "true with a mask that may show later keys",
@@ -114,18 +115,19 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   }
   dilated_cache& operator=(dilated_cache&&) = default;
 
-  /// Tokens appended and not taken back.
+  /// The number of tokens appended and not removed.
   Index size() const noexcept { return size_; }
   const StreamShape& shape() const noexcept { return shape_; }
   const dilated_cache_options& options() const noexcept { return options_; }
 
-  /// Rows of keys and values that are kept, of all heads and batch rows, those for a step back as well.
+  /// The number of rows of keys and values that are kept, for all heads and batch rows, including those kept for
+  /// `truncate`.
   Index rows() const noexcept {
     Index rows = 0;
     for (const detail::Strand& strand : strands_) rows += rows_between(strand, least_, size_);
     return rows * shape_.batch;
   }
-  /// Memory of the rows, with what they may grow into.
+  /// Memory of the rows in bytes, including reserved memory.
   Index bytes() const noexcept {
     std::size_t bytes = 0;
     for (const Rows& rows : rows_)
@@ -139,11 +141,11 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(const K& k, const V& v, E&& execution = E{});
 
-  /// Batch row b becomes what row rows[b] was: the step of a beam search. Changes nothing if it throws.
+  /// Replaces batch row b by the previous batch row rows[b], as beam search does. Changes nothing if it throws.
   void reorder(std::span<const Index> rows);
 
-  /// Can the stream become the one that has had its first `tokens` tokens only? The last `rollback` tokens
-  /// before its largest size can always be taken back, and more where no segment has closed since.
+  /// True if truncate(tokens) will succeed. The last `rollback` tokens before the largest size can always be removed,
+  /// and more if no segment has closed since then.
   bool can_truncate(Index tokens) const noexcept {
     if (tokens < 0 || tokens > size_) return false;
     return tokens >= least_ ||
@@ -151,15 +153,14 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
              return tokens % branch.segment == 0 || tokens / branch.segment == least_ / branch.segment;
            });
   }
-  /// Takes back the tokens from number `tokens` on. Throws Error, and changes nothing, unless
-  /// can_truncate(tokens).
+  /// Removes the tokens from number `tokens` on. Throws Error, and changes nothing, unless can_truncate(tokens).
   void truncate(Index tokens);
 
-  /// Writes the rows, those for a step back as well. A stream of the same functor, shape and T, and of no
-  /// larger rollback, can load them.
+  /// Writes the rows, including those kept for `truncate`. A stream with the same functor, shape and T, and no larger
+  /// rollback, can load them.
   void save(std::ostream& to) const;
-  /// Takes over what `save` wrote. Throws FileError, and changes nothing, if the file is damaged, or names the
-  /// first option in which the stream that wrote it was another.
+  /// Reads what `save` wrote. Throws FileError, and changes nothing, if the file is damaged or was written by a stream
+  /// with other options; the text names the first option that differs.
   void load(std::istream& from);
 
  private:
@@ -174,9 +175,9 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
            shape_.value_dim * static_cast<Index>(sizeof(T)) +
            (is_scaled ? 2 * static_cast<Index>(sizeof(float)) : 0);
   }
-  /// Of a state of `size` tokens that can go back to `least`.
+  /// The payload of a state of `size` tokens that can be truncated to `least` tokens.
   Index payload_bytes(Index least, Index size) const;
-  /// work(array, numbers of a row) for all that `rows` holds.
+  /// Calls work(array, numbers of a row) for each array of `rows`.
   template <class AnyRows, class Work>
   void for_arrays(AnyRows& rows, const Work& work) const {
     work(rows.k, shape_.head_dim);
@@ -187,21 +188,22 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     }
   }
 
-  /// At 8 heads of 64 and 32768 tokens 2048 at once reach 73 % of the FMA roof, 512 and 8192 only 68 and 70:
-  /// fewer leave the tiles of thin branches narrow, more leave the cache.
+  /// The number of tokens that are processed together. Percent of the FMA peak with 8 heads of 64 and 32768 tokens,
+  /// 512 at once: 68, 2048: 73, 8192: 70. Fewer tokens do not fill the tiles of branches with a large step; more
+  /// tokens do not stay in the cache.
   Index tokens_at_once() const {
     return std::max<Index>(1024, (Index{1} << 14) / std::max<Index>(1, shape_.batch * shape_.heads));
   }
 
-  /// Rows of a strand from the segment that holds token `from` up to token `to`.
+  /// The number of rows of a strand from the beginning of the segment that contains token `from` up to token `to`.
   Index rows_between(const detail::Strand& strand, Index from, Index to) const noexcept {
     const Branch& branch = attend_.branches[strand.branch];
     const Index segments = to / branch.segment - from / branch.segment;
     return segments * kept_rows(branch.segment, strand.offset, branch.dilation) +
            kept_rows(to % branch.segment, strand.offset, branch.dilation);
   }
-  /// The most rows that a strand has while single tokens are appended: a segment, and what follows while its
-  /// last token can be taken back.
+  /// The maximum number of rows of a strand while single tokens are appended: those of a segment, and of the following
+  /// tokens until the segment's last token can no longer be removed.
   Index most_rows(const detail::Strand& strand) const noexcept {
     const Index segment = attend_.branches[strand.branch].segment, most = (std::numeric_limits<Index>::max)();
     return rows_between(strand, 0, segment > most - options_.rollback ? most : segment + options_.rollback);
@@ -211,7 +213,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   void take(const Call& call, const E& executor, Workspace& workspace) {
     static_assert(
         std::is_same_v<typename Call::Real, Real>,
-        "longspan: the stream computes in double if its rows are double, else in float, and so must q");
+        "longspan: q must be double if the rows of the stream are double, otherwise float or 16-bit");
     const detail::WithinSegments<Shown> shown{mask_, attend_.branches};
     const Index begin = size_, end = begin + call.q_len();
     detail::check_reach(function, shown, shape_.batch, shape_.heads, begin, end);
@@ -226,7 +228,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   void take_in(const Call& call, const E& executor, Workspace& workspace) {
     const Index end = size_ + call.q_len();
     keep(call.k, call.v, executor);
-    // Without values there is an lse still.
+    // Even with value_dim 0 there is an lse.
     if (call.q_len() > 0 && shape_.batch > 0 && shape_.heads > 0) attend(call, end, executor, workspace);
     count_rows(end);
   }
@@ -258,8 +260,8 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     least_ = least;
   }
 
-  /// Room for the rows of all strands up to token `end`, and for as many again if a strand must grow, but not
-  /// for more than single tokens need: a stream of single tokens seldom allocates.
+  /// Makes room for the rows of all strands up to token `end`. A strand that must grow doubles its room, limited to
+  /// what single tokens need, so that a stream of single tokens seldom allocates.
   void make_room(Index end) {
     for (std::size_t n = 0; n < rows_.size(); ++n) {
       const detail::Strand& strand = strands_[n % strands_.size()];
@@ -275,7 +277,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     }
   }
 
-  /// Copies the rows that a strand keeps after those it has.
+  /// Appends the rows that a strand keeps.
   template <class Tk, class Tv>
   void copy_rows(Index b, const detail::Strand& strand, TensorView<Tk> k, TensorView<Tv> v, Rows& rows,
                  Real* encoded) const {
@@ -302,7 +304,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
       begin += length;
     }
   }
-  /// Row number `row` of a strand.
+  /// Stores row number `row` of a strand.
   template <class From, class To>
   static void store(const From* from, Index cols, std::vector<To>& rows, std::vector<float>& scales,
                     Index row) {
@@ -361,7 +363,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     });
   }
 
-  /// Drops the rows of segments before the one that holds token `least`; `end` tokens have come.
+  /// Drops the rows of segments before the one that contains token `least`; `end` tokens have been appended.
   void drop_before(Index least, const detail::Strand& strand, Index end, Rows& rows) const {
     const Index count = rows_between(strand, least, end), dropped = rows_between(strand, least_, end) - count;
     if (dropped == 0) return;
@@ -377,10 +379,10 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   std::vector<detail::Strand> strands_;
   std::vector<std::size_t> strand_of_;  ///< [branches][heads]
   std::vector<Rows> rows_;              ///< [batch][strands]
-  std::vector<Real> queries_;           ///< of one call, encoded
-  std::vector<Real> key_rows_;          ///< [workers][head_dim], on their way to the strands
+  std::vector<Real> queries_;           ///< the encoded queries of one call
+  std::vector<Real> key_rows_;          ///< [workers][head_dim], scratch for encoding
   Index size_ = 0;
-  Index least_ = 0;  ///< rows are those from the segments on that hold token number least_
+  Index least_ = 0;  ///< rows begin with the segments that contain token number least_
 };
 
 template <Mask M, Score S, Position P>

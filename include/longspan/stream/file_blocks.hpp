@@ -1,4 +1,4 @@
-// A source of blocks whose rows lie in files, for sequences that only a disk holds.
+// A source of blocks whose rows are in files, for sequences that do not fit into memory.
 #pragma once
 
 #include <algorithm>
@@ -19,12 +19,12 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// The files of a sequence: elements in the order of this machine, [tokens, heads, head_dim] in q, [tokens,
+/// The files of a sequence: elements in the byte order of this machine, [tokens, heads, head_dim] in q, [tokens,
 /// kv_heads, head_dim] in k, [tokens, kv_heads, value_dim] in v, [tokens, heads, value_dim] in out.
 struct SequenceFiles {
-  std::string q, k, v;     ///< are read
-  std::string out;         ///< is written, and made if there is none; rows that are not written stay
-  Index header_bytes = 0;  ///< before the first row of q, k and v: 128 in most .npy files
+  std::string q, k, v;  ///< files to read
+  std::string out;      ///< file to write, created if there is none; rows that are not written stay unchanged
+  Index header_bytes = 0;  ///< bytes before the first row of q, k and v: 128 in most .npy files
 };
 
 /// A BlockSource over files of T.
@@ -35,10 +35,10 @@ struct SequenceFiles {
 ///
 /// Shapes  those of the stream, whose batch is 1
 /// State   the rows of one block
-/// Throws  FileError, with the name of the file and the system's reason, for a file that cannot be opened, does
-///         not hold whole rows, has another number of rows than the other files, or ends while it is read, and
-///         when a disk is full; Error for arguments. Outputs of blocks that were closed before are in the
-///         file, and the source can go on after an error
+/// Throws  FileError, with the name of the file and the system's reason, if a file cannot be opened, does not consist
+///         of whole rows, has another number of rows than the others, or ends early while it is read, or if the
+///         disk is full; Error for arguments. The outputs of closed blocks are then in the file, and the source can
+///         still be used
 template <MutableElement T>
 class file_blocks {
  public:
@@ -60,14 +60,14 @@ class file_blocks {
                                           " tokens, but " + files.q + " has " + std::to_string(q_.tokens));
       }
     }
-    // Made if there is none, kept if there is one.
+    // Creates the file if there is none; an existing file is kept.
     errno = 0;
     std::ofstream(out_name_, std::ios::binary | std::ios::app);
     out_.open(out_name_, std::ios::binary | std::ios::in | std::ios::out);
     if (!out_) detail::fail<FileError>(name, "cannot open the file " + out_name_ + " for writing" + reason());
   }
 
-  /// Tokens in the files.
+  /// The number of tokens in the files.
   Index length() const noexcept { return q_.tokens; }
 
   Block open(Index first, Index count) {
@@ -81,7 +81,7 @@ class file_blocks {
             token_major(values_.data(), heads_, count, value_dim_)};
   }
 
-  /// Writes the outputs of [first, first + count), the block that was opened last.
+  /// Writes the outputs of the rows [first, first + count), the block that was opened last.
   void close(Index first, Index count) {
     if (first < 0 || count < 0 || count * heads_ * value_dim_ > std::ssize(values_)) {
       detail::refuse(name, "the range of tokens",
@@ -89,7 +89,7 @@ class file_blocks {
                      "the block that is open");
     }
     const Index token = heads_ * value_dim_ * element;
-    out_.clear();  // of an error of the call before
+    out_.clear();  // clears an error of an earlier call
     errno = 0;
     out_.seekp(static_cast<std::streamoff>(first * token));
     out_.write(reinterpret_cast<const char*>(values_.data()), static_cast<std::streamsize>(count * token));
@@ -113,7 +113,7 @@ class file_blocks {
     detail::check_stream_shape(name, shape);
     if (shape.batch != 1) detail::refuse(name, "the batch", std::to_string(shape.batch), "1");
     if (files.out == files.q || files.out == files.k || files.out == files.v)
-      detail::refuse(name, "the file " + files.out, "both input and output", "a file of its own for out");
+      detail::refuse(name, "the file " + files.out, "both input and output", "a separate file for out");
     return shape;
   }
 
@@ -138,7 +138,7 @@ class file_blocks {
       const Index token = heads * cols * element, bytes = size - header;
       if (header < 0 || bytes < 0 || (token == 0 ? bytes != 0 : bytes % token != 0)) {
         detail::fail<FileError>(name, title() + " has " + std::to_string(size) + " bytes, wanted " +
-                                          std::to_string(header) + " and a multiple of the " +
+                                          std::to_string(header) + " plus a multiple of the " +
                                           std::to_string(token) + " bytes of a token");
       }
       tokens = token == 0 ? 0 : bytes / token;
@@ -149,7 +149,7 @@ class file_blocks {
     TensorView<const T> read(Index first, Index count) {
       const Index token = heads * cols;
       block.resize(static_cast<std::size_t>(count * token));
-      file.clear();  // of an error of the call before
+      file.clear();  // clears an error of an earlier call
       errno = 0;
       file.seekg(static_cast<std::streamoff>(header + first * token * element));
       file.read(reinterpret_cast<char*>(block.data()), static_cast<std::streamsize>(count * token * element));

@@ -1,5 +1,5 @@
-// A stream of bounded memory that forgets nothing at once: a window kept exact, retrieval by landmarks from
-// the blocks that left it, and a compressive memory of all that retrieval has given up.
+// A stream with bounded memory: exact attention in a window, retrieval by landmarks from the blocks before the window,
+// and a compressive memory of the blocks that retrieval evicts.
 #pragma once
 
 #include <algorithm>
@@ -36,59 +36,60 @@ LONGSPAN_VOCABULARY_BEGIN
 struct hybrid_options {
   Index block_size = 64;       ///< keys of a block: every block_size-th key of the stream is a landmark
   Index top_k = 4;             ///< blocks outside the window that a query retrieves
-  Index window_blocks = 8;     ///< full blocks that are attended token by token, beside the open one
+  Index window_blocks = 8;     ///< full blocks with exact attention, in addition to the open block
   Index capacity = 1024;       ///< blocks outside the window that can be retrieved
-  Index evicted_at_once = 32;  ///< blocks that go to the memory together, beyond the capacity until they do
+  Index evicted_at_once = 32;  ///< blocks that are evicted together; until then they exceed the capacity
   Index rollback = 16;         ///< as in landmark_cache_options; costs a copy of the memory after an eviction
-  /// Multiplies q.k; 1 / sqrt(head_dim) unless set. The memory's features are of q and k as they come.
+  /// Multiplies q.k; 1 / sqrt(head_dim) unless set. The feature map of the memory is applied to q and k without scale.
   std::optional<double> scale{};
   MatrixView<const float> beta{};        ///< of the memory's gate, as in infini_attention; 0 unless set
   InfiniRule rule = InfiniRule::linear;  ///< how blocks are written to the memory
-  EmptyMemory empty_memory = EmptyMemory::bypass;  ///< before anything is: the window and retrieval alone
+  EmptyMemory empty_memory = EmptyMemory::bypass;  ///< bypass: no gate while the memory is empty
 };
 
 LONGSPAN_VOCABULARY_END
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// With A what a landmark_cache with an exact window gives, tokens of the window and landmarks of retrieved
-/// blocks in one softmax, and M, z an Infini memory of all tokens evicted before the block of the query,
+/// Let A be the output of a landmark_cache with an exact window (one softmax over the tokens of the window and the
+/// landmarks of retrieved blocks), and M, z an Infini memory of all tokens evicted before the query's block. Then
 ///
 ///   out = g * phi(q) M / (phi(q) z) + (1 - g) * A,   g = sigmoid(beta).
 ///
 ///   hybrid_retrieval retrieve{{.window_blocks = 8}};
 ///   auto stream = retrieve.stream({.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64});
-///   stream.extend(q, k, v, out);  // a chunk or one token; an execution may follow
+///   stream.extend(q, k, v, out);  // a chunk or one token; execution is optional
 ///
 /// Shapes    q [batch, heads, n, head_dim]      k [batch, kv_heads, n, head_dim]
 ///           v [batch, kv_heads, n, value_dim]  out [batch, heads, n, value_dim], any n >= 0. There is no lse
-/// Landmarks every block_size-th token is one, as in landmark_cache. The memory takes the other tokens
-/// Positions none are written. Encode q and k before the call (encode_positions of position.hpp, from position
-///           size() on): cache and memory then take them as they are. A memory of keys without positions next
-///           to a cache of encoded keys would need both forms of every row
-/// Types     rows and landmarks are kept as T; arithmetic is double where T is, else float, and q's too. With
-///           std::int8_t the rows of blocks that have left the window are int8 with a scale to each, landmarks
-///           and the window float
+/// Landmarks every block_size-th token is a landmark, as in landmark_cache. The memory contains the other tokens
+/// Positions none: the caller encodes q and k (encode_positions of position.hpp, from position size() on), for the
+///           memory too. A memory of keys without positions next to a cache of encoded keys would need both
+///           forms of every row
+/// Types     rows and landmarks are stored as T. Arithmetic is double if T is, otherwise float; that of q must be
+///           the same. With std::int8_t the rows of blocks outside the window are int8 with a scale for each
+///           row; landmarks and the window are float
 /// State     bounded: batch * kv_heads * (head_dim + value_dim) * block_size * (1 + window_blocks + capacity +
 ///           evicted_at_once) elements of T, and M and z
-/// Rollback  truncate(n) takes back tokens, all outputs after it having the bits of a stream that never had
-///           them, as far as landmark_cache does. An eviction costs a second memory until it is `rollback`
-///           tokens old, and the evicted blocks that long: bytes() counts both. An eviction copies the memory
-///           even with a rollback of 0
-/// Cost      a token: that of landmark_cache with `capacity` blocks, and 4 head_dim * value_dim flop a head
-///           for the memory. A chunk is cut where blocks end
-/// Equal     for all ways to cut the same rows into calls, within the error bound
-/// Error     g that of infini_attention's memory, 1 - g that of landmark_cache, over the rows as they are kept
-/// Bits      do not depend on the executor, nor on how many threads it has
-/// Throws    Error when shapes or options disagree, before anything changes. What is thrown later, for want
-///           of memory too, leaves the stream as it was where the last block ended, or the call began
+/// Rollback  truncate(n) removes tokens under the same conditions as in landmark_cache; all later outputs have
+///           the bits of a stream that never saw the removed tokens. Until an eviction is `rollback` tokens old,
+///           the stream keeps a second memory and the evicted blocks: bytes() counts both. An eviction copies
+///           the memory even if rollback is 0
+/// Cost      per token that of landmark_cache with `capacity` blocks, and 4 head_dim * value_dim flop per head
+///           for the memory. A chunk is cut at the ends of blocks
+/// Equal     within the error bound, for all ways to cut the same rows into calls
+/// Error     g times that of infini_attention's memory plus 1 - g times that of landmark_cache, over the stored rows
+/// Bits      do not depend on the executor, nor on its number of threads
+/// Throws    Error if shapes or options disagree, before anything changes. After a later exception, including
+///           bad_alloc, the stream is as it was at the end of the last complete block of the call, or before the
+///           call
 /// Source    landmarks: Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 3.2; memory: Munkhdalai et al.
-///           2024 (arXiv 2404.07143), eq. 6-10. That the second takes what the first evicts is in neither
+///           2024 (arXiv 2404.07143), eq. 6-10. The combination of both is our own
 template <StoredElement T = float>
 class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
  public:
   using Real = detail::ArithmeticOf<T>;
-  /// Of the memory, which sums rows in the arithmetic type: those of int8 reach it decoded.
+  /// The compressive memory, which sums rows in the arithmetic type; rows of int8 are decoded for it.
   using Memory = infini_memory<std::conditional_t<std::is_same_v<T, std::int8_t>, float, T>,
                                softmax_attention<causal>, elu_plus_one>;
 
@@ -107,7 +108,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   hybrid_stream(hybrid_stream&&) = default;
   ~hybrid_stream() = default;
   hybrid_stream& operator=(hybrid_stream&&) = default;
-  /// Changes nothing if memory is short.
+  /// Changes nothing if memory runs out.
   hybrid_stream& operator=(const hybrid_stream& other) {
     if (this == &other) return *this;
     hybrid_stream copy(other);
@@ -116,16 +117,16 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
 
   const StreamShape& shape() const noexcept { return cache_.shape(); }
   const hybrid_options& options() const noexcept { return options_; }
-  /// Tokens taken in, landmarks included.
+  /// The number of tokens, including landmarks.
   Index size() const noexcept { return cache_.size(); }
   Index bytes() const noexcept {
     Index bytes = cache_.bytes() + memory_.bytes();
     for (const Past& past : past_) bytes += past.memory.bytes();
     return bytes;
   }
-  /// How many tokens come before the next landmark.
+  /// The number of tokens before the next landmark.
   Index tokens_to_landmark() const noexcept { return cache_.tokens_to_landmark(); }
-  /// The window, the blocks that can be retrieved, what was retrieved; and the memory behind them.
+  /// The cache, with the window, the blocks that can be retrieved, and those that the last call retrieved.
   const landmark_cache<T>& cache() const noexcept { return cache_; }
   const Memory& memory() const noexcept { return memory_; }
 
@@ -148,7 +149,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     });
   }
 
-  /// Batch row b becomes what row rows[b] was: the step of a beam search. Changes nothing if it throws.
+  /// Replaces batch row b by the previous batch row rows[b], as beam search does. Changes nothing if it throws.
   void reorder(std::span<const Index> rows) {
     detail::check_reorder("hybrid_stream::reorder", rows, shape().batch);
     hybrid_stream next = *this;
@@ -158,14 +159,15 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     *this = std::move(next);
   }
 
-  /// Can the stream forget all tokens but the first `tokens`?
+  /// True if truncate(tokens) will succeed.
   bool can_truncate(Index tokens) const noexcept { return cache_.can_truncate(tokens); }
-  /// Forgets all tokens but the first `tokens`, which go on as if no others had come.
+  /// Removes all tokens except the first `tokens`; the stream continues as if it had never seen the others.
   void truncate(Index tokens) {
     if (!can_truncate(tokens)) {
       const std::string least = std::to_string(counts().least());
-      detail::refuse("hybrid_stream::truncate", "the number of tokens", std::to_string(tokens),
-                     least + ".." + std::to_string(size()) + ": the stream can go back to " + least);
+      detail::refuse(
+          "hybrid_stream::truncate", "the number of tokens", std::to_string(tokens),
+          least + ".." + std::to_string(size()) + ", because the stream cannot be truncated further");
     }
     cache_.truncate(tokens);
     const auto evicted_later = std::find_if(past_.begin(), past_.end(),
@@ -182,8 +184,8 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     for (const Past& past : past_) past.memory.save(to);
     memory_.save(to);
   }
-  /// Takes over the state of a stream of the same shape and options, but for beta and `rollback`, and changes
-  /// nothing if that fails.
+  /// Loads the state of a stream with the same shape and options; only beta and `rollback` may differ. Changes
+  /// nothing if it throws.
   void load(std::istream& from) {
     const auto wanted = fields();
     std::vector<std::int64_t> numbers(wanted.size());
@@ -205,7 +207,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   static constexpr const char* function = "hybrid_stream::extend";
   static constexpr detail::StateKind state{"hybrid", 1, "hybrid_stream::save", "hybrid_stream::load"};
 
-  /// The memory as it was when only `evicted` blocks had been evicted.
+  /// A copy of the memory from when only `evicted` blocks had been evicted.
   struct Past {
     Index evicted;
     Memory memory;
@@ -226,7 +228,8 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     return options;
   }
 
-  /// What is evicted at once is a segment of the memory: summed by itself, added once, and seen from then on.
+  /// Blocks that are evicted together are a segment of the memory: summed separately, added once, and visible
+  /// afterwards.
   static infini_attention<> memory_options(const hybrid_options& options) {
     infini_attention attend;
     attend.segment = options.evicted_at_once * (options.block_size - 1);
@@ -237,13 +240,13 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   }
 
   const detail::BlockCounts& counts() const noexcept { return cache_.store_.counts(); }
-  /// What the cache and the memory do not tell of themselves.
+  /// The options that the states of the cache and of the memory do not contain.
   std::vector<detail::StateField> fields() const {
     return {{"empty_memory", static_cast<std::int64_t>(options_.empty_memory), [](std::int64_t x) {
                return std::string(x == static_cast<std::int64_t>(EmptyMemory::gate) ? "gate" : "bypass");
              }}};
   }
-  /// The memory of a state in which so many blocks had been evicted.
+  /// Loads the memory of a state in which `evicted` blocks had been evicted.
   Memory loaded_memory(std::istream& from, Index evicted) const {
     Memory memory(memory_options(options_), shape());
     memory.load(from);
@@ -281,7 +284,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     }
   }
 
-  /// The blocks that are due go to the memory. What throws leaves the memory as it was.
+  /// Writes the blocks that are due for eviction to the memory. The memory is unchanged if this throws.
   template <class E>
   void evict(E& execution) {
     const Index count = counts().dropped_at(counts().sealed) - counts().dropped;
@@ -310,10 +313,10 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   }
 
   hybrid_options options_;
-  std::vector<Real> decoded_;  ///< a block on its way from int8 to the memory
+  std::vector<Real> decoded_;  ///< an int8 block decoded for the memory
   landmark_cache<T> cache_;
   Memory memory_;
-  std::vector<Past> past_;  ///< rising, those that a truncation may bring back
+  std::vector<Past> past_;  ///< earlier memories that a truncation may bring back, the oldest first
 };
 
 /// The options of a hybrid_stream as a value from which streams are made, as from a functor.

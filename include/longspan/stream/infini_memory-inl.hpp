@@ -1,4 +1,4 @@
-// How an infini_memory appends tokens, looks ahead, goes back, and works without queries.
+// Member functions of infini_memory: appending with and without queries, peek, recall, truncate, flush.
 #pragma once
 
 #include <algorithm>
@@ -87,7 +87,8 @@ void infini_memory<T, Local, F>::append_rows(TensorView<Tk> k, TensorView<Tv> v,
 template <Element T, class Local, FeatureMap F>
 template <TensorLike Q, TensorLike Out, ExecutionLike E>
 void infini_memory<T, Local, F>::recall(const Q& q, Out&& out, E&& execution) {
-  static_assert(std::is_same_v<detail::LseOf<Q>, Real>, "longspan: q is of the arithmetic of the memory");
+  static_assert(std::is_same_v<detail::LseOf<Q>, Real>,
+                "longspan: q must be double if the memory is double, otherwise float or 16-bit");
   const auto queries = view(q);
   const auto to = view(out);
   const auto wanted = [&](const auto& x, const char* what, Index cols) {
@@ -119,14 +120,15 @@ void infini_memory<T, Local, F>::truncate(Index tokens, E&& execution) {
       least = (std::max)(least, closed_[at(b)].begin);
       most = (std::min)(most, size(b));
     }
-    detail::refuse("infini_memory::truncate", "the number of tokens", std::to_string(tokens),
-                   least > most ? std::string("one that all batch rows can go back to: there is none")
-                                : std::to_string(least) + ".." + std::to_string(most) +
-                                      (least == 0 ? "" : ": the memory cannot forget the tokens before"));
+    detail::refuse(
+        "infini_memory::truncate", "the number of tokens", std::to_string(tokens),
+        least > most ? std::string("a size to which all batch rows can be truncated, but there is none")
+                     : std::to_string(least) + ".." + std::to_string(most) +
+                           (least == 0 ? "" : ", because earlier tokens cannot be removed from the memory"));
   }
   const auto is_open = [&](Index written) { return written <= tokens; };
   if (!std::all_of(written_.begin(), written_.end(), is_open)) {
-    // The memories as they will be, computed before anything changes.
+    // The new memories are computed before anything changes.
     std::vector<Real> m = m_, z = z_;
     detail::with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
       for (Index b = 0; b < shape_.batch; ++b) {
@@ -160,7 +162,7 @@ void infini_memory<T, Local, F>::settle(Index b, const E& executor, Workspace& w
   const Index old = size(b) - options_.rollback;
   if (closed.lengths.empty() || closed.begin + closed.lengths.front() > old) return;
   const auto base = view_of(base_m_, base_z_, b, 1);
-  if (closed.begin + closed.rows <= old) {  // all of them: the memory is there already
+  if (closed.begin + closed.rows <= old) {  // all closed segments are due: the current memory contains them
     base.copy(view_of(b, 1));
     open_.drop(b, closed.rows, filled_[at(b)]);
     return closed.drop(closed.lengths.size());
@@ -211,7 +213,7 @@ void infini_memory<T, Local, F>::take_in(const Call& call, Index b, Index rows, 
     const auto q = part(call.q, first, count);
     const auto out = part(call.out, first, count);
     if constexpr (std::is_same_v<typename Call::Key, T> && std::is_same_v<typename Call::Value, T>) {
-      // A whole segment is read where it lies: kept first, a long chunk took 20 % longer.
+      // A whole segment is read in place: with a copy a long chunk took 20 % longer.
       if (count == attend_.segment && options_.rollback == 0) {
         const auto k = part(call.k, first, count), v = part(call.v, first, count);
         attend(q, k, v, out, b, rows, executor, workspace);

@@ -1,4 +1,4 @@
-// The state of an infini_memory, written and read.
+// Saving and loading the state of an infini_memory.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ namespace detail {
 
 inline constexpr StateKind infini_state{"infini", 2, "infini_memory::save", "infini_memory::load"};
 
-/// The options of the local attention that decide how the open rows are read. A list of branches has any length.
+/// The options of the local functor that determine how the open rows are read. A list of branches may have any length.
 template <class Local>
 std::vector<StateField> options_of_local(const Local& local) {
   std::vector<StateField> fields;
@@ -54,7 +54,7 @@ inline constexpr bool is_softmax_attention = false;
 template <class M, class S, class P>
 inline constexpr bool is_softmax_attention<softmax_attention<M, S, P>> = true;
 
-/// What an infini_memory and a file have to share: what shaped M, z and the rows, and what decides how they are
+/// The properties that an infini_memory and a file must share: those that determine M, z and the rows, and how they are
 /// read.
 template <class T, class Attend>
 std::vector<StateField> infini_fields(const Attend& attend, const StreamShape& shape) {
@@ -80,7 +80,7 @@ std::vector<StateField> infini_fields(const Attend& attend, const StreamShape& s
       {"absolute_positions", attend.absolute_positions, yes_or_no},
       {"the feature map",
        std::is_same_v<std::remove_cvref_t<decltype(attend.feature)>, elu_plus_one> ? 1 : 99,
-       [](std::int64_t x) { return std::string(x == 1 ? "elu_plus_one" : "a user's own"); }},
+       [](std::int64_t x) { return std::string(x == 1 ? "elu_plus_one" : "user-defined"); }},
       {"the local attention", kind,
        [](std::int64_t x) {
          return std::string(x == 1   ? "softmax_attention"
@@ -101,8 +101,8 @@ std::vector<StateField> infini_fields(const Attend& attend, const StreamShape& s
 
 }  // namespace detail
 
-/// Of a state whose batch rows hold `stored` rows, in `closed` closed segments and an open one. The numbers may
-/// come from a file, which can claim more rows than an Index counts bytes.
+/// The payload of a state whose batch rows have `stored` rows, in `closed` closed segments and an open one. The numbers
+/// may come from a file, which can claim more bytes than an Index can count.
 template <Element T, class Local, FeatureMap F>
 Index infini_memory<T, Local, F>::payload_bytes(Index options_of_local, bool has_base,
                                                 const std::vector<std::int64_t>& stored,
@@ -124,7 +124,7 @@ Index infini_memory<T, Local, F>::payload_bytes(Index options_of_local, bool has
 
 template <Element T, class Local, FeatureMap F>
 void infini_memory<T, Local, F>::save(std::ostream& to) const {
-  auto& self = const_cast<infini_memory&>(*this);  // views are of mutable memory
+  auto& self = const_cast<infini_memory&>(*this);  // views refer to mutable memory
   const std::vector<std::int64_t> of_local = detail::values_of(detail::options_of_local(attend_.local));
   std::vector<std::int64_t> numbers = detail::values_of(detail::infini_fields<T>(attend_, shape_));
   numbers.push_back(options_.rollback);
@@ -163,7 +163,7 @@ void infini_memory<T, Local, F>::save(std::ostream& to) const {
 
 template <Element T, class Local, FeatureMap F>
 void infini_memory<T, Local, F>::load(std::istream& from) {
-  // Sums of two positions are far from the largest Index.
+  // With this limit sums of two positions never overflow.
   constexpr Index most_tokens = Index{1} << 53;
   const std::string_view name = detail::infini_state.load;
   const auto fields = detail::infini_fields<T>(attend_, shape_);

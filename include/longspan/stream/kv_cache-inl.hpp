@@ -1,4 +1,4 @@
-// What a kv_cache is told before its first token, and its state, written and read.
+// Checks of a kv_cache's shape and options, and saving and loading its state.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ const StreamShape& kv_cache<T, M, S, P>::checked(const StreamShape& shape, const
   if (most == 0) {
     detail::refuse(name, "the shape [batch, heads, head_dim, value_dim]",
                    detail::shape_text(shape.batch, shape.heads, shape.head_dim, shape.value_dim),
-                   "a token that fits into the memory of a computer");
+                   "a shape whose tokens fit into memory");
   }
   detail::check_stream_parts(name, attend, shape);
   if (options.page_size < 0 || options.page_size > most)
@@ -41,7 +41,7 @@ const StreamShape& kv_cache<T, M, S, P>::checked(const StreamShape& shape, const
     detail::refuse(name, "rollback", std::to_string(options.rollback), "at least 0 tokens");
   if (attend.first_query != queries_end_at_keys) {
     detail::refuse(name, "first_query", std::to_string(attend.first_query),
-                   "unset: queries come after the tokens before");
+                   "no value, because queries are at the positions of their tokens");
   }
   return shape;
 }
@@ -83,7 +83,7 @@ void kv_cache<T, M, S, P>::load(std::istream& from) {
   reader.finish();
   for (Index b = 0; b < shape_.batch; ++b) {
     if (!loaded.keeps(b, detail::later_keys(mask_, b, size), size))
-      reader.reject("the file", "a state without keys that the mask will show", "one with them");
+      reader.reject("the file", "a state without some keys that later queries may see", "a state with them");
   }
   pages_ = std::move(loaded);
   full_pages_ = 0;

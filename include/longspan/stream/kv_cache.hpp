@@ -1,5 +1,4 @@
-// Softmax attention token by token: the keys and values of all tokens, or of those that a mask will show
-// again.
+// Softmax attention token by token: a stream that keeps the keys and values that later queries may see.
 #pragma once
 
 #include <algorithm>
@@ -35,41 +34,42 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// softmax_attention carried from call to call: `extend` appends rows after those of the calls before, and each
-/// query sees what one call over all rows would show it.
+/// A stream of softmax_attention: `extend` appends rows after those of earlier calls, and each query sees the same
+/// keys as in a single call over all rows.
 ///
 ///   softmax_attention attend{causal{} & window{.left = 4095}, rotary(Pairing::half_split)};
 ///   const StreamShape shape{.heads = 32, .kv_heads = 8, .head_dim = 128, .value_dim = 128};
 ///   auto cache = attend.stream<Eigen::bfloat16>(shape, {.page_size = 256});
-///   cache.extend(q, k, v, out);  // a prompt, a chunk or a single token; lse and an execution may follow
+///   cache.extend(q, k, v, out);  // a prompt, part of a prompt, or one token; lse and execution are optional
 ///
 /// Shapes    q [batch, heads, n, head_dim]      k [batch, kv_heads, n, head_dim]
 ///           v [batch, kv_heads, n, value_dim]  out [batch, heads, n, value_dim]   lse [batch, heads, n]
 ///           any n >= 0, which may differ from call to call
-/// Types     rows are kept as T: float, double, Eigen::bfloat16, Eigen::half or std::int8_t, whatever k and v
-///           are; q and out are any elements, arithmetic is double where q is, else float
-/// Positions are written by the cache: keys are encoded once, as they come, and then rounded to T
-/// Masked    the mask of the functor, taken literally for every query whose keys it limits to the right: causal,
-///           segments, padding, sinks, closed documents, a window with a right side, and what is made of them,
-///           as `causal{} | sinks{n}` is. A query without such a limit (everything, a window without a right
-///           side, the last of the documents, a user's mask without key ranges) sees no key after itself.
-///           A chunk holds all keys that its queries may see, or is refused: `causal{} & mask` fits any chunk
-/// Storage   see kv_cache_options. The kernels read pages where they lie. Copies share pages; a stream copies
-///           only the open page, when it writes to it first. Pages that a stream evicts serve it and its
-///           copies; copies may live on different threads
-/// State     batch * kv_heads * (head_dim + value_dim) elements of T for each token that is kept, in int8 and
-///           4 bytes for each row of either; 8 bytes for each page that ever was
-/// Cost      as softmax_attention; each row is converted once. A token against 32768 takes 0.49 of the time
-///           of float with rows of int8, 0.6 to 0.7 with half or bfloat16
-/// Error     that of softmax_attention over the rows as they are kept, with pages of at least 16. Keeping
-///           rounds each element of k and v: bfloat16 by 2^-9 of it, half by 2^-12, int8 by 1 / 254 of the
-///           largest of its row
-/// Bits      with one array, or pages of a multiple of 256, those of the call over all rows wherever that
-///           runs the same kernel (see softmax_attention: up to 8 queries to a KV head, or more): one token at
-///           a time or a few make no difference. Copies, other batch rows and the executor change none
-/// Throws    Error when shapes disagree, a chunk is too short for its mask, or sizes could never fit; std::bad_alloc;
-///           what an executor or a score throws. Then the stream is as it was before the call, except that it
-///           may keep memory for more tokens; out and lse may be written in part
+/// Types     rows are stored as T: float, double, Eigen::bfloat16, Eigen::half or std::int8_t, whatever the types
+///           of k and v. q and out may have any element types; arithmetic is double if q is, otherwise float
+/// Positions the cache applies the encoding: keys are encoded once, when they are appended, and then rounded to T
+/// Masked    by the mask of the functor, unchanged for every query for which it sets an upper limit of the keys:
+///           causal, segments, padding, sinks, closed documents, a window with a right side, and combinations
+///           like `causal{} | sinks{n}`. A query without such a limit (everything, a window without a right
+///           side, the last of the documents, a user-defined mask without key ranges) sees no key after itself.
+///           A chunk must contain all keys that its queries may see, otherwise extend throws Error; the mask
+///           `causal{} & mask` fits any chunk
+/// Storage   see kv_cache_options. The kernels read pages in place. Copies share pages; only the partially filled
+///           last page is ever copied, by the first stream that appends to it. A stream and its copies reuse the
+///           pages that any of them evicts; copies may be used on different threads
+/// State     batch * kv_heads * (head_dim + value_dim) elements of T for each token that is kept; for int8 also
+///           4 bytes for each row of keys and each row of values; 8 bytes for each page that ever existed
+/// Cost      that of softmax_attention; each row is converted once. Time of one token after 32768, relative to
+///           float, int8: 0.49, half and bfloat16: 0.6 to 0.7
+/// Error     that of softmax_attention over the stored rows, with pages of at least 16 tokens. Storing rounds
+///           each element of k and v: bfloat16 by 2^-9 of the element, half by 2^-12, int8 by 1 / 254 of the
+///           largest element of its row
+/// Bits      with one array, or pages of a multiple of 256 tokens, the bits of a single call over all rows if both
+///           use the same kernel (see softmax_attention: one for up to 8 queries per KV head, one for more).
+///           Bits do not depend on copies, other batch rows and the executor
+/// Throws    Error if shapes disagree, a chunk is too short for its mask, or sizes exceed any memory;
+///           std::bad_alloc; what an executor or a score throws. The stream is then as it was before the call,
+///           except that it may keep memory for more tokens; out and lse may be partially written
 /// Source    pages: Kwon et al. 2023 (arXiv 2309.06180), section 4; sinks: Xiao et al. 2023
 ///           (arXiv 2309.17453)
 template <StoredElement T, Mask M, Score S, Position P>
@@ -94,12 +94,12 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
 
   const StreamShape& shape() const noexcept { return shape_; }
   const kv_cache_options& options() const noexcept { return options_; }
-  /// The number of tokens appended, less those taken back.
+  /// The number of tokens appended and not removed.
   Index size() const noexcept { return pages_.size(); }
-  /// Memory of the rows, with the room for more, and with what is shared with copies.
+  /// Memory of the rows in bytes, including reserved memory and pages shared with copies.
   Index bytes() const noexcept { return pages_.bytes(); }
 
-  /// Memory for `tokens` tokens: until there are more, `extend` allocates none for rows.
+  /// Reserves memory for `tokens` tokens: up to this size `extend` allocates no memory for rows.
   void reserve(Index tokens) {
     const Index most = detail::KeyPages<T>::most_tokens(shape_);
     if (tokens < 0 || tokens > most)
@@ -108,8 +108,8 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   }
   void clear() noexcept { take_back_to(0); }
 
-  /// Will `truncate(tokens)` succeed? It will for every number from the largest size so far less
-  /// `options().rollback` up to size(); a smaller number depends on the pages that are left.
+  /// True if truncate(tokens) will succeed. It succeeds for every number from the largest size so far minus
+  /// `options().rollback` up to size(); for smaller numbers that depends on the remaining pages.
   bool can_truncate(Index tokens) const noexcept {
     if (tokens < 0 || tokens > size()) return false;
     for (Index b = 0; b < shape_.batch; ++b) {
@@ -118,8 +118,8 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     return true;
   }
 
-  /// Takes back the tokens from number `tokens` on: the step back of speculative decoding. Throws Error, and
-  /// changes nothing, where the next query would see keys that are evicted already.
+  /// Removes the tokens from number `tokens` on, as speculative decoding does with rejected tokens. Throws Error, and
+  /// changes nothing, if the next query would see evicted keys.
   void truncate(Index tokens) {
     constexpr std::string_view name = "kv_cache::truncate";
     if (tokens < 0 || tokens > size())
@@ -127,18 +127,19 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     if (!can_truncate(tokens)) {
       refuse_size(name, std::to_string(tokens),
                   "at least " + std::to_string(least_kept()) +
-                      ": the keys before are evicted, with rollback = " + std::to_string(options_.rollback));
+                      ", because earlier keys are evicted (rollback = " + std::to_string(options_.rollback) +
+                      ")");
     }
     take_back_to(tokens);
   }
 
-  /// Batch row b becomes what row rows[b] was: the step of a beam search. Rows share pages.
+  /// Replaces batch row b by the previous batch row rows[b], as beam search does. Batch rows share pages.
   void reorder(std::span<const Index> rows) {
     detail::check_reorder("kv_cache::reorder", rows, shape_.batch);
     pages_.reorder(rows);
   }
 
-  /// Appends tokens whose queries are not needed.
+  /// Appends tokens without queries: no outputs are computed.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
@@ -152,10 +153,10 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     });
   }
 
-  /// Writes the rows; a stream of the same shape, T, page, positions and scale can load them.
+  /// Writes the rows. A stream with the same shape, T, page_size, position encoding and scale can load them.
   void save(std::ostream& to) const;
-  /// Takes over what `save` wrote; as many tokens can be taken back as the file has the rows for. Throws FileError,
-  /// and changes nothing, where the file is damaged or belongs to another kind of stream.
+  /// Reads what `save` wrote. The stream can then be truncated as far as the rows in the file allow. Throws FileError,
+  /// and changes nothing, if the file is damaged or belongs to another kind of stream.
   void load(std::istream& from);
 
  private:
@@ -172,7 +173,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     detail::refuse(name, "the number of tokens", got, wanted);
   }
 
-  /// All that shaped the rows of a file, or decides how they are read.
+  /// The properties that determine the rows of a file, or how they are read.
   std::vector<detail::StateField> fields() const;
 
   void check_growth(std::string_view name, Index rows) const {
@@ -191,7 +192,7 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     });
   }
 
-  /// work(first, count), which appends tokens, for pieces of the `rows` tokens of one call.
+  /// Calls work(first, count), which appends tokens, for pieces of the `rows` tokens of one call.
   template <class Work>
   void in_pieces(Index rows, const Work& work) {
     struct Undo {
@@ -215,8 +216,8 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     }
   }
 
-  /// Where later pages replace earlier ones, a long prompt is appended in pieces, and needs no more memory than
-  /// what stays. Pieces of 2048 keep the tiles full; none ends before a key that one of its queries may see.
+  /// If the stream evicts pages, a long prompt is appended in pieces, so that it needs no more memory than the pages
+  /// that stay. Pieces of 2048 tokens fill the tiles; no piece ends before a key that one of its queries may see.
   Index end_of_piece(Index first, Index end) const {
     constexpr Index most = 2048;
     if (end - first <= most || !evicts_before(end)) return end;
@@ -280,12 +281,12 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
                    attend_.bf16_products);
   }
 
-  /// The size to which a stream of `size` tokens promises to go back.
+  /// The smallest size to which a stream of `size` tokens can always be truncated.
   Index least_size(Index size) const noexcept { return std::max<Index>(0, size - options_.rollback); }
-  /// Pages that are full then: only these are ever evicted.
+  /// The number of pages that are full at the smallest size: only these are ever evicted.
   Index full_pages() const noexcept { return least_size(size()) / options_.page_size; }
 
-  /// Evicts full pages that hold none of the tokens before `first` and that no later query will see.
+  /// Evicts full pages that contain no token before `first` and that no later query will see.
   void evict(Index first) {
     if (options_.page_size == 0 || !options_.evict) return;
     for (Index b = 0; b < shape_.batch; ++b)
@@ -297,8 +298,8 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     full_pages_ = 0;
   }
 
-  /// The least number of tokens from which on each can be truncated to: can_truncate only fails before it, since
-  /// what later queries see shrinks from token to token.
+  /// The smallest size from which on can_truncate is true for all sizes. It is false for all smaller sizes, because the
+  /// set of keys that later queries see shrinks from token to token.
   Index least_kept() const noexcept {
     Index fails = pages_.end_of_evicted() - 1, least = size();
     while (least - fails > 1) {
@@ -313,8 +314,8 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   StreamShape shape_;
   kv_cache_options options_;
   detail::KeyPages<T> pages_;
-  std::tuple<std::vector<float>, std::vector<double>> queries_;  ///< of one call, encoded
-  Index full_pages_ = 0;                                         ///< when pages were last evicted
+  std::tuple<std::vector<float>, std::vector<double>> queries_;  ///< the encoded queries of one call
+  Index full_pages_ = 0;                                         ///< full_pages() at the last eviction
 };
 
 LONGSPAN_NAMESPACE_END

@@ -1,4 +1,5 @@
-// The steps of a landmark_cache with a chunk: attend what is open, choose blocks, attend them, write, report.
+// The steps of a landmark_cache for a chunk: attend to the open tokens, choose blocks, attend to the blocks, write the
+// outputs, report the mass.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Keys that do not close a block.
+/// A mask of the keys that are not landmarks.
 struct all_but_landmarks {
   Index block = 1;
 
@@ -61,7 +62,7 @@ void landmark_cache<T, P, Map, Finder>::attend_open(const Call& call, const E& e
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class Call, class E>
 void landmark_cache<T, P, Map, Finder>::choose(const Call& call, const E& executor) {
-  // An index is asked query by query.
+  // An index is called query by query.
   const Index tokens = finds ? 1 : std::max<Index>(1, detail::queries_to_a_landmark<Real> / group()),
               q_room = tokens * group() * padded_head_dim();
   choice_.start(chunk_, held_.blocks, held_.top_k, executor.workers());
@@ -81,8 +82,8 @@ void landmark_cache<T, P, Map, Finder>::choose(const Call& call, const E& execut
   choice_.finish();
 }
 
-/// Scores of all landmarks of a KV head for the queries of its group at `tokens` tokens from i on. Blocks that
-/// stand in one place share an encoding of the query, and are scored together.
+/// Computes the scores of all landmarks of a KV head for the queries of its group at `tokens` tokens from i on.
+/// Blocks at the same place share one encoding of the query and are scored together.
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class Call, class ScoresOf>
 void landmark_cache<T, P, Map, Finder>::score_blocks(const Call& call, Index b, Index kv_head, Index i,
@@ -107,7 +108,8 @@ void landmark_cache<T, P, Map, Finder>::score_blocks(const Call& call, Index b, 
   }
 }
 
-/// The same for the blocks of a range that the index names; the others cannot be chosen before them.
+/// The same for those blocks of a range that the index proposes; the others get the masked score, so that they are
+/// chosen last.
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
 template <class ScoresOf>
 void landmark_cache<T, P, Map, Finder>::score_candidates(Index b, Index kv_head, KeyRange blocks,

@@ -1,5 +1,4 @@
-// Landmark attention carried token by token: blocks are sealed as they fill up, and queries retrieve some of
-// them by their landmarks.
+// Landmark attention token by token: a stream that seals full blocks and retrieves some of them by their landmarks.
 #pragma once
 
 #include <algorithm>
@@ -36,52 +35,53 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// Landmark attention over an unbounded stream. A query attends to what is not sealed yet (the open block and
-/// its own chunk, whose full blocks count by their landmarks) and to the top_k sealed blocks whose landmarks
-/// have the highest scores: one group of the own block's tokens and of the landmarks of the others.
+/// Landmark attention over an unbounded stream. A query attends to all unsealed tokens (the open block and its own
+/// chunk, whose full blocks count by their landmarks) and to the top_k sealed blocks whose landmarks have the highest
+/// scores. The tokens of its own block and the landmarks of the other blocks form one softmax group.
 ///
 ///   landmark_retrieval retrieve{{.block_size = 64, .top_k = 4}, rotary(Pairing::half_split)};
 ///   auto cache = retrieve.stream({.heads = 32, .kv_heads = 8, .head_dim = 128, .value_dim = 128});
-///   cache.extend(q, k, v, out);  // a chunk, or one token; lse and an execution may follow
+///   cache.extend(q, k, v, out);  // a chunk or one token; lse and execution are optional
 ///
 /// Shapes    q [batch, heads, n, head_dim]   k [batch, kv_heads, n, head_dim]   v [.., n, value_dim]
 ///           out [batch, heads, n, value_dim]   lse [batch, heads, n]
 ///           n may differ from call to call, and a chunk may cross blocks.
-/// Landmarks every block_size-th token is one; `tokens_to_landmark` says how many come before the next.
-/// Positions are written by the cache, q and k come without: stingy_positions, exact_positions or your own.
-/// Index     every_landmark scores all blocks; an index of your own names some, see LandmarkIndex.
-/// Types     tensors of any type of softmax_attention. T is what keys, values and landmarks are kept in, a
-///           type of 16 bits too, rounded once more when a block is sealed with its positions; arithmetic is
-///           in double for T = double, which takes queries of double, and else in float. With std::int8_t
-///           the rows of sealed blocks are int8, with a scale to each; the landmarks that choose blocks, and
-///           what is not sealed, are float.
+/// Landmarks every block_size-th token is a landmark; `tokens_to_landmark` returns the number of tokens before
+///           the next one.
+/// Positions the cache applies the encoding to q and k, at stingy_positions, exact_positions or a user-defined
+///           PositionMap.
+/// Index     every_landmark scores all blocks; a user-defined index proposes some blocks, see LandmarkIndex.
+/// Types     tensors have any type of softmax_attention. Keys, values and landmarks are stored as T; a 16-bit T
+///           is rounded once more when a block is sealed with its positions. Arithmetic is double if T is, and
+///           then q must be double, otherwise float. With std::int8_t the rows of sealed blocks are int8, with
+///           a scale for each row; the landmarks that select blocks, and all unsealed rows, are float.
 /// Chunks    a chunk retrieves from the blocks that were sealed before it, as in the paper, so results depend
-///           on how tokens are cut into calls. With split_at_blocks they are those of single steps, except
-///           where `select` takes the maximum over tokens. With a top_k of all sealed blocks, any chunking
-///           returns the results of landmark_attention, but for the rounding of int8, which begins when a
+///           on how tokens are cut into calls. With split_at_blocks the results are those of single tokens,
+///           unless `select` takes the maximum over tokens. If top_k covers all sealed blocks, every chunking
+///           returns the results of landmark_attention, except for the rounding of int8, which begins when a
 ///           block is sealed.
-/// Cost      for a token 2 * heads * head_dim flop for each sealed block, its landmarks read once for a KV
-///           head; attention to top_k blocks, where they lie, and to the open part. Copies share the blocks.
-///           Behind 32768 tokens a token takes 0.57 of the time of float with blocks of int8.
-/// Rollback  truncate(n) takes back tokens, all outputs after it having the bits of a stream that never had
-///           them. That reaches back options.rollback tokens from the largest size so far, often more, and
-///           never before a block that `drop` removed; can_truncate(n) says it beforehand. Costs the rows of
-///           sealed blocks, and dropped blocks, for `rollback` tokens: bytes() counts them.
-/// File      with options.path, sealed blocks that no truncation reaches are written there and attended
-///           there; landmarks, the open part and the blocks of the last `rollback` tokens are in memory, and
-///           of the file about `resident_bytes` beyond what one query retrieves. A cache that opens the file of
-///           an earlier one has all blocks that were sealed `rollback` tokens before its end, size() tokens,
-///           whenever the process ended; the later tokens have to come again. (Not when the machine stops:
-///           nothing is flushed to the disk.) Opening reads the file once, compares its checksums, and locks
-///           it. A copy shares the blocks, and keeps in memory what it seals itself. If another
-///           process shortens the file, reading it raises SIGBUS. After fork() parent and child hold the same
-///           lock: only one of them may use the cache again.
-/// Error     that of landmark_attention over the rows as they are kept; int8 rounds each element of a sealed
-///           row by 1 / 254 of the largest of the row.
-/// Bits      do not depend on the executor, nor on how many threads it has.
-/// Throws    Error when shapes or options disagree; FileError if the disk has no space for what a call writes, or
-///           the file is damaged, of another cache, or in use; each before anything changes. A call that
-///           throws, std::bad_alloc too, leaves the cache as it was; with split_at_blocks, with the
+/// Cost      per token 2 * heads * head_dim flop for each sealed block, whose landmarks are read once per KV
+///           head, and attention to top_k blocks, in place, and to the open tokens. Copies share the blocks. One
+///           token after 32768 takes with blocks of int8 0.57 of the time with float.
+/// Rollback  truncate(n) removes tokens; all later outputs have the bits of a stream that never saw them. It can
+///           remove options.rollback tokens before the largest size so far, often more, but no block that `drop`
+///           removed; can_truncate(n) tells in advance. The cache keeps the rows of sealed blocks, and dropped
+///           blocks, for `rollback` more tokens: bytes() counts them.
+/// File      with options.path, sealed blocks that no truncation can unseal are written to this file and read
+///           from it in place. Memory contains landmarks, the open tokens, the blocks of the last `rollback`
+///           tokens, and about `resident_bytes` of the file in addition to what one query retrieves. A cache
+///           that opens the file of an earlier cache has all blocks that were sealed `rollback` tokens before
+///           the end of the earlier one, size() tokens, whenever its process ended; later tokens must be
+///           appended again. (This does not hold if the machine stops, because nothing is flushed to the disk.)
+///           Opening reads the file once, compares its checksums, and locks it. A copy of the cache shares the
+///           blocks, and keeps in memory what it seals itself. If another process shortens the file, reading it
+///           raises SIGBUS. After fork() parent and child hold the same lock: only one of them may use the cache.
+/// Error     that of landmark_attention over the stored rows; int8 rounds each element of a sealed row by
+///           1 / 254 of the largest element of the row.
+/// Bits      do not depend on the executor, nor on its number of threads.
+/// Throws    Error if shapes or options disagree; FileError if the disk has no space for what a call writes, or
+///           the file is damaged, belongs to another cache, or is in use; each before anything changes. After a
+///           call that throws, including bad_alloc, the cache is as it was before; with split_at_blocks it has the
 ///           pieces before the one that failed. Outputs may have been written.
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), sections 3.2 and 3.2.1.
 template <StoredElement T, Position P, PositionMap Map, LandmarkIndex<detail::ArithmeticOf<T>> Finder>
@@ -108,14 +108,14 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   landmark_cache(landmark_cache&&) = default;
   ~landmark_cache() = default;
   landmark_cache& operator=(landmark_cache&&) = default;
-  /// Changes nothing if memory is short.
+  /// Changes nothing if memory runs out.
   landmark_cache& operator=(const landmark_cache& other) {
     if (this == &other) return *this;
     landmark_cache copy(other);
     return *this = std::move(copy);
   }
 
-  /// Appends tokens whose queries are not needed.
+  /// Appends tokens whose queries are not needed: no outputs are computed.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
@@ -127,34 +127,35 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   }
 
   const StreamShape& shape() const noexcept { return shape_; }
-  /// Tokens so far, landmarks included.
+  /// The number of tokens, including landmarks.
   Index size() const noexcept { return store_.counts().tokens; }
-  /// Sealed blocks that can be retrieved.
+  /// The number of sealed blocks that can be retrieved.
   Index blocks() const noexcept { return store_.counts().blocks(); }
-  /// Sealed blocks that have left.
+  /// The number of sealed blocks that have been dropped.
   Index dropped() const noexcept { return store_.counts().dropped; }
-  /// How many tokens come before the next landmark.
+  /// The number of tokens before the next landmark.
   Index tokens_to_landmark() const noexcept { return options_.block_size - 1 - size() % options_.block_size; }
-  /// Memory of keys, values and landmarks: those shared with copies and those kept for a truncation included,
-  /// those in a file not.
+  /// Memory in bytes of keys, values and landmarks, including those shared with copies and those kept for a
+  /// truncation, but not those in a file.
   Index bytes() const noexcept { return store_.bytes(); }
-  /// The blocks that query i of the last call retrieved, rising, counted from `retrieved_from()` on. With
-  /// split_at_blocks this, `mass` and `retrieved_from` are of the last piece of the call.
+  /// The blocks that query i of the last call retrieved, in rising order, numbered from `retrieved_from()` on. With
+  /// split_at_blocks this function, `mass` and `retrieved_from` refer to the last piece of the call.
   std::span<const Index> retrieved(Index b, Index h, Index i) const {
     return held_.top_k == 0 ? std::span<const Index>() : choice_.of(b, h, i);
   }
-  /// With options.mass_sample: the softmax mass of what query i of the last call attended, against that of the
-  /// blocks it did not retrieve, all standing where the cache put them. Of those blocks `mass_sample` tokens each,
-  /// always the same, stand for all: an unbiased estimate of their sum where the order of tokens says
-  /// nothing, exact where the sample is the block, and blind to a single token that it does not hold. With
-  /// it, outputs differ from those of softmax attention to all tokens by the share that was passed over and
-  /// by how landmarks weigh the blocks. Costs mass_sample / block_size of a scan of all keys for each query.
+  /// With options.mass_sample: the softmax mass of the tokens that query i of the last call attended to, and that of
+  /// the blocks that it did not retrieve, all at the positions that the cache gives them. The mass of a block that
+  /// was not retrieved is estimated from `mass_sample` tokens, always the same ones. The estimate is unbiased if the
+  /// order of tokens carries no information, exact if the sample is the whole block, and cannot notice a single token
+  /// outside the sample. Outputs differ from softmax attention to all tokens by this dropped share, and by the
+  /// weights that landmarks give to blocks. For each query the estimate costs mass_sample / block_size of a scan of
+  /// all keys.
   LandmarkMass mass(Index b, Index h, Index i) const;
-  /// Blocks that had left before the last call.
+  /// The number of blocks that had been dropped before the last call.
   Index retrieved_from() const noexcept { return held_.dropped; }
 
-  /// Keys and values of sealed block n of batch row b, without its landmark, as they are kept: [1, kv_heads,
-  /// block_size - 1, ..]. Of a cache of int8, whose rows are numbers only with their scales, `decode_block` has them.
+  /// The stored keys or values of sealed block n of batch row b, without its landmark: [1, kv_heads, block_size - 1,
+  /// columns]. For a cache of int8, whose rows have scales, use `decode_block`.
   TensorView<const T> block_keys(Index b, Index n) const
   requires Element<T>
   {
@@ -165,28 +166,29 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   {
     return block_rows(b, n, false);
   }
-  /// The same in the arithmetic type, into k and v [1, kv_heads, block_size - 1, ..].
+  /// Converts keys and values of the block to the arithmetic type and writes them to k and v
+  /// [1, kv_heads, block_size - 1, columns].
   void decode_block(Index b, Index n, TensorView<Real> k, TensorView<Real> v) const;
-  /// Forgets the oldest sealed blocks, for good: no truncation goes back to where one of them was not sealed.
+  /// Drops the `count` oldest sealed blocks permanently: no truncation can unseal them.
   void drop(Index count);
 
-  /// Forgets everything, or changes nothing. A file is replaced by an empty one, made under the name of the
-  /// file with ".new" after it; copies go on with what they shared of the old one.
+  /// Removes everything, or changes nothing if it throws. A file is replaced by an empty one, which is first created
+  /// under the same name with ".new" appended; copies continue to use the blocks of the old file.
   void clear();
 
-  /// Can the stream forget all tokens but the first `tokens`?
+  /// True if truncate(tokens) will succeed.
   bool can_truncate(Index tokens) const noexcept {
     return tokens >= store_.counts().least() && tokens <= size();
   }
-  /// Forgets all tokens but the first `tokens`, which go on as if no others had come.
+  /// Removes all tokens except the first `tokens`; the stream continues as if it had never seen the others.
   void truncate(Index tokens);
 
-  /// Batch row b becomes what row rows[b] was: the step of a beam search.
+  /// Replaces batch row b by the previous batch row rows[b], as beam search does.
   void reorder(std::span<const Index> rows);
 
   void save(std::ostream& to) const { detail::save_landmark_store(to, fields(), store_); }
-  /// Takes over the state of a cache of the same shape, options and position; `rollback`, `mass_sample`, `path` and
-  /// `resident_bytes` may differ. Changes nothing if that fails.
+  /// Loads the state of a cache with the same shape, options and position encoding; `rollback`, `mass_sample`, `path`
+  /// and `resident_bytes` may differ. Changes nothing if it throws.
   void load(std::istream& from);
 
  private:
@@ -199,7 +201,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   static constexpr bool places_of_text = requires { Map::are_of_the_text; };
   static constexpr Index w = detail::lanes<Real>;
 
-  /// Undoes what a call that throws has appended and sealed.
+  /// Undoes the appending and sealing of a call that throws.
   struct Undo {
     landmark_cache& cache;
     detail::BlockCounts before;
@@ -219,7 +221,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   template <class Call, class E>
   void take(const Call& call, const E& executor, Workspace& workspace) {
     static_assert(std::is_same_v<typename Call::Real, Real>,
-                  "longspan: a landmark_cache of double takes queries of double, others those of the others");
+                  "longspan: q must be double if and only if the cache is a landmark_cache<double>");
     Index first = 0;
     do {
       const Index left = call.q_len() - first,
@@ -231,14 +233,14 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     } while (first < call.q_len());
   }
 
-  /// Appends tokens and seals blocks; nothing is settled yet.
+  /// Appends tokens and seals blocks; `settle` must follow.
   template <class Tk, class Tv, class E>
   void append_piece(TensorView<Tk> k, TensorView<Tv> v, const E& executor) {
     store_.reserve(k.rows);
     store_.append(k, v);
     seal(executor);
   }
-  /// The same, and answers the queries of the tokens.
+  /// The same, and computes the outputs of the queries.
   template <class Call, class E>
   void extend_piece(const Call& call, const E& executor, Workspace& workspace) {
     if (is_index_stale_) index_anew();
@@ -264,13 +266,13 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   Index group() const noexcept { return shape_.kv_heads == 0 ? 1 : shape_.heads / shape_.kv_heads; }
   Index padded_head_dim() const noexcept { return detail::round_up(shape_.head_dim, w); }
   double scale() const { return detail::resolved_scale("landmark_cache", options_.scale, shape_.head_dim); }
-  /// Where block n stood when its landmark was encoded.
+  /// The position of block n at which its landmark was encoded.
   Index stored_place(Index n) const { return places_of_text ? (held_.dropped + n) * options_.block_size : 0; }
-  /// Position of query i.
+  /// The position of query i.
   Index position_of(Index i) const { return map_.local(held_) + first_ + i; }
 
-  /// The queries at i of the heads that share a KV head, [group][padded_head_dim], as scores need them, as if
-  /// they stood at `place`, for keys of type Tk.
+  /// Writes the queries at token i of the heads that share a KV head, [group][padded_head_dim], scaled, encoded at
+  /// position `place`, and with columns in the order that score_keys needs for keys of type Tk.
   template <class Tk = T, class Tq>
   void encode_queries(TensorView<const Tq> q, Index b, Index kv_head, Index i, Index place, Real* to) const {
     const double factor = scale() * double(detail::score_unit<Real>);
@@ -334,7 +336,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     store_.seal(position_, places_of_text, executor);
     if (!is_index_stale_) index_blocks(before);
   }
-  /// Drops what the capacity does not hold, and lets go what no truncation reaches.
+  /// Drops the blocks that exceed the capacity, and frees what no truncation can bring back.
   void settle(Undo& undo) {
     const Index before = dropped();
     store_.settle();
@@ -360,10 +362,10 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
             first.cols, head_stride, head_stride,     first.row_stride};
   }
 
-  /// Tells the index of the blocks from number `first` of those that are kept.
+  /// Adds the blocks from number `first` of those that can be retrieved to the index.
   void index_blocks(Index first);
   void index_anew();
-  /// Tells the index that blocks are not sealed any more; `returns`: and that dropped ones are back.
+  /// Updates the index after a truncation has unsealed blocks; `returns`: it has also brought back dropped blocks.
   void unindex_blocks(bool returns);
 
   StreamShape shape_;
@@ -371,17 +373,17 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
   P position_;
   Map map_;
   Finder finder_;
-  bool is_index_stale_ = false;  ///< before the next call the index has to be made anew
+  bool is_index_stale_ = false;  ///< the index must be rebuilt before the next call
   detail::LandmarkStore<T> store_;
 
-  // Of the last call.
+  // The state of the last call.
   detail::LandmarkChoice<Real> choice_;
   Retrieval held_;
-  Index chunk_ = 0;              ///< its tokens
-  Index first_ = 0;              ///< its first key among those not sealed
+  Index chunk_ = 0;              ///< the number of its tokens
+  Index first_ = 0;              ///< the index of its first key among the unsealed keys
   std::vector<Real> out_, lse_;  ///< [batch, heads, chunk, value_dim] and without value_dim
   std::vector<Real> worker_rows_;
-  std::vector<Real> open_keys_;       ///< [batch][kv_heads][open][head_dim], where masses are asked for
+  std::vector<Real> open_keys_;       ///< [batch][kv_heads][open][head_dim], only for masses
   std::vector<LandmarkMass> masses_;  ///< [batch, heads, chunk]
   std::vector<Index> worker_places_;
 };

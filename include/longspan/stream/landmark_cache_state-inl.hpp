@@ -1,4 +1,4 @@
-// What a landmark_cache forgets, takes back, reorders and loads, and how its index follows.
+// Member functions of landmark_cache that drop, clear, truncate, reorder and load, and the updates of its index.
 #pragma once
 
 #include <cstddef>
@@ -43,7 +43,7 @@ void landmark_cache<T, P, Map, Finder>::truncate(Index tokens) {
   if (!can_truncate(tokens)) {
     const std::string least = std::to_string(store_.counts().least());
     detail::refuse("landmark_cache::truncate", "the number of tokens", std::to_string(tokens),
-                   least + ".." + std::to_string(size()) + ": the cache can go back to " + least);
+                   least + ".." + std::to_string(size()) + ", because the cache cannot be truncated further");
   }
   const Index before = store_.counts().sealed, dropped_before = dropped();
   store_.truncate(tokens);

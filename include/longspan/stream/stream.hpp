@@ -1,4 +1,4 @@
-// What all streams have in common: a program that decodes with one decodes with each.
+// The concept of a stream: a program that decodes with one stream can decode with every other.
 #pragma once
 
 #include <concepts>
@@ -13,32 +13,32 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// A functor carried from call to call, for queries of T. A copy is a stream of its own.
+/// A functor with a state that it keeps from call to call, for queries of T. A copy is an independent stream.
 ///
 ///   shape()                     the sizes of all its calls
-///   size(), bytes()             number of tokens appended; memory of what is kept of them
-///   extend(q, k, v, out)        appends any number of tokens and computes their outputs. An execution may
-///                               follow, and an lse before it if the stream is an LseStream
-///   peek(q, k, v, out)          computes the same outputs and leaves the stream as it is; arguments as extend.
-///                               A copy is extended, and costs memory and time; infini_memory copies itself only
+///   size(), bytes()             the number of tokens; the memory of what the stream keeps of them
+///   extend(q, k, v, out)        appends any number of tokens and computes their outputs; an execution is optional,
+///                               with an lse before it if the stream is an LseStream
+///   peek(q, k, v, out)          computes the same outputs and leaves the stream as it is; arguments as for extend.
+///                               It extends a copy, which costs memory and time; infini_memory copies itself only
 ///                               if the tokens would close a segment
-///   append(k, v)                appends tokens whose queries are not needed; an execution may follow
+///   append(k, v)                appends tokens whose queries are not needed; an execution is optional
 ///   reorder(rows)               batch row b becomes what row rows[b] was: the step of a beam search
-///   clear()                     forgets everything
-///   truncate(n)                 takes back all tokens but the first n. The last `rollback` tokens (an option of
-///                               each stream) before the largest size that the stream has had can be taken back;
-///                               results and bits of every token that stays are those of a stream that never saw
-///                               the others. Beyond that it may throw Error, and then changes nothing
-///   can_truncate(n)             will truncate(n) succeed?
-///   save(to), load(from)        a checked file. A load that throws changes nothing
+///   clear()                     removes all tokens
+///   truncate(n)                 removes all tokens except the first n. The last `rollback` tokens (an option of
+///                               each stream) before the largest size that the stream has had can always be
+///                               removed; later results have the bits of a stream that never saw the removed
+///                               tokens. For smaller n it may throw Error, and then changes nothing
+///   can_truncate(n)             true if truncate(n) will succeed
+///   save(to), load(from)        writes and reads a file with checksums. A load that throws changes nothing
 ///
 /// Not every stream can do everything:
 ///
 ///   an lse                      is written by kv_cache, landmark_cache and dilated_cache. The outputs of
-///                               infini_memory and hybrid_stream are no partials of a softmax
-///   reset(b), append(b, k, v)   one batch row by itself: infini_memory only, whose rows have sizes of their
-///                               own. In the other streams all batch rows have size() tokens
-///   reorder(rows), load(from)   of a landmark_cache whose blocks are in a file throw Error: the file holds
+///                               infini_memory and hybrid_stream are not partial results of a softmax
+///   reset(b), append(b, k, v)   one batch row alone: only infini_memory, whose rows have their own sizes.
+///                               In the other streams all batch rows have size() tokens
+///   reorder(rows), load(from)   of a landmark_cache whose blocks are in a file throw Error: the file contains
 ///                               the blocks of one stream, in the order in which they were sealed
 ///
 /// Streams are made from functors and from values like them, always in the same way:
@@ -49,9 +49,9 @@ LONGSPAN_NAMESPACE_BEGIN
 ///   landmark_retrieval{...}.stream<T>(shape)             landmark_cache
 ///   hybrid_retrieval{...}.stream<T>(shape)               hybrid_stream
 ///
-/// How tokens are cut into calls of `extend` changes outputs only within the error bound, except in landmark_cache: each
-/// chunk retrieves from the blocks that were sealed before it. Its option split_at_blocks makes its results those of
-/// single steps.
+/// How tokens are cut into calls of `extend` changes outputs only within the error bound, except in landmark_cache,
+/// where a chunk retrieves only from the blocks that were sealed before it. Its option split_at_blocks makes its
+/// results those of single tokens.
 template <class S, class T = float>
 concept Stream =
     std::copyable<S> &&
@@ -74,7 +74,7 @@ concept Stream =
       stream.load(from);
     };
 
-/// A stream whose outputs are partials: they can be merged with others.
+/// A stream that also returns an lse, so that its outputs can be merged with other partials.
 template <class S, class T = float>
 concept LseStream = Stream<S, T> && requires(S stream, TensorView<const T> in, TensorView<T> out,
                                              RowsView<T> lse, openmp& executor) {

@@ -1,6 +1,6 @@
-// Right values under the flags of a user: compiled and run by a matrix of flags, instruction sets and compilers, most
-// of it with the first of the functors alone, and with ALL_FUNCTORS where that is defined.
-// Expected values are plain loops in double that test for no infinity, since -ffast-math reaches them too.
+// Right values with the flags of a user: compiled and run with a matrix of flags, instruction sets and compilers,
+// mostly with the first functor only, and with all functors if ALL_FUNCTORS is defined. Expected values are plain
+// loops in double without tests for infinity, because -ffast-math also applies to them.
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -29,14 +29,14 @@ void check(bool right, const char* law, const char* type, double got, double wan
   std::printf("%s (%s): got %.9g, wanted %.9g\n", law, type, got, wanted);
 }
 
-/// By its bits: a compiler that knows of no infinities answers `x == infinity` without a look.
+/// Tests the bits: with -ffinite-math-only a compiler assumes that `x == infinity` is false.
 template <class Real>
 bool is_minus_infinity(Real x) {
   if constexpr (sizeof(Real) == 4) return std::bit_cast<std::uint32_t>(x) == 0xff800000u;
   if constexpr (sizeof(Real) == 8) return std::bit_cast<std::uint64_t>(x) == 0xfff0000000000000u;
 }
 
-/// Reads it from memory, as a bias tensor does.
+/// Minus infinity read from memory, as from a bias tensor.
 float minus_infinity() {
   static volatile std::uint32_t bits = 0xff800000u;
   return std::bit_cast<float>(static_cast<std::uint32_t>(bits));
@@ -46,16 +46,16 @@ template <class T>
 constexpr const char* name = std::is_same_v<T, float>    ? "float"
                              : std::is_same_v<T, double> ? "double"
                                                          : "bfloat16";
-/// What the contract allows, with room for the rounding of a 16-bit output.
+/// The error that the contract allows, plus the rounding of a 16-bit output.
 template <class T>
 constexpr double allowed = std::is_same_v<T, float>    ? 4e-6
                            : std::is_same_v<T, double> ? 1e-14
                                                        : 8e-3;
 
-/// Small numbers that every element type holds exactly.
+/// Small numbers that are exact in every element type.
 double number(Index n) { return static_cast<double>(n * 37 % 17 - 8) / 8; }
 
-/// One head of `queries` rows and `keys` keys.
+/// One head with `queries` queries and `keys` keys.
 template <class T>
 struct Case {
   Index queries, keys, head_dim, value_dim;
@@ -115,7 +115,7 @@ struct Case {
   }
 };
 
-/// Query 0 sees nothing, query i the keys before i.
+/// Query 0 sees no key, query i the keys before i.
 template <class T>
 void causal_softmax(Index queries) {
   Case<T> c(queries, 70, 20, 13);
@@ -158,7 +158,7 @@ void softmax(Index queries) {
     c.check_row("softmax over all keys", i, [&](Index j) { return std::exp(c.score(i, j)); });
 }
 
-/// Every other key has the score -infinity, and query 1 has no other.
+/// Every second key has the score -infinity; for query 1 all keys have.
 void hidden_scores() {
   Case<float> hidden(20, 40, 8, 8);
   std::vector<float> bias(20 * 40, 0.0f);
@@ -175,7 +175,7 @@ void hidden_scores() {
   }
 }
 
-/// Blocks of 8 with their landmark at the end.
+/// Blocks of 8 keys with their landmark at the end.
 void landmarks_of_eight() {
   Case<float> c(40, 40, 16, 8);
   c.run(landmark_attention{landmarks::every(8)});
@@ -194,7 +194,8 @@ void landmarks_of_eight() {
   }
 }
 
-/// Segments of 16 tokens whole, and of 64 with every second one; one softmax over both, as often as a key is in them.
+/// Whole segments of 16 tokens, and every second token of segments of 64; one softmax in which a key of both counts
+/// twice.
 void dilated_twice() {
   Case<float> c(64, 64, 16, 8);
   c.run(dilated_attention{{{16, 1}, {64, 2}}, causal{}});
@@ -206,7 +207,7 @@ void dilated_twice() {
   }
 }
 
-/// Three segments of 16, the gate at 1/2: half the local softmax, half what the memory gives.
+/// Three segments of 16, gate 1/2: half of the local softmax plus half of the memory's output.
 void infini_of_sixteen() {
   Case<float> c(48, 48, 8, 8);
   infini_attention attend{softmax_attention{causal{}}};
@@ -239,7 +240,7 @@ void infini_of_sixteen() {
 }  // namespace
 
 int main() {
-  for (const Index queries : {Index{5}, Index{20}}) {  // the kernel for a few queries, and that of tiles
+  for (const Index queries : {Index{5}, Index{20}}) {  // the decode kernel and the prefill kernel
     causal_softmax<float>(queries);
 #if defined(ALL_FUNCTORS)
     causal_softmax<double>(queries);
@@ -254,6 +255,6 @@ int main() {
   dilated_twice();
   infini_of_sixteen();
 #endif
-  if (failures == 0) std::printf("all right\n");
+  if (failures == 0) std::printf("all values are right\n");
   return failures == 0 ? 0 : 1;
 }

@@ -1,5 +1,5 @@
-// One program of translation units that are compiled with other flags each: it links, each unit that this processor
-// can run has a kernel of its own, and all agree.
+// One program of translation units compiled with different flags: it links, each unit that this processor
+// can run has its own kernel, and all results agree.
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -28,7 +28,7 @@ bool near(const Results& a, const Results& b) {
   return true;
 }
 
-/// The units that this processor can run, the base first.
+/// The units that this processor can run; the first one is the base.
 std::vector<std::pair<std::string, Unit>> units() {
   std::vector<std::pair<std::string, Unit>> all{{"base", unit_base()},
                                                 {"no_openmp", unit_no_openmp()},
@@ -82,15 +82,16 @@ int main() {
                 longspan::compact_view(of_stream.out, 1, 1, length, dim),
                 longspan::compact_rows_view(of_stream.lse, 1, 1, length));
     if (name == "base") of_base = result, stream_of_base = of_stream;
-    check(near(result, of_base), name, "the call differs from that of the base");
-    check(near(of_stream, stream_of_base), name, "the stream differs from that of the base");
-    check(unit.pass({out, lse}).lse.data == result.lse, name, "a partial is lost");
+    check(near(result, of_base), name, "its call differs from that of the base");
+    check(near(of_stream, stream_of_base), name, "its stream differs from that of the base");
+    check(unit.pass({out, lse}).lse.data == result.lse, name, "a partial is not passed on correctly");
     for (const std::string& kernel : kernels)
-      check(kernel != unit.kernel, name, "its kernel has the name of another: one is thrown away");
+      check(kernel != unit.kernel, name,
+            "its kernel has the name of another unit's kernel, so the linker drops one");
     kernels.emplace_back(unit.kernel);
     for (const auto& [other, thrower] : all) {
       if (name != "no_exceptions" && other != "no_exceptions")
-        check(unit.catches(thrower.fail), name, "an error of another unit is not caught");
+        check(unit.catches(thrower.fail), name, "it does not catch an error of another unit");
     }
   }
   std::printf("%d units, %d failures\n", static_cast<int>(all.size()), failures);

@@ -1,5 +1,5 @@
-// What each translation unit of the program offers. Views, errors, options and enums are the same types in all of
-// them, or this would not link.
+// The interface of each translation unit of the program. Views, errors, options and enums must be the same types in
+// all of them, otherwise this does not link.
 #pragma once
 
 #include <longspan/partial.hpp>
@@ -12,12 +12,12 @@ using Output = longspan::TensorView<float>;
 using Lse = longspan::RowsView<float>;
 
 struct Unit {
-  const char* kernel = nullptr;  ///< the name of the functor's type, which the flags must change
+  const char* kernel = nullptr;  ///< the name of the functor's type, which depends on the flags
   void (*attend)(Input q, Input k, Input v, Output out, Lse lse, longspan::Pairing pairing) = nullptr;
   void (*extend)(const longspan::StreamShape& shape, const longspan::kv_cache_options& options, Input q,
                  Input k, Input v, Output out, Lse lse) = nullptr;
   void (*fail)() = nullptr;                      ///< throws longspan::Error
-  bool (*catches)(void (*thrower)()) = nullptr;  ///< does this unit catch what another throws?
+  bool (*catches)(void (*thrower)()) = nullptr;  ///< whether this unit catches what another unit throws
   longspan::Partial<float> (*pass)(longspan::Partial<float>) = nullptr;
 };
 

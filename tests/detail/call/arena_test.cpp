@@ -27,7 +27,7 @@ Arrays cut(Arena& arena) {
 
 }  // namespace
 
-TEST_CASE("round_up and divide_up: against counting", "[scratch]") {
+TEST_CASE("round_up, divide_up: match counting", "[scratch]") {
   for (Index by = 1; by < 70; ++by) {
     Index multiple = 0;
     bool right = true;
@@ -41,7 +41,7 @@ TEST_CASE("round_up and divide_up: against counting", "[scratch]") {
   STATIC_REQUIRE(longspan::detail::round_up(65, 64) == 128);
 }
 
-TEST_CASE("Arena: hands out aligned arrays, one behind the other", "[scratch]") {
+TEST_CASE("Arena: hands out aligned arrays one after the other", "[scratch]") {
   alignas(64) std::byte block[512];
   Arena arena(block);
   const Arrays arrays = cut(arena);
@@ -53,7 +53,7 @@ TEST_CASE("Arena: hands out aligned arrays, one behind the other", "[scratch]") 
   CHECK(arena.used() == 192 + 128);
 }
 
-TEST_CASE("Arena: without a block it counts what the same cutting needs", "[scratch]") {
+TEST_CASE("Arena: without a block it counts the bytes that the same arrays need", "[scratch]") {
   alignas(64) std::byte block[512];
   Arena counting, cutting(block);
   const Arrays none = cut(counting);
@@ -82,7 +82,7 @@ TEST_CASE("Arena: arrays do not overlap", "[scratch]") {
   CHECK(arena.used() == counting.used());
 }
 
-TEST_CASE("Arena: more than the address space holds is refused, not wrapped", "[scratch][errors]") {
+TEST_CASE("Arena: more than the address space is refused without overflow", "[scratch][errors]") {
   constexpr Index most = std::numeric_limits<Index>::max();
   const char* sentence = "longspan: the scratch memory of a call would be larger than the address space";
   Arena arena;

@@ -1,4 +1,4 @@
-// Tasks run with denormal numbers as 0, and leave no trace of it.
+// Tasks treat denormal numbers as 0 and restore the mode of their thread.
 #include "longspan/detail/call/denormals.hpp"
 
 #include <cfenv>
@@ -17,8 +17,7 @@ namespace {
 using namespace test;
 using longspan::detail::DenormalsAreZero;
 
-TEST_CASE("denormal numbers are 0 while a DenormalsAreZero lives, and numbers again after it",
-          "[denormals]") {
+TEST_CASE("DenormalsAreZero: denormal numbers are 0 during its lifetime only", "[denormals]") {
   const FloatingPointMode before;
   CHECK_FALSE(denormals_count_as_zero());
   {
@@ -34,7 +33,7 @@ TEST_CASE("denormal numbers are 0 while a DenormalsAreZero lives, and numbers ag
   CHECK(before.is_that_of_this_thread());
 }
 
-TEST_CASE("the rounding mode of a caller stays while a DenormalsAreZero lives", "[denormals]") {
+TEST_CASE("DenormalsAreZero: keeps the rounding mode of the caller", "[denormals]") {
   const int before = std::fegetround();
   REQUIRE(std::fesetround(FE_TOWARDZERO) == 0);
   int within = 0;
@@ -61,13 +60,13 @@ void check_tasks(const E& executor) {
   CHECK(before_task == std::vector<int>(tasks, 0));
 }
 
-TEST_CASE("the tasks of every executor take denormal numbers for 0, and its threads do not", "[denormals]") {
+TEST_CASE("denormals: the tasks of every executor treat them as 0, its threads do not", "[denormals]") {
   check_tasks(longspan::serial{});
   check_tasks(longspan::openmp{3});
   check_tasks(ThreadPool(3));
 }
 
-TEST_CASE("a task that throws leaves the mode of its thread as it was", "[denormals]") {
+TEST_CASE("denormals: a task that throws restores the mode of its thread", "[denormals]") {
   const FloatingPointMode before;
   longspan::detail::run_without_denormals(longspan::serial{}, [](const auto& executor) {
     CHECK_THROWS_AS(executor.for_each(3, [](Index, Index) { throw std::runtime_error("task"); }),

@@ -27,7 +27,7 @@ void fail_in(detail::FirstFailure& failure, Index task) {
 
 }  // namespace
 
-TEST_CASE("FirstFailure: keeps the exception of the smallest task, whichever comes first", "[parallel]") {
+TEST_CASE("FirstFailure: keeps the exception of the task with the smallest number", "[parallel]") {
   for (const std::vector<Index>& order : {std::vector<Index>{3, 5, 9}, {9, 5, 3}, {5, 3, 9}, {5, 9, 3}}) {
     detail::FirstFailure failure;
     for (const Index task : order) fail_in(failure, task);
@@ -39,7 +39,7 @@ TEST_CASE("FirstFailure: keeps the exception of the smallest task, whichever com
   CHECK(text_thrown_by(of_task_0) == "task 0");
 }
 
-TEST_CASE("FirstFailure: nothing comes out where nothing failed", "[parallel]") {
+TEST_CASE("FirstFailure: without a failure rethrow does nothing", "[parallel]") {
   detail::FirstFailure failure;
   int calls = 0;
   failure.guard(1, [&] { ++calls; });
@@ -47,7 +47,7 @@ TEST_CASE("FirstFailure: nothing comes out where nothing failed", "[parallel]") 
   CHECK_NOTHROW(failure.rethrow());
 }
 
-TEST_CASE("team_size: what was asked for, at least one", "[parallel]") {
+TEST_CASE("team_size: the requested number, at least one", "[parallel]") {
 #if defined(_OPENMP)
   CHECK(detail::team_size(5) == 5);
   CHECK(detail::team_size(0) == omp_get_max_threads());
@@ -62,9 +62,9 @@ TEST_CASE("team_size: what was asked for, at least one", "[parallel]") {
 #endif
 }
 
-TEST_CASE("parallel_for: one worker takes the tasks in order", "[parallel]") {
+TEST_CASE("parallel_for: one worker runs the tasks in order", "[parallel]") {
   for (const Index threads : {1, 4}) {
-    const Index count = threads == 1 ? 20 : 1;  // one task needs no team, however many threads there are
+    const Index count = threads == 1 ? 20 : 1;  // one task needs no team, whatever the number of threads
     std::vector<Index> order;
     auto task = [&](Index t, Index worker) {
       if (worker == 0) order.push_back(t);

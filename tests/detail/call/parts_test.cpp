@@ -19,7 +19,7 @@ using detail::MaskPart;
 using detail::PositionPart;
 using detail::ScorePart;
 
-TEST_CASE("parts: each kind tells its own", "[parts]") {
+TEST_CASE("parts: each kind recognises its own parts", "[parts]") {
   STATIC_REQUIRE(MaskPart::is<causal>);
   STATIC_REQUIRE_FALSE(MaskPart::is<softcap>);
   STATIC_REQUIRE_FALSE(MaskPart::is<rotary>);
@@ -31,7 +31,7 @@ TEST_CASE("parts: each kind tells its own", "[parts]") {
   STATIC_REQUIRE_FALSE(PositionPart::is<softcap>);
 }
 
-TEST_CASE("PartOf: the part of a kind, in any order, or the default", "[parts]") {
+TEST_CASE("PartOf: the part of a kind in any order, or the default", "[parts]") {
   const auto lambda = [](float s, Index, Index, Index, Index) { return s; };
   using Lambda = std::remove_const_t<decltype(lambda)>;
   STATIC_REQUIRE(std::is_same_v<detail::PartOf<MaskPart, everything>, everything>);
@@ -45,7 +45,7 @@ TEST_CASE("PartOf: the part of a kind, in any order, or the default", "[parts]")
   STATIC_REQUIRE_FALSE(detail::parts_are<causal, softcap, no_position, causal>);
 }
 
-TEST_CASE("take_part: the value that was given, or a default one", "[parts]") {
+TEST_CASE("take_part: the given part, or a default one", "[parts]") {
   const window narrow{.left = 3};
   const softcap cap{7};
   const rotary turned(Pairing::half_split, 500);
@@ -56,7 +56,7 @@ TEST_CASE("take_part: the value that was given, or a default one", "[parts]") {
   CHECK(detail::take_part<ScorePart, softcap>().cap == 50);
 }
 
-TEST_CASE("take_part: a part that can only be copied", "[parts]") {
+TEST_CASE("take_part: works with a part that can only be copied", "[parts]") {
   float table[3] = {1, 2, 3};
   const auto score = [&table](float s, Index, Index, Index, Index j) { return s + table[j]; };
   const auto taken = detail::take_part<ScorePart, std::remove_const_t<decltype(score)>>(causal{}, score);
@@ -64,7 +64,7 @@ TEST_CASE("take_part: a part that can only be copied", "[parts]") {
   CHECK(taken(0.5f, 0, 0, 0, 2) == 10.5f);
 }
 
-TEST_CASE("a functor is copied by deduction", "[parts]") {
+TEST_CASE("parts: class template argument deduction copies a functor", "[parts]") {
   const longspan::softmax_attention attend{causal{}, softcap{30}};
   const longspan::softmax_attention copy = attend, other{attend};
   STATIC_REQUIRE(std::is_same_v<decltype(copy), decltype(attend)>);

@@ -24,7 +24,7 @@ struct Views {
 
 }  // namespace
 
-TEST_CASE("problem: holds the views and the sizes of a call", "[problem]") {
+TEST_CASE("problem: contains the views and the sizes of a call", "[problem]") {
   const Views views;
   const auto problem = views.checked();
   CHECK(problem.group() == 3);
@@ -38,7 +38,7 @@ TEST_CASE("problem: holds the views and the sizes of a call", "[problem]") {
   CHECK(problem.lse.data == views.lse.data);
 }
 
-TEST_CASE("problem: options are resolved against the sizes", "[problem]") {
+TEST_CASE("problem: options are resolved with the sizes", "[problem]") {
   const auto problem = Views().checked();
   const auto by_default = problem.at("f", queries_end_at_keys, {});
   CHECK(by_default.first_query == 7 - 5);
@@ -52,24 +52,24 @@ TEST_CASE("problem: options are resolved against the sizes", "[problem]") {
   CHECK(no_columns.checked().at("f", 0, {}).scale == 1);
 }
 
-TEST_CASE("problem: lse may be left out", "[problem]") {
+TEST_CASE("problem: lse is optional", "[problem]") {
   Views views;
   views.lse = detail::no_rows<float>();
   CHECK(views.checked().lse.data == nullptr);
 }
 
-TEST_CASE("problem: refuses under the name that it is given", "[problem]") {
+TEST_CASE("problem: errors contain the name of the function", "[problem]") {
   Views views;
   views.v.rows = 8;
   CHECK(test::refusal([&] { views.checked(); }) ==
         "longspan: tried: v is [1, 2, 8, 3], wanted [1, 2, 7, value_dim] as k is [1, 2, 7, 4]");
 }
 
-TEST_CASE("problem: nothing at all is no error", "[problem]") {
+TEST_CASE("problem: empty tensors are allowed", "[problem]") {
   Views views;
   views.q.heads = views.k.heads = views.v.heads = views.out.heads = views.lse.heads = 0;
   CHECK(views.checked().group() == 1);
-  // Tensors without elements may share an address.
+  // Empty tensors may share an address.
   views.out.data = const_cast<float*>(views.q.data);
   CHECK(test::refusal([&] { views.checked(); }).empty());
 }

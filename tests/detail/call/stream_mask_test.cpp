@@ -28,7 +28,7 @@ bool holds(const KeyRanges& ranges, Index key) {
 
 }  // namespace
 
-TEST_CASE("later_keys: holds every key that a later query sees") {
+TEST_CASE("later_keys: contains every key that a later query sees") {
   for_each_case(20, [](Random& random) {
     Shape shape;
     shape.batch = 2;
@@ -52,7 +52,7 @@ TEST_CASE("later_keys: holds every key that a later query sees") {
   });
 }
 
-TEST_CASE("later_keys: lets go of what windows leave behind") {
+TEST_CASE("later_keys: excludes keys before the windows of later queries") {
   const KeyRanges ring = later_keys(causal{} & (window{.left = 9} | sinks{4}), 0, 1000);
   REQUIRE(ring.size() == 2);
   CHECK(*ring.begin() == KeyRange{0, 4});
@@ -62,7 +62,7 @@ TEST_CASE("later_keys: lets go of what windows leave behind") {
   CHECK(holds(later_keys(causal{} & longspan::segments{100}, 0, 950), 900));
 }
 
-TEST_CASE("stream_mask: a type of its own only where the mask may leave a query without a limit") {
+TEST_CASE("stream_mask: a new type only if the mask may leave a query without an upper limit") {
   using longspan::documents;
   using longspan::padding;
   using longspan::segments;
@@ -85,7 +85,7 @@ TEST_CASE("stream_mask: a type of its own only where the mask may leave a query 
 
 namespace {
 
-/// Limited before position 10, not after; with ranges that a user wrote.
+/// A user-defined mask with an upper limit only for queries before position 10.
 struct limited_at_first {
   static bool sees(Index i, Index j) { return i < 10 ? j < i + 3 : j % 2 == 0; }
   static KeyRanges key_ranges(const longspan::Tile& tile) {
@@ -95,7 +95,7 @@ struct limited_at_first {
 
 }  // namespace
 
-TEST_CASE("stream_mask: literal for queries with a limit, causal for the others, in all its answers") {
+TEST_CASE("stream_mask: unchanged for queries with an upper limit, causal for the others") {
   static constexpr std::array<Index, 3> starts{0, 7, 20};
   const auto check = [](const auto& mask, const Predicate& meaning) {
     const auto shown = stream_mask(mask);
@@ -124,7 +124,7 @@ TEST_CASE("stream_mask: literal for queries with a limit, causal for the others,
       REQUIRE(held);
       REQUIRE((said != longspan::Coverage::none || !some));
       REQUIRE((said != longspan::Coverage::all || all));
-      // Nothing is looked at that is after all queries of the tile and after all that they may see.
+      // The ranges end at the last query of the tile or the last key that its queries may see.
       REQUIRE(((ranges.end() - 1)->end <= std::max<Index>(tile.last_query() + 4, 20)));
     });
   };

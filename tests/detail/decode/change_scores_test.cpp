@@ -1,4 +1,4 @@
-// Score functions in the kernel for a few queries: the block of scores by itself, and whole calls.
+// Score functions in the decode kernel: blocks of scores, and whole calls.
 #include "longspan/detail/decode/change_scores.hpp"
 
 #include <cmath>
@@ -32,7 +32,7 @@ using longspan::detail::ScoreBlock;
 
 constexpr float infinite = std::numeric_limits<float>::infinity();
 
-/// A user's packet score, which takes one head for all lanes.
+/// A user-defined packet score that accepts one head for all lanes.
 struct plus_head {
   template <class Real>
   Real operator()(Real s, Index, Index h, Index i, Index j) const {
@@ -45,7 +45,7 @@ struct plus_head {
   }
 };
 
-/// Each score of a block against the scalar score function: the worst distance, in ulp of the scores' size.
+/// Compares each score of a block with the scalar score function: the worst error, in ulp of the scores' size.
 template <class Real, class S>
 double worst_change(const S& score, const QueryLanes& queries, Index first, Index count,
                     longspan::KeyRange keys, Random& random) {
@@ -78,7 +78,7 @@ TEMPLATE_TEST_CASE("change_scores: every score is that of its own query, head an
   };
   for_each_case(10, [&](Random& random) {
     for (Index count = 1; count <= std::min<Index>(8, lanes<TestType>); count *= 2) {
-      // Positions beyond 2^24, too: a float distance then no longer counts in ones.
+      // Also positions beyond 2^24, where a float distance has no unit steps.
       const Index position = random.pick<Index>({0, 300, (Index{1} << 24) + 3, Index{1} << 40});
       const Index heads = random.between(1, 8), queries = random.between(1, 8);
       const QueryLanes of_call{1, 3, heads, 0, queries, position};
@@ -100,7 +100,7 @@ TEMPLATE_TEST_CASE("change_scores: every score is that of its own query, head an
   });
 }
 
-TEST_CASE("change_scores: a score of -infinity is a finite one that counts as hidden, NaN stays NaN",
+TEST_CASE("change_scores: a score of -infinity becomes the finite masked score, NaN stays NaN",
           "[decode][score]") {
   const Index keys = 3, count = std::min<Index>(2, lanes<float>);
   const QueryLanes queries{0, 0, 1, 0, 2, 5};
@@ -127,7 +127,7 @@ TEST_CASE("change_scores: a score of -infinity is a finite one that counts as hi
 
 namespace {
 
-/// Every number of queries that the kernel takes, in one head and in groups, around its blocks and chunks.
+/// Every number of queries of this kernel, in one head and in groups, for sizes around its blocks and chunks.
 template <class Real, class S>
 void check_few_queries(const S& score, const decltype(Definition::score)& function, int rounds) {
   const auto past = [](Index, Index, Index i, Index j) { return j <= i; };
@@ -150,7 +150,7 @@ void check_few_queries(const S& score, const decltype(Definition::score)& functi
   });
 }
 
-/// ALiBi with slopes for more heads than a call has.
+/// ALiBi that accepts slopes for more heads than a call has.
 struct spare_slopes : longspan::alibi {
   explicit spare_slopes(std::span<const float> of_heads) : longspan::alibi{of_heads} {}
   void check(const longspan::CallSizes&) const {}
@@ -168,7 +168,7 @@ double sloped(double s, Index h, Index i, Index j) {
 
 }  // namespace
 
-TEST_CASE("decode: within the bound under packet scores", "[decode][gauge][score]") {
+TEST_CASE("decode: within the bound with packet scores", "[decode][gauge][score]") {
   check_few_queries<float>(
       softcap{5}, [](double s, Index, Index, Index, Index) { return capped(s, 5); }, 2);
   check_few_queries<float>(
@@ -182,7 +182,7 @@ TEST_CASE("decode: within the bound under packet scores", "[decode][gauge][score
       [](double s, Index, Index h, Index i, Index j) { return s + double(h) - double(i - j) / 8; }, 1);
 }
 
-TEST_CASE("decode: within the bound under scores that are called key by key", "[decode][gauge][score]") {
+TEST_CASE("decode: within the bound with scores that are called key by key", "[decode][gauge][score]") {
   const auto striped = [](auto s, Index b, Index h, Index i, Index j) {
     return s + static_cast<decltype(s)>((b + h + i + 2 * j) % 5);
   };
@@ -194,7 +194,7 @@ TEST_CASE("decode: within the bound under scores that are called key by key", "[
       [&](double s, Index b, Index h, Index i, Index j) { return capped(striped(s, b, h, i, j), 9); }, 1);
 }
 
-TEST_CASE("decode: within the bound under a bias, of each head or of all", "[decode][gauge][score]") {
+TEST_CASE("decode: within the bound with a bias for each head or for all heads", "[decode][gauge][score]") {
   for_each_case(20, [](Random& random) {
     const Index q_len = random.between(1, 4), kv_len = q_len + random.pick<Index>({0, 100, 300, 2100});
     const Shape shape{2, 2 * random.between(1, 8 / q_len), 2, q_len, kv_len, 16, 20};
@@ -208,9 +208,10 @@ TEST_CASE("decode: within the bound under a bias, of each head or of all", "[dec
   });
 }
 
-TEST_CASE("decode: what a score of -infinity hides has no effect, even if its values are NaN or infinite",
-          "[decode][masked][nan]") {
-  // By head, so that the queries of one pass hide different keys; every head hides all of the second block.
+TEST_CASE(
+    "decode: a key hidden by a score of -infinity has no effect, even if its values are NaN or infinite",
+    "[decode][masked][nan]") {
+  // Depends on the head, so that the queries of one pass hide different keys; all heads hide the second block.
   const auto sees = [](Index h, Index j) { return (j + h) % 3 != 0 && (j < 256 || j >= 512); };
   const auto score = [&](float s, Index, Index h, Index, Index j) { return sees(h, j) ? s : -infinite; };
   for (const Index heads : {1, 2, 3, 8}) {
@@ -235,7 +236,7 @@ TEST_CASE("decode: what a score of -infinity hides has no effect, even if its va
       CHECK(clean.same_outputs(poisoned));
       CHECK((poisons > 0) == (heads == 1 || kv_len > 256));
       if (heads == 1) continue;
-      // A key that head 0 hides and head 1 sees: NaN reaches head 1 alone.
+      // A key that head 0 hides and head 1 sees: NaN reaches only head 1.
       Call<float> seen_by_one = clean.unrun();
       std::fill_n(seen_by_one.v.row(0, 0, 3), 20, NAN);
       seen_by_one.run(softmax_attention{causal{}, score});
@@ -253,7 +254,7 @@ TEST_CASE("decode: a mask hides keys from packet scores, and a score hides all k
   const std::vector<float> slopes{0.5f, 0.25f, 0.25f, 0.125f};
   Call<float> call(shape, Values::normal, random);
   softmax_attention attend{causal{} & longspan::window{.left = 40}, softcap{5} | alibi{slopes}};
-  for (Index j = 0; j < 259; ++j) {  // the first query sees the last of them
+  for (Index j = 0; j < 259; ++j) {  // the first query sees the last of these keys
     std::fill_n(call.k.row(0, 0, j), 8, NAN);
     std::fill_n(call.v.row(0, 0, j), 9, NAN);
   }
@@ -269,7 +270,7 @@ TEST_CASE("decode: a mask hides keys from packet scores, and a score hides all k
   for (const float x : call.lse.values) REQUIRE(x == -infinite);
 }
 
-TEST_CASE("decode: a score function is called for keys that are seen, and for no other", "[decode][score]") {
+TEST_CASE("decode: a score function is called only for visible keys", "[decode][score]") {
   Random random(3);
   const Shape shape{1, 6, 2, 1, 3000, 8, 8};
   Call<float> call(shape, Values::normal, random);
@@ -287,7 +288,7 @@ TEST_CASE("decode: a score function is called for keys that are seen, and for no
   for (Index j = 0; j < 3000; ++j) REQUIRE(calls[std::size_t(j)] == (seen(j) ? 6 : 0));
 }
 
-TEST_CASE("decode: what a score function throws reaches the caller", "[decode][score]") {
+TEST_CASE("decode: an exception of a score function reaches the caller", "[decode][score]") {
   Random random(4);
   for (const Index heads : {1, 8}) {
     Call<float> call(Shape{1, heads, 1, 1, 5000, 64, 64}, Values::normal, random);
@@ -300,7 +301,8 @@ TEST_CASE("decode: what a score function throws reaches the caller", "[decode][s
   }
 }
 
-TEST_CASE("decode: scores over rows of int8, in pages of any size", "[decode][gauge][score]") {
+TEST_CASE("decode: within the bound with scores and int8 rows, in pages of any size",
+          "[decode][gauge][score]") {
   for_each_case(6, [](Random& random) {
     const Index group = random.pick<Index>({1, 2, 5, 8}), tokens = random.pick<Index>({5, 40, 270});
     const Shape shape{

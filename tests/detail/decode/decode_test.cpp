@@ -1,4 +1,4 @@
-// Calls of a few queries, seen through the public functor: where they begin and end, and how they are merged.
+// Calls of a few queries through the public functor: sizes around blocks and chunks, and the merge of chunks.
 #include "longspan/detail/decode/decode.hpp"
 
 #include <cmath>
@@ -14,7 +14,7 @@ using namespace test;
 using longspan::detail::keys_in_chunk;
 using longspan::detail::most_decode_queries;
 
-/// The number of rounds of tasks that a call asks for.
+/// An executor that counts the rounds of tasks of a call.
 struct CountRounds {
   int* rounds;
   Index workers() const { return 1; }
@@ -27,7 +27,7 @@ struct CountRounds {
 
 }  // namespace
 
-TEST_CASE("decode: every number of queries, in one head and in groups, around blocks and chunks",
+TEST_CASE("decode: within the bound for every number of queries and sizes around blocks and chunks",
           "[decode]") {
   const auto past = [](Index, Index, Index i, Index j) { return j <= i; };
   for_each_case(2, [&](Random& random) {
@@ -51,9 +51,9 @@ TEST_CASE("decode: every number of queries, in one head and in groups, around bl
   });
 }
 
-TEST_CASE("decode: takes calls of up to 8 queries to a KV head", "[decode]") {
+TEST_CASE("decode: runs calls with up to 8 queries per KV head", "[decode]") {
   Random random(1);
-  // One worker never splits keys among tiles: two rounds are decode's chunks and their merge.
+  // With one worker tiles never split keys, so two rounds are the decode kernel's chunks and their merge.
   for (const Index heads : {1, 2, 4}) {
     for (Index q_len = 1; q_len <= 10; ++q_len) {
       Call<float> call(Shape{1, heads, 1, q_len, 2 * keys_in_chunk, 32, 32}, Values::normal, random);
@@ -65,7 +65,7 @@ TEST_CASE("decode: takes calls of up to 8 queries to a KV head", "[decode]") {
   }
 }
 
-TEST_CASE("decode: states merge as sums of exponentials do", "[decode]") {
+TEST_CASE("decode: merging states adds their sums of exponentials", "[decode]") {
   using State = longspan::detail::RowAccumulator<float>;
   std::vector<std::byte> bytes(8192);
   longspan::detail::Arena arena(bytes.data() +
@@ -90,7 +90,7 @@ TEST_CASE("decode: states merge as sums of exponentials do", "[decode]") {
   };
   randomise(states[0]);
   randomise(states[1]);
-  states[2].merge(states[0]);  // into the empty one: exact
+  states[2].merge(states[0]);  // merging into the empty state is exact
   for (Index g = 0; g < 3; ++g) {
     CHECK(states[2].row_max[g] == states[0].row_max[g]);
     CHECK(states[2].sum[g] == states[0].sum[g]);

@@ -1,4 +1,4 @@
-// The walk through the columns of rows: each column once, in its order, in whole lines first.
+// Iteration over the columns of rows: each column once, in order, first in whole cache lines.
 #include "longspan/detail/decode/prefetch.hpp"
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace {
 using namespace longspan::detail;
 using longspan::Index;
 
-/// The columns that the walk hands out, as a kernel sees them.
+/// The columns in the order in which a kernel receives them.
 template <class Real, class T, PrefetchHint hint>
 std::vector<Index> columns_seen(const std::vector<T>& row, Index row_stride) {
   constexpr Index w = lanes<Real>, step = loads_in_pairs<Real, T> ? 2 * w : w;
@@ -53,7 +53,7 @@ void check_columns() {
 
 }  // namespace
 
-TEST_CASE("row_columns: every column once, and nothing behind the last", "[row_columns]") {
+TEST_CASE("for_each_column: every column once, and nothing after the last", "[row_columns]") {
   SECTION("float") { check_columns<float, float>(); }
   SECTION("double") { check_columns<double, double>(); }
   SECTION("bfloat16") { check_columns<float, Eigen::bfloat16>(); }

@@ -1,4 +1,4 @@
-// The inner loops for a few queries against scalar ones.
+// The inner loops for a few queries compared with scalar loops.
 #include "longspan/detail/decode/row_kernel.hpp"
 
 #include <cmath>
@@ -31,7 +31,7 @@ void fill(T* x, Index count, Random& random) {
   for (Index i = 0; i < count; ++i) x[i] = static_cast<T>(static_cast<float>(random.normal()));
 }
 
-/// `queries` runs 1, 2, 4, 8 as far as a packet has lanes.
+/// Checks `queries` = 1, 2, 4, 8, at most as many as a packet has lanes.
 template <int queries, class Real, class Check>
 void for_each_count(const Check& check) {
   if constexpr (queries <= 8 && queries <= lanes<Real>) {
@@ -44,7 +44,7 @@ template <int queries, class Real, class Tk>
 bool scores_are_right(Index keys, Index head_dim, Index gap, Random& random) {
   const Index k_stride = head_dim + gap, q_stride = round_up(head_dim, lanes<Real>);
   const GuardedArray<Tk> k(keys * k_stride - gap,
-                           Guard::behind);  // nothing behind the last column of the last row
+                           Guard::behind);  // nothing after the last column of the last row
   fill(k.data(), keys * k_stride - gap, random);
   std::vector<Real> q(static_cast<std::size_t>(queries * q_stride), Real(0));
   for (Index g = 0; g < queries; ++g) fill(q.data() + g * q_stride, head_dim, random);
@@ -127,7 +127,7 @@ void check_values() {
   });
 }
 
-/// add_long_values gives the bits of add_values, which is checked above, and writes nothing behind the last packet.
+/// add_long_values has the bits of add_values, which is checked above, and writes nothing after the last packet.
 template <int queries, class Real, class Tv>
 bool long_values_are_right(Index keys, Index columns, Index gap, Random& random) {
   constexpr Index w = lanes<Real>;
@@ -172,7 +172,7 @@ void check_long_values() {
 
 }  // namespace
 
-TEST_CASE("row_kernel: scores of every number of queries, keys and dimensions", "[row_kernel]") {
+TEST_CASE("row_kernel: scores for every number of queries, keys and columns", "[row_kernel]") {
   SECTION("float") { check_scores<float, float>(); }
   SECTION("double") { check_scores<double, double>(); }
   SECTION("bfloat16 keys") { check_scores<float, bfloat16>(); }
@@ -180,14 +180,15 @@ TEST_CASE("row_kernel: scores of every number of queries, keys and dimensions", 
   SECTION("float keys, double queries") { check_scores<double, float>(); }
 }
 
-TEST_CASE("row_kernel: weighted values of every number of queries, keys and columns", "[row_kernel]") {
+TEST_CASE("row_kernel: weighted sums of values for every number of queries, keys and columns",
+          "[row_kernel]") {
   SECTION("float") { check_values<float, float>(); }
   SECTION("double") { check_values<double, double>(); }
   SECTION("bfloat16 values") { check_values<float, bfloat16>(); }
   SECTION("half values") { check_values<float, half>(); }
 }
 
-TEST_CASE("row_kernel: weighted values of long rows have the bits of short ones", "[row_kernel]") {
+TEST_CASE("row_kernel: weighted sums of long rows have the bits of those of short rows", "[row_kernel]") {
   SECTION("float") { check_long_values<float, float>(); }
   SECTION("double") { check_long_values<double, double>(); }
   SECTION("bfloat16 values") { check_long_values<float, bfloat16>(); }

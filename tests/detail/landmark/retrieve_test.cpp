@@ -1,4 +1,4 @@
-// Retrieval from a landmark cache, step by step, against a sort and against scalar sums.
+// The steps of retrieval from a landmark cache, compared with a sort and with scalar sums.
 #include "longspan/detail/landmark/retrieve.hpp"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ using longspan::Index;
 using longspan::MatrixView;
 using test::Random;
 
-/// The first `k` of all indices when higher scores come first, of equal ones lower indices: rising.
+/// The indices of the `k` highest scores, of equal scores the lower index, in rising order.
 template <class Real>
 std::vector<Index> highest_by_sorting(const std::vector<Real>& scores, Index k) {
   std::vector<Index> order(scores.size());
@@ -43,7 +43,7 @@ std::vector<Index> highest(const std::vector<Real>& scores, Index k) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("choose_highest: the highest scores, of equal ones the first", "[landmark]", float,
+TEMPLATE_TEST_CASE("choose_highest: the highest scores, of equal scores the first", "[landmark]", float,
                    double) {
   Random random(1);
   for (const Index count : {1, 2, 3, 15, 16, 63, 64, 65, 128, 200, 1000}) {
@@ -61,8 +61,8 @@ TEMPLATE_TEST_CASE("choose_highest: the highest scores, of equal ones the first"
   }
 }
 
-TEMPLATE_TEST_CASE("choose_highest: NaN is not above a score, and hides none beside it", "[landmark]", float,
-                   double) {
+TEMPLATE_TEST_CASE("choose_highest: NaN is never chosen before a score and hides no other score",
+                   "[landmark]", float, double) {
   constexpr TestType nan = std::numeric_limits<TestType>::quiet_NaN();
   for (const Index at : {20, 70, 299}) {
     std::vector<TestType> scores(300, TestType(-1));
@@ -74,8 +74,8 @@ TEMPLATE_TEST_CASE("choose_highest: NaN is not above a score, and hides none bes
   }
 }
 
-TEMPLATE_TEST_CASE("score_landmarks: the same bits whichever queries are scored together", "[landmark][bits]",
-                   float, double, bfloat16) {
+TEMPLATE_TEST_CASE("score_landmarks: bits do not depend on which queries are scored together",
+                   "[landmark][bits]", float, double, bfloat16) {
   using Real = ArithmeticOf<TestType>;
   Random random(2);
   for (const Index cols : {1, 16, 33, 64}) {

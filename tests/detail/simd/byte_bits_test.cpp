@@ -10,7 +10,7 @@
 using longspan::Index;
 namespace detail = longspan::detail;
 
-TEST_CASE("bits_of_bytes: bit n says whether byte n is other than 0, and nothing after them is read",
+TEST_CASE("bits_of_bytes: bit n is 1 if byte n is not 0, and nothing after the bytes is read",
           "[byte_bits]") {
   test::for_each_case(300, [](test::Random& random) {
     const Index count = random.between(1, 64);

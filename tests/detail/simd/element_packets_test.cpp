@@ -22,8 +22,8 @@ using test::same;
 using test::same_bits;
 using test::width;
 
-TEMPLATE_TEST_CASE("load_as, store_as: every element type, as static_cast", "[element_packets]", float,
-                   double, Eigen::bfloat16, Eigen::half) {
+TEMPLATE_TEST_CASE("load_as, store_as: convert every element type like static_cast", "[element_packets]",
+                   float, double, Eigen::bfloat16, Eigen::half) {
   const auto check = [](auto real) {
     using Real = decltype(real);
     constexpr std::size_t w = width<Real>;
@@ -67,11 +67,11 @@ TEMPLATE_TEST_CASE("load_as: every 16-bit number", "[element_packets]", Eigen::b
   CHECK(right);
 }
 
-TEMPLATE_TEST_CASE("load_part: zeros behind, nothing read there", "[element_packets]", float, double,
-                   Eigen::bfloat16, Eigen::half) {
+TEMPLATE_TEST_CASE("load_part: zeros after `count` elements, which are not read", "[element_packets]", float,
+                   double, Eigen::bfloat16, Eigen::half) {
   using Real = longspan::Arithmetic<TestType>;
   for (Index count = 0; count <= lanes<Real>; ++count) {
-    // No element more than `count`: a sanitizer sees any read behind.
+    // The vector has exactly `count` elements, so that a sanitizer notices a read after them.
     std::vector<TestType> from(static_cast<std::size_t>(count));
     for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<TestType>(static_cast<float>(i) + 1);
     const auto x = lanes_of(detail::load_part<Real>(static_cast<const TestType*>(from.data()), count));
@@ -83,7 +83,7 @@ TEMPLATE_TEST_CASE("load_part: zeros behind, nothing read there", "[element_pack
   }
 }
 
-TEMPLATE_TEST_CASE("interleaved_index, column_of_index: inverse of one another, and the order of load_pairs",
+TEMPLATE_TEST_CASE("interleaved_index, column_of_index: inverse to each other, and the order of load_pairs",
                    "[element_packets]", float, Eigen::bfloat16) {
   constexpr Index w = lanes<float>;
   for (Index columns = 0; columns <= 5 * w; ++columns) {

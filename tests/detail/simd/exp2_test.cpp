@@ -29,7 +29,7 @@ void weigh(std::vector<Real>& x) {
   }
 }
 
-/// The weight of x when every lane holds it.
+/// exp_score of x, computed with x in every lane.
 template <class Real>
 Real weight_of(Real x) {
   std::vector<Real> all(static_cast<std::size_t>(lanes<Real>), x);
@@ -47,7 +47,7 @@ struct Worst {
   float at = 0;
 };
 
-/// The worst error over the floats whose bits are first, first + step, ... up to last: with the sign bit set,
+/// The worst error for the floats whose bits are first, first + step, ... up to last: with the sign bit set,
 /// these are negative numbers of rising magnitude.
 Worst worst_of(std::uint32_t first, std::uint32_t last, std::uint32_t step) {
   constexpr std::uint64_t at_once = 1 << 14;
@@ -68,19 +68,19 @@ Worst worst_of(std::uint32_t first, std::uint32_t last, std::uint32_t step) {
   return worst;
 }
 
-/// Each step of the polynomial is rounded twice where multiply and add are not one operation.
+/// Without fused multiply-add each step of the polynomial is rounded twice.
 constexpr double most_ulps = longspan::detail::has_fused_multiply_add ? 1.0 : 1.3;
 
 }  // namespace
 
-TEST_CASE("weight: of float within 1 ulp down to 2^-126, sampled through every binade", "[exp2]") {
+TEST_CASE("exp_score: float within 1 ulp down to 2^-126, sampled in every binade", "[exp2]") {
   const Worst worst = worst_of(bits(-0.0f), bits(-126.0f), 977);
   INFO("worst at " << worst.at);
   CHECK(worst.ulps <= most_ulps);
-  CHECK(worst.ulps > 0.4);  // a rounded result cannot be better: the oracle is not the function itself
+  CHECK(worst.ulps > 0.4);  // a rounded result cannot be better: the oracle is independent of the function
 }
 
-TEST_CASE("weight: of float within 1 ulp at every float of two stretches", "[exp2]") {
+TEST_CASE("exp_score: float within 1 ulp at every number of two intervals", "[exp2]") {
   for (const float from : {-0.4995f, -0.5f, -0.9995f, -1.0f, -1.4995f, -17.0f, -87.4999f, -125.4995f}) {
     const Worst worst = worst_of(bits(from), bits(from) + 20000, 1);
     INFO("worst at " << worst.at);
@@ -88,19 +88,19 @@ TEST_CASE("weight: of float within 1 ulp at every float of two stretches", "[exp
   }
 }
 
-TEST_CASE("weight: of every negative float within 1 ulp", "[.][long]") {
+TEST_CASE("exp_score: within 1 ulp at every negative float", "[.][long]") {
   const Worst worst = worst_of(bits(-0.0f), bits(-126.0f), 1);
   INFO("worst at " << worst.at);
   CHECK(worst.ulps <= most_ulps);
 }
 
-TEST_CASE("weight: exactly a power of two at every whole number", "[exp2]") {
+TEST_CASE("exp_score: exactly a power of two at every integer", "[exp2]") {
   CHECK(weight_of(0.0f) == 1.0f);
   CHECK(weight_of(-0.0f) == 1.0f);
   for (int n = 0; n >= -126; --n) CHECK(weight_of(static_cast<float>(n)) == std::ldexp(1.0f, n));
 }
 
-TEST_CASE("weight: tiny arguments give 1 or the float below it", "[exp2]") {
+TEST_CASE("exp_score: 1 or the float below it for tiny arguments", "[exp2]") {
   for (const float x : {-std::numeric_limits<float>::denorm_min(), -std::numeric_limits<float>::min(),
                         -0x1p-40f, -0x1p-27f, -0x1p-26f}) {
     CHECK(weight_of(x) == 1.0f);
@@ -109,22 +109,21 @@ TEST_CASE("weight: tiny arguments give 1 or the float below it", "[exp2]") {
   CHECK((y == 1.0f || y == std::nextafter(1.0f, 0.0f)));
 }
 
-TEST_CASE("weight: falls to exactly 0 below 2^-126.5", "[exp2]") {
+TEST_CASE("exp_score: exactly 0 for arguments below -126.5", "[exp2]") {
   for (const float x : {std::nextafter(-126.5f, -200.0f), -126.75f, -127.0f, -127.5f, -128.0f, -150.0f, -1e4f,
                         -1e30f, std::numeric_limits<float>::lowest(), -infinity}) {
     const float y = weight_of(x);
     INFO(x);
     CHECK(bits(y) == 0);
   }
-  // Between the last normal power of two and there a result is subnormal, or 0 where the processor flushes
-  // those.
+  // Between -126 and -126.5 a result is denormal, or 0 if the processor flushes denormals.
   for (const float x : {-126.01f, -126.25f, -126.49f}) {
     const float y = weight_of(x);
     CHECK((y == 0.0f || test::ulps(y, std::exp2(static_cast<double>(x))) <= 1.0));
   }
 }
 
-TEST_CASE("weight: never above 1, never below 0", "[exp2]") {
+TEST_CASE("exp_score: never above 1, never below 0", "[exp2]") {
   test::Random random(1);
   std::vector<float> x(100000);
   for (float& value : x) value = static_cast<float>(-std::exp(10 * random.normal()));
@@ -134,9 +133,9 @@ TEST_CASE("weight: never above 1, never below 0", "[exp2]") {
   CHECK(within);
 }
 
-TEST_CASE("weight: NaN stays NaN, whatever its payload", "[exp2]") {
+TEST_CASE("exp_score: NaN stays NaN, whatever its payload", "[exp2]") {
   for (const std::uint32_t sign : {0u, 0x80000000u}) {
-    // All payloads of one bit and of all bits up to it, quiet and signalling: the low 8 bits become an
+    // All payloads of a single bit and of all bits up to it, quiet and signalling: the low 8 bits become an
     // exponent.
     for (int shift = 0; shift < 23; ++shift) {
       const std::uint32_t one = 1u << shift, ones = (2u << shift) - 1;
@@ -155,7 +154,7 @@ TEST_CASE("weight: NaN stays NaN, whatever its payload", "[exp2]") {
   CHECK(std::isnan(weight_of(std::numeric_limits<double>::quiet_NaN())));
 }
 
-TEMPLATE_TEST_CASE("weight: each lane alone", "[exp2]", float, double) {
+TEMPLATE_TEST_CASE("exp_score: each lane is independent", "[exp2]", float, double) {
   const auto width = static_cast<std::size_t>(lanes<TestType>);
   const std::vector<TestType> special{TestType(0),
                                       TestType(-1.25),
@@ -176,7 +175,7 @@ TEMPLATE_TEST_CASE("weight: each lane alone", "[exp2]", float, double) {
   }
 }
 
-TEST_CASE("weight: of double is e^x within 2 ulp, exactly 0 below -708", "[exp2]") {
+TEST_CASE("exp_score: double is e^x within 2 ulp, exactly 0 below -708", "[exp2]") {
   std::vector<double> x;
   for (double value = -708; value < -1e-300; value *= 0.9997) x.push_back(value);
   test::Random random(2);
@@ -199,12 +198,12 @@ TEST_CASE("weight: of double is e^x within 2 ulp, exactly 0 below -708", "[exp2]
   }
 }
 
-TEST_CASE("score_unit: the units of weight", "[exp2]") {
+TEST_CASE("score_unit: the unit of exp_score", "[exp2]") {
   CHECK(longspan::detail::score_unit<float> == static_cast<float>(1 / std::log(2.0)));
   CHECK(longspan::detail::score_unit<double> == 1.0);
 }
 
-TEST_CASE("rest_of_rounding: with 2^round(x) it makes up 2^x, 0 below 2^-126", "[exp2]") {
+TEST_CASE("rest_of_rounding: 2^rest times 2^round(x) is 2^x, and 0 below 2^-126", "[exp2]") {
   if constexpr (longspan::detail::takes_rests) {
     test::Random random(6);
     bool right = true;
@@ -230,6 +229,6 @@ TEST_CASE("rest_of_rounding: with 2^round(x) it makes up 2^x, 0 below 2^-126", "
              longspan::detail::times_exp2_of_round(longspan::detail::rest_of_rounding(odd_nan), odd_nan)))
       CHECK(std::isnan(y));
   } else {
-    SUCCEED("this instruction set has no such instruction");
+    SUCCEED("this instruction set does not have the instruction");
   }
 }

@@ -26,7 +26,7 @@ using test::width;
 
 namespace {
 
-/// on_packets(a, b) against on_lanes(a[i], b[i]) on random lanes.
+/// Compares on_packets(a, b) with on_lanes(a[i], b[i]) for random lanes.
 template <class Real, class OnPackets, class OnLanes>
 bool agree(const OnPackets& on_packets, const OnLanes& on_lanes) {
   test::Random random(1);
@@ -41,14 +41,15 @@ bool agree(const OnPackets& on_packets, const OnLanes& on_lanes) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("Packet: lanes, registers", "[simd]", float, double) {
+TEMPLATE_TEST_CASE("Packet: numbers of lanes and registers", "[simd]", float, double) {
   STATIC_REQUIRE(lanes<TestType> >= 1);
   STATIC_REQUIRE((lanes<TestType> & (lanes<TestType> - 1)) == 0);
   STATIC_REQUIRE((sizeof(Packet<TestType>) == width<TestType> * sizeof(TestType)));
   STATIC_REQUIRE((detail::vector_registers == 16 || detail::vector_registers == 32));
 }
 
-TEMPLATE_TEST_CASE("load, store: any element-aligned address, nothing beside it", "[simd]", float, double) {
+TEMPLATE_TEST_CASE("load, store: any element-aligned address, and nothing next to it", "[simd]", float,
+                   double) {
   constexpr std::size_t w = width<TestType>;
   alignas(64) TestType from[3 * w + 1], to[3 * w + 1];
   for (std::size_t i = 0; i < 3 * w + 1; ++i) from[i] = static_cast<TestType>(i + 1);
@@ -71,7 +72,7 @@ TEMPLATE_TEST_CASE("broadcast: the same number in every lane", "[simd]", float, 
   CHECK(lanes_of(detail::broadcast(&x)) == Lanes<TestType>(width<TestType>, x));
 }
 
-TEMPLATE_TEST_CASE("arithmetic: each lane as the scalar operation", "[simd]", float, double) {
+TEMPLATE_TEST_CASE("arithmetic: each lane equals the scalar operation", "[simd]", float, double) {
   using Real = TestType;
   CHECK(agree<Real>([](auto a, auto b) { return a + b; }, [](Real a, Real b) { return a + b; }));
   CHECK(agree<Real>([](auto a, auto b) { return a - b; }, [](Real a, Real b) { return a - b; }));
@@ -80,16 +81,16 @@ TEMPLATE_TEST_CASE("arithmetic: each lane as the scalar operation", "[simd]", fl
   CHECK(agree<Real>([](auto a, auto) { return detail::abs(a); }, [](Real a, Real) { return std::abs(a); }));
 }
 
-TEMPLATE_TEST_CASE("max: the first where either is NaN", "[simd]", float, double) {
+TEMPLATE_TEST_CASE("lane_max: the first operand if either is NaN", "[simd]", float, double) {
   using Real = TestType;
   const auto of_lanes = [](Real a, Real b) { return std::isnan(a) || std::isnan(b) || a >= b ? a : b; };
-  // Zeros of two signs are equal, and either may come.
+  // Zeros of both signs are equal, and either may be returned.
   const auto without_sign_of_zero = [](auto x) { return x + detail::broadcast(Real(0)); };
   CHECK(agree<Real>([&](auto a, auto b) { return without_sign_of_zero(detail::lane_max(a, b)); },
                     [&](Real a, Real b) { return of_lanes(a, b) + Real(0); }));
 }
 
-TEMPLATE_TEST_CASE("less, equal, &, select: each lane alone", "[simd]", float, double) {
+TEMPLATE_TEST_CASE("less, equal, &, select: each lane is independent", "[simd]", float, double) {
   using Real = TestType;
   const auto choose = [](auto condition, auto a, auto b) { return detail::select(condition, a, b); };
   CHECK(agree<Real>([&](auto a, auto b) { return choose(detail::less(a, b), a, b); },
@@ -103,12 +104,12 @@ TEMPLATE_TEST_CASE("less, equal, &, select: each lane alone", "[simd]", float, d
   CHECK(agree<Real>(
       [&](auto a, auto b) { return choose(detail::less(zero(), a) & detail::less(zero(), b), a, b); },
       [](Real a, Real b) { return Real(0) < a && Real(0) < b ? a : b; }));
-  // A condition hides by `&` too: what is left is the number itself, or +0.
+  // A condition also selects by `&`: the result is the number itself, or +0.
   CHECK(agree<Real>([&](auto a, auto b) { return detail::less(a, b) & a; },
                     [](Real a, Real b) { return a < b ? a : Real(0); }));
 }
 
-TEMPLATE_TEST_CASE("fma: one rounding where the processor fuses, at most two elsewhere", "[simd]", float,
+TEMPLATE_TEST_CASE("fma: one rounding with fused multiply-add, otherwise at most two", "[simd]", float,
                    double) {
   test::Random random(3);
   bool right = true;
@@ -126,7 +127,7 @@ TEMPLATE_TEST_CASE("fma: one rounding where the processor fuses, at most two els
   CHECK(right);
 }
 
-TEMPLATE_TEST_CASE("exp, tanh: within a few ulp of the library's", "[simd]", float, double) {
+TEMPLATE_TEST_CASE("exp, tanh: within a few ulp of the standard library", "[simd]", float, double) {
   test::Random random(4);
   long double worst_exp = 0, worst_tanh = 0;
   for (int round = 0; round < 5000; ++round) {
@@ -171,7 +172,7 @@ TEST_CASE("exponent_field_of_low_bits: shifts the bits of each lane by 23", "[si
   CHECK(right);
 }
 
-TEMPLATE_TEST_CASE("bits_of: a bit to each lane of a condition", "[simd]", float, double) {
+TEMPLATE_TEST_CASE("bits_of: one bit for each lane of a condition", "[simd]", float, double) {
   constexpr std::size_t w = width<TestType>;
   test::Random random(8);
   bool right = true;
@@ -201,7 +202,7 @@ TEMPLATE_TEST_CASE("transpose: swaps lane and row", "[simd]", float, double) {
   CHECK(right);
 }
 
-TEMPLATE_TEST_CASE("sum_of_lanes: every lane once, NaN stays", "[simd]", float, double) {
+TEMPLATE_TEST_CASE("sum_of_lanes: adds every lane once, NaN stays", "[simd]", float, double) {
   TestType x[64];
   TestType total = 0;
   for (int i = 0; i < detail::lanes<TestType>; ++i) total += x[i] = static_cast<TestType>(1 << i % 20);
@@ -214,7 +215,7 @@ TEMPLATE_TEST_CASE("sum_of_lanes: every lane once, NaN stays", "[simd]", float, 
   }
 }
 
-TEMPLATE_TEST_CASE("sums_of_rows: lane i holds the sum of row i", "[simd]", float, double) {
+TEMPLATE_TEST_CASE("sums_of_rows: lane i is the sum of row i", "[simd]", float, double) {
   constexpr std::size_t w = width<TestType>;
   Packet<TestType> rows[w];
   Lanes<TestType> row(w), sums(w);
@@ -228,7 +229,7 @@ TEMPLATE_TEST_CASE("sums_of_rows: lane i holds the sum of row i", "[simd]", floa
   CHECK(lanes_of(detail::sums_of_rows(rows)) == sums);
 }
 
-TEMPLATE_TEST_CASE("sums_of_rows: the bits of sum_in_pairs, row by row", "[simd][bits]", float, double) {
+TEMPLATE_TEST_CASE("sums_of_rows: has the bits of sum_in_pairs for each row", "[simd][bits]", float, double) {
   constexpr std::size_t w = width<TestType>;
   test::Random random(9);
   bool right = true;
@@ -244,13 +245,13 @@ TEMPLATE_TEST_CASE("sums_of_rows: the bits of sum_in_pairs, row by row", "[simd]
   CHECK(right);
 }
 
-TEMPLATE_TEST_CASE("held: the packet as it is, NaN and -0 too", "[simd]", float, double) {
+TEMPLATE_TEST_CASE("in_register: the same packet, including NaN and -0", "[simd]", float, double) {
   test::Random random(11);
   const Lanes<TestType> x = random_lanes<TestType>(random, true);
   CHECK(same(lanes_of(detail::in_register(packet(x))), x));
 }
 
-TEST_CASE("prefetch: of memory that is not there does nothing", "[simd]") {
+TEST_CASE("prefetch: an invalid address does nothing", "[simd]") {
   detail::prefetch(nullptr, 1000);
   const float x = 1;
   detail::prefetch(&x, 0);

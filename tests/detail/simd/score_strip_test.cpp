@@ -18,7 +18,7 @@ using detail::ScoreStrip;
 
 namespace {
 
-/// Does `score` change the pairs of a random strip as it changes each of them alone, and nothing between them?
+/// Checks that `score` changes the pairs of a random strip as it changes each pair alone, and nothing between them.
 template <class Real, class S>
 bool changes_its_pairs(const S& score, ScoreStrip<Real> strip, test::Random& random) {
   constexpr Index w = lanes<Real>;
@@ -67,7 +67,7 @@ void check_bias() {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("change_strip: a bias of any element type changes each score as it does one alone",
+TEMPLATE_TEST_CASE("change_strip: a bias changes each score of a strip as it changes a single score",
                    "[score_strip]", float, double) {
   check_bias<TestType, float>();
   check_bias<TestType, double>();
@@ -75,7 +75,7 @@ TEMPLATE_TEST_CASE("change_strip: a bias of any element type changes each score 
   check_bias<TestType, Eigen::half>();
 }
 
-TEMPLATE_TEST_CASE("StripScore: scores with a bias in them", "[score_strip]", float, double) {
+TEMPLATE_TEST_CASE("StripScore: satisfied by scores that contain a bias", "[score_strip]", float, double) {
   const auto lambda = [](float s, Index, Index, Index, Index) { return s; };
   STATIC_REQUIRE(detail::StripScore<additive_bias<float>, TestType>);
   STATIC_REQUIRE(detail::StripScore<decltype(softcap{} | additive_bias<float>{{}, 0}), TestType>);

@@ -1,4 +1,4 @@
-// The emulated tile unit against the definition of its product, and the hardware against the emulation.
+// Compares the emulated matrix unit with the definition of its product, and the hardware with the emulation.
 #include "longspan/detail/simd/tile_unit.hpp"
 
 #include <array>
@@ -19,7 +19,7 @@ using Words = std::array<std::uint32_t, 256>;  // a tile: 16 rows of 16 pairs, o
 float first_of(std::uint32_t pair) { return std::bit_cast<float>(pair << 16); }
 float second_of(std::uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
 
-/// Pairs of normal bfloat16, each times 2^n with n drawn from [-spread, spread].
+/// Random pairs of bfloat16: normally distributed, times 2^n with a random n in [-spread, spread].
 Words drawn_pairs(test::Random& random, int spread) {
   Words pairs;
   const auto draw = [&] {
@@ -30,7 +30,7 @@ Words drawn_pairs(test::Random& random, int spread) {
   return pairs;
 }
 
-/// c + a * b as the unit computes it; tile numbers other than 0, 1 and 2, and rows `stride` bytes apart.
+/// c + a * b, computed by the unit with rows at a distance of `stride` bytes and tile registers other than 0, 1 and 2.
 template <class Unit>
 Words product(const Words& c, const Words& a, const Words& b, longspan::Index stride) {
   std::array<std::uint32_t, 16 * 64> wide{};
@@ -55,7 +55,7 @@ Words product(const Words& c, const Words& a, const Words& b, longspan::Index st
 
 }  // namespace
 
-TEST_CASE("tile unit: the product is that of pairs", "[simd][amx]") {
+TEST_CASE("tile unit: a product adds the products of both elements of each pair", "[simd][amx]") {
   test::Random random(1);
   for (const longspan::Index stride : {64, 192, 256}) {
     const Words a = drawn_pairs(random, 2), b = drawn_pairs(random, 2);
@@ -81,7 +81,7 @@ TEST_CASE("tile unit: the product is that of pairs", "[simd][amx]") {
   }
 }
 
-TEST_CASE("tile unit: zero clears one tile", "[simd][amx]") {
+TEST_CASE("tile unit: zero clears one tile and leaves the others", "[simd][amx]") {
   Words ones;
   ones.fill(std::bit_cast<std::uint32_t>(1.0f));
   const EmulatedTiles::Scope configured;
@@ -97,7 +97,7 @@ TEST_CASE("tile unit: zero clears one tile", "[simd][amx]") {
 
 #if defined(LONGSPAN_TARGETS_AMX)
 
-TEST_CASE("tile unit: the hardware has the bits of the emulation", "[simd][amx]") {
+TEST_CASE("tile unit: hardware and emulation have the same bits", "[simd][amx]") {
   if (!test::has_tiles()) return;
   test::Random random(2);
   for (int round = 0; round < 200; ++round) {
@@ -109,7 +109,7 @@ TEST_CASE("tile unit: the hardware has the bits of the emulation", "[simd][amx]"
   }
 }
 
-TEST_CASE("tile unit: infinity, NaN and denormals as the emulation has them", "[simd][amx]") {
+TEST_CASE("tile unit: hardware and emulation agree on infinity, NaN and denormals", "[simd][amx]") {
   if (!test::has_tiles()) return;
   test::Random random(3);
   for (const std::uint32_t special : {0x7f800000u, 0xff800000u, 0x7fc00000u, 0x00010000u, 0x807f0000u}) {
@@ -128,7 +128,7 @@ TEST_CASE("tile unit: infinity, NaN and denormals as the emulation has them", "[
   }
 }
 
-TEST_CASE("tile unit: the configuration of the program comes back", "[simd][amx]") {
+TEST_CASE("tile unit: a Scope restores the tile configuration of the program", "[simd][amx]") {
   if (!test::has_tiles()) return;
   struct alignas(64) Bytes {
     unsigned char byte[64] = {};
@@ -136,7 +136,7 @@ TEST_CASE("tile unit: the configuration of the program comes back", "[simd][amx]
   Bytes of_program, after;
   of_program.byte[0] = 1;    // palette
   of_program.byte[16] = 32;  // tile 0: rows of 32 bytes
-  of_program.byte[48] = 7;   // and 7 of them
+  of_program.byte[48] = 7;   // tile 0: 7 rows
   asm volatile("ldtilecfg %0" : : "m"(of_program));
   { const HardwareTiles::Scope configured; }
   asm volatile("sttilecfg %0" : "=m"(after));
@@ -145,7 +145,7 @@ TEST_CASE("tile unit: the configuration of the program comes back", "[simd][amx]
 
   { const HardwareTiles::Scope configured; }
   asm volatile("sttilecfg %0" : "=m"(after));
-  CHECK(after.byte[0] == 0);  // and none where there was none
+  CHECK(after.byte[0] == 0);  // no configuration before, none after
 }
 
 #endif

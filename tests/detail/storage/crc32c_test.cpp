@@ -16,7 +16,7 @@ std::uint32_t sum_of(std::string_view text, std::size_t cut = 0) {
 
 }  // namespace
 
-TEST_CASE("crc32c: the published values", "[crc32c]") {
+TEST_CASE("crc32c: matches the published values", "[crc32c]") {
   CHECK(sum_of("") == 0);
   CHECK(sum_of("123456789") == 0xe3069283);
   // RFC 3720, appendix B.4.
@@ -31,7 +31,7 @@ TEST_CASE("crc32c: the published values", "[crc32c]") {
   CHECK(sum_of(falling) == 0x113fdb5c);
 }
 
-TEST_CASE("crc32c: does not depend on where the bytes are cut", "[crc32c]") {
+TEST_CASE("crc32c: does not depend on how the bytes are cut", "[crc32c]") {
   const std::string text = "every cut of a text that is longer than four steps";
   for (std::size_t cut = 0; cut <= text.size(); ++cut) CHECK(sum_of(text, cut) == sum_of(text));
 }

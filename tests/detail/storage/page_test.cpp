@@ -30,7 +30,7 @@ TEST_CASE("Page: counts its owners") {
   CHECK(reinterpret_cast<std::uintptr_t>(none.data()) % 64 == 0);
 }
 
-TEMPLATE_TEST_CASE("PageLayout: the parts lie one behind the other", "", float, std::int8_t) {
+TEMPLATE_TEST_CASE("PageLayout: the parts follow one another without overlap", "", float, std::int8_t) {
   const PageLayout<TestType> layout{3, 5, 7, 11};
   const Page page = layout.allocate();
   const auto bytes = [&](const void* at) {
@@ -62,7 +62,7 @@ TEST_CASE("bounded_product: the product, or the largest Index") {
   CHECK(bounded_product(Index{1} << 40, Index{1} << 40) == most);
 }
 
-TEST_CASE("FreePages: giving a page back allocates nothing, and the last page given is taken first") {
+TEST_CASE("FreePages: give allocates nothing, and take returns the last page given") {
   const PageLayout<float> layout{1, 2, 4, 4};
   FreePages free;
   free.reserve(layout, 3);
@@ -80,7 +80,7 @@ TEST_CASE("FreePages: giving a page back allocates nothing, and the last page gi
   CHECK(free.take(layout).data() == memory[0]);
 }
 
-TEST_CASE("FreePages: hands on what nobody else holds") {
+TEST_CASE("FreePages: keeps only pages without another owner") {
   const PageLayout<float> layout{1, 2, 4, 4};
   FreePages free;
   Page first = free.take(layout);

@@ -48,7 +48,7 @@ Sample loaded(const std::string& bytes) {
 
 }  // namespace
 
-TEST_CASE("state file: what was written is read", "[state_file]") {
+TEST_CASE("state file: reads what was written", "[state_file]") {
   const Sample sample;
   CHECK(loaded(saved(sample)) == sample);
   // Header 32, two numbers 16, checksum 4, payload 14, checksum 4.
@@ -71,9 +71,10 @@ TEST_CASE("state file: every flip of a bit is refused", "[state_file]") {
   }
 }
 
-TEST_CASE("state file: what is wrong is said", "[state_file]") {
+TEST_CASE("state file: the error text names what is wrong", "[state_file]") {
   CHECK(file_refusal([] { loaded("no such thing, but long enough for a whole header"); }) ==
-        "longspan: sample::load: the file is no state of longspan, wanted one that begins with \"longspan\"");
+        "longspan: sample::load: the file is not a state of longspan, wanted a file that begins with "
+        "\"longspan\"");
   CHECK(file_refusal([] { loaded(saved({}).substr(0, 20)); }) ==
         "longspan: sample::load: the header is cut short, wanted 32 bytes");
   CHECK(file_refusal([] {
@@ -106,17 +107,17 @@ TEST_CASE("state file: what is wrong is said", "[state_file]") {
         "longspan: sample::load: the payload is 14 bytes, wanted at least 15 for the sizes in the header");
 }
 
-TEST_CASE("state file: a stream that takes no more is told", "[state_file]") {
+TEST_CASE("state file: writing to a broken stream throws", "[state_file]") {
   std::ostringstream to;
   to.setstate(std::ios::badbit);
   const Sample sample;
   StateWriter writer(to, kind, sample.numbers, 8);
   writer.array(sample.floats.data(), 2);
   CHECK(file_refusal([&] { writer.finish(); }) ==
-        "longspan: sample::save: the stream is broken or full, wanted one that takes 8 bytes of state");
+        "longspan: sample::save: the output stream is broken or full, wanted space for 8 bytes of state");
 }
 
-TEST_CASE("state file: a promise of much costs no memory", "[state_file]") {
+TEST_CASE("state file: a file that claims more than it contains costs no memory", "[state_file]") {
   std::ostringstream to;
   const Sample sample;
   constexpr Index promised = Index{1} << 50;

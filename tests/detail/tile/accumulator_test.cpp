@@ -47,7 +47,7 @@ struct Owned {
            std::equal(state.row_max, state.row_max + stride, other.state.row_max) &&
            std::equal(state.sum, state.sum + stride, other.state.sum);
   }
-  /// exp of the scores in units, summed: what sum and o mean, in double.
+  /// The sum of the exponentials of the scores, in double: the meaning of `sum` and `o`.
   double sum_at(Index lane, double row_max) const { return double(state.sum[lane]) * scaled(lane, row_max); }
   double o_at(Index column, Index lane, double row_max) const {
     return double(state.o[column * stride + lane]) * scaled(lane, row_max);
@@ -78,7 +78,8 @@ double worst_difference(const Owned<Real>& got, const Owned<Real>& a, const Owne
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("accumulator: merge adds what both have absorbed", "[accumulator]", float, double) {
+TEMPLATE_TEST_CASE("accumulator: merge adds the keys that both have absorbed", "[accumulator]", float,
+                   double) {
   test::for_each_case(50, [](Random& random) {
     Owned<TestType> a, b, both, swapped;
     a.randomise(random);
@@ -87,14 +88,14 @@ TEMPLATE_TEST_CASE("accumulator: merge adds what both have absorbed", "[accumula
     both.state.merge(b.state);
     swapped.copy(b);
     swapped.state.merge(a.state);
-    // Tops differ by up to some 50: the exponential of a float difference that large is good to 50 u.
+    // Row maxima differ by up to about 50; the exponential of a float difference of this size has an error of 50 u.
     const double bound = 100 * double(std::numeric_limits<TestType>::epsilon());
     CHECK(worst_difference(both, a, b) <= bound);
     CHECK(worst_difference(swapped, a, b) <= bound);
   });
 }
 
-TEMPLATE_TEST_CASE("accumulator: what has absorbed nothing is neutral, to the bit", "[accumulator]", float,
+TEMPLATE_TEST_CASE("accumulator: merging an empty accumulator changes no bit", "[accumulator]", float,
                    double) {
   Random random(1);
   Owned<TestType> a, nothing, merged;
@@ -137,7 +138,7 @@ TEMPLATE_TEST_CASE("accumulator: log-sum-exp of a lane", "[accumulator]", float,
 
 namespace {
 
-/// A number for each key, absorbed key block by key block as a tile does: sums at row_max 0, so that all is
+/// One number for each key, absorbed by key blocks as in a tile; row_max is 0, so that everything is
 /// exact.
 struct Levels {
   std::vector<std::byte> memory = std::vector<std::byte>(std::size_t{1} << 16);
@@ -162,10 +163,11 @@ struct Levels {
 
 }  // namespace
 
-TEST_CASE("accumulator: every block of keys arrives in the whole once", "[accumulator]") {
+TEST_CASE("accumulator: every key block enters the result exactly once", "[accumulator]") {
   for (const Index kv_len : {Index{1}, Index{128}, keys_in_chunk, keys_in_chunk + 1, 3 * keys_in_chunk,
                              keys_in_span, keys_in_span + 1, 2 * keys_in_span + keys_in_chunk + 5}) {
-    for (const Index step : {Index{128}, Index{640}, Index{5 * 2048}, Index{1 << 17}}) {  // masks skip blocks
+    for (const Index step :
+         {Index{128}, Index{640}, Index{5 * 2048}, Index{1 << 17}}) {  // masks may skip blocks
       INFO("kv_len=" << kv_len << " step=" << step);
       Levels levels(kv_len);
       float blocks = 0, values = 0;
@@ -183,9 +185,9 @@ TEST_CASE("accumulator: every block of keys arrives in the whole once", "[accumu
   }
 }
 
-TEST_CASE("accumulator: chunks are summed alone, then together", "[accumulator]") {
-  // 2^24 + 1 is 2^24 in float: a 1 is lost beside 2^24 in the same chunk, and not in the next one, where
-  // ones meet first.
+TEST_CASE("accumulator: key chunks are summed separately, then together", "[accumulator]") {
+  // 2^24 + 1 is 2^24 in float: a 1 is lost next to 2^24 in the same key chunk, but not in the next one, where the ones
+  // are added first.
   Levels levels(2 * keys_in_chunk);
   levels.absorb(0, 0x1p24f);
   levels.absorb(128, 1);

@@ -1,4 +1,4 @@
-// Attention by matrix tiles, emulated and on the hardware where there is one, against the definition in double.
+// Compares attention on the matrix unit, emulated and in hardware if the machine has it, with the definition in double.
 #include "longspan/detail/tile/amx_tile.hpp"
 
 #include "longspan/detail/attend.hpp"
@@ -22,7 +22,7 @@ using Eigen::bfloat16;
 template <class To>
 using Bf16Call = Call<bfloat16, bfloat16, bfloat16, To>;
 
-/// Keys and values in pages: runs of `page` rows.
+/// Keys and values in pages of `page` rows.
 struct PagedKeys {
   detail::TensorKeys<bfloat16, bfloat16> tensors;
   Index page;
@@ -64,14 +64,14 @@ void attend(Bf16Call<To>& call, const M& mask = {}, const S& score = {}, const E
   attend_over<Unit>(call, keys, mask, score, scale, executor);
 }
 
-/// A mask of a user: every query sees its own pattern of keys.
+/// A user-defined mask: every query sees its own pattern of keys.
 struct Pattern {
   bool sees(Index, Index head, Index i, Index j) const {
     return j <= i && ((i + 3 * j + head) % 7 != 0 || j < 5);
   }
 };
 
-/// check.operator()<Unit>() for each tile unit that this machine can run.
+/// Calls check.operator()<Unit>() for each matrix unit that this machine can run.
 template <class Check>
 void for_each_unit(const Check& check) {
   SECTION("emulated tiles") { check.template operator()<detail::EmulatedTiles>(); }
@@ -91,7 +91,7 @@ void check_exact(const Definition& what, const Bf16Call<To>& call) {
 
 }  // namespace
 
-TEST_CASE("amx: within the bound for every size and kind of values", "[amx]") {
+TEST_CASE("amx: errors are within the bound for all sizes and kinds of values", "[amx]") {
   for_each_unit([]<class Unit>() {
     for_each_case(15, [](Random& random) {
       const Shape shape = draw_shape(random);
@@ -107,7 +107,7 @@ TEST_CASE("amx: within the bound for every size and kind of values", "[amx]") {
   });
 }
 
-TEST_CASE("amx: masks and scores", "[amx]") {
+TEST_CASE("amx: masks and score functions", "[amx]") {
   for_each_unit([]<class Unit>() {
     Random random(2);
     for (const Index q_len : {17, 50, 130}) {
@@ -140,7 +140,8 @@ TEST_CASE("amx: masks and scores", "[amx]") {
   });
 }
 
-TEST_CASE("amx: a hidden NaN or infinity has no effect, a visible one stays in its rows", "[amx]") {
+TEST_CASE("amx: a hidden NaN or infinity has no effect, a visible one affects only rows that see it",
+          "[amx]") {
   for_each_unit([]<class Unit>() {
     Random random(3);
     Bf16Call<float> clean(Shape{1, 2, 1, 70, 300, 32, 20}, Values::normal, random);
@@ -168,11 +169,11 @@ TEST_CASE("amx: a hidden NaN or infinity has no effect, a visible one stays in i
   });
 }
 
-TEST_CASE("amx: rows without a key give 0 and lse = -infinity", "[amx]") {
+TEST_CASE("amx: queries that see no key have out = 0 and lse = -infinity", "[amx]") {
   for_each_unit([]<class Unit>() {
     Random random(4);
     Bf16Call<float> call(Shape{1, 1, 1, 40, 20, 16, 16}, Values::normal,
-                         random);  // 20 rows stand before key 0
+                         random);  // the first 20 queries are before key 0
     attend<Unit>(call, causal{});
     Index wrong = 0;
     for (Index i = 0; i < 20; ++i) {
@@ -184,7 +185,7 @@ TEST_CASE("amx: rows without a key give 0 and lse = -infinity", "[amx]") {
   });
 }
 
-TEST_CASE("amx: scores that rise by more than the row max may lag behind", "[amx]") {
+TEST_CASE("amx: scores rise by more than the row max may lag behind them", "[amx]") {
   for_each_unit([]<class Unit>() {
     Random random(5);
     // Jumps of 30 in log2 within a step of 32 keys, from step to step, and from block to block.
@@ -207,7 +208,7 @@ TEST_CASE("amx: scores of 1e9 and more", "[amx]") {
       Bf16Call<float> call(Shape{1, 1, 1, 20, 100, 32, 16}, Values::normal, random);
       for (bfloat16& x : call.q.values) x = static_cast<bfloat16>(static_cast<float>(x) * size);
       attend<Unit>(call);
-      // One key takes it all: its values come back.
+      // One key has the whole weight: the output is its value.
       const Exact exact = exact_attention({}, call);
       INFO(size);
       CHECK(errors_of<float, float>(exact, std::as_const(call.out).view(), std::as_const(call.lse).view(),
@@ -217,7 +218,7 @@ TEST_CASE("amx: scores of 1e9 and more", "[amx]") {
   });
 }
 
-TEST_CASE("amx: the value of the only visible key comes back exactly", "[amx]") {
+TEST_CASE("amx: the output of a query that sees one key is exactly its value", "[amx]") {
   for_each_unit([]<class Unit>() {
     Random random(7);
     Bf16Call<bfloat16> call(Shape{1, 3, 1, 41, 41, 32, 17}, Values::peaked, random);
@@ -233,7 +234,7 @@ TEST_CASE("amx: the value of the only visible key comes back exactly", "[amx]") 
   });
 }
 
-TEST_CASE("amx: bits depend on no thread, no split of keys and no other query", "[amx][bits]") {
+TEST_CASE("amx: bits do not depend on threads, the split of the keys or other queries", "[amx][bits]") {
   for_each_unit([]<class Unit>() {
     Random random(8);
     for (const Shape& shape : {Shape{1, 1, 1, 33, 4200, 32, 32}, Shape{2, 4, 2, 100, 700, 72, 40}}) {
@@ -244,7 +245,7 @@ TEST_CASE("amx: bits depend on no thread, no split of keys and no other query", 
       attend<Unit>(threads, causal{}, unchanged{}, openmp{5});
       CHECK(whole.same_outputs(threads));
 
-      // The queries of a tile behind each other alone: other lanes then hold other queries.
+      // The last 17 queries in a call of their own: each of them is then in another lane.
       Bf16Call<bfloat16> few(
           Shape{shape.batch, shape.heads, shape.kv_heads, 17, shape.kv_len, shape.head_dim, shape.value_dim});
       few.k = whole.k;
@@ -320,7 +321,7 @@ TEST_CASE("amx: rows at any stride and any address", "[amx]") {
 }
 
 #if defined(LONGSPAN_TARGETS_AMX)
-TEST_CASE("amx: the hardware has the bits of the emulation", "[amx][bits]") {
+TEST_CASE("amx: hardware and emulation have the same bits", "[amx][bits]") {
   if (!test::has_tiles()) return;
   for_each_case(10, [](Random& random) {
     Bf16Call<bfloat16> hardware(draw_shape(random), random.pick(all_values), random), emulated = hardware;

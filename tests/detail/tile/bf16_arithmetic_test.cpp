@@ -1,4 +1,4 @@
-// The bfloat16 inner loops against scalar ones, where the processor has them.
+// The bfloat16 inner loops compared with scalar loops, if the processor supports them.
 #include "longspan/detail/tile/bf16_arithmetic.hpp"
 
 #include "longspan/softmax_attention.hpp"
@@ -37,7 +37,7 @@ void for_each_packets(const Check& check) {
 
 }  // namespace
 
-TEST_CASE("bf16_products: values are paired key by key, missing ones are 0", "[bf16]") {
+TEST_CASE("bf16_products: values of two keys are paired, missing values are 0", "[bf16]") {
   Random random(1);
   for (const Index keys : {1, 2, 3, 8}) {
     for (const Index cols : {1, 7, 31, 32, 33, 64}) {
@@ -61,7 +61,7 @@ TEST_CASE("bf16_products: values are paired key by key, missing ones are 0", "[b
   }
 }
 
-TEST_CASE("bf16_products: scores are those of the packed queries", "[bf16]") {
+TEST_CASE("bf16_products: scores of packed queries match scalar sums", "[bf16]") {
   Random random(2);
   for_each_packets([&]<int packets>() {
     constexpr Index used = packets * 16, stride = used;
@@ -103,7 +103,7 @@ TEST_CASE("bf16_products: scores are those of the packed queries", "[bf16]") {
   });
 }
 
-TEST_CASE("bf16_products: weights are rounded, their sum is not", "[bf16]") {
+TEST_CASE("bf16_products: exp scores are rounded, their sum is not", "[bf16]") {
   Random random(3);
   for_each_packets([&]<int packets>() {
     constexpr Index used = packets * 16, stride = used;
@@ -138,7 +138,7 @@ TEST_CASE("bf16_products: weights are rounded, their sum is not", "[bf16]") {
   });
 }
 
-TEST_CASE("bf16_products: weighted values of pairs of keys", "[bf16]") {
+TEST_CASE("bf16_products: weighted sums of the values of pairs of keys", "[bf16]") {
   Random random(4);
   for_each_packets([&]<int packets>() {
     constexpr Index used = packets * 16, stride = used;
@@ -191,7 +191,7 @@ TEST_CASE("bf16_products: weighted values of pairs of keys", "[bf16]") {
 
 #endif
 
-TEST_CASE("bf16_products: the option turns them off, and changes nothing where they do not apply", "[bf16]") {
+TEST_CASE("bf16_products: the option turns them off, and has no effect if they do not apply", "[bf16]") {
   using Eigen::bfloat16;
   test::Random random(5);
   longspan::softmax_attention plain;
@@ -199,7 +199,7 @@ TEST_CASE("bf16_products: the option turns them off, and changes nothing where t
   test::Call<bfloat16> call(test::Shape{1, 2, 1, 30, 300, 32, 16}, test::Values::normal, random);
   call.run(plain);
   test::check_against(test::exact_attention({}, call), call);
-  // An odd head dimension has no pairs; a float among the tensors neither.
+  // They do not apply to an odd head_dim, nor if one of the tensors is float.
   test::Call<bfloat16> odd(test::Shape{1, 2, 1, 30, 300, 33, 16}, test::Values::normal, random),
       odd_plain = odd;
   odd.run(longspan::softmax_attention{});
@@ -213,9 +213,9 @@ TEST_CASE("bf16_products: the option turns them off, and changes nothing where t
   CHECK(mixed.same_outputs(mixed_plain));
 }
 
-TEST_CASE("bf16_products: the highest score keeps its weight however large it is", "[bf16]") {
+TEST_CASE("bf16_products: the highest score has its weight however large it is", "[bf16]") {
   using Eigen::bfloat16;
-  // Scores around 1e9 and more are one-hot: each row gives the value of its best key, here key i % keys.
+  // With scores of 1e9 and more the softmax is one-hot: each row is the value of its best key, here key i % keys.
   constexpr test::Index queries = 40, keys = 32, dim = 32;
   for (const float size : {1e4f, 1e8f, 1e9f, 1e12f, 1e17f}) {
     test::Random random(6);

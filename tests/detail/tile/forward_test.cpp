@@ -1,4 +1,4 @@
-// How a call is cut into tasks, seen from outside: by an executor that runs one of them.
+// How a call is cut into tasks, observed by an executor that runs only one of them.
 #include "longspan/detail/tile/forward.hpp"
 
 #include <algorithm>
@@ -16,7 +16,7 @@ using namespace test;
 using longspan::causal;
 using longspan::softmax_attention;
 
-/// Runs task `only` and no other; notes how many there were in each round.
+/// Runs only the task `only`, and records the number of tasks in each round.
 struct OneTask {
   Index only;
   Index claims;
@@ -30,7 +30,7 @@ struct OneTask {
   }
 };
 
-/// In falling order, each task by another worker: nothing may rest on order or on who runs what.
+/// Runs tasks in falling order, each with another worker: results must not depend on the order or the worker.
 struct Backwards {
   Index claims;
 
@@ -43,7 +43,7 @@ struct Backwards {
 
 }  // namespace
 
-TEST_CASE("forward: every query row belongs to one task", "[forward]") {
+TEST_CASE("forward: every query row belongs to exactly one task", "[forward]") {
   Random random(1);
   // More than least_parallel_tile_flop each, so that the executor is used.
   for (const Shape& shape : {Shape{2, 2, 1, 200, 60, 16, 16}, Shape{1, 3, 1, 67, 150, 32, 24},
@@ -74,7 +74,7 @@ TEST_CASE("forward: every query row belongs to one task", "[forward]") {
   }
 }
 
-TEST_CASE("forward: few queries to several workers are split by keys, and joined", "[forward]") {
+TEST_CASE("forward: with few queries and several workers, keys are split and the parts merged", "[forward]") {
   Random random(2);
   for (const Shape& shape : {Shape{1, 1, 1, 12, 9000, 16, 8}, Shape{1, 2, 1, 2, 9000, 16, 8}}) {
     INFO(shape.text());
@@ -87,7 +87,7 @@ TEST_CASE("forward: few queries to several workers are split by keys, and joined
   }
 }
 
-TEST_CASE("forward: the order of tasks does not matter, nor who runs them", "[forward][bits]") {
+TEST_CASE("forward: bits do not depend on the order of tasks and on their workers", "[forward][bits]") {
   Random random(3);
   for (const Shape& shape : {Shape{2, 2, 1, 200, 60, 16, 16}, Shape{1, 1, 1, 12, 9000, 16, 8},
                              Shape{1, 2, 1, 2, 9000, 16, 8}, Shape{1, 1, 1, 20, 140000, 4, 4}}) {
@@ -102,7 +102,7 @@ TEST_CASE("forward: the order of tasks does not matter, nor who runs them", "[fo
   }
 }
 
-TEST_CASE("forward: little work stays on the caller's thread", "[forward]") {
+TEST_CASE("forward: a small call stays on the calling thread", "[forward]") {
   Random random(4);
   std::vector<Index> rounds;
   Call<float> small(Shape{1, 1, 1, 12, 20, 8, 8}, Values::normal, random),

@@ -40,7 +40,7 @@ void check_convert() {
     for (const Index pad : {0, 1, 5}) {
       const Index rows = 5, stride = cols + 3, to_cols = cols + pad;
       const GuardedArray<T> from(rows * stride - 3,
-                                 Guard::behind);  // nothing behind the last row's last column
+                                 Guard::behind);  // nothing after the last column of the last row
       const GuardedArray<Real> to(rows * to_cols, Guard::behind);
       const MatrixView<T> x{from.data(), rows, cols, stride};
       fill(x, random);
@@ -73,7 +73,7 @@ TEST_CASE("key_block: rows of any type are converted, and padded with 0", "[key_
 
 namespace {
 
-/// Blocks of k and v against the rows that they stand for.
+/// Compares key blocks with the rows of k and v that they represent.
 template <class Real, class Tk, class Tv>
 void check_blocks(Index head_dim, Index value_dim) {
   using Policy = FloatArithmetic<Real>;
@@ -105,7 +105,7 @@ void check_blocks(Index head_dim, Index value_dim) {
       }
     }
     CHECK(right);
-    // Rows that need no change are read where they are.
+    // Rows that need no conversion are read in place.
     if (std::is_same_v<Tk, Real>) CHECK(static_cast<const void*>(block.k) == k.row(first));
     if (std::is_same_v<Tv, Real> && value_dim % tile_rows == 0) {
       CHECK(static_cast<const void*>(block.v) == v.row(first));
@@ -115,8 +115,9 @@ void check_blocks(Index head_dim, Index value_dim) {
 
 }  // namespace
 
-TEST_CASE("key_block: blocks hold the keys and values of their rows, values padded to whole tiles",
-          "[key_block]") {
+TEST_CASE(
+    "key_block: blocks contain the keys and values of their rows, values padded to whole register tiles",
+    "[key_block]") {
   for (const Index head_dim : {1, 8, 33}) {
     for (const Index value_dim : {1, 8, 16, 19}) {
       check_blocks<float, float, float>(head_dim, value_dim);

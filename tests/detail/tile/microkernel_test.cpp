@@ -1,4 +1,4 @@
-// The inner loops against scalar ones, for every number of packets and every number of rows.
+// The inner loops compared with scalar loops, for every number of packets and of rows.
 #include "longspan/detail/tile/microkernel.hpp"
 
 #include <cmath>
@@ -34,7 +34,7 @@ void check_score_rows() {
   Random random(1);
   for (const Index head_dim : {0, 1, 2, 7, 64}) {
     for (Index rows = 1; rows <= 2 * tile_rows + 1; ++rows) {
-      // Rows behind the last one hold NaN, and must not be read.
+      // Rows after the last one contain NaN and must not be read.
       const Index written = round_up(rows, tile_rows);
       std::vector<Real> k(static_cast<std::size_t>(written * k_stride),
                           std::numeric_limits<Real>::quiet_NaN());
@@ -147,7 +147,7 @@ void check_value_rows() {
   }
 }
 
-/// A stride that the compiler knows changes no bit.
+/// A compile-time stride changes no bit.
 template <class Real, int packets>
 void check_tile_stride() {
   constexpr Index stride = packets * lanes<Real>, keys = 2 * tile_rows, head_dim = 20,
@@ -171,7 +171,7 @@ void check_tile_stride() {
   CHECK(o == o_known);
 }
 
-/// Runs of rows, each with some packets: lane by lane what the same rows give one by one.
+/// Runs of rows with some packets each, compared lane by lane with the same rows one by one.
 template <class Real, int packets>
 void check_value_runs() {
   constexpr Index width = packets * lanes<Real>, v_stride = tile_rows;
@@ -193,7 +193,7 @@ void check_value_runs() {
                           scale.data());
       for (int c = 0; c < packets; ++c) {
         const Index lane = c * lanes<Real>;
-        std::vector<Real> of_packet;  // the rows in which it takes part
+        std::vector<Real> of_packet;  // the rows that include this packet
         std::vector<Real> values;
         Index row = 0;
         for (const RowRun& run : runs) {
@@ -206,7 +206,7 @@ void check_value_runs() {
           row += run.rows;
         }
         const Index taken = static_cast<Index>(of_packet.size()) / lanes<Real>;
-        of_packet.resize(of_packet.size() + std::size_t(lanes<Real>));  // memory, even where there are none
+        of_packet.resize(of_packet.size() + std::size_t(lanes<Real>));  // memory even if there are none
         values.resize(values.size() + std::size_t(v_stride));
         value_rows<1>(static_cast<const Real*>(values.data()), v_stride, tile_rows,
                       static_cast<const Real*>(of_packet.data()), lanes<Real>, taken, wanted.data() + lane,
@@ -246,10 +246,10 @@ struct Products {
 TEMPLATE_TEST_CASE("microkernel: scores of a few rows of keys", "[microkernel]", float, double) {
   for_each_packets<TestType, Scores>();
 }
-TEMPLATE_TEST_CASE("microkernel: weights of scores", "[microkernel]", float, double) {
+TEMPLATE_TEST_CASE("microkernel: exp scores", "[microkernel]", float, double) {
   for_each_packets<TestType, Weights>();
 }
-TEMPLATE_TEST_CASE("microkernel: weighted values of a few columns", "[microkernel]", float, double) {
+TEMPLATE_TEST_CASE("microkernel: weighted sums of a few columns of values", "[microkernel]", float, double) {
   for_each_packets<TestType, Products>();
 }
 
@@ -267,7 +267,7 @@ TEMPLATE_TEST_CASE("microkernel: NaN in a score stays in its lane", "[microkerne
     CHECK(std::isnan(total[std::size_t(lane)]) == (lane == width - 1));
 }
 
-TEST_CASE("microkernel: the number of packets is passed on", "[microkernel]") {
+TEST_CASE("microkernel: with_packets passes on the number of packets", "[microkernel]") {
   for (int packets = 1; packets <= tile_packets; ++packets) {
     int got = 0;
     with_packets(packets, [&]<int n>() { got = n; });

@@ -9,7 +9,7 @@ using longspan::Index;
 using longspan::Tile;
 using longspan::detail::QueryLanes;
 
-TEST_CASE("QueryLanes: heads that share a KV head run fastest", "[query_lanes]") {
+TEST_CASE("QueryLanes: heads that share a KV head vary fastest", "[query_lanes]") {
   const QueryLanes lanes{
       .batch = 1, .first_head = 6, .heads = 3, .first_row = 4, .count = 5, .first_position = 100};
   // Flat rows 4 .. 8 are (row, head) (1, 1) (1, 2) (2, 0) (2, 1) (2, 2).
@@ -21,7 +21,7 @@ TEST_CASE("QueryLanes: heads that share a KV head run fastest", "[query_lanes]")
   }
 }
 
-TEST_CASE("QueryLanes: lanes behind the last query repeat it", "[query_lanes]") {
+TEST_CASE("QueryLanes: lanes after the last query repeat it", "[query_lanes]") {
   const QueryLanes lanes{
       .batch = 0, .first_head = 2, .heads = 2, .first_row = 3, .count = 2, .first_position = 0};
   for (Index lane = 2; lane < 40; ++lane) {
@@ -31,7 +31,7 @@ TEST_CASE("QueryLanes: lanes behind the last query repeat it", "[query_lanes]") 
   }
 }
 
-TEST_CASE("QueryLanes: one head, one row a lane", "[query_lanes]") {
+TEST_CASE("QueryLanes: with one head each lane is a row", "[query_lanes]") {
   const QueryLanes lanes{
       .batch = 0, .first_head = 5, .heads = 1, .first_row = 10, .count = 16, .first_position = -3};
   for (Index lane = 0; lane < 16; ++lane) {
@@ -41,7 +41,7 @@ TEST_CASE("QueryLanes: one head, one row a lane", "[query_lanes]") {
   }
 }
 
-TEST_CASE("QueryLanes: a tile holds every query of its lanes and none beside", "[query_lanes]") {
+TEST_CASE("QueryLanes: a tile contains exactly the queries of its lanes", "[query_lanes]") {
   test::for_each_case(3000, [](test::Random& random) {
     QueryLanes lanes;
     lanes.batch = random.between(0, 3);

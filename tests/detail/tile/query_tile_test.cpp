@@ -20,7 +20,7 @@ struct Memory {
   detail::Arena arena{bytes.data() + (64 - reinterpret_cast<std::uintptr_t>(bytes.data()) % 64) % 64};
 };
 
-/// Takes one tile of a call, whose heads all share one KV head, through all of its keys.
+/// Runs one tile of a call, whose heads all share one KV head, over all keys.
 template <class Real, class M, class S, class P>
 void run_tile(Call<Real>& call, const detail::QueryLanes& queries, const M& mask, const S& score,
               const P& position) {
@@ -42,7 +42,7 @@ void run_tile(Call<Real>& call, const detail::QueryLanes& queries, const M& mask
   tile.finish(call.out.view(), call.lse.view());
 }
 
-/// The rows of a tile are right, and no other row is touched.
+/// Checks that the rows of a tile are right and that no other row is written.
 template <class Real>
 void check_tile(const Call<Real>& call, const detail::QueryLanes& queries, Definition what) {
   what.first_query = queries.first_position;
@@ -54,7 +54,7 @@ void check_tile(const Call<Real>& call, const detail::QueryLanes& queries, Defin
                       flat >= queries.first_row && flat < queries.first_row + queries.count;
     if (mine) continue;
     ++untouched;
-    // The other rows must still be NaN: so is what is wanted of them.
+    // The other rows must still be NaN, so NaN is expected for them.
     const auto at = static_cast<std::size_t>(n), cols = static_cast<std::size_t>(call.v.cols);
     exact.lse[at] = NAN;
     for (std::size_t c = 0; c < cols; ++c) exact.out[at * cols + c] = NAN;
@@ -65,7 +65,7 @@ void check_tile(const Call<Real>& call, const detail::QueryLanes& queries, Defin
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("tile: any number of lanes, from any row, of one head or several", "[tile]", float,
+TEMPLATE_TEST_CASE("tile: right for any number of lanes, first row, and number of heads", "[tile]", float,
                    double) {
   Random random(1);
   constexpr Index most = detail::tile_lanes<TestType>;
@@ -86,7 +86,7 @@ TEMPLATE_TEST_CASE("tile: any number of lanes, from any row, of one head or seve
   }
 }
 
-TEST_CASE("tile: a mask that only has `sees`, a score and more keys than a chunk", "[tile]") {
+TEST_CASE("tile: right with a mask that only has `sees`, a score, and more keys than a key chunk", "[tile]") {
   struct Odd {
     bool sees(Index, Index h, Index i, Index j) const { return (i + j + h) % 3 != 0; }
   };
@@ -100,8 +100,8 @@ TEST_CASE("tile: a mask that only has `sees`, a score and more keys than a chunk
               .score = [](double s, Index, Index, Index, Index) { return 4 * std::tanh(s / 4); }});
 }
 
-TEST_CASE("tile: keys may be absorbed in pieces of blocks", "[tile]") {
-  // As where keys are split among tasks: cuts that are no multiples of a block.
+TEST_CASE("tile: key blocks may be absorbed in pieces", "[tile]") {
+  // As when keys are split among tasks: cuts that are not multiples of a key block.
   using Policy = detail::FloatArithmetic<float>;
   using Tile = detail::QueryTile<Policy, longspan::everything, longspan::unchanged>;
   Random random(3);

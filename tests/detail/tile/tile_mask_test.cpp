@@ -43,7 +43,7 @@ namespace {
 template <class Real>
 inline constexpr Index keys_in_block = detail::FloatArithmetic<Real>::keys_in_block;
 
-/// A block of keys as the kernel meets it.
+/// A block of keys as in the kernel.
 struct Block {
   Index first_key = 0;
   Index keys = 0;
@@ -67,7 +67,7 @@ Block random_block(test::Random& random) {
   return {first, random.chance(0.5) ? keys_in_block<Real> : random.between(1, keys_in_block<Real>)};
 }
 
-/// Lane by lane, does packet c see key j of the block?
+/// For each lane of packet c, whether it sees key j of the block.
 template <class Real, class M>
 std::vector<bool> visible(const TileMask<Real, M>& mask, int c, Index j) {
   std::vector<Real> shown(static_cast<std::size_t>(lanes<Real>));
@@ -91,7 +91,7 @@ bool well_formed(const Runs& runs, int packets, Index keys) {
   return true;
 }
 
-/// What is wrong with the runs into which the mask cuts the block; empty where nothing is.
+/// Describes what is wrong with the runs into which the mask cuts the block; empty if nothing is wrong.
 template <class Real, class M>
 std::string fault(const M& mask, const QueryLanes& queries, const Block& block) {
   TileMask<Real, M> tile;
@@ -134,7 +134,7 @@ void check_mask(const M& mask, std::int64_t cases) {
   });
 }
 
-/// Any mask of one range, its type forgotten: one kernel to compile for all of them.
+/// A type-erased range mask, so that one kernel is compiled for all of them.
 struct AnyRangeMask {
   template <longspan::RangeMask M>
   explicit AnyRangeMask(const M& mask)
@@ -147,8 +147,8 @@ struct AnyRangeMask {
 const std::vector<Index> document_starts{0, 3, 40, 41, 57, 64, 100, 128, 131};
 const std::vector<Index> lengths{200, 0, 77};
 
-/// Stripes of `width` keys: seen by all, seen by some, and so on. Its classify knows, so that a block changes
-/// at every strip.
+/// Stripes of `width` keys that are visible to all queries and to some queries in turn. Its classify is exact, so
+/// that a block changes at every strip.
 struct alternating {
   Index width;
   constexpr bool sees(Index i, Index j) const { return j / width % 2 == 0 || i % 2 == 0; }
@@ -157,7 +157,7 @@ struct alternating {
     return first == last && first % 2 == 0 ? Coverage::all : Coverage::some;
   }
 };
-/// The same with hidden stripes in place of mixed ones.
+/// The same with hidden stripes instead of mixed ones.
 struct every_other_stripe {
   Index width;
   constexpr bool sees(Index, Index j) const { return j / width % 2 == 0; }
@@ -167,8 +167,8 @@ struct every_other_stripe {
   }
 };
 
-/// Stripes of `width` queries: seen whole and hidden whole in turn, so that packets between two that see
-/// something see nothing.
+/// Stripes of `width` queries that see all keys and no key in turn, so that a packet between two that see something
+/// sees nothing.
 struct query_stripes {
   Index width;
   constexpr bool sees(Index i, Index) const { return i / width % 2 == 0; }
@@ -180,7 +180,7 @@ struct query_stripes {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("cut_into_runs: masks of one range cover exactly what is seen", "[tile_mask]", float,
+TEMPLATE_TEST_CASE("cut_into_runs: runs of range masks cover exactly the visible pairs", "[tile_mask]", float,
                    double) {
   const auto check = [](const auto& mask, std::int64_t cases) {
     check_mask<TestType>(AnyRangeMask(mask), cases);
@@ -198,7 +198,8 @@ TEMPLATE_TEST_CASE("cut_into_runs: masks of one range cover exactly what is seen
   check(window{.left = -2, .right = 1}, 30);  // sees nothing
 }
 
-TEMPLATE_TEST_CASE("cut_into_runs: other masks cover exactly what is seen", "[tile_mask]", float, double) {
+TEMPLATE_TEST_CASE("cut_into_runs: runs of other masks cover exactly the visible pairs", "[tile_mask]", float,
+                   double) {
   const auto check = [](const auto& mask, std::int64_t cases) {
     check_mask<TestType>(test::AnyMask(mask), cases);
   };
@@ -210,8 +211,8 @@ TEMPLATE_TEST_CASE("cut_into_runs: other masks cover exactly what is seen", "[ti
   check(test::key_stripes{}, 30);
 }
 
-TEMPLATE_TEST_CASE("cut_into_runs: random combinations cover exactly what is seen", "[tile_mask]", float,
-                   double) {
+TEMPLATE_TEST_CASE("cut_into_runs: runs of random combinations cover exactly the visible pairs",
+                   "[tile_mask]", float, double) {
   test::for_each_case(150, [](test::Random& random) {
     const test::MaskCase mask = test::random_mask(random, static_cast<int>(random.between(1, 3)));
     const QueryLanes queries = random_queries<TestType>(random);
@@ -220,7 +221,8 @@ TEMPLATE_TEST_CASE("cut_into_runs: random combinations cover exactly what is see
   });
 }
 
-TEMPLATE_TEST_CASE("cut_into_runs: tensors cover exactly what is seen", "[tile_mask]", float, double) {
+TEMPLATE_TEST_CASE("cut_into_runs: runs of mask tensors cover exactly the visible pairs", "[tile_mask]",
+                   float, double) {
   using longspan::compact_view;
   constexpr Index batch = 3, heads = 11, rows = 200, words = 5, keys = 64 * words - 9, first = -25;
   test::Random random(3);
@@ -231,7 +233,7 @@ TEMPLATE_TEST_CASE("cut_into_runs: tensors cover exactly what is seen", "[tile_m
     word = random.chance(0.3) ? 0 : random.chance(0.4) ? ~std::uint64_t{0} : any() ^ any() >> 2;
   }
   for (Index n = 0; n < rows * keys; ++n) {
-    const Index row = n / keys, j = n % keys;  // whole squares, and some that are mixed
+    const Index row = n / keys, j = n % keys;  // whole squares, and some mixed ones
     bytes[std::size_t(n)] = (row / 40 + j / 30) % 3 == 0   ? 1
                             : (row / 40 + j / 30) % 3 == 1 ? 0
                                                            : static_cast<std::uint8_t>(random.between(0, 1));
@@ -248,7 +250,7 @@ TEMPLATE_TEST_CASE("cut_into_runs: tensors cover exactly what is seen", "[tile_m
 
 namespace {
 
-/// Has no answer for keys after the query.
+/// A mask that must not be called for keys after the query.
 struct lower_triangle {
   bool* asked_outside;
   bool sees(Index i, Index j) const {
@@ -256,7 +258,7 @@ struct lower_triangle {
     return (i + j) % 3 != 0;
   }
 };
-/// Knows whole squares, of which it must not be asked for pairs.
+/// A mask whose classify knows whole squares; its sees must not be called for their pairs.
 struct known_squares {
   bool* asked_outside;
   bool sees(Index i, Index j) const {
@@ -272,7 +274,7 @@ struct known_squares {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("TileMask: a mask is not asked for pairs that are known without it", "[tile_mask]", float,
+TEMPLATE_TEST_CASE("TileMask: does not call a mask for pairs that classify has decided", "[tile_mask]", float,
                    double) {
   bool asked_outside = false;
   const auto enter = [](const auto& mask, Index first_query) {
@@ -289,7 +291,8 @@ TEMPLATE_TEST_CASE("TileMask: a mask is not asked for pairs that are known witho
   }
 }
 
-TEMPLATE_TEST_CASE("cut_into_runs: a block that changes at every strip", "[tile_mask]", float, double) {
+TEMPLATE_TEST_CASE("cut_into_runs: right for a block that changes at every strip", "[tile_mask]", float,
+                   double) {
   for (const Index width : {2, 4, 8, 16, 32}) {
     for (const Index heads : {1, 4}) {
       const QueryLanes queries{0, 0, heads, 0, tile_lanes<TestType>, 0};
@@ -301,8 +304,8 @@ TEMPLATE_TEST_CASE("cut_into_runs: a block that changes at every strip", "[tile_
   }
 }
 
-TEMPLATE_TEST_CASE("cut_into_runs: a packet that sees nothing between two that do", "[tile_mask]", float,
-                   double) {
+TEMPLATE_TEST_CASE("cut_into_runs: right for a packet that sees nothing between two that do", "[tile_mask]",
+                   float, double) {
   for (const Index first : {Index{0}, Index{lanes<TestType>}}) {
     const QueryLanes queries{0, 0, 1, 0, tile_lanes<TestType>, first};
     const Block block{0, keys_in_block<TestType>};
@@ -311,8 +314,8 @@ TEMPLATE_TEST_CASE("cut_into_runs: a packet that sees nothing between two that d
   }
 }
 
-TEMPLATE_TEST_CASE("cut_into_runs: a block that is seen whole is one run, one that is hidden is none",
-                   "[tile_mask]", float, double) {
+TEMPLATE_TEST_CASE("cut_into_runs: a visible block is one run, a hidden block has no run", "[tile_mask]",
+                   float, double) {
   const QueryLanes queries{0, 0, 1, 0, tile_lanes<TestType>, 1000};
   TileMask<TestType, causal> tile;
   tile.prepare(causal{}, queries);
@@ -344,12 +347,12 @@ TEST_CASE("cut_into_runs: the causal diagonal shrinks packet by packet", "[tile_
     pairs += (run.end - run.begin) * run.packets * w;
     CHECK(run.first_packet == run.begin / w);
   }
-  // What the tile sees, and the half of each strip's square that lies beyond the diagonal.
+  // The visible pairs of the tile, and the half of each strip's square that is beyond the diagonal.
   const Index queries_in_tile = tile_lanes<float>;
   CHECK(pairs <= (queries_in_tile * (queries_in_tile + 2 * strip)) / 2);
 }
 
-TEST_CASE("TileMask: ranges cut the keys that a tile need not meet", "[tile_mask]") {
+TEST_CASE("TileMask: ranges exclude the keys that a tile does not need", "[tile_mask]") {
   constexpr Index count = tile_lanes<float>, behind = 500 + (100 + count - 1) / 2 + 1;
   const QueryLanes queries{0, 0, 2, 100, count, 500};  // two heads: positions 550 .. behind - 1
   TileMask<float, causal> of_causal;

@@ -14,8 +14,8 @@ namespace detail {
 constexpr Index round_up(Index x, Index multiple) { return (x + multiple - 1) / multiple * multiple; }
 constexpr Index divide_up(Index x, Index by) { return (x + by - 1) / by; }
 
-/// Cuts 64-byte aligned arrays from a block, one behind the other. Without a block it only counts, so the
-/// same cutting code that hands out the arrays also says how many bytes they need.
+/// Cuts 64-byte aligned arrays from a block, one after the other. Without a block it only counts bytes, so that the
+/// code which takes the arrays also computes how many bytes they need.
 class Arena {
  public:
   explicit Arena(std::byte* block = nullptr) : block_(block) {}

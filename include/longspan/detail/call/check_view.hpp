@@ -1,4 +1,4 @@
-// Views that no memory can be.
+// Checks that a view can refer to real memory.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +13,12 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The most elements of a view. Sizes of 0 count as 1 here, so that no size exceeds it either, and neither bytes
-/// nor positions overflow an Index.
+/// The maximum number of elements of a view. Sizes of 0 count as 1 in this product, so that no single size exceeds the
+/// limit either, and neither bytes nor positions overflow an Index.
 inline constexpr double most_elements = 0x1p60;
 
-/// What is wrong with sizes: a negative one, or a product beyond most_elements. Null if nothing is.
+/// The requirement that the sizes break: none is negative, and their product is at most most_elements. Null if they
+/// meet both.
 constexpr const char* fault_of_sizes(std::initializer_list<Index> sizes) noexcept {
   double product = 1;
   for (const Index size : sizes) {
@@ -33,7 +34,7 @@ std::string shape_text(const MatrixView<T>& x) {
   return text.append(std::to_string(x.rows)).append(", ").append(std::to_string(x.cols)).append("]");
 }
 
-/// What is wrong with a view: its sizes, or that it has elements and no memory. Null if nothing is.
+/// The requirement that a view breaks: one on its sizes, or that a view with elements has memory. Null if it meets all.
 constexpr const char* fault_of_view(const void* data, std::initializer_list<Index> sizes) noexcept {
   if (const char* fault = fault_of_sizes(sizes); fault != nullptr) return fault;
   const bool empty = (std::min)(sizes) == 0;
@@ -57,7 +58,7 @@ template <class View>
   refuse(function, argument, shape_text(x), fault_of(x));
 }
 
-/// Refuses a view with a negative size, with more than 2^60 elements, or with elements and no memory.
+/// Throws Error if a view has a negative size, more than 2^60 elements, or elements but no memory.
 template <class View>
 void check_view(std::string_view function, std::string_view argument, const View& x) {
   if (fault_of(x) != nullptr) refuse_view(function, argument, x);

@@ -1,4 +1,4 @@
-// What a functor made of functors needs: scratch outputs of its parts, and outputs to merge in.
+// What a functor made of functors needs: scratch outputs for the inner functors, and an output to merge them in.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Runs take(arena) twice: to count, and to hand out.
+/// Runs take(arena) twice: first to count the bytes, then to hand out the arrays.
 template <class Take>
 void take_scratch(Workspace& workspace, const Take& take) {
   Arena counting;
@@ -27,7 +27,7 @@ TensorView<Real> scratch_output(const TensorView<T>& like, Arena& arena) {
                       like.heads, like.rows, like.cols);
 }
 
-/// `out` itself where its elements are those of the arithmetic.
+/// `out` itself if its element type is that of the arithmetic, otherwise scratch memory of its shape.
 template <class Real, class T>
 TensorView<Real> output_or_scratch(const TensorView<T>& out, Arena& arena) {
   if constexpr (std::is_same_v<T, Real>) {
@@ -44,7 +44,7 @@ auto scratch_lse(const Call& call, Arena& arena) {
                            call.q.heads, call.q.rows);
 }
 
-/// Rounds what output_or_scratch gave to the elements of `out`.
+/// Rounds the tensor that output_or_scratch returned to the element type of `out`.
 template <class Real, class T, class E>
 void move_output(const TensorView<Real>& from, const TensorView<T>& out, const E& executor) {
   if constexpr (!std::is_same_v<T, Real>) {

@@ -1,5 +1,5 @@
-// Finite numbers told from infinities and NaN by their bits: a compiler that was told of no infinity and no NaN answers
-// every comparison as if there were none.
+// Distinguishes finite numbers from infinities and NaN by their bits: under the options that exclude infinities and NaN
+// (such as -ffinite-math-only) a compiler assumes that every number is finite.
 #pragma once
 
 #include <bit>

@@ -1,4 +1,4 @@
-// The ways to call a functor, and those to extend a stream: written once.
+// The overloads of a functor's call and of a stream's `extend`, written once.
 #pragma once
 
 #include <string_view>
@@ -15,17 +15,17 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Throws what a functor refuses of the options and sizes of a call, if it can tell without being called.
+/// Throws Error if the functor rejects its options or the sizes of a call. For functors that offer this check.
 template <class F, class Call>
 void check_call(const F& functor, const Call& call) {
   if constexpr (requires { functor.check_call(call); }) functor.check_call(call);
 }
 
-/// The ways to call a functor, each as Derived::check(problem) and then Derived::attend(problem, executor,
-/// workspace). `check` throws what the functor refuses; `attend` writes.
+/// The overloads of a functor's call. Each one calls Derived::check(problem), which throws Error if the functor rejects
+/// the call, and then Derived::attend(problem, executor, workspace), which writes the result.
 template <class Derived, bool gives_lse>
 struct FunctorCalls {
-  /// For functors made of this one: the first half of a call.
+  /// The first half of a call, for functors that contain this one.
   template <class Call>
   void check_call(const Call& call) const {
     static_cast<const Derived&>(*this).check(call);
@@ -61,7 +61,7 @@ struct FunctorCalls {
   }
 };
 
-/// Refuses parts of a functor that fit no call of a stream of that shape.
+/// Throws Error if the parts of a functor cannot fit any call of a stream of that shape.
 template <class Functor>
 void check_stream_parts(std::string_view function, const Functor& attend, const StreamShape& shape) {
   attend.position.check(shape.head_dim);
@@ -69,8 +69,8 @@ void check_stream_parts(std::string_view function, const Functor& attend, const 
   check_parts(attend, {function, shape.batch, shape.heads, 0, 0, 0});
 }
 
-/// The same for Derived::extend of a stream, each as Derived::take(problem, executor, workspace). Mask, score
-/// and scale of the functor `attend_` of a stream are checked first.
+/// The overloads of a stream's `extend`. Each one checks the mask, score and scale of the stream's functor `attend_`
+/// and then calls Derived::take(problem, executor, workspace).
 template <class Derived, bool gives_lse>
 struct StreamCalls {
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>

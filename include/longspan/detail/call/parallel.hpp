@@ -1,4 +1,4 @@
-// The only OpenMP of the library.
+// Parallel loops: the only OpenMP pragmas of the library.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// How many threads a team of `wanted` (0: OpenMP's own default) can have here.
+/// The number of threads of a parallel loop started here, if `wanted` are requested (0: OpenMP's default).
 inline Index team_size(Index wanted) noexcept {
 #if defined(_OPENMP)
   if (omp_in_parallel()) return 1;
@@ -27,7 +27,8 @@ inline Index team_size(Index wanted) noexcept {
 #endif
 }
 
-/// Keeps the exception of the smallest task: an exception that left an OpenMP region would end the program.
+/// Keeps the exception of the task with the smallest number, to throw it again after the parallel loop: an exception
+/// that leaves an OpenMP region ends the program.
 class FirstFailure {
  public:
   template <class Work>
@@ -62,8 +63,8 @@ class FirstFailure {
 #endif
 };
 
-/// task(t, worker) for each t in [0, tasks). Tasks are handed out one at a time, lowest first: a core that is
-/// taken away for a while then costs its one task, where a static share would hold up all the rest.
+/// Calls task(t, worker) for each t in [0, tasks). Tasks are handed out one at a time, lowest first: if the operating
+/// system preempts a core, only its current task is delayed, not a whole static share.
 template <class Task>
 void parallel_for([[maybe_unused]] Index threads, Index tasks, Task& task) {
 #if defined(_OPENMP)

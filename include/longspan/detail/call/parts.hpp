@@ -1,4 +1,4 @@
-// The parts of a functor, given in any order and told apart by what they can do.
+// The parts of a functor (mask, score, position encoding): given in any order, recognised by the concepts they satisfy.
 #pragma once
 
 #include <tuple>
@@ -35,8 +35,8 @@ struct FindPart<Kind, Default, First, Rest...> {
                                            FindPart<Kind, Default, Rest...>>::type;
 };
 
-/// A functor that has parts itself: deduction for a copy, `softmax_attention b = a`, asks what parts it is
-/// before it settles on the copy.
+/// A functor that has parts itself. In `softmax_attention b = a`, template argument deduction also tries `a` as a part
+/// before it chooses the copy.
 template <class X>
 concept MadeOfParts = requires(const X& x) {
   x.mask;
@@ -44,14 +44,14 @@ concept MadeOfParts = requires(const X& x) {
   x.position;
 };
 
-/// The type of the part of that kind, or Default where none is given.
+/// The type of the part of that kind, or Default if there is none.
 template <class Kind, class Default, class... Parts>
 struct PartOfChecked {
   static_assert(((MadeOfParts<Parts> ||
                   MaskPart::is<Parts> + ScorePart::is<Parts> + PositionPart::is<Parts> == 1) &&
                  ...),
-                "longspan: each part of a functor is a mask, a score or a position encoding "
-                "(what a mask needs: mask.hpp; a score: score.hpp; a position encoding: position.hpp)");
+                "longspan: each part of a functor must be a mask, a score or a position encoding "
+                "(their requirements are in mask.hpp, score.hpp and position.hpp)");
   static_assert((int(Kind::template is<Parts>) + ... + 0) <= 1,
                 "longspan: a functor takes one mask, one score and one position encoding; "
                 "combine masks by & | !, scores by |");
@@ -66,7 +66,7 @@ inline constexpr bool parts_are = std::is_same_v<M, PartOf<MaskPart, everything,
                                   std::is_same_v<S, PartOf<ScorePart, unchanged, Parts...>> &&
                                   std::is_same_v<P, PartOf<PositionPart, no_position, Parts...>>;
 
-/// The value of the part of that kind, or a default one.
+/// The part of that kind, or a default-constructed one if there is none.
 template <class Kind, class Part, class... Parts>
 Part take_part(const Parts&... parts) {
   if constexpr ((Kind::template is<Parts> || ...)) {

@@ -1,4 +1,4 @@
-// One call of an attention functor, its shapes checked.
+// One call of an attention functor with checked shapes.
 #pragma once
 
 #include <limits>
@@ -31,7 +31,7 @@ struct Problem {
   TensorView<const Tk> k;
   TensorView<const Tv> v;
   TensorView<To> out;
-  RowsView<Real> lse;  ///< data is null where no lse is wanted
+  RowsView<Real> lse;  ///< data is null if the caller wants no lse
   Index first_query = 0;
   double scale = 1;
 
@@ -41,14 +41,14 @@ struct Problem {
   Index head_dim() const noexcept { return q.cols; }
   Index value_dim() const noexcept { return v.cols; }
 
-  /// Multiplications and additions of the two products, mask left aside.
+  /// Multiplications and additions of the products q.k and p.v, without regard to the mask.
   double flop() const noexcept {
     return 2.0 * static_cast<double>(q.batch * q.heads) * static_cast<double>(q_len()) *
            static_cast<double>(kv_len()) * static_cast<double>(head_dim() + value_dim());
   }
 
-  /// The same call with its two options resolved. Throws Error if the scale is not a finite number, or the
-  /// first query too far away.
+  /// The same call with its two options resolved. Throws Error if the scale is not finite, or if the position of the
+  /// first query is out of range.
   Problem at(std::string_view function, Index wanted_first_query, std::optional<double> wanted_scale) const {
     Problem p = *this;
     p.first_query = resolved_first_query(function, wanted_first_query, q_len(), kv_len());
@@ -65,14 +65,15 @@ struct Problem {
 template <class Q>
 using LseOf = Arithmetic<typename decltype(view(std::declval<const Q&>()))::Element>;
 
-/// Means "no lse wanted": a size that no view of a user has.
+/// Means "no lse wanted": no view of a caller has this size.
 inline constexpr Index no_size = (std::numeric_limits<Index>::min)();
 template <class Real>
 constexpr RowsView<Real> no_rows() {
   return {nullptr, no_size, no_size, no_size, 0, 0, 1};
 }
 
-/// x, with strides of 0 where it holds nothing: its data may be null then, from which nothing else may be counted.
+/// x, with strides of 0 if it is empty: its data may then be null, and adding anything but 0 to a null pointer is
+/// undefined.
 template <class T>
 TensorView<T> without_idle_strides(TensorView<T> x) noexcept {
   if (x.empty()) x.batch_stride = x.head_stride = x.row_stride = 0;
@@ -83,15 +84,15 @@ template <class Tq, class Tk, class Tv, class To, class Tl>
 auto checked_problem(std::string_view function, TensorView<Tq> q, TensorView<Tk> k, TensorView<Tv> v,
                      TensorView<To> out, RowsView<Tl> lse) {
   static_assert(Element<Tq> && Element<Tk> && Element<Tv> && Element<To>,
-                "longspan: tensors hold float, double, Eigen::bfloat16 or Eigen::half");
-  static_assert(!std::is_const_v<To>, "longspan: out is written, and this tensor is const");
-  static_assert(!std::is_const_v<Tl>, "longspan: lse is written, and this tensor is const");
+                "longspan: the elements of a tensor must be float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(!std::is_const_v<To>, "longspan: out must not be const: the call writes it");
+  static_assert(!std::is_const_v<Tl>, "longspan: lse must not be const: the call writes it");
   using Real = Arithmetic<Tq>;
   static_assert(std::is_same_v<std::remove_const_t<Tl>, Real>,
-                "longspan: lse holds float, or double where q does");
+                "longspan: the elements of lse must be double if those of q are, otherwise float");
 
-  // The texts are made only when they are needed: a call that is right allocates nothing here. They begin with a
-  // std::string, since g++ 12 at -O1 takes "[" + std::string for an overflow.
+  // The texts are built only for an error: a valid call allocates nothing here. They begin with a std::string, because
+  // g++ 12 at -O1 warns about an overflow in "[" + std::string.
   const auto text = [](Index x) { return std::to_string(x); };
   const bool with_lse = lse.batch != no_size;
   check_view(function, "q", q);

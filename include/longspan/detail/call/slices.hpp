@@ -1,4 +1,4 @@
-// Parts of tensors by batch row and by head.
+// Slices of tensors by batch row and by head.
 #pragma once
 
 #include "longspan/version.hpp"

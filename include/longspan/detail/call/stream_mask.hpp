@@ -1,4 +1,4 @@
-// The mask of a stream, and the keys that it will still show: those that the stream has to keep.
+// The mask of a stream, and the keys that later queries may still see, which the stream must keep.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Does M hide all keys after a query?
+/// True if M hides all keys after a query.
 template <class M>
 inline constexpr bool hides_later_keys = std::is_same_v<M, causal>;
 template <class A, class B>
@@ -23,7 +23,7 @@ inline constexpr bool hides_later_keys<both<A, B>> = hides_later_keys<A> || hide
 template <class A, class B>
 inline constexpr bool hides_later_keys<either<A, B>> = hides_later_keys<A> && hides_later_keys<B>;
 
-/// Does M limit the keys of every query to the right, whatever its members are?
+/// True if M sets an upper limit to the keys of every query, whatever the values of its members.
 template <class M>
 inline constexpr bool limits_all_queries = std::is_same_v<M, causal> || std::is_same_v<M, sinks> ||
                                            std::is_same_v<M, segments> || std::is_same_v<M, padding>;
@@ -32,7 +32,7 @@ inline constexpr bool limits_all_queries<both<A, B>> = limits_all_queries<A> || 
 template <class A, class B>
 inline constexpr bool limits_all_queries<either<A, B>> = limits_all_queries<A> && limits_all_queries<B>;
 
-/// Does M limit the keys of no query to the right, or never say so?
+/// True if M sets no upper limit to the keys of any query, or offers neither `keys` nor `key_ranges` to tell.
 template <class M>
 inline constexpr bool limits_no_query =
     std::is_same_v<M, everything> ||
@@ -49,7 +49,7 @@ constexpr Index end_of(const KeyRanges& ranges) {
 }
 constexpr bool is_limited(const KeyRanges& ranges) { return end_of(ranges) < KeyRange::highest; }
 
-/// M as it is for each query whose keys M limits to the right, and causal for every other query.
+/// M unchanged for each query for which M sets an upper limit of the keys, and causal for every other query.
 template <Mask M>
 struct CausalWhereUnlimited {
   M mask;
@@ -98,8 +98,8 @@ struct CausalWhereUnlimited {
   }
 };
 
-/// The mask of a stream of M: a query sees what M shows it, but no later key where M sets no limit to the
-/// right. M itself wherever possible, so that a stream runs the kernels of the calls of its functor.
+/// The mask of a stream whose functor has mask M: a query sees what M shows it, but no later keys if M sets no upper
+/// limit. The type is M itself wherever possible, so that a stream runs the same kernels as calls of its functor.
 template <class M>
 using StreamMask = std::conditional_t<
     limits_all_queries<M>, M,
@@ -119,13 +119,13 @@ constexpr StreamMask<M> stream_mask(const M& mask) {
   }
 }
 
-/// The end of the keys that the query at position i may see under the mask of a stream, itself included.
+/// One past the last key that the query at position i may see under the mask of a stream; at least i + 1.
 template <Mask M>
 constexpr Index reach_of(const M& mask, Index batch, Index heads, Index i) {
   return (std::max)(i + 1, end_of(key_ranges(mask, Tile{batch, 0, heads, i, 1, 0, 0})));
 }
 
-/// Refuses a chunk of tokens [first, end) in which a query may see a key that comes after the chunk.
+/// Throws Error if a query of the tokens [first, end) may see a key at `end` or later.
 template <Mask M>
 void check_reach(std::string_view function, const M& mask, Index batch, Index heads, Index first, Index end) {
   if constexpr (!hides_later_keys<M>) {
@@ -136,8 +136,8 @@ void check_reach(std::string_view function, const M& mask, Index batch, Index he
         if (reach > end) {
           refuse(function, "the chunk",
                  "the tokens " + std::to_string(first) + " to " + std::to_string(end - 1) + ", but query " +
-                     std::to_string(i) + " may see the keys up to " + std::to_string(reach - 1),
-                 "a longer chunk that holds these keys, or the mask causal{} & mask");
+                     std::to_string(i) + " may see keys up to " + std::to_string(reach - 1),
+                 "a longer chunk that contains these keys, or the mask causal{} & mask");
         }
         if constexpr (RangeMask<M>) {
           const Index range_end = mask.keys(b, i).end;
@@ -152,7 +152,7 @@ void check_reach(std::string_view function, const M& mask, Index batch, Index he
   }
 }
 
-/// Where tokens [first, end), which hold all keys that their queries may see, can be cut: after at least `most`
+/// Where tokens [first, end), which contain all keys that their queries may see, can be cut: after at least `most`
 /// tokens, and where no query before the cut may see a key after it.
 template <Mask M>
 Index end_of_piece(const M& mask, Index batch, Index heads, Index first, Index end, Index most) {
@@ -166,11 +166,11 @@ Index end_of_piece(const M& mask, Index batch, Index heads, Index first, Index e
   return end;
 }
 
-/// Ranges that hold every key which a query at position `first` or after it sees.
+/// Ranges that contain every key which some query at position `first` or later sees.
 template <Mask M>
 struct LaterKeys {
   static constexpr KeyRanges of(const M& mask, Index batch, Index first) {
-    // The ends of a range mask never fall.
+    // The begin and the end of a range mask never decrease from one query to the next.
     if constexpr (RangeMask<M>) return KeyRanges({mask.keys(batch, first).begin, KeyRange::highest});
     return KeyRanges(KeyRange::everything());
   }

@@ -1,4 +1,4 @@
-// What a score function makes of the scores of a few queries, where they are: [keys][queries].
+// Applies a score function in place to the scores [keys][queries] of a few queries.
 #pragma once
 
 #include <algorithm>
@@ -19,38 +19,39 @@ namespace detail {
 /// The scores of some queries and a run of keys: s[j * count + g] is that of query `first` + g and key
 /// keys.begin + j. `count` divides the lanes of a packet.
 ///
-/// `count` is no template argument: one function then computes a query's scores, whatever the number of queries
-/// next to it, and a compiler cannot contract it in two ways.
+/// `count` is not a template argument: the same machine code then computes the scores of a query whatever the number of
+/// other queries, so the compiler cannot contract multiplications and additions in two different ways.
 template <class Real>
 struct ScoreBlock {
   static constexpr Index w = lanes<Real>;
   static constexpr Real hidden = FloatArithmetic<Real>::masked_score;
 
   Real* s = nullptr;           ///< whole packets
-  const bool* seen = nullptr;  ///< the same shape, or null: all are seen
+  const bool* seen = nullptr;  ///< the same shape, or null if all keys are visible
   const QueryLanes& queries;
   Index first = 0;
   Index count = 1;
   KeyRange keys;
 
   Index size() const { return (keys.end - keys.begin) * count; }
-  /// Slots after the last query repeat it, and nothing reads them.
+  /// The queries without surplus slots, which repeat the last query and whose results nothing reads.
   Index real_queries() const { return (std::min)(count, queries.count - first); }
   Index query(Index lane) const { return first + lane % count; }
   Index key(Index at) const { return keys.begin + at / count; }
 };
 
-/// Where a change of scores ends: in score units, ready for the softmax, or as the next score function needs them.
+/// The form of the changed scores: in score units, ready for the softmax, or as the next score function needs them.
 enum class ScoreEnd : bool { in_units, for_next };
 
-/// A score of -infinity hides its key, in a finite way: as FloatArithmetic::masked_score.
+/// Converts a changed score to the form `end`. A score of -infinity hides its key: in score units it becomes the finite
+/// FloatArithmetic::masked_score.
 template <ScoreEnd end, class Real>
 LONGSPAN_INLINE Packet<Real> ended(Packet<Real> s) {
   if constexpr (end == ScoreEnd::for_next) return s;
   return lane_max(s * broadcast(score_unit<Real>), broadcast(FloatArithmetic<Real>::masked_score));
 }
 
-/// s = f(s, distance of each lane) for all packets of a block. Is one of them hidden now?
+/// s = f(s, distance of each lane) for all packets of a block. Returns true if a score is now the masked score.
 template <ScoreEnd end, class Real, class F>
 LONGSPAN_NOINLINE bool change_packets(const ScoreBlock<Real>& block, const F& f) {
   constexpr Index w = lanes<Real>;
@@ -82,7 +83,8 @@ LONGSPAN_NOINLINE bool change_packets(const ScoreBlock<Real>& block, const F& f)
   return !(sum_of_lanes(hides) == Real(0));
 }
 
-/// A packet score that takes one head for all lanes, where their heads differ: each head in turn.
+/// Applies a packet score that accepts one head for all lanes to lanes of different heads: computes each head in turn
+/// and selects its lanes.
 template <class Real, class S>
 class HeadByHead {
  public:
@@ -109,7 +111,7 @@ class HeadByHead {
   int distinct_ = 0;
 };
 
-/// A score function called once for each key that query g sees. Does it hide one?
+/// Calls a score function once for each key that query g sees. Returns true if it hides one.
 template <ScoreEnd end, bool masked, class Real, class S>
 LONGSPAN_NOINLINE bool change_each(const ScoreBlock<Real>& block, const S& score, Index g) {
   constexpr Real hidden = FloatArithmetic<Real>::masked_score;
@@ -139,8 +141,8 @@ inline constexpr bool is_piped = false;
 template <class A, class B>
 inline constexpr bool is_piped<piped<A, B>> = true;
 
-/// Scores as `score` wants them, in the fastest way that it has: packets of any heads, packets of one head, or one by
-/// one. Is one of them hidden now? What hidden keys had as their score is lost.
+/// Applies `score` in the fastest way that it offers: packets of any heads, packets of one head, or one by one. Returns
+/// true if a score is now the masked score. The previous scores of hidden keys are lost.
 template <ScoreEnd end = ScoreEnd::in_units, class Real, class S>
 bool change_scores(const ScoreBlock<Real>& block, const S& score) {
   if constexpr (PacketScore<S, Packet<Real>>) {

@@ -1,4 +1,4 @@
-// Attention for a few queries to a KV head: each key and value row is read once for all of them.
+// Attention for a few queries per KV head: each key and value row is read once for all of them.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ class Decode {
   using Pass = RowPass<Real, Tk, Tv>;
   static constexpr Index w = lanes<Real>;
 
-  /// Of the call's own k and v only the shapes are read: the rows are in `keys`.
+  /// Reads only the shapes of the call's k and v: the rows come from `keys`.
   Decode(const Call& call, const Keys& keys, const M& mask, const S& score)
       : call_(call),
         keys_(keys),
@@ -73,19 +73,20 @@ class Decode {
 
  private:
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
-  /// One query reads K and V fastest in long chunks of each (256 keys: 88 % of the stream rate, 64: 83 %), and
-  /// more queries are as fast. Being the same for all, a query's bits do not tell how many others there are.
+  /// With one query, long alternating blocks of K and V are read fastest (percent of the stream rate with 256 keys: 88,
+  /// with 64 keys: 83); with more queries the length makes no difference. One length for all calls keeps the bits of a
+  /// query independent of the number of other queries.
   static constexpr Index block_keys = 256;
 
   struct Worker {
-    Real* q = nullptr;           ///< [slots][q_stride], scaled, zero behind head_dim
-    Real* scores = nullptr;      ///< [block_keys * slots of a pass], and one packet
+    Real* q = nullptr;           ///< [slots][q_stride], scaled, zero after head_dim
+    Real* scores = nullptr;      ///< [block_keys * slots of a pass], plus one packet
     bool* seen = nullptr;        ///< the same shape
-    Real* value_sums = nullptr;  ///< as large as the rows of o of all slots
+    Real* value_sums = nullptr;  ///< [slots][value_dim rounded up to whole packets]
   };
 
-  /// Only chunks that somebody sees are work: the last token of 2^20 under a window of 2^12 would else
-  /// take 2.3 ms, where that of 2^13 takes 1.1.
+  /// Only key chunks that some query may see become tasks. Without this, decoding the last of 2^20 tokens with a window
+  /// of 2^12 takes 2.3 ms instead of the 1.1 ms of the last of 2^13 tokens.
   void find_chunks() {
     if (call_.kv_len() <= keys_in_chunk) return seen_.add({0, 1});
     for (Index kv_head = 0; kv_head < call_.k.batch * call_.k.heads; ++kv_head) {
@@ -146,7 +147,7 @@ class Decode {
     state.clear();
     pack_queries(queries, worker.q);
     const Index from = chunk * keys_in_chunk, to = (std::min)(call_.kv_len(), from + keys_in_chunk);
-    // A run is taken in when the next is known, whose keys are then asked for in time.
+    // Each run is absorbed only when the next one is known, so that the keys of the next run can be prefetched.
     Run run;
     KeyRange run_keys;
     const auto absorb = [&](const Tk* next_keys) {
@@ -172,7 +173,7 @@ class Decode {
     absorb(nullptr);
   }
 
-  /// All queries at once, as far as a packet has lanes for them.
+  /// Absorbs a run for as many queries at a time as a packet has lanes.
   void absorb_run(const QueryLanes& queries, const Run& run, KeyRange keys, const Tk* next_keys,
                   const Worker& worker, const RowAccumulator<Real>& state) const {
     const Coverage seen = classify(mask_, queries.tile(0, queries_, keys));
@@ -187,7 +188,8 @@ class Decode {
                    const Tk* next_keys, Coverage seen, const Worker& worker,
                    const RowAccumulator<Real>& state) const {
     const Index keys = run.k.rows;
-    // Arrays are as fast, or faster with 8 queries, where the rows behind the block are asked for.
+    // For contiguous arrays, prefetching the rows after the block is as fast as prefetching the next read, and faster
+    // with 8 queries.
     const bool is_short = keys < block_keys;
     Pass::score(run, count, worker.q + first * q_stride(), q_stride(), call_.head_dim(), worker.scores,
                 is_short ? run.v.data : nullptr);
@@ -221,7 +223,7 @@ class Decode {
     }
   }
 
-  /// Takes the scores through the score function. `some` where that, or the mask before, hides a key.
+  /// Applies the score function. Returns Coverage::some if it, or the mask before it, hides a key.
   Coverage change(const QueryLanes& queries, Index first, Index count, KeyRange keys, Coverage seen,
                   const Worker& worker) const {
     const bool masked = seen == Coverage::some;
@@ -237,7 +239,7 @@ class Decode {
     return Coverage::some;
   }
 
-  /// Chunks to spans, spans to the whole, as everywhere (see keys_in_chunk).
+  /// Merges chunks into spans, and spans into the result (see keys_in_chunk for the reason).
   void join(Index kv_head, RowAccumulator<Real>* parts) const {
     constexpr Index in_span = keys_in_span / keys_in_chunk;
     for (Index first = 0, next = 0; first < chunks_; first = next) {
@@ -271,10 +273,10 @@ class Decode {
   const M& mask_;
   const S& score_;
   Index queries_;
-  /// The queries up to a power of two: those behind repeat the last one, so that rows are read once. Seven heads to
-  /// a KV head take 0.76 of the time of passes of 4, 2 and 1.
+  /// The number of queries rounded up to a power of two; surplus slots repeat the last query. All queries then share
+  /// one pass over the rows: with seven heads per KV head it takes 0.76 of the time of passes of 4, 2 and 1 queries.
   Index slots_;
-  KeyRanges seen_;  ///< numbers of chunks
+  KeyRanges seen_;  ///< the visible chunks, by their numbers
   Index chunks_ = 1;
 };
 

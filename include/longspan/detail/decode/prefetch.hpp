@@ -15,18 +15,18 @@ namespace detail {
 /// How far ahead rows are prefetched, in bytes.
 inline constexpr Index prefetch_distance = tuning::prefetch_distance;
 
-/// How a kernel prefetches later rows. `streaming`: rows that are read once, with a non-temporal hint that does not
-/// evict other data; a decode step over DRAM then takes 3-10 % less time. `reused`: rows that are read again.
+/// How a kernel prefetches later rows. `streaming`: the rows are read once; the non-temporal hint does not evict other
+/// data, and a decode step from DRAM takes 3-10 % less time. `reused`: the rows are read again.
 enum class PrefetchHint { none, streaming, reused };
 
 /// Prefetches later rows while a kernel reads a few rows together, one cache line of each at a time.
 ///
 /// Prefetches must be issued in the order of their addresses and spread over the loop; otherwise they defeat the
-/// prefetcher of the processor. Percent of the stream rate with float keys, 4 queries, one thread, over DRAM: no
-/// prefetch 50, all lines of 4 rows at once 67-72, this schedule 83-87.
+/// prefetcher of the processor. Percent of the stream rate with float keys, 4 queries, one thread, from DRAM: no
+/// prefetch: 50, all lines of 4 rows at once: 67-72, this schedule: 83-87.
 class Prefetcher {
  public:
-  /// For `count` rows, `together` of which are read at a time. `next` is the address of what is read after the last
+  /// For `count` rows, `together` of which are read at a time. `next` is the address of the data read after the last
   /// row, or null if it is unknown.
   template <class T>
   Prefetcher(const T* rows, Index columns, Index row_stride, int together, Index count, const void* next)

@@ -1,4 +1,4 @@
-// The running softmax of a few queries: as accumulator.hpp, turned.
+// The running softmax of a few queries: accumulator.hpp transposed.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The running softmax of the queries of one KV head, one row of `o` to a query. As Accumulator, turned.
+/// The running softmax of the queries of one KV head. The transpose of Accumulator: each query is a row of `o`.
 template <class Real>
 struct RowAccumulator {
   static constexpr Index w = lanes<Real>;
@@ -41,7 +41,7 @@ struct RowAccumulator {
     std::fill_n(sum, queries, Real(0));
   }
 
-  /// As Accumulator::merge.
+  /// Adds the sums of `other`, as Accumulator::merge does.
   void merge(const RowAccumulator& other) const {
     for (Index g = 0; g < queries; ++g) {
       const Packet<Real> mine = broadcast(row_max[g]), others = broadcast(other.row_max[g]),
@@ -60,8 +60,9 @@ struct RowAccumulator {
     }
   }
 
-  /// Takes scores [keys][count] of the queries from `first` on: raises their maxima to them, turns them into weights and
-  /// adds these to the sums. What o has before is to be multiplied by `rescale`. `size` is a multiple of w * count.
+  /// Takes scores [keys][count] of the `count` queries from `first` on: raises the row maxima, replaces each score by
+  /// its exp score and adds the exp scores to the row sums. Writes the factors by which the caller must multiply o to
+  /// `rescale`. `size` is a multiple of w * count.
   template <int count>
   void weigh(Real* scores, Index size, Index first, Real* rescale) const {
     Real* const maxima = row_max + first;
@@ -78,8 +79,8 @@ struct RowAccumulator {
     store(rescale, exp_score(before - raised));
     std::copy_n(of_lane, count, maxima);
 
-    // A lane of total[n] has every w-th key, whatever `count` is: added up from the farthest apart to the next, the
-    // sum of a query is the same beside any others.
+    // A lane of total[n] adds every w-th key, whatever `count` is. The totals are then added in the order of decreasing
+    // distance, so the sum of a query does not depend on the queries next to it.
     Packet<Real> total[std::size_t(count)];
     LONGSPAN_UNROLL
     for (int n = 0; n < count; ++n) total[n] = broadcast(Real(0));
@@ -102,7 +103,7 @@ struct RowAccumulator {
   }
 
  private:
-  /// of_lane[g] = all of of_lane[g], of_lane[g + count], ... combined.
+  /// Combines of_lane[g], of_lane[g + count], ... into of_lane[g].
   template <int count, class Combine>
   static void fold(Real (&of_lane)[std::size_t(w)], const Combine& combine) {
     LONGSPAN_UNROLL
@@ -112,7 +113,7 @@ struct RowAccumulator {
     }
   }
 
-  /// NaN, where either is, stays. (Without a branch: lanes are compared together.)
+  /// The larger one; NaN if either is NaN. (Without a branch, so that the compiler compares all lanes together.)
   static Real larger(Real a, Real b) { return bool(int(a < b) | int(b != b)) ? b : a; }
 };
 

@@ -1,4 +1,4 @@
-// The inner loops of attention for a few queries: head dimensions are in the lanes.
+// The inner loops of attention for a few queries: the lanes of a packet hold consecutive columns of a row.
 //
 // With one to eight queries per KV head a call takes as long as reading K and V once. These loops read whole rows, in
 // the order and in the type in which memory holds them.
@@ -56,7 +56,7 @@ LONGSPAN_INLINE void add_pairs(const Tk* const (&k)[std::size_t(keys)], Index co
   }
 }
 
-/// sum[j * queries + g] += k[j] * q[g], lane by lane: the caller adds the lanes.
+/// sum[j * queries + g] += k[j] * q[g], lane by lane; the caller adds the lanes.
 template <int queries, int keys, PrefetchHint hint, class Real, class Tk>
 LONGSPAN_INLINE void add_rows(const Tk* const (&k)[std::size_t(keys)], const Real* q, Index q_stride,
                               Index head_dim, Prefetcher lines,
@@ -259,8 +259,8 @@ LONGSPAN_INLINE void add_value_rows(const Tv* v, Index v_stride, Index columns, 
   for_each_column<Real, Tv, keys, hint>(columns, lines, add_whole, add_packet);
 }
 
-/// add_value_rows for all queries, four at a time: the weights of 4 rows x 8 queries would spill, and clang++ then takes
-/// 60 % longer.
+/// add_value_rows for all queries, four at a time: the weights of 4 rows x 8 queries would spill, and clang++ then
+/// takes 60 % longer.
 template <int all, int keys, PrefetchHint hint, class Real, class Tv>
 LONGSPAN_INLINE void add_value_rows_of_all(const Tv* v, Index v_stride, Index columns, const Real* p,
                                            Real* sum, const Prefetcher& lines) {
@@ -276,8 +276,9 @@ LONGSPAN_INLINE void add_value_rows_of_all(const Tv* v, Index v_stride, Index co
 /// is read once for all queries. `sum` has room for `queries` rows of o_stride. The sums have the bits of add_values;
 /// columns of o are at their `interleaved_index`.
 ///
-/// For rows whose sums do not fit in registers (8 packets, 4 queries). From the L1 and L2 caches this reads 110 GB/s,
-/// reading each row twice for two queries each 84; from DRAM 87 and 79 % of the stream rate.
+/// For rows whose sums do not fit in registers (8 packets, 4 queries). Compared with reading each row twice, for two
+/// queries each: from the L1 and L2 caches this: 110 GB/s, twice: 84 GB/s; from DRAM this: 87 % of the stream rate,
+/// twice: 79 %.
 template <int queries, PrefetchHint hint, class Real, class Tv>
 LONGSPAN_NOINLINE void add_long_values(const Tv* v, Index v_stride, Index columns, Index keys, const Real* p,
                                        Real* sum, Real* o, Index o_stride, const Real* scale,

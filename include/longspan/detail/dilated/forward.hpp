@@ -1,5 +1,5 @@
-// Dilated attention: the rows of each branch are tiles of their own, on strided views of the tensors; what
-// the branches give is merged, row by row and in their order, while the rows are in the cache.
+// Dilated attention: each branch is computed in tiles on strided views of the tensors. The results of the branches are
+// merged row by row, in the order of the branches, while the rows are in the cache.
 #pragma once
 
 #include <algorithm>
@@ -32,16 +32,16 @@ struct Dilation {
   bool zero_padding = false;
 };
 
-/// A branch as it is walked: group by group, a group being one segment or, where segments keep few rows, as
-/// many as fit into 4096 tokens: a tile may then span several, and has no idle lanes. The cuts depend on the
-/// branch alone.
+/// Cuts a branch into groups, which are processed one after the other. A group is one segment or, if segments keep
+/// few rows, as many segments as fit into 4096 tokens; a tile may then span several segments and has no idle lanes.
+/// The cuts depend only on the branch.
 struct BranchGroups {
   Index segment;
   Index step;
-  Index length;      ///< of a group, in tokens
-  Index in_segment;  ///< rows
+  Index length;      ///< tokens of a group
+  Index in_segment;  ///< rows of a segment
 
-  /// No position reaches `end`: longer segments and steps are the same as these.
+  /// All positions are less than `end`, so segments and steps are cut to `end` without a change of the result.
   BranchGroups(const Branch& branch, Index end, bool shares_tiles)
       : segment((std::min)(branch.segment, end)), step((std::min)(branch.dilation, end)), length(segment) {
     constexpr Index most_tokens = 2048, most_rows = 256;
@@ -55,17 +55,17 @@ struct BranchGroups {
   }
 };
 
-/// Where the rows of keys and values of a segment are found: in the tensors of a call.
+/// A source of the keys and values of a segment: the tensors of a call.
 template <class Tk, class Tv>
 struct TensorRows {
   using Key = Tk;
   using Value = Tv;
-  /// May rows of several segments be one matrix?
+  /// True if the rows of several segments may be one matrix.
   static constexpr bool joins_segments = true;
 
   TensorView<const Tk> k;
   TensorView<const Tv> v;
-  Index group;  ///< query heads to a KV head
+  Index group;  ///< query heads per KV head
 
   /// `count` rows from the position `first` on, `step` apart, that head h keeps in branch n.
   KeyRun<Tk, Tv> rows(std::size_t, Index b, Index h, Index first, Index step, Index count) const {
@@ -83,13 +83,13 @@ class Dilated {
   using Call = Problem<Tq, Tk, Tv, To>;
   using Real = typename Policy::Real;
 
-  /// Of the keys and values in `call` only the shapes are read.
+  /// Reads only the shapes of the keys and values in `call`: the rows come from `source`.
   Dilated(const Call& call, const Source& source, const Dilation& dilation, const M& mask, const S& score,
           const P& position, Index workers)
       : call_(call), source_(source), dilation_(dilation), mask_(mask), score_(score), position_(position) {
-    // Rows of a task, about 256 KB of float outputs: enough that thin branches fill their tiles, few enough
-    // for the second cache. (Half as many, or four times as many, are as fast.) Tasks are cut finer where
-    // they are few, which changes no bit.
+    // The rows of a task, about 256 KB of float outputs: enough rows for branches with a large step to fill their
+    // tiles, and few enough for the L2 cache. (Half as many and four times as many are as fast.) If there are too few
+    // tasks, they are cut finer, which changes no bit of the result.
     constexpr Index width = tile_lanes<Real>;
     Index tiles = 64;
     while (tiles > 4 && tiles * width * call.value_dim() > Index{1} << 16) tiles /= 2;
@@ -142,7 +142,7 @@ class Dilated {
     return worker;
   }
 
-  /// Heads rise from task to task and rows fall, as in Forward.
+  /// Later tasks have higher heads and, within a head, lower rows, as in Forward.
   void run_task(Index task, Worker& worker) const {
     const Index head = task / tasks_in_head_, chunk = tasks_in_head_ - 1 - task % tasks_in_head_;
     const Index first = chunk * rows_in_task_;
@@ -160,7 +160,7 @@ class Dilated {
     const Index offset = head_offset(dilation_.phase, queries.head, call_.q.heads, branch.dilation);
     const Index from = std::max<Index>(0, call_.first_query + queries.first);
     const Index to = call_.first_query + queries.first + queries.count;
-    // Queries after the last key see those of its segment; a segment without keys has nothing to add.
+    // Queries after the last key see the keys of their segment; a segment without keys adds nothing.
     for (Index begin = from / groups.length * groups.length; begin < (std::min)(to, call_.kv_len());
          begin += groups.length) {
       const Index length = (std::min)(groups.length, call_.kv_len() - begin);
@@ -173,7 +173,7 @@ class Dilated {
     }
   }
 
-  /// Takes row_count queries from row first_row of a group on through the keys of its `length` tokens.
+  /// Absorbs the keys of a group's `length` tokens for the row_count queries from row first_row of the group on.
   void absorb_group(std::size_t n, const BranchGroups& groups, const DilatedRows& rows, Index first_row,
                     Index row_count, Index length, const Queries& queries, Worker& worker) const {
     const Index step = rows.step;
@@ -205,14 +205,14 @@ class Dilated {
     }
   }
 
-  /// torchscale fills the last segment, and each up to a multiple of the dilation, with rows of zeros that it
-  /// does not mask: keys of score 0 that add to the sum and not to the output.
+  /// torchscale pads the last segment, and every segment to a multiple of the dilation, with rows of zeros and does not
+  /// mask them: they are keys of score 0, which add to the row sum but not to the output.
   void add_zero_keys(const BranchGroups& groups, const DilatedRows& rows, Index first_row, Index count,
                      const Queries& queries, const Accumulator<Real>& seen) const {
     const Index segment = (std::min)(groups.segment, call_.kv_len()), b = queries.batch, h = queries.head;
     for (Index lane = 0; lane < count; ++lane) {
       const Index t = first_row + lane, n = rows.position(t), begin = n / groups.segment * groups.segment;
-      if (begin >= call_.kv_len()) continue;  // no segment of the keys
+      if (begin >= call_.kv_len()) continue;  // this segment has no keys
       const Index offset = (n - begin) % groups.step;
       Index row = kept_rows((std::min)(segment, call_.kv_len() - begin), offset, rows.step);
       for (; row < divide_up(segment, rows.step); ++row) {
@@ -242,7 +242,7 @@ class Dilated {
   Index tasks_in_head_ = 0;
 };
 
-/// Runs the pass whose kind of mask the call needs.
+/// Runs Dilated with the kind of tile mask that the call needs.
 template <class Policy, class Source, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P,
           class E>
 void run_dilated(const Problem<Tq, Tk, Tv, To>& call, const Source& source, const Dilation& dilation,

@@ -1,4 +1,4 @@
-// Rows of one head taken through keys in tiles, what they saw added to rows that have seen others before.
+// Attention of rows of one head in tiles, and the merge of a tile's results into rows that have absorbed other keys.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Adds lane i of a tile to row first + i * step, for `count` lanes: Accumulator::merge, lanes to rows.
+/// Merges lane i of a tile into row first + i * step, for `count` lanes: Accumulator::merge from lanes to rows.
 template <class Real>
 void merge_lanes(const Accumulator<Real>& tile, Index count, Index value_dim,
                  const RowAccumulator<Real>& rows, Index first, Index step) {
@@ -68,7 +68,7 @@ void write_rows(const RowAccumulator<Real>& rows, Index count, Index batch, Inde
                 TensorView<To> out, RowsView<Real> lse) {
   constexpr Index w = lanes<Real>;
   for (Index i = 0; i < count; ++i) {
-    // A row that has seen no key has sum 0, and gives 0.
+    // A row that has seen no key has sum 0; its output is 0.
     const Real by = rows.sum[i] == Real(0) ? Real(0) : Real(1) / rows.sum[i];
     const Real* from = rows.o + i * rows.stride;
     To* to = out.row(batch, head, first + i);
@@ -80,7 +80,7 @@ void write_rows(const RowAccumulator<Real>& rows, Index count, Index batch, Inde
   }
 }
 
-/// Consecutive queries of one head against the keys of a run, both counted as the mask counts them.
+/// Consecutive queries of one head and the keys of a run, both numbered as in the mask.
 template <class Tq, class Tk, class Tv>
 struct RowsToAttend {
   TensorView<const Tq> q;  ///< row 0 is the first of the queries
@@ -108,7 +108,7 @@ class RowTiles {
     return tiles;
   }
 
-  /// Calls done(first, count, state) for the queries [first, first + count) of each tile, counted from 0.
+  /// Calls done(first, count, state) with the queries [first, first + count) of each tile; rows.q.row 0 is query 0.
   template <class Tq, class Done>
   void attend(const RowsToAttend<Tq, Tk, Tv>& rows, const M& mask, const S& score, const P& position,
               double scale, const Done& done) {
@@ -136,7 +136,7 @@ class RowTiles {
 
   void absorb(Index tiles, const KeyRanges& ranges, const KeyRun<Tk, Tv>& run, const P& position) {
     constexpr Index keys_in_block = Policy::keys_in_block;
-    Index done = 0;  // a block that two ranges touch is visited once
+    Index done = 0;  // a block that overlaps two ranges is absorbed once
     for (const KeyRange& range : ranges) {
       Index first = (std::max)(done, range.begin / keys_in_block * keys_in_block);
       for (; first < range.end; first += keys_in_block) {

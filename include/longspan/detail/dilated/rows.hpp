@@ -1,5 +1,5 @@
-// The rows that one head keeps of a branch, as a sequence of their own: row t stands at position
-// first + t * step. Masks, scores and encodings are those of the positions in the whole sequence.
+// The rows that one head keeps of a branch, numbered as a sequence of their own: row t is at position first + t * step.
+// Masks, scores and encodings use the positions in the whole sequence.
 #pragma once
 
 #include <algorithm>
@@ -26,13 +26,13 @@ struct DilatedRows {
   Index in_segment = 1;  ///< rows of a segment; segments follow one another without a gap
 
   constexpr Index position(Index t) const noexcept { return first + t * step; }
-  /// The first row at or behind a position.
+  /// The first row at or after position n.
   constexpr Index row_from(Index n) const noexcept { return -floor_divide(first - n, step); }
   constexpr KeyRange segment(Index t) const noexcept {
     const Index begin = t / in_segment * in_segment;
     return {begin, begin + in_segment};
   }
-  /// The smallest tile of the sequence that holds a tile of rows.
+  /// The smallest tile of positions that contains a tile of rows.
   constexpr Tile spread(const Tile& tile) const noexcept {
     return {tile.batch,
             tile.first_head,
@@ -44,7 +44,7 @@ struct DilatedRows {
   }
 };
 
-/// What a mask that gives ranges leaves of the query's own segment: ranges again.
+/// The keys of the query's own segment that a range mask shows: again a range mask.
 template <RangeMask M>
 struct SegmentMask {
   const M* mask;
@@ -56,7 +56,7 @@ struct SegmentMask {
   }
 };
 
-/// The same for any mask, less the keys that the query has met in an earlier branch.
+/// The same for any mask, without the keys that the query has already seen in an earlier branch.
 template <Mask M>
 struct UnmetMask {
   const M* mask;
@@ -90,8 +90,8 @@ struct UnmetMask {
   }
 
  private:
-  /// How much of a tile an earlier branch leaves. Where it keeps every row of this one, as in a schedule of
-  /// multiples, it has met the keys of its own segment and no others.
+  /// How much of a tile an earlier branch leaves. If the earlier branch keeps every row of this one, as in a schedule
+  /// where each step is a multiple of the one before, it has covered exactly the keys of its own segment.
   Coverage unmet(const Branch& branch, const Tile& tile) const {
     const Index keys_from = tile.first_key / branch.segment,
                 keys_to = (tile.first_key + tile.keys - 1) / branch.segment;
@@ -105,7 +105,7 @@ struct UnmetMask {
   }
 };
 
-/// A score that is told positions in the sequence.
+/// A score function that receives positions in the whole sequence.
 template <Score S>
 struct DilatedScore {
   const S* score;
@@ -123,7 +123,7 @@ struct DilatedScore {
   }
 };
 
-/// An encoding by positions in the sequence.
+/// A position encoding that receives positions in the whole sequence.
 template <Position P>
 struct DilatedPosition {
   const P* encoding;
@@ -139,7 +139,7 @@ struct DilatedPosition {
   void check(Index) const noexcept {}
 };
 
-/// Parts that change nothing stay what they are, so that a kernel still sees it.
+/// `unchanged` and `no_position` keep their types, so that a kernel still recognises them.
 template <Score S>
 auto dilated_score(const S& score, const DilatedRows& rows) {
   if constexpr (std::is_same_v<S, unchanged>) {

@@ -19,7 +19,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// What a mask shows up to the end of the longest segment of a query: no branch shows the query a later key.
+/// A mask without the keys after the end of a query's longest segment: no branch shows the query a later key.
 template <Mask M>
 struct WithinSegments {
   const M& mask;
@@ -50,7 +50,7 @@ struct WithinSegments {
 template <class M>
 inline constexpr bool hides_later_keys<WithinSegments<M>> = hides_later_keys<M>;
 
-/// What the heads of one KV head with one offset keep of one branch: rows of its open segment.
+/// Identifies a strand: the rows of a branch's open segment that the query heads with one KV head and one offset share.
 struct Strand {
   std::size_t branch = 0;
   Index kv_head = 0;
@@ -59,15 +59,15 @@ struct Strand {
   friend bool operator==(const Strand&, const Strand&) = default;
 };
 
-/// Rows of one strand in one batch row.
+/// The rows of one strand in one batch row.
 template <class Tk, class Tv>
 struct StrandRows {
   std::vector<Tk> k;
   std::vector<Tv> v;
-  std::vector<float> k_scale, v_scale;  ///< of rows of int8
+  std::vector<float> k_scale, v_scale;  ///< one for each row, if rows are int8
 };
 
-/// Where Dilated finds keys and values: in the strands.
+/// A source of keys and values for Dilated: the strands of a stream.
 template <class Tk, class Tv>
 struct StoredRows {
   using Key = Tk;
@@ -78,7 +78,7 @@ struct StoredRows {
   const std::vector<std::size_t>* strand_of;       ///< [branches][heads]
   const std::vector<StrandRows<Tk, Tv>>* strands;  ///< [batch][strands]
   Index heads, strands_in_batch, head_dim, value_dim;
-  Index first_token;  ///< strands begin with the segments that hold it
+  Index first_token;  ///< strands begin with the segments that contain it
 
   KeyRun<Tk, Tv> rows(std::size_t n, Index b, Index h, Index first, Index, Index count) const {
     const StrandRows<Tk, Tv>& strand = at(n, b, h);
@@ -99,7 +99,7 @@ struct StoredRows {
         (*strand_of)[n * static_cast<std::size_t>(heads) + static_cast<std::size_t>(h)];
     return (*strands)[static_cast<std::size_t>(b * strands_in_batch) + strand];
   }
-  /// In the strand, of the row at position `first`, the first of its segment.
+  /// The index in the strand of the row at position `first`, which is the first row of its segment.
   Index row_of(std::size_t n, Index first) const {
     const Branch& branch = (*branches)[n];
     const Index segments = first / branch.segment - first_token / branch.segment;

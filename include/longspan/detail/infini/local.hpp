@@ -1,4 +1,5 @@
-// The attention within segments of infini_attention: what it can be told, and what can be asked of it.
+// The local functor of infini_attention, which attends within a segment: its position offset, and whether its mask
+// hides later keys.
 #pragma once
 
 #include <tuple>
@@ -19,7 +20,7 @@ struct infini_attention;
 
 namespace detail {
 
-/// Positions from `offset` on.
+/// A position encoding whose positions begin at `offset`.
 template <Position P>
 struct ShiftedPosition {
   P position;
@@ -32,7 +33,7 @@ struct ShiftedPosition {
   void check(Index cols) const { position.check(cols); }
 };
 
-/// The position encoding of a local functor; none where it has none.
+/// The position encoding of a local functor; no_position if it has none.
 template <class Local>
 auto position_of(const Local& local) {
   if constexpr (requires { local.position; }) {
@@ -42,8 +43,8 @@ auto position_of(const Local& local) {
   }
 }
 
-/// The local functor for a segment that stands at `offset`. Only softmax_attention can be told so; the others
-/// count from the beginning of the segment.
+/// The local functor for a segment that begins at position `offset`. Only softmax_attention supports an offset; other
+/// functors count positions from the beginning of the segment.
 template <class Local>
 const Local& local_at(const Local& local, Index) {
   return local;
@@ -59,13 +60,14 @@ auto local_at(const softmax_attention<M, S, P>& local, Index offset) {
   return shifted;
 }
 
-/// Does it answer the last queries of its keys without those before?
+/// True if the functor can be called with only the last queries of its keys.
 template <class Local>
 inline constexpr bool answers_last_queries = true;
 template <class Local, FeatureMap F>
 inline constexpr bool answers_last_queries<infini_attention<Local, F>> = false;
 
-/// What is known of whether a mask hides every key after the query: `known` by its type, `holds` for its values.
+/// Whether a mask hides every key after the query. `known`: the type allows an answer; `holds`: the answer for its
+/// values.
 template <class M>
 struct HidesLaterKeys {
   static constexpr bool known = false;
@@ -96,8 +98,8 @@ struct HidesLaterKeys<either<A, B>> {
   }
 };
 
-/// The same of a local functor: of its mask, or of all functors that it is made of. One that has neither, which
-/// is not of this library, is taken at its word.
+/// The same for a local functor: for its mask, or for all functors that it consists of. A functor that has neither is
+/// user-defined, and is assumed to hide later keys.
 template <class Local>
 struct LocalHidesLaterKeys {
   static constexpr bool known = true;

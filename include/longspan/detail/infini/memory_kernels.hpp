@@ -1,8 +1,8 @@
-// The two products of a compressive memory: what queries read from it, and what a segment writes to it.
+// The two products of a compressive memory: the read by queries, and the write of a segment.
 //
-// Both are the value product of attention (microkernel.hpp): a read takes the rows of M for values and phi(q)
-// for weights, with queries in the lanes; a write takes phi(k) for values and v for weights, with the columns
-// of v in the lanes. Neither phi(Q) nor phi(K) is ever whole in memory.
+// Both use the value product of attention (microkernel.hpp). A read takes the rows of M as values and phi(q) as
+// weights, with queries in the lanes; a write takes phi(k) as values and v as weights, with the columns of v in the
+// lanes. Neither phi(Q) nor phi(K) is ever stored as a whole.
 #pragma once
 
 #include <algorithm>
@@ -36,11 +36,11 @@ Packet<Real> feature_of(const F& feature, Packet<Real> x) {
   }
 }
 
-/// The scale of a value product that is not rescaled; g++ warns where it sees a null pointer.
+/// The scale of a value product that is not rescaled. (g++ warns about a null pointer.)
 template <class Real>
 inline constexpr Real unscaled[std::size_t(tile_lanes<Real>)] = {};
 
-/// M [head_dim][stride] and z [head_dim] of every KV head, rows and columns padded with 0 to whole tiles.
+/// M [head_dim][stride] and z [head_dim] of every KV head. Rows and columns are padded with 0 to whole register tiles.
 template <class Real>
 struct MemoryView {
   Real* m = nullptr;
@@ -62,15 +62,15 @@ struct MemoryView {
     std::fill_n(m, m_size(), Real(0));
     std::fill_n(z, z_size(), Real(0));
   }
-  /// Becomes what another memory of the same sizes is.
+  /// Copies another memory of the same sizes.
   void copy(const MemoryView& from) const {
     std::copy_n(from.m, m_size(), m);
     std::copy_n(from.z, z_size(), z);
   }
 };
 
-/// How much of what is read and of what was there goes into a result, for each column: [heads][columns], or
-/// one row for all heads where head_stride is 0.
+/// The factors of the memory's output and of the other operand in a result, for each column: [heads][columns], or one
+/// row for all heads if head_stride is 0.
 template <class Real>
 struct Shares {
   const Real* memory = nullptr;
@@ -133,7 +133,7 @@ class MemoryRead {
     alignas(64) Real by[std::size_t(width)];
     with_packets(packets, [&]<int wide>() {
       quotients<wide>(memory_.norm(kv_head), scratch.phi, by);
-      // Without a row M has no memory either, whose columns could be counted.
+      // Without rows M has no memory, and no pointer into it may be computed.
       if (q_.cols == 0)
         return static_cast<void>(std::fill_n(scratch.read, memory_.stride() * stride, Real(0)));
       value_rows<wide>(static_cast<const Real*>(memory_.matrix(kv_head)), memory_.stride(),
@@ -148,7 +148,7 @@ class MemoryRead {
     }
   }
 
-  /// Packing turns squares of 16 rows, which the processor does not foresee.
+  /// Packing transposes squares of 16 rows, an access pattern that the hardware prefetcher does not recognise.
   template <class T>
   static void prefetch_rows(TensorView<const T> x, Index b, Index h, Index first, Index count) {
     for (Index i = 0; i < count; ++i)
@@ -177,7 +177,7 @@ class MemoryRead {
     }
   }
 
-  /// 1 / (phi z) of each query; 0 where nothing was written.
+  /// 1 / (phi z) of each query; 0 if nothing has been written to the memory.
   template <int packets>
   void quotients(const Real* z, const Real* phi, Real* by) const {
     const Packet<Real> zero = broadcast(Real(0));
@@ -200,7 +200,7 @@ class MemoryRead {
                     Index stride, const Real* of_memory, const Real* of_other) const {
     alignas(64) Real factor[std::size_t(w)];
     store<Real>(factor, by);
-    // A side whose share is 0 has no effect, even if it holds NaN.
+    // An operand whose share is 0 has no effect, even if it contains NaN.
     const auto blend = [&](Index column, Real known, Real other) {
       const Real a = of_memory[column], o = of_other[column];
       return (a == Real(0) ? Real(0) : a * known) + (o == Real(0) ? Real(0) : o * other);
@@ -240,8 +240,8 @@ class MemoryRead {
   Index tiles_;
 };
 
-/// M += phi(K)^T V and z += sum of phi(K) over the rows of a segment: summed by themselves first and then
-/// added once, without which z would lose 1e-5 of itself in 10^6 tokens.
+/// M += phi(K)^T V and z += sum of phi(K) over the rows of a segment. The sums of a segment are computed separately and
+/// added once: otherwise z would have a relative error of 1e-5 after 10^6 tokens.
 template <class Real, class Tk, class Tv, FeatureMap F, Position P>
 class MemoryWrite {
  public:
@@ -274,7 +274,7 @@ class MemoryWrite {
  private:
   struct Scratch {
     Real* phi;     ///< [block keys][chunk rows]
-    Real* values;  ///< [block keys][stride], where v must be converted
+    Real* values;  ///< [block keys][stride], if v must be converted
     Real* sum;     ///< [chunk rows][stride]
     Real* norm;    ///< [chunk rows]
     Real* row;     ///< [head_dim], for position encoding
@@ -319,7 +319,7 @@ class MemoryWrite {
     for (Index r = 0; r < rows; ++r) memory_.norm(head)[first_row + r] += scratch.norm[r];
   }
 
-  /// phi of columns [first_row, first_row + chunk_rows) of the keys of a block; 0 behind head_dim.
+  /// phi of the columns [first_row, first_row + chunk_rows) of the keys of a block; 0 after head_dim.
   void feature_block(Index b, Index h, Index first, Index keys, Index first_row,
                      const Scratch& scratch) const {
     const Index columns = (std::min)(chunk_rows, k_.cols - first_row);
@@ -349,7 +349,7 @@ class MemoryWrite {
     std::fill_n(to + columns, chunk_rows - columns, Real(0));
   }
 
-  /// A block is summed by itself, then added.
+  /// Sums each block separately before it is added, to limit the rounding error.
   void add_norms(Index keys, const Scratch& scratch) const {
     for (Index c = 0; c < chunk_rows; c += w) {
       Packet<Real> sum = broadcast(Real(0));

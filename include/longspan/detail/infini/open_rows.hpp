@@ -1,4 +1,4 @@
-// Keys and values of the segment that is not full yet, and of closed ones that may be opened again, for all batch rows.
+// Keys and values of the segment that is not full yet, and of closed segments that may be reopened, for all batch rows.
 #pragma once
 
 #include <algorithm>
@@ -16,11 +16,11 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// What a batch row keeps of the segments that were closed last, so that they can be opened again.
+/// What a batch row keeps of the most recently closed segments, so that they can be reopened.
 struct ClosedSegments {
-  Index begin = 0;             ///< tokens before the first of them
-  Index rows = 0;              ///< of all of them
-  std::vector<Index> lengths;  ///< of each, the oldest first
+  Index begin = 0;             ///< tokens before the first of these segments
+  Index rows = 0;              ///< rows of all of them together
+  std::vector<Index> lengths;  ///< rows of each, the oldest first
 
   bool operator==(const ClosedSegments&) const = default;
 
@@ -28,7 +28,7 @@ struct ClosedSegments {
     begin = rows = 0;
     lengths.clear();
   }
-  /// Memory for one more, so that `append` cannot fail.
+  /// Reserves memory for one more segment, so that `append` cannot fail.
   void make_room() {
     if (lengths.size() == lengths.capacity()) lengths.reserve(2 * lengths.size() + 4);
   }
@@ -36,7 +36,7 @@ struct ClosedSegments {
     lengths.push_back(length);
     rows += length;
   }
-  /// Drops the first `count` of them.
+  /// Drops the first `count` segments.
   void drop(std::size_t count) noexcept {
     for (std::size_t n = 0; n < count; ++n) {
       begin += lengths[n];
@@ -44,7 +44,7 @@ struct ClosedSegments {
     }
     lengths.erase(lengths.begin(), lengths.begin() + static_cast<std::ptrdiff_t>(count));
   }
-  /// Drops those that do not end before or at token `tokens`.
+  /// Drops the segments that end after token number `tokens`.
   void drop_after(Index tokens) noexcept {
     for (; !lengths.empty() && begin + rows > tokens; lengths.pop_back()) rows -= lengths.back();
   }
@@ -69,7 +69,7 @@ class OpenRows {
         .slice_rows(first, count);
   }
 
-  /// Room for so many; of batch row b the first stored[b] are kept.
+  /// Changes the room to `room` rows; keeps the first stored[b] rows of batch row b.
   void resize(Index room, const std::vector<std::int64_t>& stored) {
     const auto moved = [&](const std::vector<T>& from, Index cols) {
       const Index heads = shape_.batch * shape_.kv_heads;
@@ -86,14 +86,14 @@ class OpenRows {
     room_ = room;
   }
 
-  /// Copies rows to those from `first` on of batch rows [b, b + rows).
+  /// Copies k and v to the rows from `first` on of the batch rows [b, b + rows).
   template <class Tk, class Tv>
   void write(TensorView<Tk> k, TensorView<Tv> v, Index b, Index rows, Index first) {
     copy(k, keys(b, rows, first, k.rows));
     copy(v, values(b, rows, first, v.rows));
   }
 
-  /// Drops the first `count` rows of batch row b, of which `kept` more follow.
+  /// Drops the first `count` rows of batch row b and moves the next `kept` rows to the front.
   void drop(Index b, Index count, Index kept) {
     const auto move = [&](std::vector<T>& rows, Index cols) {
       for (Index head = b * shape_.kv_heads; head < (b + 1) * shape_.kv_heads; ++head) {

@@ -1,4 +1,4 @@
-// Infini-attention, segment by segment: local attention, what the memory gives, the gate, the write.
+// Infini-attention of one segment: local attention, the read from the memory, the gate, and the write.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,7 @@ TensorView<T> batch_row(TensorView<T> x, Index b) {
   return x;
 }
 
-/// A functor with its options resolved, over the memories that it reads and writes.
+/// An infini_attention functor with its options resolved, and the memories that it reads and writes.
 template <class Real, class Local, FeatureMap F>
 struct InfiniPass {
   const Local& local;
@@ -38,11 +38,12 @@ struct InfiniPass {
   bool absolute_positions = false;
   MemoryView<Real> memory{};
   Shares<Real> gate{};
-  Shares<Real> difference{};  ///< what is read taken from what was there, for the delta rule
+  Shares<Real> difference{};  ///< value minus read, for the delta rule
 
-  /// out = gate(memory, local) for queries of one segment; k and v are its keys so far, the last q.rows of
-  /// them beside the queries, the first at `position`. Where nothing is `known`, local attention stands
-  /// alone. Of batch row b there are rows_of(b) rows; outputs behind them are those of a local part of 0.
+  /// out = gate(memory, local) for queries of one segment. k and v are the keys and values of the segment so far; the
+  /// first is at `position`, and the last q.rows of them are at the positions of the queries. If nothing is `known`
+  /// (the memory is empty and has no share), the output is that of local attention alone. Batch row b has rows_of(b)
+  /// rows; for outputs after them the local part is 0.
   template <class Tq, class Tk, class Tv, class To, class E, class RowsOf>
   void attend(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v, TensorView<To> out,
               Index position, bool known, const E& executor, Workspace& workspace,
@@ -62,8 +63,8 @@ struct InfiniPass {
     if (known) recall(q, k.rows - q.rows, out, position, executor, workspace);
   }
 
-  /// Throws what the local functor will refuse when `attend` calls it, and writes nothing. A functor of a user's
-  /// own is called without queries for that, if it returns an lse; the others want a query for each key.
+  /// Throws Error if the local functor will reject the call in `attend`; writes nothing. A user-defined functor with
+  /// lse is called without queries for this check; one without lse needs a query for each key and is not checked.
   template <class Tq, class Tk, class Tv, class To, class E, class RowsOf>
   void check(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v, TensorView<To> out,
              const E& executor, Workspace& workspace, const RowsOf& rows_of) const {
@@ -76,7 +77,7 @@ struct InfiniPass {
     }
   }
 
-  /// The same for functors that can tell without being called.
+  /// The same for functors that offer check_call.
   template <class Call, class RowsOf>
   static void check_sizes(const Local& local, const Call& call, const RowsOf& rows_of) {
     if constexpr (requires { local.check_call(call); }) {
@@ -86,7 +87,7 @@ struct InfiniPass {
     }
   }
 
-  /// out = gate(memory, out) for queries that stand behind `first_query` others of their segment.
+  /// out = gate(memory, out) for queries that come after the first `first_query` queries of their segment.
   template <class Tq, class To, class E>
   void recall(TensorView<const Tq> q, Index first_query, TensorView<To> out, Index position,
               const E& executor, Workspace& workspace) const {
@@ -105,7 +106,7 @@ struct InfiniPass {
     with_encoding(position, [&](const auto& encoding) {
       using P = std::remove_cvref_t<decltype(encoding)>;
       if (rule == InfiniRule::delta) {
-        // v less what the memory gives for k: a read with keys in the place of queries.
+        // v minus what the memory returns for k: a read with keys in place of queries.
         MemoryRead<Real, Tk, Tv, Real, F, P>(k, 0, v, change, memory, difference, feature, encoding)
             .run(executor, workspace.inner());
         MemoryWrite<Real, Tk, Real, F, P>(k, TensorView<const Real>(change), 0, memory, feature, encoding)
@@ -118,8 +119,8 @@ struct InfiniPass {
   }
 
  private:
-  /// The last q.rows keys stand beside the queries, as functors have it unless they are told otherwise. A
-  /// functor is not copied for that: dilated_attention would allocate its branches.
+  /// The last q.rows keys are at the positions of the queries, which is the default of all functors. The functor is not
+  /// copied unless its first_query differs: a copy of dilated_attention would allocate its branches.
   template <class Tq, class Tk, class Tv, class To, class E>
   void attend_locally(TensorView<const Tq> q, TensorView<const Tk> k, TensorView<const Tv> v,
                       TensorView<To> out, Index position, E& execution) const {
@@ -131,7 +132,7 @@ struct InfiniPass {
     }
   }
 
-  /// work(functor) for a functor whose queries end at the keys.
+  /// Calls work(functor) with a functor whose last query is at the position of the last key.
   template <class Functor, class Work>
   static void at_end_of_keys(const Functor& functor, const Work& work) {
     if constexpr (requires { functor.first_query; }) {
@@ -144,8 +145,8 @@ struct InfiniPass {
     work(functor);
   }
 
-  /// work(part) for the calls of the local functor: one, or one for each batch row if some of them are shorter
-  /// than the others.
+  /// Calls work(part) for each call of the local functor: one call, or one for each batch row if some batch rows are
+  /// shorter than others.
   template <class Call, class RowsOf, class Work>
   static void for_each_call(const Call& call, const RowsOf& rows_of, const Work& work) {
     bool whole = true;
@@ -164,7 +165,7 @@ struct InfiniPass {
     }
   }
 
-  /// work(encoding) with the position encoding of what the memory sees.
+  /// Calls work(encoding) with the position encoding of queries and keys for the memory.
   template <class Work>
   void with_encoding(Index position, const Work& work) const {
     using P = decltype(position_of(local));
@@ -176,8 +177,8 @@ struct InfiniPass {
   }
 };
 
-/// Fills the gate's shares, [heads][columns] each: sigmoid(beta) and 1 - sigmoid(beta), both from their own
-/// exponential, so that a small one keeps its digits. beta is 0 where none is given.
+/// Fills the gate's shares, [heads][columns] each: sigmoid(beta) and 1 - sigmoid(beta). Each is computed from its own
+/// exponential, so that a small share keeps its digits. Without beta, beta is 0.
 template <class Real>
 Shares<Real> gate_shares(MatrixView<const float> beta, Index heads, Index columns, Index stride, Real* memory,
                          Real* other) {
@@ -192,7 +193,7 @@ Shares<Real> gate_shares(MatrixView<const float> beta, Index heads, Index column
   return {memory, other, stride};
 }
 
-/// The shares that leave of a value what the memory does not know.
+/// The shares of the delta rule, which subtract the memory's output from a value: -1 and 1.
 template <class Real>
 Shares<Real> difference_shares(Index stride, Real* memory, Real* other) {
   std::fill_n(memory, stride, Real(-1));
@@ -200,7 +201,7 @@ Shares<Real> difference_shares(Index stride, Real* memory, Real* other) {
   return {memory, other, 0};
 }
 
-/// What a call holds beside the memories.
+/// Scratch memory of a call, apart from the memories.
 template <class Real>
 struct InfiniScratch {
   Real* gate[2] = {};        ///< [heads][stride]

@@ -1,4 +1,4 @@
-// The choice of blocks by the scores of their landmarks.
+// Chooses blocks by the scores of their landmarks.
 #pragma once
 
 #include <algorithm>
@@ -13,14 +13,14 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Scores come for some tokens at a time, so that a long chunk over a long stream fits into memory.
+/// Receives the scores of some tokens at a time, so that the scores of a long chunk in a long stream fit into memory.
 template <class T>
 class LandmarkChoice {
  public:
   LandmarkChoice(LandmarkSelect select, Index batch, Index heads, Index kv_heads)
       : select_(select), batch_(batch), heads_(heads), kv_heads_(kv_heads) {}
 
-  /// `k` of `blocks` blocks are to be chosen for each query of `tokens` tokens.
+  /// Starts the choice of `k` of `blocks` blocks for each query of `tokens` tokens.
   void start(Index tokens, Index blocks, Index k, Index workers) {
     constexpr Index most_scores = Index{1} << 24;
     tokens_ = tokens;
@@ -35,10 +35,10 @@ class LandmarkChoice {
   }
 
   Index tokens_at_once() const noexcept { return slice_; }
-  /// Scores of query i of those tokens, to be written.
+  /// Where the caller writes the scores of query i of the current slice, `blocks` numbers.
   T* scores(Index b, Index h, Index i) { return scores_.data() + ((b * heads_ + h) * slice_ + i) * blocks_; }
 
-  /// The scores of the tokens [first, first + count) are there.
+  /// Processes the scores of the tokens [first, first + count), which the caller has written.
   template <class E>
   void take(Index first, Index count, const E& executor) {
     if (select_ != LandmarkSelect::per_token_and_head) {
@@ -72,14 +72,14 @@ class LandmarkChoice {
     });
   }
 
-  /// All tokens have been taken.
+  /// Ends the choice: the scores of all tokens have been processed.
   void finish() {
     if (!over_tokens()) return;
     for (Index list = 0; list <= list_of(batch_ - 1, heads_ - 1, 0); ++list)
       choose(highest_.data() + list * blocks_, list);
   }
 
-  /// Rising.
+  /// The chosen blocks of a query, in rising order.
   std::span<const Index> of(Index b, Index h, Index i) const {
     return {chosen_.data() + list_of(b, h, i) * k_, at(k_)};
   }
@@ -116,7 +116,7 @@ class LandmarkChoice {
   Index batch_, heads_, kv_heads_;
   Index tokens_ = 0, blocks_ = 0, k_ = 0, slice_ = 0;
   std::vector<Index> chosen_;               ///< [lists][k]
-  std::vector<T> best_, scores_, highest_;  ///< [lists][k], [batch][heads][slice][blocks], maxima
+  std::vector<T> best_, scores_, highest_;  ///< [lists][k]; [batch][heads][slice][blocks]; maxima
 };
 
 }  // namespace detail

@@ -29,7 +29,7 @@ inline StateField yes_or_no(std::string_view name, bool value) {
   return {name, value, [](std::int64_t x) { return std::string(x == 0 ? "no" : "yes"); }};
 }
 
-/// What shaped the rows of sealed blocks.
+/// The properties of a stream that determine the rows of sealed blocks.
 template <StoredElement T, Position P>
 std::vector<StateField> landmark_row_fields(const StreamShape& shape, Index block_size, const P& position,
                                             bool as_in_text) {
@@ -41,7 +41,7 @@ std::vector<StateField> landmark_row_fields(const StreamShape& shape, Index bloc
   return fields;
 }
 
-/// The same, and what decides how they are read.
+/// These properties, and those that determine how the blocks are retrieved.
 template <StoredElement T, Position P>
 std::vector<StateField> landmark_fields(const StreamShape& shape, const landmark_cache_options& options,
                                         const BlockCounts& counts, const P& position, bool as_in_text) {
@@ -65,7 +65,7 @@ std::vector<StateField> landmark_fields(const StreamShape& shape, const landmark
   return fields;
 }
 
-/// The fields, then the state of the counts.
+/// Writes the fields, the state of the counts, and the store.
 template <StoredElement T>
 void save_landmark_store(std::ostream& to, const std::vector<StateField>& fields,
                          const LandmarkStore<T>& store) {
@@ -77,7 +77,7 @@ void save_landmark_store(std::ostream& to, const std::vector<StateField>& fields
   writer.finish();
 }
 
-/// The counts of a file, if a stream with the options of `wanted` can have reached them.
+/// The counts of a file. Throws Error if a stream with the options of `wanted` cannot have reached them.
 inline BlockCounts checked_counts(const BlockCounts& wanted, std::span<const std::int64_t> numbers) {
   BlockCounts counts = wanted;
   counts.tokens = numbers[0];
@@ -104,7 +104,7 @@ inline BlockCounts checked_counts(const BlockCounts& wanted, std::span<const std
   return counts;
 }
 
-/// The store in a state of the stream to which `empty` and the fields belong.
+/// Reads a store from a state. `empty` is an empty store of the stream to which the fields belong.
 template <StoredElement T>
 LandmarkStore<T> loaded_landmark_store(std::istream& from, const std::vector<StateField>& fields,
                                        LandmarkStore<T> empty) {
@@ -116,7 +116,7 @@ LandmarkStore<T> loaded_landmark_store(std::istream& from, const std::vector<Sta
   return empty;
 }
 
-/// Opens a file of blocks for an empty store.
+/// Opens a file of blocks, or creates one, for an empty store.
 template <StoredElement T>
 void open_landmark_blocks(const std::string& path, Index resident, const std::vector<StateField>& fields,
                           LandmarkStore<T>& store) {
@@ -124,7 +124,8 @@ void open_landmark_blocks(const std::string& path, Index resident, const std::ve
   store.open(path, {kind, fields, store.file_bytes()}, resident);
 }
 
-/// The same with an empty file, which replaces the one of that name only when it is complete.
+/// Creates an empty file of blocks under a temporary name and then renames it: a file of that name is replaced only
+/// when the new one is complete.
 template <StoredElement T>
 void replace_landmark_blocks(const std::string& path, Index resident, const std::vector<StateField>& fields,
                              LandmarkStore<T>& store) {

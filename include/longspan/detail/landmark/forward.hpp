@@ -123,7 +123,7 @@ class LandmarkForward {
     for (Index t = 0; t < tiles; ++t) ranges = united(ranges, worker.tiles[t].ranges());
     ranges = intersection(ranges, KeyRanges({0, call_.kv_len()}));
     const QueryLanes lanes = tiles_.lanes_of(task, 0);
-    Index done = 0;  // a chunk that two ranges overlap is absorbed once
+    Index done = 0;  // a chunk that overlaps two ranges is absorbed once
     for (const KeyRange& range : ranges) {
       for (const LandmarkChunk& chunk : plan_.chunks(lanes.batch, range)) {
         if (chunk.keys.begin < done) continue;
@@ -165,7 +165,7 @@ class LandmarkForward {
   const P& position_;
   TilePlan<Real> tiles_;
   LandmarkPlan plan_;
-  Index widest_ = 0;  ///< keys in the widest block
+  Index widest_ = 0;  ///< keys of the widest landmark block
 };
 
 /// The widest landmark block that matrix tiles take.

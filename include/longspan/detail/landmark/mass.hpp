@@ -1,4 +1,4 @@
-// How much of the softmax over all tokens a query of a landmark cache attended.
+// Estimates how much of the softmax over all tokens a query of a landmark cache has attended.
 #pragma once
 
 #include <algorithm>
@@ -18,13 +18,13 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The sum of exp(score) over scores as they come.
+/// The running sum of exp(score).
 template <class Real>
 struct ScoreMass {
   Real row_max = empty_max<Real>;
   Real sum = 0;
 
-  /// Each of the scores stands for `times` equal ones.
+  /// Adds scores, each of which counts `times` times.
   void add(const Real* scores, Index count, Real times) {
     constexpr Index w = lanes<Real>;
     const Real now = (std::max)(row_max, *std::max_element(scores, scores + count));
@@ -41,8 +41,8 @@ struct ScoreMass {
   double lse() const { return static_cast<double>(lse_of(row_max, sum)); }
 };
 
-/// Adds the products of a query with sampled keys, which stand for `tokens` keys. `scores` has room for a
-/// packet more than the sample.
+/// Adds the products of a query with sampled keys, which represent `tokens` keys. `scores` has room for the sample and
+/// one more packet.
 template <class T, class Real>
 void add_sample(const Real* q, Index q_stride, const KeyRun<T, T>& keys, const TokenSample& sample,
                 Index tokens, Real* scores, ScoreMass<Real>& to) {

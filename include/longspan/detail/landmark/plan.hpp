@@ -58,7 +58,7 @@ struct LandmarkChunk {
 /// other queries of the call.
 class LandmarkPlan {
  public:
-  /// `controlled(b, m)`: is block m of batch row b of the controlled kind?
+  /// `controlled(b, m)` returns true if block m of batch row b is controlled.
   template <class Controlled>
   static LandmarkPlan take(Arena& arena, const landmarks& at, Index batch, Index kv_len, Index most_keys,
                            bool same_in_all_rows, const Controlled& controlled) {
@@ -72,7 +72,7 @@ class LandmarkPlan {
     return plan;
   }
 
-  /// The chunks of batch row b that hold keys of the range.
+  /// The chunks of batch row b that contain keys of the range.
   std::span<const LandmarkChunk> chunks(Index b, KeyRange keys) const {
     const Index row = rows_ == 1 ? 0 : b;
     const LandmarkChunk *first = chunks_ + begins_[row], *last = chunks_ + begins_[row + 1];

@@ -1,4 +1,4 @@
-// Retrieval from a landmark cache: scores of landmarks, the choice of blocks, and attention to them in place.
+// Retrieval from a landmark cache: scores of landmarks, the choice of the highest, and attention to blocks in place.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ void with_count(Index count, const Work& work) {
   work.template operator()<1>();
 }
 
-/// The columns of a row go where score_keys wants them for keys of T.
+/// Moves the columns of a query to the order in which score_keys needs them for keys of T.
 template <class T, class Real>
 void interleave_columns([[maybe_unused]] Real* row, [[maybe_unused]] Index cols) {
   if constexpr (loads_in_pairs<Real, T>) {
@@ -43,12 +43,12 @@ void interleave_columns([[maybe_unused]] Real* row, [[maybe_unused]] Index cols)
   }
 }
 
-/// Queries whose scores against landmarks are made together.
+/// The maximum number of queries that are scored against landmarks together.
 template <class Real>
 inline constexpr Index queries_to_a_landmark = std::min<Index>(8, lanes<Real>);
 
-/// scores_of(g)[j] = q[g].k[j] for `rows` queries and the landmarks of one KV head: k is read once for each
-/// eight of the queries. The bits do not depend on which queries are scored together.
+/// scores_of(g)[j] = q[g].k[j] for the queries q and the landmarks k of one KV head. Reads k once for every
+/// queries_to_a_landmark queries. The bits do not depend on which queries are scored together.
 template <class Real, class Tk, class ScoresOf>
 void score_landmarks(MatrixView<const Tk> k, MatrixView<const Real> q, const ScoresOf& scores_of) {
   constexpr Index w = lanes<Real>, keys_at_once = 256, most_queries = queries_to_a_landmark<Real>;
@@ -72,7 +72,7 @@ void score_landmarks(MatrixView<const Tk> k, MatrixView<const Real> q, const Sco
   }
 }
 
-/// Scores, in score units, become their softmax, in place.
+/// Replaces scores, in score units, by their softmax.
 template <class Real>
 void softmax_row(Real* s, Index count) {
   constexpr Index w = lanes<Real>;
@@ -87,8 +87,8 @@ void softmax_row(Real* s, Index count) {
   for (Index j = 0; j < count; ++j) s[j] /= sum;
 }
 
-/// The `k` indices with the highest of `count` scores, rising; of equal ones the lowest. `best` holds k
-/// numbers.
+/// Writes the indices of the `k` highest of `count` scores to `chosen`, in rising order; of equal scores the lowest
+/// index is chosen. `best` is scratch for k numbers.
 template <class Real>
 void choose_highest(const Real* scores, Index count, Index k, Index* chosen, Real* best) {
   constexpr Index w = lanes<Real>;
@@ -103,7 +103,7 @@ void choose_highest(const Real* scores, Index count, Index k, Index* chosen, Rea
   for (Index j = 0; j < k; ++j) insert(j, j);
   Index first = k;
   for (; first + w <= count; first += w) {
-    // Few of many scores are among the highest so far.
+    // Among many scores few are higher than the k highest so far, so a packet is compared at once.
     for (unsigned left = bits_of(less(broadcast(best[k - 1]), load(scores + first))); left != 0;
          left &= left - 1) {
       const Index j = first + std::countr_zero(left);
@@ -116,18 +116,18 @@ void choose_highest(const Real* scores, Index count, Index k, Index* chosen, Rea
   std::sort(chosen, chosen + k);
 }
 
-/// Queries as they look from a few places. Many blocks stand in the same: with stingy positions there are no
-/// more than top_k + 1 of them.
+/// A cache of queries encoded relative to a few positions (places) of a block. Many blocks have the same place: with
+/// stingy positions there are at most top_k + 1 places.
 template <class Real>
 struct PlacedRows {
   Real* rows;  ///< [most][size]
   Index size;
-  Index* places;  ///< of the rows that are filled
+  Index* places;  ///< the place of each filled slot
   Index most;
   Index filled = 0;
   Index replaced = 0;
 
-  /// The rows of a place; fill(rows) makes them where they are not there.
+  /// The rows of a place. If they are not in the cache, fill(rows) writes them.
   template <class Fill>
   const Real* at(Index place, const Fill& fill) {
     Index slot = std::find(places, places + filled, place) - places;
@@ -140,7 +140,7 @@ struct PlacedRows {
   }
 };
 
-/// The running softmax of one query over the blocks that it chose.
+/// The running softmax of one query over its chosen blocks.
 template <class Real>
 struct RetrievedRow {
   Real* o;       ///< [padded columns]
@@ -148,7 +148,7 @@ struct RetrievedRow {
   Real row_max = empty_max<Real>;
   Real sum = 0;
 
-  /// Adds a block under the score of its landmark, its last key, which has no value. q holds whole packets.
+  /// Adds a block with the weight of its landmark, which is its last key and has no value. q consists of whole packets.
   template <class T>
   void absorb(const Real* q, Index q_stride, const KeyRun<T, T>& block) {
     constexpr Index w = lanes<Real>;
@@ -178,7 +178,7 @@ struct RetrievedRow {
     sum = sum * rescale + share;
   }
 
-  /// Merges with the other part of the row, a normalised output and its natural log-sum-exp.
+  /// Merges this state into the other part of the row, a normalised output with its natural log-sum-exp.
   void merge_into(Real* out, Real& lse, Index cols) const {
     if (sum == Real(0)) return;
     const Real own = lse_of(row_max, sum), highest = (std::max)(lse, own);
@@ -190,13 +190,13 @@ struct RetrievedRow {
   }
 
  private:
-  /// o = rescale * o + the rows of v under their weights, several packets of columns at a time: one sum of a
-  /// row alone waits for itself.
+  /// o = rescale * o + the weighted sum of the rows of v, for several packets of columns at a time: a single
+  /// accumulator would be bound by latency.
   template <class T>
   void add_rows_of_values(MatrixView<const T> v, Index rows, Real rescale) {
     constexpr Index w = lanes<Real>;
     constexpr int together =
-        loads_in_pairs<Real, T> ? 3 : 4;  // an even number would come in pairs, out of order
+        loads_in_pairs<Real, T> ? 3 : 4;  // an even number would be loaded in pairs, in interleaved order
     for (Index column = 0, packets = 0; column < v.cols; column += packets * w) {
       packets = divide_up(v.cols - column, w) >= together ? together : 1;
       const Index last = (std::min)(w, v.cols - column - (packets - 1) * w);

@@ -1,4 +1,4 @@
-// A sealed block of a landmark cache, for one KV head: how its rows are made and how they lie.
+// A sealed block of a landmark cache, for one KV head: how its rows are computed and laid out.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Rows of one type into rows of another, back to back.
+/// Converts rows of one type to contiguous rows of another.
 template <class From, class To>
 void copy_rows(const From* from, Index from_stride, Index rows, Index cols, To* to) {
   for (Index i = 0; i < rows; ++i) {
@@ -35,26 +35,26 @@ void copy_rows(const From* from, Index from_stride, Index rows, Index cols, To* 
   }
 }
 
-/// Keys [block][head_dim], the last its landmark, and values [block - 1][value_dim], one behind the other;
-/// for int8 the scales of either before them.
+/// Keys [block][head_dim], the last of which is the landmark, then values [block - 1][value_dim]; for int8 the scales
+/// of the keys and of the values come first.
 template <StoredElement T>
 struct SealedRows {
   using Real = ArithmeticOf<T>;
   static constexpr bool is_scaled = std::is_same_v<T, std::int8_t>;
-  /// What rows are before they are sealed, and landmarks beside their blocks at all times: those are few, are
-  /// read for every query, and choose.
+  /// The element type of unsealed rows, and of the landmarks that are stored apart from the blocks. Landmarks are
+  /// few, are read for every query and decide the choice, so they are never int8.
   using Open = std::conditional_t<is_scaled, float, T>;
 
   Index block = 2;
   Index head_dim = 0;
   Index value_dim = 0;
 
-  /// In elements of T; for int8 a multiple of what a scale takes.
+  /// The size in elements of T; for int8 a multiple of the size of a scale.
   Index size() const noexcept {
     return round_up(keys_at() + block * head_dim + (block - 1) * value_dim, is_scaled ? scale_size : 1);
   }
 
-  /// The run has no value for its last key.
+  /// The block as a run, which has no value for its last key.
   KeyRun<T, T> run(const T* rows) const noexcept {
     const T* keys = rows + keys_at();
     KeyRun<T, T> run{
@@ -66,7 +66,7 @@ struct SealedRows {
     return run;
   }
 
-  /// The rows of a block, its keys encoded as if it stood at position 0.
+  /// Writes the rows of a block, with keys encoded as if the block began at position 0.
   template <Position P>
   void seal(const Open* k, const Open* v, const P& position, T* rows) const {
     T *keys = rows + keys_at(), *values = keys + block * head_dim;
@@ -86,7 +86,7 @@ struct SealedRows {
     }
   }
 
-  /// Encodes keys that stand at [first, first + count), in place.
+  /// Encodes keys at the positions [first, first + count), in place.
   template <Position P>
   void encode(const P& position, Open* keys, Index count, Index first) const {
     if constexpr (std::is_same_v<P, no_position>) return;
@@ -101,7 +101,7 @@ struct SealedRows {
   }
 
  private:
-  static constexpr Index scale_size = static_cast<Index>(sizeof(float));  ///< in int8
+  static constexpr Index scale_size = static_cast<Index>(sizeof(float));  ///< in elements of int8
   Index keys_at() const noexcept { return is_scaled ? (2 * block - 1) * scale_size : 0; }
 };
 

@@ -1,4 +1,4 @@
-// Blocks of a landmark cache in its file, and the payload of its state.
+// The file of a landmark cache's blocks, and the payload of its state.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +21,9 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Blocks that become final go into the file: a block in the file is its pages, one for each batch row, and
-/// its landmarks. They count, and replace the pages in memory, when all of them are written.
+/// Writes the blocks that become final to the file. A block in the file consists of its pages, one for each batch row,
+/// and its landmarks. Only when all of these blocks are written does the file count them, and do they replace the pages
+/// in memory.
 template <StoredElement T>
 void LandmarkStore<T>::write_blocks(const BlockCounts& next) {
   BlockFile& file = *writer_.file;
@@ -52,7 +53,7 @@ void LandmarkStore<T>::write_blocks(const BlockCounts& next) {
   }
 }
 
-/// The pages of one block, in the file.
+/// The pages of one block in the file, one for each batch row.
 template <StoredElement T>
 std::vector<typename LandmarkStore<T>::Page> LandmarkStore<T>::pages_of_file(Index number) const {
   const std::shared_ptr<BlockFile> file = writer_.file;
@@ -87,7 +88,8 @@ void LandmarkStore<T>::open(const std::string& path, const BlockFileKind& kind, 
   settle();  // the capacity may have become smaller
 }
 
-/// A mark for each block, so that a file cannot promise more blocks than it has bytes, then its rows.
+/// The payload has a mark of one byte for each block, so that a file cannot claim more blocks than it has bytes, and
+/// then the rows.
 template <StoredElement T>
 Index LandmarkStore<T>::payload_bytes(std::string_view function) const {
   constexpr Index most = PTRDIFF_MAX / 4;

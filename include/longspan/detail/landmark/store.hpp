@@ -1,5 +1,5 @@
-// What a landmark cache keeps: sealed blocks, in memory or in a file, their landmarks, and the keys and
-// values that are not sealed yet.
+// The rows that a landmark cache keeps: sealed blocks in memory or in a file, their landmarks, and the keys and values
+// that are not sealed yet.
 #pragma once
 
 #include <algorithm>
@@ -30,8 +30,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Blocks are sealed and dropped as BlockCounts says. Those that a truncation may bring back stay: the rows of
-/// sealed blocks that may be unsealed, and dropped blocks that may return. `settle` lets the others go and
+/// BlockCounts determines which blocks are sealed and dropped. The store keeps what a truncation may bring back: the
+/// rows of sealed blocks that may be unsealed, and dropped blocks that may return. `settle` frees everything else and
 /// writes final blocks to the file.
 template <StoredElement T>
 class LandmarkStore {
@@ -51,31 +51,33 @@ class LandmarkStore {
   }
   LandmarkStore(const LandmarkStore&) = default;
   LandmarkStore(LandmarkStore&&) noexcept = default;
-  LandmarkStore& operator=(const LandmarkStore&) = delete;  // copy, then move: memory may be short
+  LandmarkStore& operator=(const LandmarkStore&) = delete;  // copy, then move: a copy may run out of memory
   LandmarkStore& operator=(LandmarkStore&&) noexcept = default;
   ~LandmarkStore() = default;
 
   const BlockCounts& counts() const noexcept { return counts_; }
 
-  /// Keeps final blocks in a file from now on, after those that the file holds already. Of an empty store.
+  /// Keeps final blocks in a file from now on, after the blocks that the file already contains. The store must be
+  /// empty.
   void open(const std::string& path, const BlockFileKind& kind, Index resident);
   bool has_file() const noexcept { return writer_.file != nullptr; }
   void rename_file(const std::string& path) { writer_.file->rename(path); }
 
-  /// Throws where the file has no space for the blocks that `tokens` more will make final.
+  /// Throws Error if the file has no space for the blocks that become final after `tokens` more tokens.
   void reserve(Index tokens) {
     if (has_file()) writer_.file->reserve(counts_.settled_at(counts_.tokens + tokens) - counts_.settled);
   }
-  /// Bytes of a block in a file.
+  /// Bytes of a block in the file.
   Index file_bytes() const {
     return batch_ * file_page_bytes() + batch_ * kv_heads_ * head_dim_ * static_cast<Index>(sizeof(Open));
   }
 
-  /// How many heads of blocks may be read before the pages of the file are given back; all, in memory.
+  /// The number of blocks, counted per KV head, that may be read before the file's pages are released. No limit in
+  /// memory.
   Index heads_at_once() const noexcept {
     return of_file_ == nullptr ? PTRDIFF_MAX : std::max<Index>(1, resident_ / head_bytes());
   }
-  /// That many are about to be read.
+  /// Announces the reading of `heads` blocks, counted per KV head; releases the file's pages if the limit is exceeded.
   void expect_reading(Index heads) {
     if (of_file_ == nullptr) return;
     if (read_ + heads > heads_at_once()) {
@@ -91,48 +93,48 @@ class LandmarkStore {
            static_cast<Index>(sizeof(Open)) * batch_ * kept * kv_heads_ * head_dim_ + unsealed_.bytes();
   }
 
-  /// Keys of block n of those that can be retrieved, the last its landmark, encoded as if the block stood at
-  /// position 0; its values.
+  /// Keys and values of block n of those that can be retrieved. The last key is the landmark. Keys are encoded as if
+  /// the block began at position 0.
   KeyRun<T, T> rows(Index b, Index h, Index n) const {
     return rows_.run(pages_[at(b)][at(kept(n))].get() + h * rows_.size());
   }
-  /// Landmarks of the blocks [first, first + count).
+  /// The landmarks of the blocks [first, first + count) of those that can be retrieved.
   MatrixView<const Open> landmarks(Index b, Index h, Index first, Index count) const {
     return {landmarks_[at(b * kv_heads_ + h)].data() + kept(first) * head_dim_, count, head_dim_, head_dim_};
   }
-  /// Keys, without positions, and values that are not sealed.
+  /// Keys (without position encoding) and values that are not sealed.
   TensorView<const Open> open_k() const { return unsealed_.k(sealed_rows()); }
   TensorView<const Open> open_v() const { return unsealed_.v(sealed_rows()); }
 
-  /// Appends tokens, or changes nothing if memory is short.
+  /// Appends tokens. Changes nothing if memory runs out.
   template <class Tk, class Tv>
   void append(TensorView<Tk> k, TensorView<Tv> v) {
     unsealed_.append(k, v);
     counts_.tokens += k.rows;
   }
 
-  /// Open blocks become pages, as many as are due; their landmarks are encoded as in a block at 0, or
-  /// `as_in_text` where they stand in the stream. Can be undone until `settle`.
+  /// Seals the full blocks that are due. Their landmarks are encoded as in a block at position 0, or, `as_in_text`, at
+  /// their positions in the stream. Can be undone until `settle`.
   template <Position P, class E>
   void seal(const P& position, bool as_in_text, const E& executor);
 
-  /// Drops what is due, writes blocks that are final to the file, and forgets what no truncation brings back.
-  /// What throws changes nothing.
+  /// Drops the blocks that are due, writes final blocks to the file, and frees what no truncation can bring back.
+  /// Changes nothing if it throws.
   void settle() { settle(counts_); }
-  /// Drops the oldest blocks for good.
+  /// Drops the `count` oldest blocks permanently.
   void drop(Index count) {
     BlockCounts next = counts_;
     next.let_go = counts_.dropped + count;
     settle(next);
   }
 
-  /// Forgets the tokens from number `tokens` on: at least counts().least().
+  /// Removes the tokens from number `tokens` on. `tokens` is at least counts().least().
   void truncate(Index tokens) noexcept {
     BlockCounts to = counts_;
     to.truncate(tokens);
     go_back(to);
   }
-  /// Undoes what happened since these were the counts, if nothing was settled.
+  /// Returns to the state that had the counts `to`, provided that nothing has been settled since then.
   void go_back(const BlockCounts& to) noexcept {
     counts_ = to;
     const Index kept = counts_.sealed - gone_;
@@ -141,7 +143,7 @@ class LandmarkStore {
     unsealed_.truncate(counts_.tokens - counts_.settled * counts_.block);
   }
 
-  /// Batch row b becomes what row rows[b] was, or nothing changes if memory is short.
+  /// Replaces batch row b by the previous batch row rows[b]. Changes nothing if memory runs out.
   void reorder(std::span<const Index> rows) {
     std::vector<std::deque<Page>> pages;
     std::vector<std::vector<Open>> landmarks;
@@ -156,14 +158,15 @@ class LandmarkStore {
 
   void save(StateWriter& writer) const;
   Index payload_bytes(std::string_view function) const;
-  /// Accumulate an empty store, with the counts of the file, which the caller has checked.
+  /// Reads into an empty store. `counts` are the counts of the file, which the caller has checked.
   void load(StateReader& reader, const BlockCounts& counts);
 
  private:
-  /// A sealed block of one batch row, never changed and shared by copies: SealedRows for each KV head.
+  /// A sealed block of one batch row: SealedRows for each KV head. Copies of the store share it; it never changes.
   using Page = std::shared_ptr<const T>;
 
-  /// Who writes to a file. A copy reads the blocks that it shares, and keeps its own in memory.
+  /// The right to write to the file, which is not copied: a copy of the store reads the blocks that it shares, and
+  /// keeps its own new blocks in memory.
   struct Writer {
     std::shared_ptr<BlockFile> file;
 
@@ -181,9 +184,9 @@ class LandmarkStore {
   }
   Index page_size() const noexcept { return kv_heads_ * rows_.size(); }
   Index file_page_bytes() const noexcept { return round_up(page_size() * static_cast<Index>(sizeof(T)), 64); }
-  /// The number among the kept blocks of number n of those that can be retrieved.
+  /// The index among the kept blocks of block n of those that can be retrieved.
   Index kept(Index n) const noexcept { return counts_.dropped - gone_ + n; }
-  /// Rows of sealed blocks that are kept because a truncation may unseal them.
+  /// The number of rows of sealed blocks that are kept because a truncation may unseal them.
   Index sealed_rows() const noexcept { return (counts_.sealed - counts_.settled) * counts_.block; }
 
   void settle(BlockCounts next);
@@ -193,16 +196,16 @@ class LandmarkStore {
   Index batch_, kv_heads_, head_dim_, value_dim_;
   BlockCounts counts_;
   Index gone_ = 0;   ///< blocks that are not kept any more; at most counts_.dropped
-  Index filed_ = 0;  ///< the blocks before are in the file; at most counts_.settled
+  Index filed_ = 0;  ///< blocks before this one are in the file; at most counts_.settled
   SealedRows<T> rows_;
   std::vector<std::deque<Page>> pages_;       ///< of each batch row, from block gone_ on
   std::vector<std::vector<Open>> landmarks_;  ///< of each batch row and KV head, [blocks][head_dim]
   UnsealedRows<Open> unsealed_;               ///< from block counts_.settled on
 
   Writer writer_;
-  std::shared_ptr<BlockFile> of_file_;  ///< whose blocks are read, null where all are in memory
-  std::vector<std::byte> written_;      ///< a block on its way into the file
-  Index resident_ = 0, read_ = 0;       ///< bytes; heads of blocks since pages were released
+  std::shared_ptr<BlockFile> of_file_;  ///< the file that blocks are read from, null if all are in memory
+  std::vector<std::byte> written_;      ///< the bytes of a block that is being written to the file
+  Index resident_ = 0, read_ = 0;       ///< bytes; blocks per KV head read since pages were last released
 };
 
 template <StoredElement T>

@@ -1,4 +1,4 @@
-// A tile of queries under the grouped softmax of landmark attention: each block is weighed by its landmark.
+// A tile of queries with the grouped softmax of landmark attention: the landmark of a block determines its weight.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ void scale_rows(Real* p, Index stride, Index keys, const Real* factor) {
   }
 }
 
-/// Which lanes absorb a block: those whose own block it is, the others, or all.
+/// Which lanes absorb a block: lanes whose own block it is, the other lanes, or all.
 struct LandmarkLanes {
   bool own = true;
   bool remote = true;
@@ -72,7 +72,7 @@ class LandmarkTile : public BaseTile {
       own_block_[lane] = options.landmarks.block_of(queries.batch, queries.position(lane), kv_len);
   }
 
-  /// Does block m belong to one of the queries?
+  /// True if block m may be the own block of one of the queries.
   bool owns(Index m) const noexcept { return own_block_[0] <= m && m <= own_block_[stride_ - 1]; }
 
   /// Absorbs landmark blocks that fit into one key block. keys.first_key is the first key of the chunk.
@@ -102,7 +102,7 @@ class LandmarkTile : public BaseTile {
     this->absorb(tokens, scratch);
     std::swap(state_, wide_);
   }
-  /// `landmark` holds one key if the block is closed.
+  /// `landmark` contains one key if the block is closed.
   void finish_wide(const LandmarkChunk& chunk, const Block& landmark, const Scratch& scratch) {
     const LandmarkBlock block =
         landmark_block(options_->landmarks, lanes_.batch, chunk.first_block, chunk.keys.end);
@@ -117,7 +117,7 @@ class LandmarkTile : public BaseTile {
     add_wide(block, tokens, {.own = false, .remote = true}, scratch, controlled_);
   }
 
-  /// Also adds the controlled blocks, weighed by the CMT, if there are any.
+  /// Also adds the controlled blocks with the weight of the CMT, if there are any.
   template <class To>
   void finish(TensorView<To> out, RowsView<Real> lse) {
     if (options_->has_controlled()) add_controlled(state_.whole(), controlled_.whole());
@@ -140,18 +140,19 @@ class LandmarkTile : public BaseTile {
   }
 
   void score_runs(const Block& keys, const Runs& runs, const Scratch& scratch) const {
-    // PairFactors outside every run are masked.
+    // Pairs outside all runs are masked.
     if (!all_of_it(runs, keys.keys)) std::fill_n(scratch.scores, keys.keys * stride_, Policy::masked_score);
     alignas(64) Real unused[std::size_t(most_lanes)];
     std::fill_n(unused, stride_, Policy::masked_score);
     for (const Run& run : runs) score_run(keys, run, scratch.scores, unused);
   }
 
-  /// For each lane, as 0 or 1: is the block its own, and may it reach the block through the landmark?
+  /// For each lane, as 0 or 1: `own`, the block is the query's own block; `open`, the query may reach the block through
+  /// its landmark.
   struct Reach {
     alignas(64) Real own[std::size_t(most_lanes)];
     alignas(64) Real open[std::size_t(most_lanes)];
-    bool none_shut = true;  ///< one of the two holds for every lane
+    bool none_shut = true;  ///< `own` or `open` is 1 in every lane
   };
 
   Reach reach_of(const LandmarkBlock& block, bool sees_all, LandmarkLanes taken) const {
@@ -190,7 +191,7 @@ class LandmarkTile : public BaseTile {
   Index own_block_[std::size_t(most_lanes)] = {};
 };
 
-/// Softmax within the block, then the block as one partial result of the whole.
+/// Computes the softmax within the block, then adds the block to the state as one partial result.
 template <class Policy, Mask M, Score S, class BaseTile>
 void LandmarkTile<Policy, M, S, BaseTile>::absorb_block(const LandmarkBlock& block, const Block& keys,
                                                         const Runs& runs, LandmarkLanes taken,
@@ -313,8 +314,8 @@ void LandmarkTile<Policy, M, S, BaseTile>::add_wide(const LandmarkBlock& block,
   }
 }
 
-/// The CMT joins the group of each query as a token without a value; its weight goes to the controlled
-/// blocks, shared among them by their landmarks.
+/// The CMT joins the group of each query as a token without a value. Its weight goes to the controlled blocks, which
+/// share it according to their landmarks.
 template <class Policy, Mask M, Score S, class BaseTile>
 void LandmarkTile<Policy, M, S, BaseTile>::add_controlled(const Accumulator<Real>& state,
                                                           const Accumulator<Real>& controlled) const {

@@ -1,4 +1,4 @@
-// The rows of a landmark cache that are not sealed, and those of the last sealed blocks that a truncation may
+// The rows of a landmark cache that are not sealed, and the rows of the last sealed blocks, which a truncation may
 // unseal.
 #pragma once
 
@@ -16,7 +16,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Keys without positions, and values: [batch][kv_heads][room][..], of which the first size() rows are kept.
+/// Keys without position encoding, and values: [batch][kv_heads][room][columns], of which the first size() rows are
+/// used.
 template <class Row>
 class UnsealedRows {
  public:
@@ -26,11 +27,11 @@ class UnsealedRows {
   Index size() const noexcept { return size_; }
   Index bytes() const noexcept { return static_cast<Index>((k_.size() + v_.size()) * sizeof(Row)); }
 
-  /// Rows from number `first` on.
+  /// The rows from number `first` on.
   TensorView<const Row> k(Index first) const { return rows(k_, head_dim_, first); }
   TensorView<const Row> v(Index first) const { return rows(v_, value_dim_, first); }
 
-  /// Appends rows, or changes nothing if memory is short.
+  /// Appends rows. Changes nothing if memory runs out.
   template <class Tk, class Tv>
   void append(TensorView<Tk> k, TensorView<Tv> v) {
     if (size_ + k.rows > room_) make_room((std::max)(2 * room_, size_ + k.rows));
@@ -45,9 +46,9 @@ class UnsealedRows {
     }
     size_ += k.rows;
   }
-  /// Forgets the rows from number `size` on.
+  /// Removes the rows from number `size` on.
   void truncate(Index size) noexcept { size_ = size; }
-  /// Forgets the first rows.
+  /// Removes the first `count` rows.
   void drop(Index count) noexcept {
     if (count == 0) return;
     const auto drop_front = [&](std::vector<Row>& rows, Index cols) {
@@ -61,7 +62,7 @@ class UnsealedRows {
     size_ -= count;
   }
 
-  /// These rows, batch row b as row rows[b] was.
+  /// A copy whose batch row b is batch row rows[b] of this object.
   UnsealedRows reordered(std::span<const Index> rows) const {
     UnsealedRows to = *this;
     const auto copy_row = [&](const std::vector<Row>& from, std::vector<Row>& into, Index b) {
@@ -81,7 +82,7 @@ class UnsealedRows {
       writer.array(v_.data() + n * room_ * value_dim_, size_ * value_dim_);
     }
   }
-  /// Accumulate an empty object.
+  /// Reads `size` rows into an empty object.
   void load(StateReader& reader, Index size) {
     for (Index n = 0; n < batch_ * kv_heads_; ++n) {
       const auto k = reader.template array<Row>(size * head_dim_),

@@ -1,4 +1,4 @@
-// Bytes as bits: bit n of a word says whether byte n is other than 0.
+// Packs bytes into bits: bit n of the result is 1 if byte n is not 0.
 #pragma once
 
 #include <bit>
@@ -15,7 +15,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Of 8 bytes.
+/// The bits of 8 bytes.
 inline std::uint64_t bits_of_8_bytes(const unsigned char* bytes) noexcept {
   if constexpr (std::endian::native == std::endian::little) {
     constexpr std::uint64_t low_seven = 0x7f7f7f7f7f7f7f7f, gather = 0x0102040810204080;
@@ -31,7 +31,7 @@ inline std::uint64_t bits_of_8_bytes(const unsigned char* bytes) noexcept {
   }
 }
 
-/// Of 64 bytes.
+/// The bits of 64 bytes.
 inline std::uint64_t bits_of_64_bytes(const unsigned char* bytes) noexcept {
   std::uint64_t bits = 0;
 #if defined(__SSE2__)
@@ -46,7 +46,7 @@ inline std::uint64_t bits_of_64_bytes(const unsigned char* bytes) noexcept {
   return bits;
 }
 
-/// Of the first `count` bytes, at most 64; reads nothing after them.
+/// The bits of the first `count` bytes, at most 64; reads nothing after them.
 inline std::uint64_t bits_of_bytes(const unsigned char* bytes, Index count) noexcept {
   if (count == 64) return bits_of_64_bytes(bytes);
   std::uint64_t bits = 0;

@@ -1,11 +1,11 @@
-// <Eigen/Core>, without the warnings that g++ 12 gives about its own AVX-512 intrinsics.
-// They come out of Eigen's packet functions; an including program that has read <Eigen/Core> before sees
-// them.
+// <Eigen/Core>, without the warnings of g++ 12 about its own AVX-512 intrinsics.
+// These warnings come from Eigen's packet functions. A program that includes <Eigen/Core> before this header still
+// sees them.
 #pragma once
 
-// Around code on intrinsics. g++ 12 says of its own that they use an uninitialised value (its bug 105593, seen
-// through inlining), and of vector types that template arguments lose their attributes. Neither is ours, and both
-// would reach users.
+// To be put around code that uses intrinsics. g++ 12 warns that its own intrinsics use an uninitialised value (gcc bug
+// 105593, visible through inlining), and that vector types lose their attributes as template arguments. Neither is a
+// fault of this library, and without these macros users would see both.
 #if defined(__GNUC__) && !defined(__clang__)
 #define LONGSPAN_INTRINSICS_BEGIN                                                      \
   _Pragma("GCC diagnostic push") _Pragma("GCC diagnostic ignored \"-Wuninitialized\"") \

@@ -1,4 +1,4 @@
-// Elements of any type in memory as packets of float or double.
+// Loads and stores elements of any type as packets of float or double.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ LONGSPAN_INTRINSICS_BEGIN
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-// Eigen 3.4 converts half in software when compiled by g++: its test for F16C fails there.
+// Eigen 3.4 compiled by g++ converts half in software, because its test for F16C fails.
 #if defined(__F16C__) && !defined(EIGEN_DONT_VECTORIZE)
 inline constexpr bool converts_half = true;
 
@@ -48,8 +48,8 @@ Packet<float> load_half(const Eigen::half* from);
 void store_half(Eigen::half* to, Packet<float> x);
 #endif
 
-// Two packets of floats into one of pairs of bfloat16, rounded to nearest, as the bits of a packet of floats: the first
-// of each pair is in the lower half.
+// Rounds two packets of floats to nearest bfloat16 and interleaves them: 32-bit lane i of the result has lane i of
+// `first` in its lower half and lane i of `second` in its upper half.
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(EIGEN_VECTORIZE_AVX512)
 inline constexpr bool converts_pairs = true;
 
@@ -64,7 +64,7 @@ inline constexpr bool converts_pairs = false;
 Packet<float> bfloat16_pairs(Packet<float> first, Packet<float> second);
 #endif
 
-// Eigen has no packet of as few 8-bit integers as a packet of float has lanes.
+// Eigen has no packet of 8-bit integers with as few lanes as a packet of float.
 #if defined(EIGEN_VECTORIZE_AVX2)
 inline constexpr bool converts_int8 = true;
 
@@ -81,7 +81,7 @@ inline constexpr bool converts_int8 = false;
 Packet<float> load_int8(const std::int8_t* from);
 #endif
 
-/// Does Eigen have packets of both types, as long as each other, and a cast between them?
+/// True if Eigen has packets of both types with the same number of lanes, and a vectorised cast between them.
 template <class From, class To>
 inline constexpr bool casts_packets = !std::is_same_v<From, double> && !std::is_same_v<To, double> &&
                                       Eigen::internal::packet_traits<From>::size > 1 &&
@@ -89,7 +89,7 @@ inline constexpr bool casts_packets = !std::is_same_v<From, double> && !std::is_
                                           int(Eigen::internal::packet_traits<To>::size) &&
                                       Eigen::internal::type_casting_traits<From, To>::VectorizedCast;
 
-/// `lanes` elements of any element type, converted.
+/// Loads `lanes` elements of any element type and converts them to Real.
 template <class Real, class T>
 LONGSPAN_INLINE Packet<Real> load_as(const T* from) {
   if constexpr (std::is_same_v<T, Real>) {
@@ -108,13 +108,13 @@ LONGSPAN_INLINE Packet<Real> load_as(const T* from) {
     return load(static_cast<const Real*>(buffer));
   }
 }
-/// Are rows of T loaded two packets at a time, as elements of even and of odd index? Two bfloat16 in 32 bits
-/// are parted by a shift and a mask; one packet of them in order takes a shuffle besides.
+/// True if rows of T are loaded two packets at a time: the elements of even index and those of odd index. A shift and a
+/// mask separate two bfloat16 in 32 bits; a packet of consecutive elements would take an additional shuffle.
 template <class Real, class T>
 inline constexpr bool loads_in_pairs =
     std::is_same_v<T, Eigen::bfloat16> && std::is_same_v<Real, float> && (lanes<Real> > 1);
 
-/// The elements of even and of odd index of two packets from memory.
+/// Loads two packets from memory: the elements of even index and the elements of odd index.
 template <class Real, class T>
 requires loads_in_pairs<Real, T>
 LONGSPAN_INLINE void load_pairs(const T* from, Packet<Real>& even, Packet<Real>& odd) {
@@ -128,7 +128,7 @@ LONGSPAN_INLINE void load_pairs(const T* from, Packet<Real>& even, Packet<Real>&
       Eigen::internal::pand(bits, Eigen::internal::pset1<Bits>(static_cast<int>(0xffff0000u))));
 }
 
-/// Where the kernels for rows of T keep column `column` of `columns`.
+/// The index at which the kernels for rows of T keep column `column` of `columns`.
 template <class Real, class T>
 constexpr Index interleaved_index(Index column, Index columns) {
   if constexpr (loads_in_pairs<Real, T>) {
@@ -139,7 +139,7 @@ constexpr Index interleaved_index(Index column, Index columns) {
   return column;
 }
 
-/// The column that stands at `place`: the inverse of interleaved_index.
+/// The column at index `place`: the inverse of interleaved_index.
 template <class Real, class T>
 constexpr Index column_of_index(Index place, Index columns) {
   if constexpr (loads_in_pairs<Real, T>) {
@@ -150,7 +150,7 @@ constexpr Index column_of_index(Index place, Index columns) {
   return place;
 }
 
-/// The first `count` lanes from memory, the others 0; reads nothing behind them.
+/// Loads the first `count` lanes from memory and sets the others to 0; reads nothing after those elements.
 template <class Real, class T>
 LONGSPAN_INLINE Packet<Real> load_part(const T* from, Index count) {
   alignas(64) Real buffer[std::size_t(lanes<Real>)] = {};

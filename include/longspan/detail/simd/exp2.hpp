@@ -11,27 +11,27 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Scores are kept in units in which their exponential is cheapest: powers of 2 for float, of e for double.
-/// score_unit is that unit's factor, log2(e) or 1: exp(s) = exp_score(s * score_unit).
+/// Scores are kept in the units in which their exponential is cheapest: as powers of 2 for float, of e for double.
+/// score_unit is the factor to that unit, log2(e) or 1: exp(s) = exp_score(s * score_unit).
 template <class Real>
 inline constexpr Real score_unit = Real(1);
 template <>
 inline constexpr float score_unit<float> = 1.44269504088896340736f;
 
-// AVX512-DQ has an instruction for what is left of a number when it is rounded.
+// AVX512-DQ has an instruction (VREDUCEPS) that returns the remainder of rounding, x - round(x).
 #if defined(EIGEN_VECTORIZE_AVX512DQ)
 inline constexpr bool takes_rests = true;
 
-inline constexpr int to_nearest = 0 | 8;  // and no exception flag for what is rounded
+inline constexpr int to_nearest = 0 | 8;  // 8: do not set the floating-point flag "inexact"
 
 /// x - round(x), exact; halves to even.
 LONGSPAN_INLINE Packet<float> rest_of_rounding(Packet<float> x) {
   return {_mm512_reduce_ps(x.raw, to_nearest)};
 }
-/// p * 2^round(x) for a result from 2^-126 on: p where x is NaN, exactly 0 where x < -126.
+/// p * 2^round(x), for results of at least 2^-126. p if x is NaN, exactly 0 if x < -126.
 LONGSPAN_INLINE Packet<float> times_exp2_of_round(Packet<float> p, Packet<float> x) {
   const __mmask16 kept = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  // Masked throughout, since g++ 12 takes the unmasked forms for uses of an uninitialised value.
+  // Only masked forms, because g++ 12 warns about uninitialised values in the unmasked ones.
   const __m512i n = _mm512_maskz_cvt_roundps_epi32(kept, x.raw, to_nearest);
   const __m512i exponent = _mm512_maskz_slli_epi32(kept, n, 23);  // 0 for NaN
   return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(kept, _mm512_castps_si512(p.raw), exponent))};
@@ -52,9 +52,9 @@ Packet<float> rest_of_rounding(Packet<float> x);
 Packet<float> times_exp2_of_round(Packet<float> p, Packet<float> x);
 #endif
 
-/// 2^x for x from -1/2 to 1/2: a minimax polynomial, exactly 1 at 0. Of degree 5 it would make a whole call 1 %
-/// faster, and be off by 1.8 ulp and at 0; Eigen's pexp(x * ln 2) costs 8 % more and is off by 33 ulp for the
-/// product with ln 2.
+/// 2^x for x from -1/2 to 1/2: a minimax polynomial of degree 6, exactly 1 at 0. Alternatives: degree 5 makes a whole
+/// call 1 % faster, but has an error of 1.8 ulp and is not exact at 0; Eigen's pexp(x * ln 2) costs 8 % more and has an
+/// error of 33 ulp, because of the product with ln 2.
 LONGSPAN_INLINE Packet<float> exp2_of_rest(Packet<float> x) {
   Packet<float> p = broadcast(0.000153458124f);
   p = fma(p, x, broadcast(0.00133999309f));
@@ -67,17 +67,18 @@ LONGSPAN_INLINE Packet<float> exp2_of_rest(Packet<float> x) {
 
 /// 2^x for float, e^x for double, for x <= 0; NaN for NaN.
 ///
-/// float   at most 1 ulp from the exact value down to 2^-126 (1.3 where the processor has no fused
-///         multiply-add), exactly 1 at 0, exactly 0 below -126.5
+/// float   error at most 1 ulp for results down to 2^-126 (1.3 ulp without fused multiply-add), exactly 1 at 0,
+///         exactly 0 below -126.5
 /// double  Eigen's exp, exactly 0 below -708
 LONGSPAN_INLINE Packet<float> exp_score(Packet<float> x) {
   if constexpr (takes_rests) {
-    // 10 % faster than below. To split x at its floor would gain 18 %, but the rest of an x just below 0 is
-    // rounded then, and the result off by 1.6 ulp.
+    // 10 % faster than the other branch. Splitting x at floor(x) would be 18 % faster, but for x just below 0 the
+    // remainder is then rounded, and the error is 1.6 ulp.
     return times_exp2_of_round(exp2_of_rest(rest_of_rounding(x)), x);
   } else {
-    // Adding 1.5 * 2^23 + 127 rounds x to n, and the low bits then are the exponent field of 2^n. Both steps are
-    // opaque: with -fassociative-math x would not be rounded, and every weight would be a power of 2.
+    // Adding 1.5 * 2^23 + 127 rounds x to an integer n, and the low bits of the sum are the exponent field of 2^n. Both
+    // steps are opaque to the compiler: with -fassociative-math it would cancel the rounding, and every weight would be
+    // a power of 2.
     const Packet<float> clamped = lane_max(x, broadcast(-127.0f));  // in this order NaN stays NaN
     const Packet<float> magic = broadcast(12582912.0f + 127.0f);
     const Packet<float> shifted = opaque(clamped + magic), rounded = opaque(shifted - magic);

@@ -1,8 +1,8 @@
-// The instruction sets that a translation unit is compiled for, as a part of a name: x86-64-v3 is _x3, with
-// AVX512F besides _x3_512f.
+// The instruction sets that a translation unit is compiled for, as part of a name: x86-64-v3 is _x3, x86-64-v3 with
+// AVX512F is _x3_512f.
 //
-// A compiler uses any of them anywhere, in arithmetic on indices too, so all are told apart that compilers use of
-// themselves, and not only those that the kernels name.
+// A compiler may use any enabled instruction set anywhere, even in arithmetic on indices. The name therefore
+// distinguishes all sets that compilers use on their own, not only those that the kernels use explicitly.
 #pragma once
 
 /// LONGSPAN_ABI_WHEN(__AVX2__, _avx2) is _avx2 where __AVX2__ is 1, and nothing otherwise.
@@ -12,13 +12,13 @@
 #define LONGSPAN_ABI_PASTED_WHEN(value, name) LONGSPAN_ABI_SECOND_OF(LONGSPAN_ABI_PROBE_##value name, , ~)
 #define LONGSPAN_ABI_WHEN(macro, name) LONGSPAN_ABI_PASTED_WHEN(macro, name)
 
-/// One name of eight parts, each of which may be empty.
+/// Joins eight parts, each of which may be empty, into one name.
 #define LONGSPAN_ABI_PASTE(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
 #define LONGSPAN_ABI_JOIN(a, b, c, d, e, f, g, h) LONGSPAN_ABI_PASTE(a, b, c, d, e, f, g, h)
 
 #if defined(__x86_64__) || defined(_M_X64) || defined(__i386__) || defined(_M_IX86)
 
-// The highest level of the x86-64 psABI that is complete. What is beyond it follows by name.
+// The highest complete level of the x86-64 psABI. Instruction sets beyond it follow by name.
 #if defined(__SSE3__) && defined(__SSSE3__) && defined(__SSE4_1__) && defined(__SSE4_2__) && \
     defined(__POPCNT__)
 #define LONGSPAN_ABI_IS_V2 1
@@ -64,7 +64,7 @@
                     LONGSPAN_ABI_WHEN(__AVX512VL__, _vl), , , )
 #endif
 
-// The integer subsets that came together with Ice Lake and Zen 4.
+// The AVX-512 integer subsets that Ice Lake and Zen 4 introduced together.
 #if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && defined(__AVX512IFMA__) && \
     defined(__AVX512VNNI__) && defined(__AVX512BITALG__) && defined(__AVX512VPOPCNTDQ__)
 #define LONGSPAN_ABI_ICE_LAKE _icl

@@ -1,8 +1,8 @@
-// One packet of float or double, on Eigen's packet math: with element_packets.hpp the only file that touches
+// One packet of float or double, built on Eigen's packet math. Only this file and element_packets.hpp use
 // Eigen::internal.
 //
-// Written on Eigen's packets the kernels cost 0-2 % against AVX-512 intrinsics, and run on every instruction
-// set that Eigen knows.
+// Kernels on Eigen's packets are 0-2 % slower than with AVX-512 intrinsics, and run on every instruction set that Eigen
+// supports.
 #pragma once
 
 #include <bit>
@@ -44,7 +44,7 @@ LONGSPAN_INTRINSICS_BEGIN
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// As many Reals as one vector register holds, one to a lane.
+/// As many Reals as one vector register holds, one in each lane.
 template <class Real>
 struct Packet {
   using Raw = typename Eigen::internal::packet_traits<Real>::type;
@@ -60,8 +60,8 @@ inline constexpr int lanes = Packet<Real>::lanes;
 template <class Real>
 using BitsOf = std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint64_t>;
 
-/// x, of which the compiler knows nothing from here on. Under the -ffast-math of a user it otherwise computes (x + y) - y
-/// as x, x * 0 as 0, and leaves out a test for infinity. `x` is a number, or the raw form of a packet.
+/// x, with its value hidden from the optimiser. Otherwise, if a user compiles with -ffast-math, the compiler replaces
+/// (x + y) - y by x and x * 0 by 0, and removes tests for infinity. `x` is a number, or the raw form of a packet.
 template <class T>
 LONGSPAN_INLINE T opaque(T x) {
 #if defined(__GNUC__) || defined(__clang__)
@@ -80,7 +80,8 @@ LONGSPAN_INLINE Packet<Real> opaque(Packet<Real> x) {
   return {opaque(x.raw)};
 }
 
-// Numbers are told apart by their bits: a compiler that was told of no infinity and no NaN answers without a look.
+// These tests look at the bits of a number: with -ffinite-math-only a compiler assumes that there is no infinity and no
+// NaN, and would remove comparisons with them.
 
 template <std::floating_point Real>
 LONGSPAN_INLINE Real minus_infinity() {
@@ -97,7 +98,7 @@ LONGSPAN_INLINE bool is_nan(Real x) {
   return (std::bit_cast<BitsOf<Real>>(x) & ~(BitsOf<Real>{1} << (8 * sizeof(Real) - 1))) > infinity;
 }
 
-/// Vector registers of the machine: 32 with AVX-512, NEON and AltiVec, else 16.
+/// The number of vector registers of the processor: 32 with AVX-512, NEON and AltiVec, otherwise 16.
 inline constexpr int vector_registers = LONGSPAN_VECTOR_REGISTERS;
 #if defined(EIGEN_VECTORIZE_FMA) || defined(EIGEN_VECTORIZE_NEON) || defined(EIGEN_VECTORIZE_ALTIVEC)
 inline constexpr bool has_fused_multiply_add = true;
@@ -160,7 +161,7 @@ template <class Real>
 LONGSPAN_INLINE Packet<Real> exp(Packet<Real> a) {
   return {Eigen::internal::pexp(a.raw)};
 }
-/// The float whose exponent field is the low 8 bits of x, its sign and fraction 0: x's bits shifted left
+/// The float whose exponent field is the low 8 bits of x and whose sign and fraction are 0: the bits of x shifted left
 /// by 23.
 template <std::same_as<float> Real>
 LONGSPAN_INLINE Packet<Real> exponent_field_of_low_bits(Packet<Real> x) {
@@ -173,12 +174,13 @@ LONGSPAN_INLINE Packet<Real> exponent_field_of_low_bits(Packet<Real> x) {
     return {std::bit_cast<float>(std::bit_cast<std::uint32_t>(x.raw) << 23)};
   }
 }
-/// The larger one of each lane; the first where either is NaN, so NaN in `a` stays.
+/// The larger number in each lane; that of `a` if either is NaN, so that NaN in `a` stays.
 template <class Real>
 LONGSPAN_INLINE Packet<Real> lane_max(Packet<Real> a, Packet<Real> b) {
   return {Eigen::internal::pmax(a.raw, b.raw)};
 }
-// A condition of one lane, all of whose bits are set, is NaN, and Eigen compares it with 0: these look at its bits.
+// In packets of one lane a true condition (all bits set) is NaN, which Eigen would compare with 0. The functions below
+// therefore look at its bits.
 
 /// All bits set in the lanes where a < b: a condition for `select` and `&`.
 template <class Real>
@@ -214,7 +216,7 @@ LONGSPAN_INLINE Packet<Real> select(Packet<Real> condition, Packet<Real> yes, Pa
   }
 }
 
-/// Bit i is that of lane i of a condition.
+/// Bit i is 1 if the condition is true in lane i.
 template <class Real>
 LONGSPAN_INLINE unsigned bits_of(Packet<Real> condition) {
   alignas(64) Real lane[std::size_t(lanes<Real>)];
@@ -244,8 +246,8 @@ LONGSPAN_INLINE Real max_of_lanes(Packet<Real> x) {
 
 inline constexpr Index cache_line = 64;
 
-/// Asks for the cache line at an address, which is read `once` or may be again. Never faults, whatever lies there:
-/// it is a number here, since a pointer may not leave its array.
+/// Prefetches the cache line at an address; `once`: it will be read only once. Never faults, whatever the address is.
+/// The address is an integer, because a pointer must not leave its array.
 template <bool once = false>
 LONGSPAN_INLINE void prefetch_line(std::uintptr_t address) {
 #if defined(__GNUC__) || defined(__clang__)
@@ -256,7 +258,7 @@ LONGSPAN_INLINE void prefetch_line(std::uintptr_t address) {
 #endif
 }
 
-/// Asks for the cache lines of `bytes` bytes that will be read soon, `ahead` bytes behind `from`.
+/// Prefetches the cache lines of `bytes` bytes that begin `ahead` bytes after `from`.
 template <bool once = false>
 LONGSPAN_INLINE void prefetch(const void* from, Index bytes, Index ahead = 0) {
   const auto first = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(ahead);
@@ -264,10 +266,10 @@ LONGSPAN_INLINE void prefetch(const void* from, Index bytes, Index ahead = 0) {
     prefetch_line<once>(first + static_cast<std::uintptr_t>(at));
 }
 
-/// x, in a register from here on. The compilers else read memory anew in each instruction that uses a load, and
-/// so many reads leave the processor no room to run ahead: 4 queries with keys of bfloat16, head_dim 64, over DRAM
-/// take 12 GB/s, held 36. (Before AVX an instruction overwrites a register that it reads: there copies would cost
-/// more than reading again.)
+/// Forces x into a register. Otherwise compilers repeat the load in every instruction that uses x, and so many loads
+/// leave no room for the out-of-order execution to run ahead. 4 queries, keys of bfloat16, head_dim 64, from DRAM:
+/// without 12 GB/s, with 36 GB/s. (Before AVX an instruction overwrites one of the registers that it reads; the copies
+/// would cost more than repeated loads.)
 template <class Real>
 LONGSPAN_INLINE Packet<Real> in_register(Packet<Real> x) {
 #if (defined(__GNUC__) || defined(__clang__)) && defined(EIGEN_VECTORIZE_AVX)
@@ -276,7 +278,7 @@ LONGSPAN_INLINE Packet<Real> in_register(Packet<Real> x) {
   return x;
 }
 
-/// Swaps lane and index of `lanes` packets.
+/// Transposes the square matrix whose rows are `lanes` packets.
 template <class Real>
 LONGSPAN_INLINE void transpose(Packet<Real> (&rows)[std::size_t(lanes<Real>)]) {
   if constexpr (lanes < Real >> 1) {
@@ -290,7 +292,8 @@ LONGSPAN_INLINE void transpose(Packet<Real> (&rows)[std::size_t(lanes<Real>)]) {
 }
 
 #if defined(EIGEN_VECTORIZE_AVX512)
-/// 64 shuffles for the 144 of Eigen: rows are mixed within quarters of a register first, then whole quarters.
+/// 64 shuffles, where Eigen needs 144: the first step permutes within quarters of a register, the second whole
+/// quarters.
 LONGSPAN_INLINE void transpose(Packet<float> (&rows)[16]) {
   __m512 quarters[16];
   LONGSPAN_UNROLL
@@ -319,8 +322,8 @@ LONGSPAN_INLINE void transpose(Packet<float> (&rows)[16]) {
 }
 #endif
 
-/// The lanes of a row are summed in this order, wherever they are: first those `apart` from each other by 2, then
-/// by 1, then by 4, 8, ... What a row sums to does not depend on the rows beside it.
+/// The order in which the lanes of a row are summed, the same in all functions below: first lanes at a distance of 2,
+/// then of 1, then of 4, 8, ... The sum of a row therefore does not depend on the rows that are summed with it.
 template <class Real, class Add>
 LONGSPAN_INLINE void for_each_pair_of_lanes(const Add& add) {
   constexpr int w = lanes<Real>;
@@ -338,7 +341,7 @@ LONGSPAN_INLINE void for_each_pair_of_lanes(const Add& add) {
   }
 }
 
-/// Lane i of the result is the sum of the lanes of rows[i]. `rows` is used up.
+/// Lane i of the result is the sum of the lanes of rows[i]. Overwrites `rows`.
 template <class Real>
 LONGSPAN_INLINE Packet<Real> sums_of_rows(Packet<Real> (&rows)[std::size_t(lanes<Real>)]) {
   transpose(rows);
@@ -347,7 +350,7 @@ LONGSPAN_INLINE Packet<Real> sums_of_rows(Packet<Real> (&rows)[std::size_t(lanes
 }
 
 #if defined(EIGEN_VECTORIZE_AVX512)
-/// Two rows are folded into one before they are shuffled on: 45 instructions for the 79 of a transposition.
+/// Adds two rows into one before the next shuffle: 45 instructions; a transposition takes 79.
 LONGSPAN_INLINE Packet<float> sums_of_rows(Packet<float> (&rows)[16]) {
   LONGSPAN_UNROLL
   for (int i = 0; i < 8; ++i) {

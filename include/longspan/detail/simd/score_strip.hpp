@@ -1,4 +1,4 @@
-// The scores of one packet of queries with consecutive keys, and how a score changes them there.
+// The scores of one packet of queries with consecutive keys, which a score function changes in place.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Scores [keys][lanes of one packet] of queries at consecutive positions. A score that can change all of them
+/// Scores [keys][lanes of one packet] of queries at consecutive positions. A score function that can change all of them
 /// faster than one by one offers
 ///
 ///   template <class Real> void on_strip(const detail::ScoreStrip<Real>&) const
@@ -33,8 +33,8 @@ struct ScoreStrip {
 template <class S, class Real>
 concept StripScore = requires(const S& score, const ScoreStrip<Real>& strip) { score.on_strip(strip); };
 
-/// Prefetches what on_strip will read, where the score offers to: the kernel calls this before it computes the
-/// scores of the strip.
+/// Prefetches what on_strip will read, if the score function offers `prefetch_strip`. The kernel calls this before it
+/// computes the scores of the strip.
 template <class S, class Real>
 void prefetch_strip(const S& score, const ScoreStrip<Real>& strip) {
   if constexpr (requires { score.prefetch_strip(strip); }) score.prefetch_strip(strip);
@@ -48,7 +48,7 @@ void add_row(const ScoreStrip<Real>& strip, const T* x) {
     store(s, load(static_cast<const Real*>(s)) + broadcast(static_cast<Real>(x[j])));
 }
 
-/// Adds row(lane)[j] to the scores of key j in that lane: squares of rows are loaded and transposed.
+/// Adds row_of(lane)[j] to the score of key j in that lane. Loads and transposes squares of rows.
 template <class Real, class RowOf>
 void add_rows(const ScoreStrip<Real>& strip, const RowOf& row_of) {
   constexpr Index w = lanes<Real>;

@@ -26,8 +26,8 @@ inline constexpr int pairs_in_tile_row = 16;  ///< pairs of bfloat16, or floats
 /// and do not say that they read memory.
 class HardwareTiles {
  public:
-  /// While one lives, all eight tiles of this thread are configured to their full size; then the configuration is what
-  /// it was (the contents of tiles are lost, as in any call).
+  /// During the lifetime of such an object all eight tiles of this thread are configured to their full size; the
+  /// destructor restores the previous configuration (but not the contents of tiles, which no function preserves).
   class Scope {
    public:
     Scope() noexcept {
@@ -100,7 +100,8 @@ class EmulatedTiles {
     for (int r = 0; r < rows_of_tile; ++r)
       std::memcpy(static_cast<char*>(to) + r * stride, words(tile) + r * pairs_in_tile_row, 64);
   }
-  /// The products of even and of odd columns are added up apart, fused; then their sum is added to C.
+  /// Adds the products of even columns and those of odd columns separately, with fused multiply-adds, and then adds the
+  /// sum of both to C.
   template <int c, int a, int b>
   static void add_products() {
     for (int m = 0; m < rows_of_tile; ++m) {

@@ -1,12 +1,12 @@
 // A file of blocks of one size, each written once and then read in place through a mapping.
 //
-//   4096 bytes      the header of a state file (state_file.hpp): what the blocks are, how many there are, how
-//                   many of them have left
-//   blocks          bytes of each, their CRC-32C, filled up to a multiple of 4096
+//   4096 bytes      the header of a state file (state_file.hpp): the properties of the blocks, the number of blocks,
+//                   the number of dropped blocks
+//   blocks          for each block its bytes and their CRC-32C, padded to a multiple of 4096 bytes
 //
-// Blocks are written by pwrite, into space that was reserved before, so that a full disk is an error of a
-// call and never one of a memory access. The header counts a block when all of its bytes are written: a
-// process that ends between any two writes leaves a file of the blocks that were counted.
+// Blocks are written by pwrite into space that was reserved before, so that a full disk is an error of a call and
+// never of a memory access. The header counts a block only after all of its bytes are written: if the process ends
+// between any two writes, the file contains the blocks counted so far.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// What the blocks of a file are; a file of others is refused by the name of the first field that differs.
+/// The properties of the blocks of a file. An error about a file of other blocks names the first field that differs.
 struct BlockFileKind {
   StateKind kind;
   std::span<const StateField> fields;
@@ -47,8 +47,8 @@ struct BlockFileKind {
 
 class BlockFile {
  public:
-  /// Opens the file, or makes one where there is none. Every block is read once and held against its
-  /// checksum, and then given to read(n, bytes).
+  /// Opens the file, or creates it if there is none. Reads every block once, compares its checksum, and then calls
+  /// read(n, bytes).
   template <class Read>
   BlockFile(const std::string& path, const BlockFileKind& kind, const Read& read)
       : file_(path, kind.kind.load), kind_(kind.kind), numbers_(values_of(kind.fields)) {
@@ -67,7 +67,7 @@ class BlockFile {
   Index blocks() const noexcept { return blocks_; }
   Index dropped() const noexcept { return dropped_.load(); }
 
-  /// Makes sure of space for `more` blocks, and throws where there is none.
+  /// Reserves space on the disk for `more` blocks. Throws Error if there is none.
   void reserve(Index more) {
     const Index wanted = blocks_ + more;
     if (wanted <= reserved_) return;
@@ -76,7 +76,7 @@ class BlockFile {
     reserved_ = wanted;
   }
 
-  /// Writes block blocks() + ahead, which does not count before `count` says so.
+  /// Writes block number blocks() + ahead, which is not part of the file until `count` counts it.
   void write(Index ahead, const std::byte* block) {
     Crc32c sum;
     sum.add(block, static_cast<std::size_t>(bytes_));
@@ -86,39 +86,39 @@ class BlockFile {
     file_.write(to + bytes_, &value, checksum_bytes);
   }
 
-  /// `more` blocks are written; those before number `dropped` have left.
+  /// Counts `more` written blocks as part of the file, and the blocks before number `dropped` as dropped.
   void count(Index more, Index dropped) {
     write_header(blocks_ + more, dropped);
     blocks_ += more;
     dropped_ = dropped;
   }
 
-  /// Block n, as long as the file is open.
+  /// The bytes of block n. Valid as long as the file is open.
   const std::byte* block(Index n) const noexcept {
     const auto& part = mapped_[static_cast<std::size_t>(n / at_once_)];
     return part.bytes() + n % at_once_ * stride_;
   }
 
-  /// Nobody reads block n any more: gives its space on the disk back, if it has left.
+  /// Frees the disk space of block n if it has been dropped. To be called when nothing reads the block any more.
   void give_back(Index n) noexcept {
     if (n < dropped_.load()) file_.give_back(place(n), stride_);
   }
-  /// Takes the pages that were read out of this process; they are read again where they are wanted.
+  /// Releases the mapped pages from this process's memory; the system reads them again on the next access.
   void release() {
     const std::scoped_lock lock(mapping_);
     for (const auto& part : mapped_) part.release();
   }
-  /// Replaces the file of that name, if there is one; who has it open keeps what is in it.
+  /// Gives the file another name, replacing a file of that name; a process that has the replaced file open keeps it.
   void rename(const std::string& path) { file_.rename(path); }
 
  private:
   static constexpr Index page = 4096, checksum_bytes = 4;
-  /// Address space that is mapped in one piece.
+  /// The bytes of address space of one mapping.
   static constexpr Index mapped_at_once = Index{1} << 30;
 
   Index place(Index n) const noexcept { return page + n * stride_; }
 
-  /// Nothing is written, where a process may have ended before it wrote the header.
+  /// True if the file is empty, or if a process ended before it wrote the header.
   bool is_new() const {
     const Index size = file_.size();
     if (size != page) return size == 0;
@@ -152,7 +152,7 @@ class BlockFile {
     sum.add(bytes.data(), at);
     const std::uint32_t value = sum.value();
     put(&value, sizeof(value));
-    file_.write(0, bytes.data(), static_cast<Index>(at));  // one write within one sector: all of it or none
+    file_.write(0, bytes.data(), static_cast<Index>(at));  // one write within one sector is atomic
   }
 
   void read_header(const BlockFileKind& kind) {
@@ -207,8 +207,8 @@ class BlockFile {
   std::vector<std::int64_t> numbers_;
   Index bytes_ = 0, stride_ = 0, at_once_ = 1;
   Index blocks_ = 0, reserved_ = 0;
-  std::atomic<Index> dropped_ = 0;  ///< asked by whoever lets go of a block, on any thread
-  std::mutex mapping_;              ///< copies on other threads release pages
+  std::atomic<Index> dropped_ = 0;  ///< read on any thread that releases a block
+  std::mutex mapping_;              ///< guards mapped_: copies of a stream on other threads release pages
   std::vector<MappedFile::Mapping> mapped_;
 };
 

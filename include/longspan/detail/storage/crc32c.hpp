@@ -12,7 +12,7 @@ namespace detail {
 
 using Crc32cTables = std::array<std::array<std::uint32_t, 256>, 8>;
 
-/// Table t: what a byte has become after t more bytes of 0.
+/// Table t contains the checksum of a byte followed by t bytes of 0.
 constexpr Crc32cTables make_crc32c_tables() {
   constexpr std::uint32_t reversed_polynomial = 0x82f63b78;
   Crc32cTables tables{};
@@ -32,8 +32,9 @@ constexpr Crc32cTables make_crc32c_tables() {
 
 inline constexpr Crc32cTables crc32c_tables = make_crc32c_tables();
 
-/// The Castagnoli polynomial (RFC 3720, appendix B.4), eight bytes at a time: every error of up to 32 bits in
-/// a row is found, and every flip of a single bit. One table per byte of the step (Kounavis and Berry 2005).
+/// The checksum with the Castagnoli polynomial (RFC 3720, appendix B.4), computed eight bytes at a time with one
+/// table for each byte (Kounavis and Berry 2005). It detects every burst of errors of up to 32 bits and every flip of
+/// a single bit.
 class Crc32c {
  public:
   void add(const void* data, std::size_t bytes) noexcept {

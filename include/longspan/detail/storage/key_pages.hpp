@@ -1,4 +1,4 @@
-// Keys and values of a stream in pages: where the rows of a token lie, and who owns them.
+// Keys and values of a stream in pages, which copies of the stream share.
 #pragma once
 
 #include <algorithm>
@@ -27,10 +27,11 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The rows of all tokens, `page` of them in a page; a page of 0 stands for one that grows.
+/// The rows of all tokens, `page` tokens in a page; if `page` is 0 there is one page, which grows.
 ///
-/// A copy holds the same pages. A stream copies a shared page before it writes to it, so only the last, open
-/// page of a stream is ever copied. What throws leaves the rows as they were, and perhaps room for more.
+/// A copy shares the pages. A stream copies a shared page before it writes to it, so only the last, partially filled
+/// page of a stream is ever copied. If a function throws, the rows are unchanged; room for more may have been
+/// allocated.
 template <StoredElement T>
 class KeyPages {
  public:
@@ -55,12 +56,12 @@ class KeyPages {
   }
   ~KeyPages() { release_pages(0); }
 
-  /// The most tokens for which no product of sizes overflows.
+  /// The largest number of tokens for which no product of sizes overflows.
   static Index most_tokens(const StreamShape& shape) noexcept {
     const Index cols = shape.head_dim > (std::numeric_limits<Index>::max)() - shape.value_dim
                            ? (std::numeric_limits<Index>::max)()
                            : shape.head_dim + shape.value_dim;
-    // No row takes more than double and a scale for each element, and there is a list of pages for each batch row.
+    // An upper bound: every element takes a double and a scale, and there is a list of pages for each batch row.
     const Index heads = (std::max)({Index{1}, shape.heads, shape.kv_heads});
     const Index of_token =
         bounded_product(bounded_product(std::max<Index>(1, cols), 16), bounded_product(heads, shape.batch));
@@ -75,7 +76,7 @@ class KeyPages {
     return pages * layout_.bytes();
   }
 
-  /// For the kernels: the keys from the first of `keys` on, as far as its page goes.
+  /// For the kernels: the rows from keys.begin on, up to the end of their page or keys.end.
   KeyRun<T, T> run(Index b, Index h, KeyRange keys) const {
     const Index n = keys.begin / layout_.rows, row = keys.begin - n * layout_.rows;
     const Index count = (std::min)(keys.end - keys.begin, layout_.rows - row);
@@ -94,7 +95,7 @@ class KeyPages {
     return run;
   }
 
-  /// Memory for `tokens` tokens, so that appending them allocates nothing.
+  /// Reserves memory for `tokens` tokens, so that appending them allocates nothing.
   void reserve(Index tokens) {
     if (grows_) {
       if (tokens > layout_.rows) grow(tokens);
@@ -109,7 +110,7 @@ class KeyPages {
     free_->reserve(layout_, missing);
   }
 
-  /// Appends rows of k and v; keys are encoded as at their positions.
+  /// Appends rows of k and v; keys are encoded at their positions.
   template <class Tk, class Tv, Position P, class E>
   void append(TensorView<Tk> k, TensorView<Tv> v, const P& position, const E& executor) {
     make_room(k.rows);
@@ -145,7 +146,7 @@ class KeyPages {
     size_ += k.rows;
   }
 
-  /// Evicts those of the pages [first, end) of batch row b, full ones, that hold none of these keys.
+  /// Evicts, of the pages [first, end) of batch row b, which are full, those that contain none of the keys `kept`.
   void keep_only(Index b, const KeyRanges& kept, Index first, Index end) noexcept {
     if (grows_) return;
     auto& pages = pages_[at(b)];
@@ -154,7 +155,7 @@ class KeyPages {
       if (!overlap(kept, {n * layout_.rows, (n + 1) * layout_.rows})) give(std::move(page));
     }
   }
-  /// The first token after all pages that were evicted.
+  /// The number of the first token after all evicted pages.
   Index end_of_evicted() const noexcept {
     Index end = 0;
     for (const auto& of_row : pages_) {
@@ -164,8 +165,8 @@ class KeyPages {
     }
     return end * layout_.rows;
   }
-  /// Are these keys of batch row b kept, those of them that came before `size`, and the page that token
-  /// `size` would be written to?
+  /// True if batch row b still has those of the keys that come before `size`, and the page to which token `size`
+  /// would be written.
   bool keeps(Index b, const KeyRanges& keys, Index size) const noexcept {
     if (grows_) return true;
     for (Index n = 0; n < divide_up(size, layout_.rows); ++n) {
@@ -176,13 +177,13 @@ class KeyPages {
     return true;
   }
 
-  /// Forgets the tokens from number `size` on.
+  /// Removes the tokens from number `size` on.
   void truncate(Index size) noexcept {
     if (!grows_) release_pages(divide_up(size, layout_.rows));
     size_ = size;
   }
 
-  /// Batch row b becomes what row rows[b] was.
+  /// Replaces batch row b by the previous batch row rows[b].
   void reorder(std::span<const Index> rows) {
     std::vector<std::vector<Page>> pages;
     for (const Index row : rows) pages.push_back(pages_[at(row)]);
@@ -194,24 +195,24 @@ class KeyPages {
 
   void save(StateWriter& writer) const;
   void load(StateReader& reader, Index size);
-  /// Bytes that `save` writes.
+  /// The number of bytes that `save` writes.
   Index payload_bytes() const { return payload_bytes(kept_parts(), size_); }
 
  private:
   std::vector<std::int64_t> kept_parts() const;
   Index payload_bytes(const std::vector<std::int64_t>& kept, Index size) const;
   void copy_part(const std::byte* from, const Page& page, Index first, Index count) const;
-  /// Rows that are encoded together on their way to the page.
+  /// The number of rows that are encoded together before they are written to the page.
   static constexpr Index rows_at_once = 16;
 
   static std::size_t at(Index i) noexcept { return static_cast<std::size_t>(i); }
   static bool overlap(const KeyRanges& ranges, KeyRange rows) noexcept {
     return std::any_of(ranges.begin(), ranges.end(), [&](const KeyRange& x) { return x.overlaps(rows); });
   }
-  /// Tokens that are together in a file: those of a page, or so many of one that grows.
+  /// The number of tokens of a part of a file: those of a page, or 4096 of a page that grows.
   Index part() const { return grows_ ? 4096 : layout_.rows; }
   Index part(Index n, Index size) const { return (std::min)(part(), size - n * part()); }
-  /// work(array, count) for all that page holds of one head's tokens [first, first + count).
+  /// Calls work(array, count) for each array of the page with rows of one head's tokens [first, first + count).
   template <class Work>
   void for_arrays(const Page& page, Index h, Index first, Index count, const Work& work) const {
     work(layout_.keys(page, h, first), count * layout_.head_dim);
@@ -243,7 +244,7 @@ class KeyPages {
     }
   }
 
-  /// Pages for `more` tokens, none of them shared.
+  /// Makes pages for `more` tokens; none of the pages that will be written is shared.
   void make_room(Index more) {
     if (more == 0) return;
     if (grows_ && size_ + more > layout_.rows) return grow((std::max)(size_ + more, 2 * layout_.rows));
@@ -272,7 +273,7 @@ class KeyPages {
   PageLayout<T> layout_;
   bool grows_;
   std::shared_ptr<FreePages> free_;
-  std::vector<std::vector<Page>> pages_;  ///< of each batch row; null where it is forgotten
+  std::vector<std::vector<Page>> pages_;  ///< of each batch row; an evicted page is null
   std::vector<Real> scratch_;             ///< [workers][rows_at_once][head_dim]
   Index size_ = 0;
 };
@@ -295,7 +296,7 @@ Index KeyPages<T>::payload_bytes(const std::vector<std::int64_t>& kept, Index si
   return bytes;
 }
 
-/// For each part and batch row whether it is there, and then the rows of those that are.
+/// Writes for each part and batch row whether it is kept, and then the rows of those that are.
 template <StoredElement T>
 void KeyPages<T>::save(StateWriter& writer) const {
   const auto kept = kept_parts();
@@ -310,8 +311,8 @@ void KeyPages<T>::save(StateWriter& writer) const {
   }
 }
 
-/// Accumulate an empty object, which is discarded if the file ends early. `size` is at most most_tokens(). Memory for
-/// the rows of a part is allocated only after these rows have been read.
+/// Reads into an empty object, which the caller discards if the file ends early. `size` is at most most_tokens().
+/// Memory for the rows of a part is allocated only after these rows have been read.
 template <StoredElement T>
 void KeyPages<T>::load(StateReader& reader, Index size) {
   const Index batch = std::ssize(pages_), parts = batch == 0 ? 0 : divide_up(size, part());
@@ -342,7 +343,7 @@ void KeyPages<T>::load(StateReader& reader, Index size) {
   size_ = size;
 }
 
-/// Copies rows, as a file holds them, to the rows [first, first + count) of a page.
+/// Copies rows in the layout of a file to the rows [first, first + count) of a page.
 template <StoredElement T>
 void KeyPages<T>::copy_part(const std::byte* from, const Page& page, Index first, Index count) const {
   for (Index h = 0; h < layout_.kv_heads; ++h) {

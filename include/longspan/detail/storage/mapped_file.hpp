@@ -1,4 +1,4 @@
-// The calls of POSIX that a file of blocks needs. A call that fails throws FileError with one sentence.
+// The POSIX calls that a file of blocks needs. A failed call throws FileError with the system's reason.
 #pragma once
 
 #include <fcntl.h>
@@ -24,10 +24,10 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// A file that is open for one owner, others being locked out.
+/// A file that is open and locked for one owner.
 class MappedFile {
  public:
-  /// Bytes of the file, to be read only.
+  /// A read-only mapping of bytes of the file.
   class Mapping {
    public:
     Mapping(int file, Index offset, Index length) {
@@ -122,7 +122,7 @@ class MappedFile {
 
   void give_back([[maybe_unused]] Index from, [[maybe_unused]] Index count) const noexcept {
 #if defined(FALLOC_FL_PUNCH_HOLE)
-    // Where it fails the space stays taken, which harms no result.
+    // If this fails, the space stays in use, which does not affect results.
     [[maybe_unused]] const int failed = ::fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                                                     static_cast<off_t>(from), static_cast<off_t>(count));
 #endif
@@ -134,9 +134,9 @@ class MappedFile {
     return mapping;
   }
 
-  /// The file of that name, if there is one, has no name any more.
+  /// Removes the file of that name, if there is one.
   static void remove(const std::string& path) noexcept { ::unlink(path.c_str()); }
-  /// Gives the file another name, and so replaces a file that has it.
+  /// Gives the file another name, replacing a file of that name.
   void rename(const std::string& path) {
     std::string to = path;
     if (::rename(path_.c_str(), to.c_str()) != 0) failed("rename to " + to);

@@ -1,4 +1,4 @@
-// Where the system has no files that can be mapped: to open one is an error.
+// MappedFile for systems without mapped files: opening one throws Error.
 #pragma once
 
 #include <cstddef>

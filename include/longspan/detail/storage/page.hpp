@@ -1,4 +1,4 @@
-// Memory for the keys and values of a run of tokens: how it is laid out, shared and handed on.
+// Memory for the keys and values of consecutive tokens: its layout, shared ownership, and reuse.
 #pragma once
 
 #include <algorithm>
@@ -19,13 +19,13 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// a * b, or the largest Index where the product is larger. Neither factor is negative.
+/// a * b, or the largest Index if the product exceeds it. Neither factor is negative.
 constexpr Index bounded_product(Index a, Index b) noexcept {
   constexpr Index most = (std::numeric_limits<Index>::max)();
   return b != 0 && a > most / b ? most : a * b;
 }
 
-/// The memory of one page, shared by all streams that hold its tokens; null if default constructed.
+/// The memory of one page, shared by all streams that contain its tokens; null if default-constructed.
 class Page {
  public:
   Page() = default;
@@ -49,14 +49,14 @@ class Page {
 
   bool exists() const noexcept { return memory_ != nullptr; }
   std::byte* data() const noexcept { return memory_ + header_bytes; }
-  /// Is there no other owner? Reads by an owner that has let go of the page have then ended.
+  /// True if there is no other owner. Reads by former owners then happened before this call.
   bool is_own() const noexcept { return owners().load(std::memory_order_acquire) == 1; }
 
  private:
   friend class FreePages;
   struct Header {
     std::atomic<Index> owners{1};
-    std::byte* next_free = nullptr;  ///< the memory of the next page in the list that FreePages makes
+    std::byte* next_free = nullptr;  ///< the memory of the next page in the list of FreePages
   };
   static constexpr std::size_t header_bytes = 64;
   static_assert(sizeof(Header) <= header_bytes && std::is_trivially_destructible_v<Header>);
@@ -67,8 +67,8 @@ class Page {
   std::byte* memory_ = nullptr;
 };
 
-/// Where the parts of a page are: keys [kv_heads][rows][head_dim], values [kv_heads][rows][value_dim], and
-/// for int8 the scales of either [kv_heads][rows].
+/// The layout of a page: keys [kv_heads][rows][head_dim], values [kv_heads][rows][value_dim], and for int8 the scales
+/// of keys and of values, [kv_heads][rows] each.
 template <StoredElement T>
 struct PageLayout {
   static constexpr bool is_scaled = std::is_same_v<T, std::int8_t>;
@@ -82,7 +82,7 @@ struct PageLayout {
     return kv_heads * ((head_dim + value_dim) * static_cast<Index>(sizeof(T)) +
                        (is_scaled ? 2 * static_cast<Index>(sizeof(float)) : 0));
   }
-  /// No product overflows while rows * row_bytes() is at most half of the largest Index.
+  /// No product overflows if rows * row_bytes() is at most half of the largest Index.
   Index bytes() const noexcept { return v_scales_at() + scale_bytes(); }
   T* keys(const Page& page, Index h, Index row) const noexcept {
     return reinterpret_cast<T*>(page.data()) + (h * rows + row) * head_dim;
@@ -124,9 +124,8 @@ struct PageLayout {
   Index v_scales_at() const noexcept { return k_scales_at() + scale_bytes(); }
 };
 
-/// Pages without an owner, to be used again. Streams that are copies of each other share the list, and may be
-/// on different threads. The list is threaded through the pages' headers, so that `give` never allocates: it
-/// runs in destructors.
+/// A thread-safe list of pages without an owner, for reuse, shared by a stream and its copies. The pages' headers
+/// contain the links of the list, so that `give`, which runs in destructors, never allocates.
 class FreePages {
  public:
   FreePages() = default;
@@ -149,7 +148,7 @@ class FreePages {
     const std::lock_guard lock(mutex_);
     push(std::move(page));
   }
-  /// At least `count` pages.
+  /// Makes sure that the list has at least `count` pages.
   template <class Layout>
   void reserve(const Layout& layout, Index count) {
     const std::lock_guard lock(mutex_);

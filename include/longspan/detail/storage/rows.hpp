@@ -1,4 +1,4 @@
-// Rows of keys and values in the type in which a stream keeps them.
+// Conversion of rows of keys and values to the type in which a stream stores them.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// What a stream can keep rows as: an element type, or std::int8_t with a scale to each row.
+/// A type in which a stream can store rows: an element type, or std::int8_t with a scale for each row.
 template <class T>
 concept StoredElement = MutableElement<T> || std::same_as<T, std::int8_t>;
 
@@ -30,7 +30,7 @@ struct StoredArithmetic<std::int8_t> {
   using type = float;
 };
 
-/// The type in which rows are computed with on their way to T.
+/// The type of the arithmetic with rows that are stored as T.
 template <StoredElement T>
 using ArithmeticOf = typename StoredArithmetic<T>::type;
 
@@ -44,9 +44,9 @@ void store_row(const From* from, Index cols, T* to) {
   }
 }
 
-/// The nearest multiples of the row's scale, which is the largest magnitude / 127: no element is off by more
-/// than half of it. A row that holds NaN or infinity has the scale NaN, and is NaN throughout; a row of magnitudes below
-/// 127 * 2^-126 is 0.
+/// Rounds a row to multiples of its scale, which is the largest magnitude / 127: the error of an element is at most
+/// half the scale. A row that contains NaN or infinity gets the scale NaN, so that all of its elements are NaN; a row
+/// whose magnitudes are all below 127 * 2^-126 becomes 0.
 template <class From>
 void store_row(const From* from, Index cols, std::int8_t* to, float& scale) {
   float top = 0;

@@ -1,4 +1,5 @@
-// The numbers in the header of a state file that a stream must share to load it, and how messages print them.
+// The numbers in the header of a state file that must be the same in a stream that loads it, and how messages print
+// them.
 #pragma once
 
 #include <array>
@@ -73,7 +74,7 @@ std::array<StateField, std::tuple_size_v<PositionIdentity>> position_fields(cons
   for (std::size_t n = 0; n < fields.size(); ++n) fields[n] = real_field(names[n], identity[n]);
   fields[0].text = [](std::int64_t bits) {
     const double kind = std::bit_cast<double>(bits);
-    return kind == 0 ? std::string("none") : kind == 1 ? "rotary" : kind == 2 ? "xpos" : "a user's own";
+    return kind == 0 ? std::string("none") : kind == 1 ? "rotary" : kind == 2 ? "xpos" : "user-defined";
   };
   fields[1].text = [](std::int64_t bits) {
     return std::string(std::bit_cast<double>(bits) == 0 ? "interleaved" : "half_split");

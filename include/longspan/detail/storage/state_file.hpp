@@ -1,14 +1,14 @@
-// The file of a stream's state: a few numbers and a payload of arrays, each under a checksum.
+// The file of a stream's state: a few numbers and a payload of arrays, each with a checksum.
 //
-//   8 bytes   "longspan"                     8 bytes   the kind of state, filled up with 0
-//   u32       version of the kind's layout   u32       n, how many numbers follow
+//   8 bytes   "longspan"                     8 bytes   the kind of state, padded with 0
+//   u32       version of the kind's layout   u32       n, the number of numbers
 //   u64       bytes of payload               n x i64   the numbers
-//   u32       CRC-32C of all above
+//   u32       CRC-32C of everything above
 //   payload, arrays back to back
 //   u32       CRC-32C of the payload
 //
-// All little-endian. Who reads trusts nothing: numbers are checked by the caller before he allocates by them,
-// and an array is allocated no faster than its bytes arrive.
+// Everything is little-endian. The reader trusts nothing: callers check the numbers before they use them as sizes of
+// allocations, and an array grows no faster than its bytes are read.
 #pragma once
 
 #include <algorithm>
@@ -32,8 +32,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// What a file holds: a name of at most 8 letters, the version of its layout, and how messages call the
-/// reader and the writer.
+/// A kind of state: a name of at most 8 letters, the version of its layout, and the names of the writing and the
+/// reading function in messages.
 struct StateKind {
   std::string_view name;
   std::uint32_t version = 1;
@@ -56,9 +56,9 @@ struct StateHeader {
 };
 static_assert(sizeof(StateHeader) == 32 && std::is_trivially_copyable_v<StateHeader>);
 static_assert(std::endian::native == std::endian::little,
-              "longspan: state files are little-endian, and so must be the processor");
+              "longspan: state files are little-endian, so the processor must be little-endian");
 
-/// The bytes of `count` elements of T; refuses what does not fit into an Index.
+/// The bytes of `count` elements of T. Throws Error if the number does not fit into an Index.
 template <class T>
 Index array_bytes(std::string_view function, Index count) {
   constexpr Index most = PTRDIFF_MAX / static_cast<Index>(sizeof(T));
@@ -68,7 +68,7 @@ Index array_bytes(std::string_view function, Index count) {
   return count * static_cast<Index>(sizeof(T));
 }
 
-/// Writes a state: the constructor its header, `array` what belongs to the payload, `finish` the checksum.
+/// Writes a state: the constructor writes the header, `array` a part of the payload, `finish` the checksum.
 class StateWriter {
  public:
   StateWriter(std::ostream& to, const StateKind& kind, std::span<const std::int64_t> numbers, Index payload)
@@ -92,8 +92,8 @@ class StateWriter {
     put_checksum();
     to_.flush();
     if (!to_)
-      refuse<FileError>(kind_.save, "the stream", "broken or full",
-                        "one that takes " + std::to_string(payload_) + " bytes of state");
+      refuse<FileError>(kind_.save, "the output stream", "broken or full",
+                        "space for " + std::to_string(payload_) + " bytes of state");
   }
 
  private:
@@ -118,9 +118,9 @@ class StateWriter {
   Crc32c sum_;
 };
 
-/// Reads a state. The constructor reads and checks the header and fills `numbers`; the caller checks them,
-/// says by `expect_payload` how many bytes they stand for, reads his arrays into new objects, and takes these
-/// over only after `finish`.
+/// Reads a state. The constructor reads and checks the header and fills `numbers`. The caller checks these numbers,
+/// passes the payload size that they imply to `expect_payload`, reads the arrays into new objects, and uses the objects
+/// only after `finish`.
 class StateReader {
  public:
   StateReader(std::istream& from, const StateKind& kind, std::span<std::int64_t> numbers)
@@ -128,7 +128,8 @@ class StateReader {
     const StateHeader wanted(kind, numbers.size(), 0);
     get(&header_, sizeof(header_), "the header");
     if (!std::equal(wanted.magic, wanted.magic + 8, header_.magic))
-      refuse<FileError>(kind.load, "the file", "no state of longspan", "one that begins with \"longspan\"");
+      refuse<FileError>(kind.load, "the file", "not a state of longspan",
+                        "a file that begins with \"longspan\"");
     if (!std::equal(wanted.name, wanted.name + 8, header_.name))
       reject("the file", "a state of another kind", kind.name);
     if (header_.version != wanted.version)
@@ -146,7 +147,7 @@ class StateReader {
              std::to_string(bytes) + " for the sizes in the header");
     }
   }
-  /// The same before all sizes are known: a number of the header may claim no more than the payload can hold.
+  /// The same before all sizes are known: checks that the payload has at least the size that the header implies.
   void expect_payload_of_at_least(Index bytes) const {
     if (header_.payload < static_cast<std::uint64_t>(bytes)) {
       reject("the payload", std::to_string(header_.payload) + " bytes",
@@ -158,14 +159,14 @@ class StateReader {
     refuse<FileError>(kind_.load, what, got, wanted);
   }
 
-  /// The next array of the payload, copied whatever its alignment in the file.
+  /// Returns a copy of the next array of the payload, whatever its alignment in the file.
   template <class T>
   std::vector<T> array(Index count) {
     static_assert(std::is_trivially_copyable_v<T>);
     constexpr Index most_at_once = (Index{1} << 20) / static_cast<Index>(sizeof(T));
     array_bytes<T>(kind_.load, count);
     std::vector<T> values;
-    // No more than doubled at a time: a file that promises what it does not hold costs no memory.
+    // Grows at most by a factor of 2 at a time, so that a file that claims more than it contains costs no memory.
     for (Index have = 0; have < count;) {
       const Index next = (std::min)(count, (std::max)(2 * have, most_at_once));
       values.resize(static_cast<std::size_t>(next));
@@ -175,7 +176,7 @@ class StateReader {
     return values;
   }
 
-  /// Checks the payload: nothing that was read may be used before.
+  /// Checks the payload's checksum. The caller must not use the arrays before.
   void finish() { check_sum("the checksum of the payload"); }
 
  private:
