@@ -20,10 +20,11 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Up to so many queries (q_len times the heads of a group) take the decode kernel; more are as fast in the lanes.
+/// The most queries per KV head (q_len times the heads of a group) for this kernel. With more, the tile kernel, whose
+/// lanes hold queries, is at least as fast.
 inline constexpr Index most_decode_queries = 8;
 
-/// The columns of rows of T that are loaded in pairs of packets.
+/// The columns of a row of T that are loaded in pairs of packets.
 template <class Real, class T>
 Index columns_in_pairs(Index columns) {
   constexpr Index pair = 2 * lanes<Real>;
@@ -52,7 +53,7 @@ struct RowPass {
   using Run = KeyRun<Tk, Tv>;
   static constexpr Index w = lanes<Real>;
   static constexpr bool is_scaled = std::is_same_v<Tk, std::int8_t>;
-  /// Rows are in no cache, and nobody reads them again before the next call, unless in a pass for more queries.
+  /// Rows of k and v come from memory and are read once in a call, unless more queries than lanes need several passes.
   static constexpr PrefetchHint hint =
       w >= most_decode_queries ? PrefetchHint::streaming : PrefetchHint::reused;
 
@@ -84,7 +85,7 @@ struct RowPass {
     });
   }
 
-  /// A weight of 0 does not hide a value that is NaN or infinite: here hidden pairs are left out one by one.
+  /// A weight of 0 does not hide a value that is NaN or infinite, so this function skips hidden pairs one by one.
   static LONGSPAN_NOINLINE void add_seen_values(const Run& run, Index count, const Real* weights,
                                                 const bool* seen, Index first,
                                                 const RowAccumulator<Real>& state, const Real* rescale) {
@@ -121,7 +122,7 @@ struct RowPass {
   }
 
  private:
-  /// Accumulators of add_values: as many as leave registers for the rows.
+  /// How many accumulators of add_values leave registers for the rows.
   static constexpr int value_accumulators = vector_registers == 32 ? 16 : 8;
   static constexpr int most_value_packets = vector_registers == 32 ? 8 : 4;
 
@@ -149,7 +150,7 @@ struct RowPass {
     }
   }
 
-  /// Do the sums of whole rows of `packets` packets fit in registers?
+  /// True if the sums of whole rows of `packets` packets fit in registers.
   template <int queries>
   static bool fits_registers(Index packets) {
     return std::has_single_bit(std::size_t(packets)) && packets <= most_value_packets &&
