@@ -269,28 +269,6 @@ TEST_CASE("infini_attention: the feature of a very negative number is not rounde
   CHECK(std::abs(phi(-18) / 1.5229979744712628e-8 - 1) < 1e-12);
 }
 
-TEST_CASE("infini_attention: the same bits with any number of threads", "[bits][infini]") {
-  Random random(11);
-  Call<float> call(Shape{2, 6, 2, 300, 300, 40, 24}, Values::normal, random);
-  const auto check = [&](auto attend) {
-    attend.segment = 64;
-    Call<float> one = call;
-    run(attend, one, 1);
-    for (const Index threads : {2, 3, 7, 16}) {
-      Call<float> many = call;
-      run(attend, many, threads);
-      CHECK(many.out == one.out);
-    }
-  };
-  for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
-    infini_attention attend;
-    attend.rule = rule;
-    check(attend);
-  }
-  check(infini_attention{longspan::dilated_attention({{16, 1}, {64, 3}}, causal{})});
-  check(infini_attention{longspan::landmark_attention(longspan::landmarks::every(12))});
-}
-
 TEST_CASE("infini_attention: invalid arguments are refused, and nothing is written", "[errors][infini]") {
   Random random(12);
   Call<float> call(Shape{1, 4, 2, 8, 8, 16, 16}, Values::normal, random);
