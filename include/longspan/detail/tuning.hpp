@@ -17,11 +17,12 @@
 
 /// How rows that are read only once are prefetched: 0 non-temporal, 1 into the second-level cache, 2 into all caches.
 ///   Zen 5       0: a decode step over DRAM takes 3-10 % less time than with 2
-///   Intel AMX   1: 12.4 GB/s, against 4.8 with 0, 11.0 with 2 and 10.9 without prefetch (f32, 32 heads, 8 KV heads,
-///               32768 keys, one thread, huge pages). A non-temporal prefetch bypasses the second-level cache there,
-///               which leaves too few cache lines in flight
+///   Intel AMX   2: one thread, 32768 keys of d = 128 from memory, GB/s for 0, 1, 2: float, 32 heads over 8, 5.0, 13.9, 12.9;
+///               float, 32 over 32, 8.0, 15.2, 14.6; bfloat16, 32 over 8, 6.1, 14.5, 12.4. A non-temporal prefetch
+///               bypasses the second-level cache there, which leaves too few cache lines in flight. From that
+///               cache 1 takes 10-25 % longer than 2 (512 keys, d = 64)
 #if !defined(LONGSPAN_STREAM_PREFETCH)
-#define LONGSPAN_STREAM_PREFETCH (LONGSPAN_TUNED_FOR_INTEL ? 1 : 0)
+#define LONGSPAN_STREAM_PREFETCH (LONGSPAN_TUNED_FOR_INTEL ? 2 : 0)
 #endif
 
 /// Whether bfloat16 query tiles multiply with VDPBF16PS, if the target has this instruction and the matrix unit is not
