@@ -163,11 +163,11 @@ TEST_CASE("merged: functors of all kinds match the references merged in double",
   Call<float> call(shape, Values::normal, random);
   const Branches branches{{16, 1}, {64, 4}};
   const landmark_attention landmark{longspan::landmarks::every(10), causal{}};
-  const longspan::reference::landmark_attention landmark_reference{landmark};
+  const longspan::reference::exact landmark_reference{landmark};
   call.run(merged{softmax_attention{near_keys}, dilated_attention{branches, causal{}}, landmark}, openmp{3});
 
-  const Known softmax(call, longspan::reference::softmax_attention{near_keys}),
-      dilated(call, longspan::reference::dilated_attention{branches, causal{}}),
+  const Known softmax(call, longspan::reference::exact{longspan::softmax_attention{near_keys}}),
+      dilated(call, longspan::reference::exact{longspan::dilated_attention{branches, causal{}}}),
       grouped(call, landmark_reference);
   Known all = softmax;
   const std::array parts{softmax.partial(), dilated.partial(), grouped.partial()};
@@ -191,8 +191,8 @@ TEST_CASE("gated: matches the gated references, and a closed gate returns the ot
   };
   const std::vector<float> beta{-3, 0, 0.5, 9};
   const std::vector<double> wide(beta.begin(), beta.end());
-  const Known of_near(call, longspan::reference::softmax_attention{near_keys}),
-      of_far(call, longspan::reference::dilated_attention{far.branches, causal{}});
+  const Known of_near(call, longspan::reference::exact{longspan::softmax_attention{near_keys}}),
+      of_far(call, longspan::reference::exact{longspan::dilated_attention{far.branches, causal{}}});
   Tensor<double> wanted = of_near.out;
   longspan::reference::gate({wide.data(), 4, 1, 1}, of_near.out.view(), of_far.out.view(), wanted.view());
   CHECK(distance(run(gated{longspan::per_head_gate(beta), near, far}).values, wanted.values) < 2e-6);
@@ -214,8 +214,8 @@ TEMPLATE_TEST_CASE("gated: bfloat16 and double outputs are within one more round
   const gated attend{Beta{}, softmax_attention{near_keys}, softmax_attention{far_keys}};
   attend(std::as_const(call.q).view(), std::as_const(call.k).view(), std::as_const(call.v).view(),
          call.out.view());
-  const Known a(call, longspan::reference::softmax_attention{near_keys}),
-      b(call, longspan::reference::softmax_attention{far_keys});
+  const Known a(call, longspan::reference::exact{longspan::softmax_attention{near_keys}}),
+      b(call, longspan::reference::exact{longspan::softmax_attention{far_keys}});
   double worst = 0;
   for (std::size_t n = 0; n < call.out.values.size(); ++n) {
     const double wanted = (a.out.values[n] + b.out.values[n]) / 2;

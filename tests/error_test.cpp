@@ -18,7 +18,7 @@ TEST_CASE("Error: is a std::invalid_argument that keeps its text", "[error]") {
   CHECK_THROWS_AS(detail::raise("no"), std::invalid_argument);
 }
 
-TEST_CASE("FileError: is a std::runtime_error that keeps its text, and is not an Error", "[error]") {
+TEST_CASE("FileError: is a std::runtime_error with the given text, and not an Error", "[error]") {
   STATIC_REQUIRE(std::is_base_of_v<std::runtime_error, longspan::FileError>);
   STATIC_REQUIRE_FALSE(std::is_base_of_v<longspan::Error, longspan::FileError>);
   CHECK(std::string(longspan::FileError("the text").what()) == "the text");

@@ -19,7 +19,7 @@ concept MakesPerHeadGate = requires(T&& logits) { per_head_gate(static_cast<T&&>
 template <class T>
 concept MakesScalarGate = requires(T&& logit) { scalar_gate(static_cast<T&&>(logit)); };
 
-// Temporary objects do not compile, because the view would refer to a destroyed object.
+// What would leave a view of a dead object is refused.
 static_assert(MakesPerHeadGate<std::vector<float>&> && MakesPerHeadGate<const std::vector<double>&>);
 static_assert(!MakesPerHeadGate<std::vector<float>> && !MakesPerHeadGate<std::vector<double>>);
 static_assert(MakesScalarGate<float&> && MakesScalarGate<const double&>);
@@ -28,7 +28,7 @@ static_assert(std::same_as<decltype(scalar_gate(std::declval<const double&>())),
 
 }  // namespace
 
-TEST_CASE("gates: the views refer to the caller's logits", "[gates]") {
+TEST_CASE("gates: views of the caller's logits", "[gates]") {
   std::vector<float> logits{1, 2, 3};
   const MatrixView<const float> heads = per_head_gate(logits), one = scalar_gate(logits[1]);
   CHECK((heads.rows == 3 && heads.cols == 1));

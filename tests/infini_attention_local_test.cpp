@@ -35,11 +35,11 @@ constexpr float infinity = std::numeric_limits<float>::infinity(),
 
 dilated_attention<causal> dilated() { return dilated_attention({{8, 1}, {32, 3}}, causal{}); }
 auto exact(const dilated_attention<causal>& local) {
-  return longspan::reference::dilated_attention(local.branches, causal{});
+  return longspan::reference::exact{longspan::dilated_attention(local.branches, causal{})};
 }
 
 landmark_attention<> grouped() { return landmark_attention{landmarks::every(8)}; }
-auto exact(const landmark_attention<>& local) { return longspan::reference::landmark_attention{local}; }
+auto exact(const landmark_attention<>& local) { return longspan::reference::exact{local}; }
 
 /// Runs a functor or a stream with the rows [first, first + count) of a call.
 template <class Run, class C>

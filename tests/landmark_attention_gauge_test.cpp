@@ -41,7 +41,7 @@ void check_landmark_call(Random& random, const Part& mask, const Definition& wha
                 << type_text<To> << ' ' << shape.text() << " values=" << text_of(values)
                 << (regular ? " every " : " mean ") << mean << " first_query=" << what.first_query);
   landmark_attention attend{regular ? landmarks::every(mean) : lists.at(), mask};
-  attend.bf16_products = false;  // they round weights; tested in detail/landmark/amx_tile_test.cpp
+  attend.bf16_products = false;  // which rounds weights: detail/landmark/amx_tile_test.cpp
   Call<Tq, Tk, Tv, To> call(shape, values, random);
   call.run(with_options(attend, what), longspan::openmp{random.between(1, 3)});
   const Exact exact = exact_landmark_attention(what, at, call);

@@ -44,7 +44,7 @@ void check_weights(const Attend& attend, Call<float> call, Index i, const std::v
   };
   call.run(attend);
   check("kernel");
-  const longspan::reference::landmark_attention exact{attend};
+  const longspan::reference::exact exact{attend};
   exact(std::as_const(call.q).view(), std::as_const(call.k).view(), std::as_const(call.v).view(),
         call.out.view(), call.lse.view());
   check("reference");
@@ -231,9 +231,8 @@ TEST_CASE("landmark_attention: matches the reference in double for all options",
         attend.control.cutoff = random.pick({0.0, 0.2});
       }
       call.run(attend);
-      longspan::reference::landmark_attention{attend}(
-          std::as_const(exact.q).view(), std::as_const(exact.k).view(), std::as_const(exact.v).view(),
-          exact.out.view(), exact.lse.view());
+      longspan::reference::exact{attend}(std::as_const(exact.q).view(), std::as_const(exact.k).view(),
+                                         std::as_const(exact.v).view(), exact.out.view(), exact.lse.view());
     };
     if (random.chance(0.5)) {
       check(landmark_attention{lists.at()});

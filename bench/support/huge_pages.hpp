@@ -1,5 +1,5 @@
-// Memory on pages of 2 MB, if the system provides them. With pages of 4 KB the speed of the same program varied from
-// run to run between 41 and 76 % of the roof (Intel AMX), depending on the addresses of its pages.
+// Memory on pages of 2 MB, where the system gives them: with pages of 4 KB the same program ran between 41 and 76 % of the
+// roof from one run to the next (Intel AMX), depending on where its pages lay.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ struct FreeAligned {
 };
 using PagedMemory = std::unique_ptr<std::byte, FreeAligned>;
 
-/// Allocates `bytes` bytes, on huge pages if they fill at least one and the system allows it.
+/// `bytes` bytes, on huge pages where they fill one and the system allows it.
 inline PagedMemory huge_memory(std::size_t bytes) {
   constexpr std::size_t page = std::size_t{2} << 20;
   const std::align_val_t alignment{bytes >= page ? page : 64};
@@ -31,7 +31,7 @@ inline PagedMemory huge_memory(std::size_t bytes) {
   return memory;
 }
 
-/// The system's setting for huge pages, for the report.
+/// What the system says of huge pages, for the report.
 inline std::string huge_pages_text() {
 #if defined(MADV_HUGEPAGE)
   std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");

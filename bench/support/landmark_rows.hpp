@@ -28,7 +28,7 @@ inline std::vector<ExactRow> exact_landmark_rows(const Inputs<float>& in, longsp
     const float* query = q.row(id.b, id.h, id.i);
     longspan::landmark_attention attend{at};
     attend.first_query = kv_len - q.rows + id.i;
-    const longspan::reference::landmark_attention reference{attend};
+    const longspan::reference::exact reference{attend};
     const auto row_with = [&](const auto* values, Index value_cols) {
       std::vector<double> out(static_cast<std::size_t>(value_cols));
       reference(longspan::compact_view(query, 1, 1, 1, q.cols),

@@ -1,4 +1,4 @@
-// A compact [batch, heads, rows, cols] tensor that owns its memory: 64-byte aligned, on huge pages if it is large.
+// A compact [batch, heads, rows, cols] tensor that owns its memory: 64-byte aligned, on huge pages where it is large.
 #pragma once
 
 #include <memory>

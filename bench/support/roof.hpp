@@ -104,7 +104,7 @@ template <class Real>
 #endif
 
 #if defined(LONGSPAN_TARGETS_AMX)
-/// The same for matrix tiles (AMX): six sums, all operands in registers.
+/// The same for matrix tiles: six accumulators, all operands in registers.
 [[gnu::noinline]] inline void multiply_tiles(Index rounds) {
   using Unit = longspan::detail::HardwareTiles;
   const Unit::Scope configured;
@@ -185,7 +185,7 @@ inline double bf16_dot_peak([[maybe_unused]] Index threads, [[maybe_unused]] dou
 #endif
 }
 
-/// The rate of bf16 products by matrix tiles (AMX) with a team of threads, in FLOP/s; 0 if it cannot be used.
+/// bf16 products by matrix tiles (AMX) of a team, in FLOP/s; 0 if the build or the process has no tiles.
 inline double tile_peak([[maybe_unused]] Index threads, [[maybe_unused]] double seconds = 0.01) {
 #if defined(LONGSPAN_TARGETS_AMX)
   if (!longspan::request_amx()) return 0;
@@ -196,7 +196,7 @@ inline double tile_peak([[maybe_unused]] Index threads, [[maybe_unused]] double 
 #endif
 }
 
-/// The rate of the fastest bf16 instruction of this machine, or of float if there is none.
+/// The rate of the fastest bf16 instruction of this machine; that of float if there is none.
 inline double bf16_peak(Index threads) {
   const double dot = bf16_dot_peak(threads, 0.005), tiles = tile_peak(threads, 0.005);
   return dot + tiles > 0 ? std::max(dot, tiles) : fma_peak(threads);

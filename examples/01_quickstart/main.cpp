@@ -19,7 +19,7 @@ static Tensor projected(Eigen::Index heads, Eigen::Index length, Eigen::Index he
 }
 
 int main() {
-  longspan::request_amx();  // lets bfloat16 calls use the matrix tiles of Intel processors (AMX)
+  longspan::request_amx();  // bfloat16 on Intel processors with matrix tiles; elsewhere it does nothing
   const Eigen::Index heads = 8, kv_heads = 2, length = 1024, head_dim = 64;
   const longspan::softmax_attention attend{longspan::causal{}};
   longspan::Execution execution;  // threads and scratch memory: reused, later calls allocate nothing

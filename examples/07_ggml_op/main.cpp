@@ -103,7 +103,7 @@ static double distance(const ggml_tensor* out) {
   std::vector<double> memory(static_cast<std::size_t>(ggml_nelements(out)));
   const TensorView<double> exact =
       longspan::compact_view(memory.data(), q.batch, q.heads, q.rows, static_cast<Index>(out->ne[0]));
-  const longspan::reference::softmax_attention reference{longspan::causal{}};
+  const longspan::reference::exact reference{longspan::softmax_attention{longspan::causal{}}};
   reference(q, view_of<const Eigen::half>(out->src[1]), view_of<const Eigen::half>(out->src[2]), exact);
 
   const auto got = view_of<const float>(out);  // with heads and rows exchanged

@@ -5,6 +5,6 @@
 #include <longspan/softmax_attention.hpp>
 
 void ATTEND(Input q, Input k, Input v, Output out) {
-  longspan::request_amx();  // has an effect only in the variant compiled for AMX
+  longspan::request_amx();  // does something in the one that is compiled for AMX
   longspan::softmax_attention{longspan::causal{}}(q, k, v, out);
 }

@@ -1,5 +1,4 @@
-// The function that is compiled once for each kind of processor. Its parameters are views, which are the same types
-// in all variants.
+// What is compiled once for each kind of processor. Views are the same types everywhere, so they can stand in its signature.
 #pragma once
 
 #include <longspan/element.hpp>

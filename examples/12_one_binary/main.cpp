@@ -1,8 +1,7 @@
-// One program for every x86-64 processor: the same kernel is compiled five times, and chosen when the program starts.
+// One program for every x86-64 processor: the same kernel, compiled five times, chosen when the program starts.
 //
-// After copying, change: `attend` in kernel.cpp to the call of your engine, and the list in CMakeLists.txt to the
-// processors that you care for. This file, like all of your program but kernel.cpp, is compiled for the oldest of
-// them.
+// After copying, change: `attend` in kernel.cpp to the call of your engine, and the list in CMakeLists.txt to the processors
+// that you care for. This file, like all of your program but kernel.cpp, is compiled for the oldest of them.
 
 #include <algorithm>
 #include <cmath>
@@ -64,7 +63,7 @@ int main() {
   const std::vector<Kernel> usable = kernels();
   std::printf("this processor runs the kernel for %s\n", usable.back().name);
 
-  // Only for this demonstration: all variants agree within the rounding of weights and outputs to bfloat16.
+  // To see that all agree, which a program would not do: within the rounding of weights and outputs to bfloat16.
   std::vector<bfloat16> first;
   float difference = 0;
   for (const Kernel& kernel : usable) {

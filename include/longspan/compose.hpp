@@ -93,8 +93,7 @@ merged(Parts...) -> merged<Parts...>;
 ///   gated attend{MatrixView<const float>{beta.data(), heads, 1, 1}, memory, local};
 ///   attend(q, k, v, out, execution);  // execution is optional; there is no lse
 ///
-/// Shapes    those of a and b; beta as for `gate` (see gates.hpp): 1 or heads rows, 1 or value_dim columns; 0 if
-///           omitted
+/// Shapes    those of a and b; beta as for `gate` in gates.hpp: 1 or heads rows, 1 or value_dim columns; 0 if omitted
 /// Aliasing  out overlaps no input
 /// Cost      that of a and b, and one pass. Scratch: one output, two if out is not of the arithmetic's type
 /// Error     that of `gate`. A functor whose gate is 0 has no effect, even if its output is NaN

@@ -17,17 +17,17 @@ LONGSPAN_VOCABULARY_BEGIN
 
 /// Thrown for a shape, an option or another argument that a function does not accept, before it writes anything. The
 /// text names the function, the argument, what it is, and what is wanted. Values of tensors are never an error. Error
-/// and FileError are each the same type in all translation units, whatever their flags, so that one can catch what
-/// another throws.
+/// and FileError are the same types in all translation units, whatever their flags, so that one can catch what another
+/// throws.
 class Error : public std::invalid_argument {
  public:
   LONGSPAN_INLINE explicit Error(const std::string& text) : std::invalid_argument(text) {}
   LONGSPAN_INLINE explicit Error(const char* text) : std::invalid_argument(text) {}
 };
 
-/// Thrown for a file, or a std::istream or std::ostream, that cannot be used although all arguments are valid: it
-/// cannot be opened, is in use, is damaged, contains the state of a stream with other options, or its disk is full.
-/// The text names the function and the file, and the system's reason if there is one.
+/// A file, or a C++ stream of bytes, that cannot be used although the arguments are right: it cannot be opened,
+/// is in use, is damaged, holds the state of a stream with other options, or its disk is full. The text names
+/// function and file, and the system's reason if there is one.
 class FileError : public std::runtime_error {
  public:
   LONGSPAN_INLINE explicit FileError(const std::string& text) : std::runtime_error(text) {}
@@ -61,7 +61,7 @@ template <class E = Error>
   raise<E>(text.append(", wanted ").append(wanted));
 }
 
-/// Throws E with the text "longspan: function: sentence".
+/// Throws E with a sentence of its own.
 template <class E = Error>
 [[noreturn]] void fail(std::string_view function, std::string_view sentence) {
   raise<E>(std::string("longspan: ").append(function).append(": ").append(sentence));

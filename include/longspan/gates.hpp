@@ -1,4 +1,4 @@
-// The two usual shapes of a gate's logits: one for each query head, or one for all.
+// The two usual shapes of a gate's logits: one for each query head, and one for all.
 #pragma once
 
 #include <span>
@@ -10,14 +10,14 @@
 LONGSPAN_VOCABULARY_BEGIN
 
 // `beta` of gate, gated, infini_attention and hybrid_stream is a view of logits, [1 or heads][1 or value_dim],
-// and the gate is sigmoid(beta). These functions make such views. A view does not own the logits: they must exist
-// as long as the functor is used, so code that passes a temporary object does not compile.
+// and a gate is sigmoid(beta). These functions make such views. A view does not own the logits: they must stay
+// where they are while the functor is used, so temporary objects are refused when they are compiled.
 //
 //   std::vector<float> beta(heads);
 //   attend.beta = per_head_gate(beta);
 //   attend.beta = scalar_gate(beta[0]);
 //
-// For a matrix [heads, value_dim], with a gate for each head and column, make a MatrixView.
+// A matrix [heads, value_dim], which has a gate for each column, is a MatrixView of its own.
 
 /// One logit for each query head, in all columns.
 LONGSPAN_INLINE constexpr MatrixView<const float> per_head_gate(std::span<const float> logits) noexcept {

@@ -1,4 +1,4 @@
-// How a landmark cache retrieves blocks: which blocks a query attends to, and at which positions it sees them.
+// Retrieval of landmark blocks: which blocks a query attends to, and at which positions it sees them.
 #pragma once
 
 #include <algorithm>
@@ -219,8 +219,8 @@ using RetrievalPartOf = typename RetrievalPart<Kind, Default, Parts...>::type;
 
 }  // namespace detail
 
-/// What defines a landmark_cache: options, then a position encoding, a position map and an index of landmarks, in any
-/// order and each optional. Its member `stream` makes a stream, like that of a functor.
+/// Attention that retrieves landmark blocks, as a value from which streams are made: options, and then a position
+/// encoding, a position map and an index of landmarks, in any order and each optional.
 ///
 ///   landmark_retrieval retrieve{{.block_size = 64, .top_k = 4}, rotary(Pairing::half_split)};
 ///   auto cache = retrieve.stream<Eigen::bfloat16>(shape);  // a landmark_cache
@@ -244,7 +244,7 @@ struct landmark_retrieval {
         map(detail::take_part<detail::PositionMapPart, Map>(parts...)),
         finder(detail::take_part<detail::LandmarkIndexPart, Finder>(parts...)) {}
 
-  /// Returns a landmark_cache<T, P, Map, Finder>, which stores rows as T. Include longspan/stream/landmark_cache.hpp
+  /// A landmark_cache<T, P, Map, Finder>, which keeps rows as T. Include longspan/stream/landmark_cache.hpp
   /// before the call.
   template <StoredElement T = float>
   auto stream(const StreamShape& shape) const {

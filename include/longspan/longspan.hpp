@@ -1,4 +1,4 @@
-// Includes all of Longspan.
+// Includes all of Longspan except reference/, slow versions of the same functions: include its headers where needed.
 #pragma once
 
 #include "longspan/amx.hpp"
@@ -24,13 +24,6 @@
 #include "longspan/options.hpp"
 #include "longspan/partial.hpp"
 #include "longspan/position.hpp"
-#include "longspan/reference/dilated_attention.hpp"
-#include "longspan/reference/infini_attention.hpp"
-#include "longspan/reference/landmark_attention.hpp"
-#include "longspan/reference/landmark_cache.hpp"
-#include "longspan/reference/partial.hpp"
-#include "longspan/reference/position.hpp"
-#include "longspan/reference/softmax_attention.hpp"
 #include "longspan/score.hpp"
 #include "longspan/softmax_attention.hpp"
 #include "longspan/stream/blocks.hpp"

@@ -32,8 +32,8 @@ struct kv_cache_options {
   /// 4096, pages of 256: 1 %, of 64: 5 %, of 16: 13 %.
   Index page_size = 0;
   /// Evict a page when the mask will not show any of its keys again. With `causal{} & window{W}`, or
-  /// `causal{} & (window{W} | sinks{4})`, about (W + rollback) / page_size + 2 pages remain, whatever the number of
-  /// tokens: 38 MB with W 4096, pages of 256 and the sizes above. One array keeps everything.
+  /// `causal{} & (window{W} | sinks{4})`, about (W + rollback) / page_size + 2 pages remain, however many tokens were
+  /// appended: 38 MB with W 4096, pages of 256 and the sizes above. One array keeps everything.
   bool evict = true;
   /// `truncate` can remove the last `rollback` tokens before the largest size that the stream has had; pages are
   /// evicted so many tokens later. After that the stream has the results and bits of one that never saw the removed
@@ -109,7 +109,7 @@ void check_tokens(std::string_view function, const K& k, const V& v, Index batch
   wanted(v, "v", shape.value_dim);
 }
 
-/// Throws Error unless `rows` contains one number of a batch row for each batch row of the stream.
+/// Throws Error unless `rows` names a batch row of the stream for each of its batch rows.
 inline void check_reorder(std::string_view function, std::span<const Index> rows, Index batch) {
   if (static_cast<Index>(rows.size()) != batch)
     refuse(function, "the number of rows", std::to_string(rows.size()), std::to_string(batch));

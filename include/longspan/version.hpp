@@ -11,7 +11,7 @@
 #include "longspan/detail/simd/instruction_sets.hpp"
 
 #define LONGSPAN_VERSION_MAJOR 0
-#define LONGSPAN_VERSION_MINOR 1
+#define LONGSPAN_VERSION_MINOR 2
 #define LONGSPAN_VERSION_PATCH 0
 #define LONGSPAN_VERSION \
   (LONGSPAN_VERSION_MAJOR * 10000 + LONGSPAN_VERSION_MINOR * 100 + LONGSPAN_VERSION_PATCH)
@@ -19,9 +19,9 @@
 // ----------------------------------------------------------------------------------------------------------
 // Two translation units of one program may be compiled for different instruction sets, or only one of them with OpenMP.
 // Of two functions with the same name the linker keeps only one. Code is therefore in an inline namespace whose name
-// contains everything that changes the code, for instance v0_1_x3_omp (x86-64-v3, OpenMP).
+// contains everything that changes the code, for instance v0_2_x3_omp (x86-64-v3, OpenMP).
 //
-// Views, errors and options are in another inline namespace, v0_1, and are the same types in all units, so that they
+// Views, errors and options are in another inline namespace, v0_2, and are the same types in all units, so that they
 // can be used in the signature of a function that one unit defines and another calls. Their members are always
 // inlined (LONGSPAN_INLINE), so that the linker never has to choose between two versions.
 

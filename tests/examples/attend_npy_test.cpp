@@ -112,8 +112,9 @@ void check_outputs(const TemporaryFolder& folder, const Inputs& in, const Mask& 
   const auto view_of = [&](std::vector<double>& x) {
     return longspan::compact_view(x.data(), in.q.shape[0], in.q.shape[1], in.q.shape[2], in.v.shape[3]);
   };
-  longspan::reference::softmax_attention oracle{mask, score};
-  if (scale) oracle.scale = *scale;
+  longspan::softmax_attention attend{mask, score};
+  attend.scale = scale;
+  const longspan::reference::exact oracle{attend};
   const Values absolute = in.v.absolute();
   oracle(in.q.view(), in.k.view(), in.v.view(), view_of(exact),
          longspan::compact_rows_view(exact_lse.data(), in.q.shape[0], in.q.shape[1], in.q.shape[2]));
@@ -190,19 +191,19 @@ TEST_CASE("attend_npy dilated: agrees with the oracle for every key", "[attend_n
       wrong += !(lse[n] == exact_lse[n] || std::abs(lse[n] - exact_lse[n]) <= 1e-12);
     CHECK(wrong == 0);
   };
-  longspan::reference::dilated_attention oracle{std::vector<Branch>{{8, 1}, {16, 2}, {64, 4}}};
+  longspan::dilated_attention attend{std::vector<Branch>{{8, 1}, {16, 2}, {64, 4}}};
   const std::string branches = "segments=8,16,64 dilations=1,2,4";
-  check(branches, oracle);
-  oracle.phase = Phase::blocked;
-  check(branches + " phase=blocked overlap=multiset", oracle);
-  oracle.overlap = Overlap::set;
-  oracle.scale = 0.5;
-  check(branches + " phase=blocked overlap=set scale=0.5", oracle);
-  oracle = longspan::reference::dilated_attention{std::vector<Branch>{{8, 1}}};
-  oracle.zero_pad_compat = true;
-  check("segments=8 zero_pad=1", oracle);
-  check(branches + " causal=1", longspan::reference::dilated_attention{
-                                    std::vector<Branch>{{8, 1}, {16, 2}, {64, 4}}, longspan::causal{}});
+  check(branches, longspan::reference::exact{attend});
+  attend.phase = Phase::blocked;
+  check(branches + " phase=blocked overlap=multiset", longspan::reference::exact{attend});
+  attend.overlap = Overlap::set;
+  attend.scale = 0.5;
+  check(branches + " phase=blocked overlap=set scale=0.5", longspan::reference::exact{attend});
+  attend = longspan::dilated_attention{std::vector<Branch>{{8, 1}}};
+  attend.zero_pad_compat = true;
+  check("segments=8 zero_pad=1", longspan::reference::exact{attend});
+  check(branches + " causal=1", longspan::reference::exact{longspan::dilated_attention{
+                                    std::vector<Branch>{{8, 1}, {16, 2}, {64, 4}}, longspan::causal{}}});
 }
 
 TEST_CASE("attend_npy softmax: window=W shows the keys less than W positions away", "[attend_npy][exact]") {

@@ -1,9 +1,13 @@
 #include "longspan/reference/infini_attention.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "longspan/gates.hpp"
+#include "longspan/infini_attention.hpp"
 #include "support/catch.hpp"
+#include "support/tensor.hpp"
 
 namespace {
 
@@ -73,11 +77,38 @@ TEST_CASE("reference infini_attention: gate and first segment", "[golden][infini
   const Row q{0, 0, 0, 0, 0, 1}, k{0, 0, 1, 0, 0, 0}, v{2, 5, 1}, local{2, 3.5, 1}, beta{std::log(3.0)};
   for (const EmptyMemory empty_memory : {EmptyMemory::gate, EmptyMemory::bypass}) {
     Row out(3);
-    reference::infini_attention(
+    reference::infini_head(
         MatrixView<const double>{q.data(), 3, 2, 2}, MatrixView<const double>{k.data(), 3, 2, 2},
         MatrixView<const double>{v.data(), 3, 1, 1}, MatrixView<const double>{local.data(), 3, 1, 1}, beta, 2,
         InfiniRule::linear, empty_memory, elu_plus_one{}, MatrixView<double>{out.data(), 3, 1, 1});
     CHECK(std::abs(out[0] - (empty_memory == EmptyMemory::gate ? 0.5 : 2)) < 1e-15);
     CHECK(std::abs(out[2] - (0.75 * 26 / 7 + 0.25)) < 1e-15);
+  }
+}
+
+TEST_CASE("reference infini_attention: a functor is its heads and segments", "[infini]") {
+  // The case above, twice: as two heads over one KV head, and as the second batch row, which has one row only.
+  using test::Tensor;
+  Tensor<double> q(2, 2, 3, 2), k(2, 1, 3, 2), v(2, 1, 3, 1), out(2, 2, 3, 1, 9.0);
+  for (Index b = 0; b < 2; ++b) {
+    const Row keys{0, 0, 1, 0, 0, 0}, values{2, 5, 1};
+    std::copy(keys.begin(), keys.end(), k.row(b, 0, 0));
+    std::copy(values.begin(), values.end(), v.row(b, 0, 0));
+    for (Index h = 0; h < 2; ++h) q.row(b, h, 2)[1] = 1;
+  }
+  longspan::infini_attention attend;
+  attend.segment = 2;
+  const std::vector<float> beta{std::log(3.0f), -std::log(3.0f)};
+  attend.beta = longspan::per_head_gate(beta);
+  const std::vector<Index> lengths{3, 1};
+  attend.lengths = lengths;
+  reference::exact{attend}(q.view(), k.view(), v.view(), out.view());
+  // Local attention of row 1 is the mean of 2 and 5, its memory is empty.
+  const double wanted[]{0.5, 0.25 * 3.5, 0.75 * 26 / 7 + 0.25, 1.5, 0.75 * 3.5, 0.25 * 26 / 7 + 0.75};
+  for (Index h = 0; h < 2; ++h) {
+    for (Index i = 0; i < 3; ++i) {
+      CHECK(std::abs(out.row(0, h, i)[0] - wanted[3 * h + i]) < 1e-7);
+      CHECK(std::abs(out.row(1, h, i)[0] - (i == 0 ? wanted[3 * h] : 0)) < 1e-7);
+    }
   }
 }

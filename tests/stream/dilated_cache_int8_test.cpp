@@ -31,8 +31,7 @@ const Branches three{{16, 1}, {50, 3}, {64, 4}};
 void check_kept(const Call<float>& call, const Tensor<float>& encoded_q, const Tensor<float>& encoded_k,
                 const dilated_attention<causal>& attend) {
   const Tensor<double> k = kept_as_int8(encoded_k), v = kept_as_int8(call.v);
-  longspan::reference::dilated_attention wanted{attend.branches, causal{}};
-  wanted.overlap = attend.overlap;
+  const longspan::reference::exact wanted{attend};
   Tensor<double> out(call.out.batch, call.out.heads, call.out.rows, call.out.cols);
   Rows<double> lse(out.batch, out.heads, out.rows);
   wanted(encoded_q.view(), k.view(), v.view(), out.view(), lse.view());

@@ -44,15 +44,17 @@ Branches draw_branches(Random& random) {
   return branches;
 }
 
-template <class Attend, class Oracle>
-void check_stream(Random& random, Attend attend, Oracle oracle) {
+/// The stream of `attend` against the reference of `whole`, one call over all rows.
+template <class Attend, class Whole>
+void check_stream(Random& random, Attend attend, Whole whole) {
   const Shape shape = draw_self_shape(random);
-  oracle.branches = attend.branches = draw_branches(random);
-  attend.phase = oracle.phase = random.pick({longspan::Phase::modulo, longspan::Phase::blocked});
-  attend.overlap = oracle.overlap = random.pick({longspan::Overlap::multiset, longspan::Overlap::set});
+  whole.branches = attend.branches = draw_branches(random);
+  attend.phase = whole.phase = random.pick({longspan::Phase::modulo, longspan::Phase::blocked});
+  attend.overlap = whole.overlap = random.pick({longspan::Overlap::multiset, longspan::Overlap::set});
   INFO(shape.text());
   Call<double> exact(shape, Values::normal, random);
-  oracle(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(), exact.lse.view());
+  longspan::reference::exact{whole}(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(),
+                                    exact.lse.view());
 
   Call<double> chunks = exact.unrun(), tokens = exact.unrun();
   auto stream = attend.template stream<double>(stream_shape(shape));
@@ -77,27 +79,26 @@ const Branches three{{16, 1}, {50, 3}, {64, 4}};
 TEST_CASE("dilated_cache: chunks and single tokens match a single call at every position", "[law]") {
   for_each_case(60, [](Random& random) {
     const longspan::rotary turn(longspan::Pairing::interleaved);
-    check_stream(random, dilated_attention{three, causal{}},
-                 longspan::reference::dilated_attention{three, causal{}});
-    check_stream(random, dilated_attention{three, causal{}, turn, longspan::softcap{2}},
-                 longspan::reference::dilated_attention{three, causal{}, turn, longspan::softcap{2}});
+    const dilated_attention plain{three, causal{}};
+    check_stream(random, plain, plain);
     const longspan::softcap cap{2};
+    const dilated_attention with_parts{three, causal{}, turn, cap};
+    check_stream(random, with_parts, with_parts);
     const auto near_heads = [](double s, Index b, Index h, Index i, Index j) {
       return j % 5 == b ? -INFINITY : s + 0.1 * double(b + 1) * double(h + 1) / double(i - j + 1);
     };
-    check_stream(random, dilated_attention{three, causal{}, near_heads},
-                 longspan::reference::dilated_attention{three, causal{}, near_heads});
-    check_stream(random, dilated_attention{three, causal{}, cap | near_heads},
-                 longspan::reference::dilated_attention{three, causal{}, cap | near_heads});
+    const dilated_attention with_lambda{three, causal{}, near_heads};
+    check_stream(random, with_lambda, with_lambda);
+    const dilated_attention with_both{three, causal{}, cap | near_heads};
+    check_stream(random, with_both, with_both);
     const longspan::window near{.left = 20};
-    check_stream(random, dilated_attention{three, near},
-                 longspan::reference::dilated_attention{three, causal{} & near});
+    check_stream(random, dilated_attention{three, near}, dilated_attention{three, causal{} & near});
   });
 }
 
 namespace {
 
-/// True if a branch and the mask show a query of tokens [first, end) a key after these tokens.
+/// Does a branch or the mask show a query of tokens [first, end) a key after them?
 template <class M>
 bool shows_later_keys(const M& mask, const Branches& branches, Index first, Index end) {
   for (Index i = first; i < end; ++i) {
@@ -118,20 +119,20 @@ std::string saved(const Stream& stream) {
   return to.str();
 }
 
-/// Compares a stream with `mask` with a single call, in all chunks that contain their keys; other chunks must be
-/// rejected.
+/// Compares a stream with `mask` to a single call, in chunks that contain the keys of their queries; other chunks are
+/// refused.
 template <class M>
 void check_literal(const M& mask, Random& random) {
   using longspan::Overlap;
   dilated_attention attend{three, mask};
-  longspan::reference::dilated_attention oracle{three, mask};
-  attend.overlap = oracle.overlap = random.pick({Overlap::multiset, Overlap::set});
-  // The longest sequence of at most 150 tokens of which no query sees a key after its end.
+  attend.overlap = random.pick({Overlap::multiset, Overlap::set});
+  // The longest sequence of at most 150 tokens that ends with all that is seen.
   Shape shape{2, 4, 2, 150, 150, 8, 8};
   while (shows_later_keys(mask, three, 0, shape.q_len)) --shape.q_len;
   shape.kv_len = shape.q_len;
   Call<double> exact(shape, Values::normal, random), call = exact.unrun();
-  oracle(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(), exact.lse.view());
+  longspan::reference::exact{attend}(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(),
+                                     exact.lse.view());
   auto stream = attend.template stream<double>(stream_shape(shape));
   while (stream.size() < shape.q_len) {
     const Index first = stream.size();
@@ -155,15 +156,16 @@ void check_literal(const M& mask, Random& random) {
 
 }  // namespace
 
-TEST_CASE("dilated_cache: single tokens with alibi, whose slopes differ between heads", "[law]") {
+TEST_CASE("dilated_cache: one token and alibi, whose slopes differ from head to head", "[law]") {
   Random random(11);
   const Shape shape{2, 6, 2, 200, 200, 16, 16};
   const std::vector<float> slopes{0.5f, 0.25f, 0.125f, 1, 2, 0.75f};
   const longspan::alibi bias{slopes};
   Call<double> exact(shape, Values::normal, random), tokens = exact.unrun();
-  longspan::reference::dilated_attention{three, causal{}, bias}(
-      exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(), exact.lse.view());
-  auto stream = dilated_attention{three, causal{}, bias}.stream<double>(stream_shape(shape));
+  const dilated_attention attend{three, causal{}, bias};
+  longspan::reference::exact{attend}(exact.q.view(), exact.k.view(), exact.v.view(), exact.out.view(),
+                                     exact.lse.view());
+  auto stream = attend.stream<double>(stream_shape(shape));
   for (Index n = 0; n < shape.q_len; ++n) extend(stream, tokens, n, 1);
   for (std::size_t n = 0; n < exact.out.values.size(); ++n)
     REQUIRE(std::abs(tokens.out.values[n] - exact.out.values[n]) < 1e-12);
@@ -171,7 +173,7 @@ TEST_CASE("dilated_cache: single tokens with alibi, whose slopes differ between 
     REQUIRE(std::abs(tokens.lse.values[n] - exact.lse.values[n]) < 1e-12);
 }
 
-TEST_CASE("dilated_cache: a chunk with all keys that its queries may see has the outputs of a single call",
+TEST_CASE("dilated_cache: a chunk with all keys that its queries may see gives the outputs of a single call",
           "[law]") {
   using namespace longspan;
   const std::vector<Index> lengths{50, 23}, starts{0, 9, 30, 31, 80, 200};
@@ -183,6 +185,27 @@ TEST_CASE("dilated_cache: a chunk with all keys that its queries may see has the
     check_literal(window{.left = 7, .right = 6}, random);
     check_literal(documents{starts}, random);
   });
+}
+
+TEST_CASE("dilated_cache: a call copies no mask, which may own a large array", "[state]") {
+  static int copies;
+  struct owner {
+    std::vector<Index> ends = std::vector<Index>(200, 40);
+    owner() = default;
+    owner(const owner& other) : ends(other.ends) { ++copies; }
+    owner& operator=(const owner&) = default;
+    longspan::KeyRange keys(Index, Index i) const {
+      return {0, std::max(i + 1, ends[static_cast<std::size_t>(i)])};
+    }
+  };
+  Random random(13);
+  const Shape shape{1, 2, 1, 100, 100, 8, 8};
+  Call<float> call(shape, Values::normal, random);
+  auto stream = dilated_attention{three, owner{}}.stream(stream_shape(shape));
+  copies = 0;
+  extend(stream, call, 0, 60);
+  extend(stream, call, 60, 1);
+  CHECK(copies == 0);
 }
 
 TEST_CASE("dilated_cache: a long chunk is cut only where no query sees beyond the cut", "[bits]") {
@@ -456,8 +479,10 @@ TEST_CASE("dilated_cache: invalid options and shapes are refused", "[errors]") {
   CHECK(stream.size() == 0);
   auto prefix = dilated_attention{three, causal{} | longspan::sinks{8}}.stream({1, 2, 1, 4, 4});
   CHECK(refusal([&] { extend(prefix, call, 0, 5); }) ==
-        "longspan: dilated_cache: the chunk is the tokens 0 to 4, but query 0 may see keys up to 7, "
-        "wanted a longer chunk that contains these keys, or the mask causal{} & mask");
+        "longspan: dilated_cache::extend: the chunk is the tokens 0 to 4, but query 0 may see keys up to "
+        "7, "
+        "wanted a "
+        "longer chunk that contains these keys, or the mask causal{} & mask");
   CHECK(prefix.size() == 0);
   dilated_attention padded{three, causal{} | longspan::sinks{8}};
   padded.zero_pad_compat = true;

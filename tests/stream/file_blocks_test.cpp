@@ -165,7 +165,7 @@ TEST_CASE("file_blocks: a file that shrinks while it is read is refused, and its
         "longspan: file_blocks: the range of tokens is 101 from 0 on, wanted the block that is open");
 }
 
-TEST_CASE("file_blocks: a full disk throws an Error", "[errors]") {
+TEST_CASE("file_blocks: a full disk throws a FileError", "[errors]") {
   if (!fs::exists("/dev/full")) {
     SUCCEED("this system has no /dev/full");
     return;

@@ -265,7 +265,7 @@ TEST_CASE("hybrid_stream: invalid options and shapes are refused", "[errors]") {
   CHECK(error() == "longspan: hybrid_stream: evicted_at_once is 0, wanted at least 1");
   options = small_options();
   options.block_size = 1;
-  CHECK(error() == "longspan: hybrid_stream: block is 1, wanted at least 2");
+  CHECK(error() == "longspan: hybrid_stream: block_size is 1, wanted at least 2");
   options = small_options();
   options.beta = longspan::per_head_gate(std::span(logits).first(3));
   CHECK(error().find("beta is [3, 1]") != std::string::npos);

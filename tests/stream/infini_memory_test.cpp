@@ -276,7 +276,7 @@ TEST_CASE("infini_memory: rows without queries leave the same state as rows with
   }
 }
 
-TEST_CASE("infini_memory: reorder moves the length, the memory and the rollback state of a batch row",
+TEST_CASE("infini_memory: reorder moves a row's length, its memory and the tokens that can be removed",
           "[stream][infini]") {
   Random random(12);
   const Shape shape{2, 4, 2, 90, 90, 12, 9};

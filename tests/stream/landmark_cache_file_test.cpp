@@ -177,7 +177,7 @@ TEST_CASE("landmark_cache: if the file cannot be replaced, clear throws and chan
   extend(wanted, own, 0, 40);
   std::filesystem::remove(options.path);
   std::filesystem::create_directory(options.path);
-  CHECK(file_refusal([&] { cache.clear(); }).find("is not able to rename to") != std::string::npos);
+  CHECK(file_refusal([&] { cache.clear(); }).find("cannot rename to") != std::string::npos);
   std::filesystem::create_directory(options.path + ".new");
   CHECK(file_refusal([&] { cache.clear(); }).find("cannot open the file") != std::string::npos);
   CHECK(cache.size() == 40);
@@ -279,7 +279,7 @@ TEST_CASE("landmark_cache: a damaged, short or foreign file is refused", "[strea
         std::string::npos);
 }
 
-TEST_CASE("landmark_cache: a full disk throws an Error and changes nothing", "[stream][file]") {
+TEST_CASE("landmark_cache: a full disk throws a FileError and changes nothing", "[stream][file]") {
   const TemporaryFolder folder;
   Random random(5);
   Call<float> call = drawn_call(random), own = call.unrun();

@@ -145,7 +145,7 @@ TEST_CASE("stream: later queries see tokens that were appended without queries",
   });
 }
 
-TEST_CASE("stream: peek writes what extend would write without changing the stream", "[law]") {
+TEST_CASE("stream: peek writes the outputs of extend, and does not change the stream", "[law]") {
   const Tokens tokens;
   const auto saved = [](const auto& stream) {
     std::ostringstream to;
@@ -166,7 +166,7 @@ TEST_CASE("stream: peek writes what extend would write without changing the stre
   });
 }
 
-TEST_CASE("stream: reorder replaces a batch row by the previous state of another", "[state]") {
+TEST_CASE("stream: reorder replaces a batch row by another", "[state]") {
   const Tokens tokens;
   Tokens twins;
   for (auto* x : {&twins.q, &twins.k, &twins.v}) {
@@ -193,7 +193,7 @@ TEST_CASE("stream: reorder replaces a batch row by the previous state of another
   });
 }
 
-TEST_CASE("landmark_retrieval: parts can be given in any order", "[stream]") {
+TEST_CASE("landmark_retrieval: parts in any order", "[stream]") {
   using namespace longspan;
   const landmark_cache_options options{.block_size = 4, .top_k = 1};
   const rotary turned(Pairing::half_split);

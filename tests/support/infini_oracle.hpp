@@ -31,7 +31,7 @@ Tensor<double> infini_oracle(const Attend& attend, const Call& call, Tensor<doub
   Tensor<double> out(call.q.batch, call.q.heads, call.q.rows, call.v.cols, 0.0);
   for (Index b = 0; b < call.q.batch; ++b) {
     for (Index h = 0; h < call.q.heads; ++h) {
-      longspan::reference::infini_attention(
+      longspan::reference::infini_head(
           call.q.view().matrix(b, h), call.k.view().matrix(b, h / group), call.v.view().matrix(b, h / group),
           longspan::MatrixView<const double>(local.view().matrix(b, h)), beta_of(attend.beta, h, call.v.cols),
           attend.segment, attend.rule, attend.empty_memory, attend.feature, out.view().matrix(b, h));
@@ -42,7 +42,8 @@ Tensor<double> infini_oracle(const Attend& attend, const Call& call, Tensor<doub
 template <class Attend, class Call>
 Tensor<double> infini_oracle(const Attend& attend, const Call& call) {
   Tensor<double> local(call.q.batch, call.q.heads, call.q.rows, call.v.cols, 0.0);
-  longspan::reference::softmax_attention{longspan::causal{} & longspan::segments{attend.segment}}(
+  longspan::reference::exact{
+      longspan::softmax_attention{longspan::causal{} & longspan::segments{attend.segment}}}(
       call.q.view(), call.k.view(), call.v.view(), local.view());
   return infini_oracle(attend, call, local);
 }

@@ -68,7 +68,7 @@ using TileUnit = EmulatedTiles;
 using TileUnit = HardwareTiles;
 #endif
 
-/// True if calls may use matrix tiles.
+/// True if matrix tiles are used.
 inline bool uses_tiles() {
 #if defined(LONGSPAN_USES_AMX)
   return amx_is_permitted();
@@ -77,12 +77,11 @@ inline bool uses_tiles() {
 #endif
 }
 
-/// The smallest scale for kernels with bfloat16 products. They find the highest score before they multiply by the
-/// scale, which must therefore be positive.
+/// The scores of bfloat16 products are unscaled when their maximum is found, so the scale must be positive.
 inline constexpr float least_scale = 1e-30f;
 
-/// True if calls with these types multiply in bfloat16, which rounds their weights, when bf16_products allows it (see
-/// softmax_attention::bf16_products).
+/// Whether calls on these types multiply in bfloat16 where they may (see softmax_attention::bf16_products), which
+/// rounds their weights.
 template <class Tq, class Tk, class Tv, class To>
 bool rounds_weights() {
   constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv>;
@@ -94,8 +93,7 @@ bool rounds_weights() {
   return false;
 }
 
-/// Calls work.operator()<Policy>(executor) with the arithmetic of matrix tiles if the call may use them, otherwise with
-/// that of float.
+/// Calls work.operator()<Policy>(executor) with the arithmetic of matrix tiles or, if they are not used, of float.
 template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
 void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To>& call,
                                    [[maybe_unused]] bool bf16_products, const E& executor, const Work& work) {
@@ -112,7 +110,7 @@ void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To
   work.template operator()<FloatArithmetic<Arithmetic<Tq>>>(executor);
 }
 
-/// The same with a third choice before that of float: bfloat16 pairs (VDPBF16PS), if there are no matrix tiles.
+/// The same, with bfloat16 pairs between the two.
 template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
 void with_arithmetic(const Problem<Tq, Tk, Tv, To>& call, bool bf16_products, const E& executor,
                      const Work& work) {

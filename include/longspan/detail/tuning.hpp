@@ -17,11 +17,12 @@
 
 /// How rows that are read only once are prefetched: 0 non-temporal, 1 into the second-level cache, 2 into all caches.
 ///   Zen 5       0: a decode step over DRAM takes 3-10 % less time than with 2
-///   Intel AMX   1: 12.4 GB/s, against 4.8 with 0, 11.0 with 2 and 10.9 without prefetch (f32, 32 heads, 8 KV heads,
-///               32768 keys, one thread, huge pages). A non-temporal prefetch bypasses the second-level cache there,
-///               which leaves too few cache lines in flight
+///   Intel AMX   2: one thread, 32768 keys of d = 128 from memory, GB/s for 0, 1, 2: float, 32 heads over 8, 5.0, 13.9, 12.9;
+///               float, 32 over 32, 8.0, 15.2, 14.6; bfloat16, 32 over 8, 6.1, 14.5, 12.4. A non-temporal prefetch
+///               bypasses the second-level cache there, which leaves too few cache lines in flight. From that
+///               cache 1 takes 10-25 % longer than 2 (512 keys, d = 64)
 #if !defined(LONGSPAN_STREAM_PREFETCH)
-#define LONGSPAN_STREAM_PREFETCH (LONGSPAN_TUNED_FOR_INTEL ? 1 : 0)
+#define LONGSPAN_STREAM_PREFETCH (LONGSPAN_TUNED_FOR_INTEL ? 2 : 0)
 #endif
 
 /// Whether bfloat16 query tiles multiply with VDPBF16PS, if the target has this instruction and matrix tiles are not
@@ -33,9 +34,9 @@
 #endif
 
 /// The sums that a kernel keeps in registers: rows of keys or columns, times packets of queries.
-///   32 registers   8 x 3. Zen 5: these 24 sums reach 99 % of the rate of multiply-adds, 4 x 4 sums 78 %. Intel AMX:
-///                  6 x 4, 9 x 3 and 14 x 2 are not faster
-///   16 registers   4 x 3, or 4 x 2 without fused multiply-add, because each product then needs a register
+///   32 registers   8 x 3: 24 sums reach 99 % of the rate of multiply-adds, 4 x 4 reach 78 % (Zen 5); on Intel AMX 6 x 4, 9 x
+///                  3 and 14 x 2 gain nothing
+///   16 registers   4 x 3, or 4 x 2 without fused multiply-add, since each product then needs a register
 #if defined(EIGEN_VECTORIZE_AVX512) || defined(EIGEN_VECTORIZE_NEON) || defined(EIGEN_VECTORIZE_ALTIVEC)
 #define LONGSPAN_VECTOR_REGISTERS 32
 #else
@@ -60,17 +61,17 @@ inline constexpr int stream_prefetch = LONGSPAN_STREAM_PREFETCH;
 inline constexpr bool bf16_pairs = LONGSPAN_BF16_PAIRS != 0;
 inline constexpr int tile_rows = LONGSPAN_TILE_ROWS, tile_packets = LONGSPAN_TILE_PACKETS;
 
-/// The number of keys in a block of the prefill kernels. The last bits of results depend on it.
-///   float         128: the time is the same from 96 to 256 (Zen 5 and Intel AMX)
-///   bf16 pairs    256: 128 takes 2 % longer (Zen 5)
-///   matrix tiles  256: 128 takes 2-5 % longer, 512 the same time (Intel AMX)
+/// Keys in a block of the prefill kernels, which results depend on (in their last bits).
+///   float        flat from 96 to 256 (Zen 5 and Intel AMX)
+///   bf16 pairs   256: 128 takes 2 % longer (Zen 5)
+///   tiles        256: 128 takes 2-5 % longer, 512 as long (Intel AMX)
 inline constexpr int keys_in_float_block = 128, keys_in_bf16_block = 256, keys_in_tile_block = 256;
 
-/// How far ahead the decode kernel prefetches, in bytes. 16 KB takes the same time, 2 and 4 KB 5-10 % longer (Zen 5).
+/// How far ahead the decode kernel prefetches, in bytes. 16 KB: the same time; 2 and 4 KB: 5-10 % longer (Zen 5).
 inline constexpr int prefetch_distance = 8192;
 
-/// The maximum number of bytes of transposed values that a worker keeps from task to task for matrix tiles.
-/// Transposing them in each task takes 9 % of a call at head_dim 64 (Intel AMX).
+/// The most bytes of transposed values that a worker keeps from task to task, for matrix tiles. Transposing them for
+/// each task takes 9 % of a call at head_dim 64 (Intel AMX).
 inline constexpr int kept_value_bytes = 4 << 20;
 
 }  // namespace detail::tuning

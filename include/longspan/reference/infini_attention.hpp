@@ -3,9 +3,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "longspan/detail/call/slices.hpp"
+#include "longspan/detail/infini/local.hpp"
+#include "longspan/infini_attention.hpp"
 #include "longspan/infini_options.hpp"
+#include "longspan/options.hpp"
+#include "longspan/position.hpp"
+#include "longspan/reference/exact.hpp"
+#include "longspan/reference/position.hpp"
+#include "longspan/reference/softmax_attention.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -68,12 +79,13 @@ void write(InfiniMemory& memory, MatrixView<const Tk> k, MatrixView<const Tv> v,
 }
 
 /// sigmoid(beta) * memory + (1 - sigmoid(beta)) * local, eq. 10, for one head: q and `local` [q_len][value_dim] of this
-/// head, k and v of its KV head. Returns the memory after the last whole segment.
+/// head, k and v of its KV head; `local` is the local attention, and beta has a logit for each column. Returns the
+/// memory after the last whole segment.
 template <class T, class Tk, class Tv, class Feature>
-InfiniMemory infini_attention(MatrixView<const T> q, MatrixView<const Tk> k, MatrixView<const Tv> v,
-                              MatrixView<const double> local, const std::vector<double>& beta, Index segment,
-                              InfiniRule rule, EmptyMemory empty_memory, const Feature& feature,
-                              MatrixView<double> out) {
+InfiniMemory infini_head(MatrixView<const T> q, MatrixView<const Tk> k, MatrixView<const Tv> v,
+                         MatrixView<const double> local, const std::vector<double>& beta, Index segment,
+                         InfiniRule rule, EmptyMemory empty_memory, const Feature& feature,
+                         MatrixView<double> out) {
   InfiniMemory memory(k.cols, v.cols);
   for (Index begin = 0; begin < q.rows; begin += segment) {
     const Index rows = (std::min)(segment, q.rows - begin);
@@ -92,6 +104,97 @@ InfiniMemory infini_attention(MatrixView<const T> q, MatrixView<const Tk> k, Mat
   }
   return memory;
 }
+
+/// The local attention of each segment by its own reference, and then each head by itself. Rows after the length of
+/// a batch row are 0.
+template <class Local, FeatureMap F>
+struct exact<infini_attention<Local, F>> : ExactCalls<exact<infini_attention<Local, F>>> {
+  infini_attention<Local, F> attend;
+
+  explicit exact(infini_attention<Local, F> functor) : attend(std::move(functor)) {}
+
+  template <class Q, class K, class V, class Out>
+  void attend_exactly(Q q, K k, V v, Out out, RowsView<double>) const {
+    std::vector<double> memory(static_cast<std::size_t>(out.batch * out.heads * out.rows * out.cols), 0.0);
+    const auto local = compact_view(memory.data(), out.batch, out.heads, out.rows, out.cols);
+    if (attend.lengths.empty()) {
+      attend_locally(q, k, v, local);
+    } else {
+      for (Index b = 0; b < q.batch; ++b) {
+        const auto part = [&](auto x) {
+          return detail::batch_rows(x, b, 1).slice_rows(0, length(b, q.rows));
+        };
+        attend_locally(part(q), part(k), part(v), part(local));
+      }
+    }
+    const Index group = k.heads == 0 ? 1 : q.heads / k.heads;
+    for (Index b = 0; b < q.batch; ++b) {
+      for (Index h = 0; h < q.heads; ++h) attend_head(q, k, v, local.matrix(b, h), out, b, h, h / group);
+    }
+  }
+
+ private:
+  Index length(Index b, Index rows) const {
+    return attend.lengths.empty() ? rows : (std::min)(attend.lengths[static_cast<std::size_t>(b)], rows);
+  }
+
+  template <class Q, class K, class V>
+  void attend_locally(Q q, K k, V v, TensorView<double> out) const {
+    for (Index begin = 0; begin < q.rows; begin += (std::min)(attend.segment, q.rows - begin)) {
+      const auto part = [&](auto x) {
+        return x.slice_rows(begin, (std::min)(attend.segment, x.rows - begin));
+      };
+      auto local = attend.local;
+      if constexpr (requires { local.first_query; }) local.first_query = queries_end_at_keys;
+      if (attend.absolute_positions) {
+        exact<std::remove_cvref_t<decltype(detail::local_at(local, begin))>>{detail::local_at(local, begin)}(
+            part(q), part(k), part(v), part(out));
+      } else {
+        exact<Local>{local}(part(q), part(k), part(v), part(out));
+      }
+    }
+  }
+
+  template <class Q, class K, class V, class Out>
+  void attend_head(Q q, K k, V v, MatrixView<const double> local, Out out, Index b, Index h,
+                   Index kv_head) const {
+    const Index rows = length(b, q.rows);
+    const std::vector<double> of_q = seen_by_memory(q.matrix(b, h), rows, Role::query),
+                              of_k = seen_by_memory(k.matrix(b, kv_head), rows, Role::key);
+    std::vector<double> beta, result(static_cast<std::size_t>(rows * v.cols));
+    for (Index c = 0; c < v.cols; ++c) {
+      const auto& logits = attend.beta;
+      beta.push_back(logits.data == nullptr ? 0.0
+                                            : static_cast<double>(logits.row(
+                                                  logits.rows == 1 ? 0 : h)[logits.cols == 1 ? 0 : c]));
+    }
+    infini_head(MatrixView<const double>{of_q.data(), rows, q.cols, q.cols},
+                MatrixView<const double>{of_k.data(), rows, k.cols, k.cols}, v.matrix(b, kv_head), local,
+                beta, attend.segment, attend.rule, attend.empty_memory, attend.feature,
+                MatrixView<double>{result.data(), rows, v.cols, v.cols});
+    for (Index i = 0; i < out.rows; ++i) {
+      for (Index c = 0; c < out.cols; ++c)
+        out.row(b, h, i)[c] = static_cast<typename Out::Element>(
+            i < rows ? result[static_cast<std::size_t>(i * v.cols + c)] : 0.0);
+    }
+  }
+
+  /// The first rows of a head, as the memory sees them: position-encoded if memory_uses_positions.
+  template <class T>
+  std::vector<double> seen_by_memory(MatrixView<T> x, Index rows, Role role) const {
+    const auto position = detail::position_of(attend.local);
+    std::vector<double> all;
+    for (Index begin = 0; begin < rows; begin += (std::min)(attend.segment, rows - begin)) {
+      const MatrixView<T> part{x.row(begin), (std::min)(attend.segment, rows - begin), x.cols, x.row_stride};
+      const Index first = attend.absolute_positions ? begin : 0;
+      const std::vector<double> encoded_rows = attend.memory_uses_positions
+                                                   ? encoded(part, position, first, role)
+                                                   : encoded(part, no_position{}, 0, role);
+      all.insert(all.end(), encoded_rows.begin(), encoded_rows.end());
+    }
+    return all;
+  }
+};
 
 }  // namespace reference
 LONGSPAN_NAMESPACE_END

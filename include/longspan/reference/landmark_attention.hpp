@@ -4,42 +4,37 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "longspan/landmark_attention.hpp"
+#include "longspan/landmarks.hpp"
+#include "longspan/mask.hpp"
 #include "longspan/options.hpp"
+#include "longspan/position.hpp"
+#include "longspan/reference/exact.hpp"
 #include "longspan/reference/position.hpp"
+#include "longspan/score.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
-/// longspan::landmark_attention with the same options: `landmark_attention exact{attend}`. Outputs and lse may have any
-/// type; arithmetic is double, and scores are computed one by one.
-template <class Attend>
-struct landmark_attention {
-  Attend attend;
+/// Scores are computed one by one.
+template <Mask M, Score S, Position P>
+struct exact<landmark_attention<M, S, P>> : ExactCalls<exact<landmark_attention<M, S, P>>> {
+  landmark_attention<M, S, P> attend;
 
-  explicit landmark_attention(Attend options) : attend(std::move(options)) {}
+  explicit exact(landmark_attention<M, S, P> functor) : attend(std::move(functor)) {}
 
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out>
-  void operator()(const Q& q, const K& k, const V& v, Out&& out) const {
-    operator()(q, k, v, out, detail::no_rows<double>());
-  }
-  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse>
-  void operator()(const Q& queries, const K& keys, const V& values, Out&& output, Lse&& log_sum_exp) const {
-    const auto q = view(queries);
-    const auto k = view(keys);
-    const auto v = view(values);
-    const auto out = view(output);
-    const auto lse = rows_view(log_sum_exp);
-    using To = typename std::remove_cvref_t<decltype(out)>::Element;
-    using Tl = typename std::remove_cvref_t<decltype(lse)>::Element;
+  template <class Q, class K, class V, class Out, class Lse>
+  void attend_exactly(Q q, K k, V v, Out out, Lse lse) const {
+    using To = typename Out::Element;
+    using Tl = typename Lse::Element;
     const Index group = k.heads == 0 ? 1 : q.heads / k.heads;
     const Index first = attend.first_query == queries_end_at_keys ? k.rows - q.rows : attend.first_query;
-    const double scale = detail::resolved_scale("reference::landmark_attention", attend.scale, q.cols);
+    const double scale = detail::resolved_scale("reference", attend.scale, q.cols);
     using ScoreValue = detail::ScoreValue<decltype(attend.score), double>;
 
     for (Index b = 0; b < q.batch; ++b) {

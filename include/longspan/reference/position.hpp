@@ -9,6 +9,13 @@
 #include "longspan/view.hpp"
 
 LONGSPAN_NAMESPACE_BEGIN
+namespace detail {
+
+template <Position P>
+struct ShiftedPosition;
+
+}  // namespace detail
+
 namespace reference {
 
 /// Rotates the columns (first, second) of a row by an angle and multiplies them by `stretch`.
@@ -42,6 +49,11 @@ inline void encode_row(double* row, Index cols, const xpos& encoding, Index n, R
     turn(row, neighbours ? 2 * p : p, neighbours ? 2 * p + 1 : p + cols / 2, from_centre * frequency,
          role == Role::query ? power : 1 / power);
   }
+}
+
+template <Position P>
+void encode_row(double* row, Index cols, const detail::ShiftedPosition<P>& encoding, Index n, Role role) {
+  encode_row(row, cols, encoding.position, encoding.offset + n, role);
 }
 
 /// The rows of a matrix in double, with row i encoded at position first_position + i; [rows, cols], compact.

@@ -1,4 +1,4 @@
-// dilated_cache: appending rows without queries, reordering batch rows, and saving and loading the state.
+// Appending to a dilated_cache without queries, truncating and reordering it, and saving and loading its state.
 #pragma once
 
 #include <algorithm>
@@ -90,6 +90,20 @@ Index dilated_cache<T, M, S, P>::payload_bytes(Index least, Index size) const {
   Index bytes = 0;
   for (const detail::Strand& strand : strands_) bytes += rows_between(strand, least, size) * of_row;
   return 2 * std::ssize(attend_.branches) * static_cast<Index>(sizeof(std::int64_t)) + bytes * batch;
+}
+
+template <StoredElement T, Mask M, Score S, Position P>
+void dilated_cache<T, M, S, P>::truncate(Index tokens) {
+  if (!can_truncate(tokens)) {
+    Index first = 0;
+    for (const Branch& branch : attend_.branches)
+      first = (std::max)(first, least_ / branch.segment * branch.segment);
+    detail::refuse("dilated_cache::truncate", "the number of tokens", std::to_string(tokens),
+                   std::to_string(first) + ".." + std::to_string(size_) +
+                       (first == 0 ? "" : ", because rows of earlier segments have been dropped"));
+  }
+  size_ = tokens;
+  least_ = (std::min)(least_, tokens);
 }
 
 template <StoredElement T, Mask M, Score S, Position P>

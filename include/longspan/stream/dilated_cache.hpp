@@ -37,8 +37,8 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 
-/// A stream of dilated_attention: `extend` appends rows after those of earlier calls, and the output of each
-/// query is that of a single call over all rows.
+/// A stream of dilated_attention: `extend` appends rows after those of earlier calls, and the output of each query is
+/// that of a single call over all rows.
 ///
 ///   dilated_attention attend{geometric_branches_to({2048, 1}, 2, longest), causal{}};
 ///   auto stream = attend.stream({.heads = 8, .kv_heads = 2, .head_dim = 64, .value_dim = 64});
@@ -60,10 +60,10 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Error     that of dilated_attention over the stored rows. Storing rounds each element of k and v: bfloat16
 ///           by 2^-9 of the element, half by 2^-12, int8 by 1 / 254 of the largest element of its row
 /// Bits      do not depend on how rows are cut into calls of more than one token, nor on removed tokens. A call
-///           of one token, with no mask other than causal and with Overlap::multiset, has a separate kernel
-/// Masked    as in kv_cache: by the mask of the functor, unchanged for every query for which it sets an upper limit
-///           of the keys, as `causal{} | sinks{n}` does. Every other query sees no key after itself. A chunk must
-///           contain all keys that its branches and the mask show to its queries, otherwise extend throws Error
+///           of one token with no mask other than causal and with Overlap::multiset has a kernel of its own
+/// Masked    as in kv_cache: the mask of the functor, taken literally for every query whose keys it limits on the
+///           right, as `causal{} | sinks{n}` does. Every other query sees no key after itself. A chunk must
+///           contain all keys that its branches and the mask show to its queries
 /// Throws    Error if shapes disagree or a chunk is too short for its mask, before anything changes. If an executor
 ///           or a score throws, or memory runs out (bad_alloc), the stream has appended the first size() tokens,
 ///           possibly some of the call's. An assignment or a load that throws changes nothing
@@ -90,7 +90,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
                      "no value, because queries are at the positions of their tokens");
     }
     if (!detail::hides_later_keys<Shown> && attend_.zero_pad_compat) {
-      detail::refuse(function, "zero_pad_compat", "true with a mask that may show later keys",
+      detail::refuse(class_name, "zero_pad_compat", "true with a mask that may show later keys",
                      "false, or causal{} & the mask: a stream has no zeros after the last key");
     }
     const Index group = shape.kv_heads == 0 ? 1 : shape.heads / shape.kv_heads;
@@ -137,7 +137,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
 
   void clear() noexcept { size_ = least_ = 0; }
 
-  /// Appends tokens without queries: no outputs are computed.
+  /// Appends tokens whose queries are not needed.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(const K& k, const V& v, E&& execution = E{});
 
@@ -154,24 +154,13 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
            });
   }
   /// Removes the tokens from number `tokens` on. Throws Error, and changes nothing, unless can_truncate(tokens).
-  void truncate(Index tokens) {
-    if (!can_truncate(tokens)) {
-      Index first = 0;
-      for (const Branch& branch : attend_.branches)
-        first = (std::max)(first, least_ / branch.segment * branch.segment);
-      detail::refuse("dilated_cache::truncate", "the number of tokens", std::to_string(tokens),
-                     std::to_string(first) + ".." + std::to_string(size_) +
-                         (first == 0 ? "" : ", because rows of earlier segments have been dropped"));
-    }
-    size_ = tokens;
-    least_ = (std::min)(least_, tokens);
-  }
+  void truncate(Index tokens);
 
   /// Writes the rows, including those kept for `truncate`. A stream with the same functor, shape and T, and no larger
   /// rollback, can load them.
   void save(std::ostream& to) const;
-  /// Reads what `save` wrote. Throws FileError, and changes nothing, if the file is damaged or was written by a
-  /// stream with other options; the text names the first option that differs.
+  /// Reads what `save` wrote. Throws FileError, and changes nothing, if the file is damaged or was written by a stream
+  /// with other options; the text names the first option that differs.
   void load(std::istream& from);
 
  private:
@@ -225,7 +214,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
     static_assert(
         std::is_same_v<typename Call::Real, Real>,
         "longspan: q must be double if the rows of the stream are double, otherwise float or 16-bit");
-    const auto shown = mask_ & detail::UntilSegmentEnd{attend_.branches};
+    const detail::WithinSegments<Shown> shown{mask_, attend_.branches};
     const Index begin = size_, end = begin + call.q_len();
     detail::check_reach(function, shown, shape_.batch, shape_.heads, begin, end);
     while (size_ < end) {
@@ -239,7 +228,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
   void take_in(const Call& call, const E& executor, Workspace& workspace) {
     const Index end = size_ + call.q_len();
     keep(call.k, call.v, executor);
-    // Without values there is an lse still.
+    // Even with value_dim 0 there is an lse.
     if (call.q_len() > 0 && shape_.batch > 0 && shape_.heads > 0) attend(call, end, executor, workspace);
     count_rows(end);
   }
@@ -262,7 +251,7 @@ class dilated_cache : public detail::StreamCalls<dilated_cache<T, M, S, P>, true
           where.for_each(shape_.batch * strands, copy);
         });
   }
-  /// Counts the rows up to token `end`, and drops the rows that no later token sees.
+  /// Counts the rows up to token `end`, and drops those that no later token sees.
   void count_rows(Index end) {
     const Index least = (std::max)(least_, end - options_.rollback);
     for (std::size_t n = 0; n < rows_.size(); ++n)

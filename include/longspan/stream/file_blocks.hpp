@@ -35,10 +35,10 @@ struct SequenceFiles {
 ///
 /// Shapes  those of the stream, whose batch is 1
 /// State   the rows of one block
-/// Throws  FileError, with the name of the file and the system's reason, if a file cannot be opened, does not
-///         consist of whole rows, has another number of rows than the others, or ends early while it is read,
-///         or if the disk is full; Error for arguments. The outputs of closed blocks are then in the file, and
-///         the source can still be used
+/// Throws  FileError, with the name of the file and the system's reason, if a file cannot be opened, does not consist
+///         of whole rows, has another number of rows than the others, or ends early while it is read, or if the
+///         disk is full; Error for arguments. The outputs of closed blocks are then in the file, and the source can
+///         still be used
 template <MutableElement T>
 class file_blocks {
  public:
@@ -104,7 +104,7 @@ class file_blocks {
   static constexpr std::string_view name = "file_blocks";
   static constexpr Index element = sizeof(T);
 
-  /// The system's reason for the last failure, which standard streams leave in errno if there is one.
+  /// Of the last call that failed. Standard streams leave it in errno where the system has one.
   static std::string reason() {
     return errno == 0 ? std::string() : ": " + std::error_code(errno, std::generic_category()).message();
   }

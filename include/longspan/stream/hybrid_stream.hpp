@@ -63,9 +63,9 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Shapes    q [batch, heads, n, head_dim]      k [batch, kv_heads, n, head_dim]
 ///           v [batch, kv_heads, n, value_dim]  out [batch, heads, n, value_dim], any n >= 0. There is no lse
 /// Landmarks every block_size-th token is a landmark, as in landmark_cache. The memory contains the other tokens
-/// Positions the stream applies no encoding. Encode q and k before the call (encode_positions of position.hpp, from
-///           position size() on); cache and memory then use the same encoded rows. A memory of keys without
-///           positions next to a cache of encoded keys would need both forms of every row
+/// Positions none: the caller encodes q and k (encode_positions of position.hpp, from position size() on), for the
+///           memory too. A memory of keys without positions next to a cache of encoded keys would need both
+///           forms of every row
 /// Types     rows and landmarks are stored as T. Arithmetic is double if T is, otherwise float; that of q must be
 ///           the same. With std::int8_t the rows of blocks outside the window are int8 with a scale for each
 ///           row; landmarks and the window are float
@@ -136,7 +136,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     past_.clear();
   }
 
-  /// Appends tokens without queries: no outputs are computed.
+  /// Appends tokens whose queries are not needed.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
@@ -270,7 +270,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
     });
   }
 
-  /// Calls append(first, count, execution) for the tokens of each block in turn, and evicts blocks between the calls.
+  /// append(first, count, execution) for the tokens of each block in turn, and evictions in between.
   template <class E, class Append>
   void by_blocks(Index tokens, const E& executor, Workspace& workspace, const Append& append) {
     detail::ExecutionRef<E> inner{executor, workspace};
@@ -319,7 +319,7 @@ class hybrid_stream : public detail::StreamCalls<hybrid_stream<T>, false> {
   std::vector<Past> past_;  ///< earlier memories that a truncation may bring back, the oldest first
 };
 
-/// The options of a hybrid_stream. Its member `stream` makes a stream, like that of a functor.
+/// The options of a hybrid_stream as a value from which streams are made, as from a functor.
 ///
 ///   hybrid_retrieval retrieve{{.window_blocks = 8, .capacity = 256}};
 ///   auto stream = retrieve.stream<Eigen::bfloat16>(shape);

@@ -174,14 +174,14 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, ExecutionLike E = openmp>
   void peek(const Q& q, const K& k, const V& v, Out&& out, E&& execution = E{});
 
-  /// Appends tokens without queries: k and v are [batch, kv_heads, n, columns], or [1, kv_heads, n, columns] to
-  /// batch row b alone.
+  /// Appends tokens whose queries are not needed: k and v [batch, kv_heads, n, columns], or [1, kv_heads, n, columns]
+  /// to batch row b alone.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(const K& k, const V& v, E&& execution = E{});
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(Index b, const K& k, const V& v, E&& execution = E{});
 
-  /// Replaces batch row b by the previous batch row rows[b], as beam search does. Changes nothing if it throws.
+  /// Batch row b becomes what row rows[b] was: the step of a beam search. Changes nothing if it throws.
   void reorder(std::span<const Index> rows);
 
   /// out = g * (output of the memory for q) + (1 - g) * out, for a local part that was computed elsewhere. Does not
@@ -374,8 +374,8 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
 
   Index payload_bytes(Index options_of_local, bool has_base, const std::vector<std::int64_t>& stored,
                       const std::vector<std::int64_t>& closed) const;
-  /// Moves the state of a stream with the same functor, shape and rollback into this one. The functor is not replaced,
-  /// because a functor with a lambda cannot be assigned.
+  /// Becomes what another stream of the same functor, shape and rollback is. The functor stays, because a functor
+  /// that contains a lambda cannot be assigned.
   void take_state(infini_memory&& other) noexcept;
   /// Drops what is not needed if rollback is 0.
   void keep_no_closed();

@@ -53,7 +53,7 @@ std::vector<detail::StateField> kv_cache<T, M, S, P>::fields() const {
   std::vector<detail::StateField> fields(shape.begin(), shape.end());
   fields.push_back(detail::element_field<T>());
   fields.push_back({"page_size", options_.page_size});
-  // Not `insert`, for which g++ warns of an overflow that is impossible here.
+  // Not `insert`: g++ then warns of an overflow that cannot be.
   for (const detail::StateField& position : positions) fields.push_back(position);
   const double scale = detail::resolved_scale(kind.load, attend_.scale, shape_.head_dim);
   fields.push_back(detail::real_field("scale", scale));

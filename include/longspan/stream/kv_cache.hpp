@@ -155,8 +155,8 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
 
   /// Writes the rows. A stream with the same shape, T, page_size, position encoding and scale can load them.
   void save(std::ostream& to) const;
-  /// Reads what `save` wrote. The stream can then be truncated as far as the rows in the file allow. Throws
-  /// FileError, and changes nothing, if the file is damaged or belongs to another kind of stream.
+  /// Reads what `save` wrote. The stream can then be truncated as far as the rows in the file allow. Throws FileError,
+  /// and changes nothing, if the file is damaged or belongs to another kind of stream.
   void load(std::istream& from);
 
  private:

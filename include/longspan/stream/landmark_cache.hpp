@@ -80,7 +80,7 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           1 / 254 of the largest element of the row.
 /// Bits      do not depend on the executor, nor on its number of threads.
 /// Throws    Error if shapes or options disagree; FileError if the disk has no space for what a call writes, or
-///           the file is damaged, belongs to another cache, or is in use; both before anything changes. After a
+///           the file is damaged, belongs to another cache, or is in use; each before anything changes. After a
 ///           call that throws, including bad_alloc, the cache is as it was before; with split_at_blocks it has the
 ///           pieces before the one that failed. Outputs may have been written.
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), sections 3.2 and 3.2.1.
@@ -115,7 +115,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     return *this = std::move(copy);
   }
 
-  /// Appends tokens without queries: no outputs are computed.
+  /// Appends tokens whose queries are not needed: no outputs are computed.
   template <TensorLike K, TensorLike V, ExecutionLike E = openmp>
   void append(const K& k, const V& v, E&& execution = E{}) {
     const auto keys = view(k);
@@ -240,7 +240,7 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
     store_.append(k, v);
     seal(executor);
   }
-  /// Appends tokens, computes the outputs of their queries and seals blocks; `settle` must follow.
+  /// The same, and computes the outputs of the queries.
   template <class Call, class E>
   void extend_piece(const Call& call, const E& executor, Workspace& workspace) {
     if (is_index_stale_) index_anew();

@@ -18,11 +18,12 @@ LONGSPAN_NAMESPACE_BEGIN
 ///   shape()                     the sizes of all its calls
 ///   size(), bytes()             the number of tokens; the memory of what the stream keeps of them
 ///   extend(q, k, v, out)        appends any number of tokens and computes their outputs; an execution is optional,
-///                               and before it an lse if the stream is an LseStream
-///   peek(q, k, v, out)          computes the same outputs without changing the stream; arguments as for extend. It
-///                               works on a copy of the stream and costs in addition what the copy costs
-///   append(k, v)                appends tokens without queries, computing no outputs; an execution is optional
-///   reorder(rows)               replaces batch row b by the previous batch row rows[b], as beam search does
+///                               with an lse before it if the stream is an LseStream
+///   peek(q, k, v, out)          computes the same outputs and leaves the stream as it is; arguments as for extend.
+///                               It extends a copy, which costs memory and time; infini_memory copies itself only
+///                               if the tokens would close a segment
+///   append(k, v)                appends tokens whose queries are not needed; an execution is optional
+///   reorder(rows)               batch row b becomes what row rows[b] was: the step of a beam search
 ///   clear()                     removes all tokens
 ///   truncate(n)                 removes all tokens except the first n. The last `rollback` tokens (an option of
 ///                               each stream) before the largest size that the stream has had can always be
@@ -31,16 +32,16 @@ LONGSPAN_NAMESPACE_BEGIN
 ///   can_truncate(n)             true if truncate(n) will succeed
 ///   save(to), load(from)        writes and reads a file with checksums. A load that throws changes nothing
 ///
-/// Not every stream supports everything:
+/// Not every stream can do everything:
 ///
 ///   an lse                      is written by kv_cache, landmark_cache and dilated_cache. The outputs of
-///                               infini_memory and hybrid_stream are not partials of a softmax
-///   reset(b), append(b, k, v)   change a single batch row: only infini_memory, whose batch rows have different
-///                               sizes. In the other streams all batch rows have size() tokens
-///   reorder(rows), load(from)   throw Error in a landmark_cache whose blocks are in a file, because the file
-///                               contains the blocks of one stream, in the order in which they were sealed
+///                               infini_memory and hybrid_stream are not partial results of a softmax
+///   reset(b), append(b, k, v)   one batch row alone: only infini_memory, whose rows have their own sizes.
+///                               In the other streams all batch rows have size() tokens
+///   reorder(rows), load(from)   of a landmark_cache whose blocks are in a file throw Error: the file contains
+///                               the blocks of one stream, in the order in which they were sealed
 ///
-/// All streams are made in the same way, from a functor or from a value with the options of a stream:
+/// Streams are made from functors and from values like them, always in the same way:
 ///
 ///   softmax_attention{...}.stream<T>(shape, options)     kv_cache
 ///   dilated_attention{...}.stream<T>(shape, options)     dilated_cache

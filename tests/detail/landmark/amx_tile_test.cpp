@@ -1,4 +1,4 @@
-// Compares landmark attention with matrix tiles, emulated and in hardware if the machine has it, with its definition.
+// Landmark attention by matrix tiles, emulated and on the hardware where there is one, against its definition.
 #include "longspan/detail/landmark/amx_tile.hpp"
 
 #include "longspan/landmark_attention.hpp"
@@ -65,7 +65,7 @@ constexpr Allowance rounded_weights{0x1p-8 + 3e-4, 2e-4};
 
 }  // namespace
 
-TEST_CASE("landmark amx: errors are within the bound for blocks of many lengths", "[amx]") {
+TEST_CASE("landmark by tiles: within the bound, for blocks of many lengths", "[amx]") {
   for_each_unit([]<class Unit>() {
     for_each_case(20, [](Random& random) {
       Shape shape = draw_shape(random);
@@ -90,7 +90,7 @@ TEST_CASE("landmark amx: errors are within the bound for blocks of many lengths"
   });
 }
 
-TEST_CASE("landmark amx: score functions", "[amx]") {
+TEST_CASE("landmark by tiles: scores", "[amx]") {
   for_each_unit([]<class Unit>() {
     Random random(2);
     const Shape shape{1, 4, 2, 70, 150, 16, 24};
@@ -104,7 +104,7 @@ TEST_CASE("landmark amx: score functions", "[amx]") {
   });
 }
 
-TEST_CASE("landmark amx: NaN and infinity in hidden keys, or in the values of landmarks, have no effect",
+TEST_CASE("landmark by tiles: NaN and infinity in what a query does not see, or in landmarks, have no effect",
           "[amx]") {
   for_each_unit([]<class Unit>() {
     Random random(3);
@@ -115,13 +115,13 @@ TEST_CASE("landmark amx: NaN and infinity in hidden keys, or in the values of la
       spoilt.v.row(0, 0, j)[3] = static_cast<bfloat16>(INFINITY);
     }
     for (Index j = 24; j < 300; j += 25)
-      spoilt.v.row(0, 0, j)[5] = static_cast<bfloat16>(NAN);  // j is a landmark
+      spoilt.v.row(0, 0, j)[5] = static_cast<bfloat16>(NAN);  // of landmarks
     const detail::LandmarkOptions options = options_of(landmarks::every(25));
     attend<Unit>(clean, options, causal{});
     attend<Unit>(spoilt, options, causal{});
     Index wrong = 0;
     for (Index h = 0; h < 2; ++h) {
-      for (Index i = 0; i < 30; ++i) {  // their positions are 240 to 269
+      for (Index i = 0; i < 30; ++i) {  // they stand at 240 to 269
         wrong += spoilt.lse(0, h, i) != clean.lse(0, h, i);
         for (Index c = 0; c < 16; ++c) wrong += spoilt.out.row(0, h, i)[c] != clean.out.row(0, h, i)[c];
       }
@@ -131,7 +131,7 @@ TEST_CASE("landmark amx: NaN and infinity in hidden keys, or in the values of la
   });
 }
 
-TEST_CASE("landmark amx: bits do not depend on threads", "[amx][bits]") {
+TEST_CASE("landmark by tiles: bits do not depend on threads", "[amx][bits]") {
   for_each_unit([]<class Unit>() {
     Random random(4);
     Bf16Call one(Shape{2, 4, 2, 300, 300, 64, 64}, Values::peaked, random), five = one;
@@ -143,7 +143,7 @@ TEST_CASE("landmark amx: bits do not depend on threads", "[amx][bits]") {
 }
 
 #if defined(LONGSPAN_TARGETS_AMX)
-TEST_CASE("landmark_attention: bfloat16 calls use the matrix tiles of the processor", "[amx]") {
+TEST_CASE("landmark_attention: bfloat16 calls use the tiles of the hardware", "[amx]") {
   if (!has_tiles()) return;
   Random random(5);
   Bf16Call call(Shape{1, 4, 2, 100, 200, 32, 32}, Values::normal, random), direct = call;

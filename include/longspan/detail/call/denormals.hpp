@@ -68,8 +68,8 @@ class DenormalsAreZero {
 /// An executor whose tasks treat denormals as 0 on whichever thread they run, so that the bits of a result do not
 /// depend on the executor. All tasks of the library run on such an executor.
 ///
-/// Its type does not depend on the type of the wrapped executor. Each kernel is therefore compiled only once, however
-/// many types of executors a program has; a task costs two more calls through a pointer.
+/// The type of the executor that it runs on is not part of its own type: each kernel is compiled only once, no matter
+/// how many executors a program has, and a task costs two more calls through a pointer.
 class WithoutDenormals {
  public:
   template <class E>

@@ -1,5 +1,5 @@
-// Distinguishes finite numbers from infinities and NaN by their bits: with -ffinite-math-only a compiler assumes that
-// every number is finite.
+// Distinguishes finite numbers from infinities and NaN by their bits: under the options that exclude infinities and NaN
+// (such as -ffinite-math-only) a compiler assumes that every number is finite.
 #pragma once
 
 #include <bit>

@@ -92,7 +92,7 @@ struct StreamCalls {
     run(q, k, v, out, rows_view(lse), execution);
   }
 
-  /// Writes what `extend` would write for the same arguments without changing the stream: it extends a copy.
+  /// Writes what `extend` would write for the same arguments, and leaves the stream as it is: a copy is extended.
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, class... LseAndExecution>
   void peek(const Q& q, const K& k, const V& v, Out&& out, LseAndExecution&&... more) const {
     Derived copy(static_cast<const Derived&>(*this));

@@ -152,8 +152,8 @@ void check_reach(std::string_view function, const M& mask, Index batch, Index he
   }
 }
 
-/// The first place, at least `most` tokens after `first`, where tokens [first, end) can be cut: no query before the cut
-/// may see a key after it. The tokens contain all keys that their queries may see.
+/// Where tokens [first, end), which contain all keys that their queries may see, can be cut: after at least `most`
+/// tokens, and where no query before the cut may see a key after it.
 template <Mask M>
 Index end_of_piece(const M& mask, Index batch, Index heads, Index first, Index end, Index most) {
   if (end - first <= most) return end;

@@ -12,7 +12,7 @@
 #include "longspan/detail/call/problem.hpp"
 #include "longspan/detail/decode/change_scores.hpp"
 #include "longspan/detail/decode/row_accumulator.hpp"
-#include "longspan/detail/decode/row_kernel.hpp"
+#include "longspan/detail/decode/row_pass.hpp"
 #include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/detail/tile/accumulator.hpp"
@@ -29,16 +29,13 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The maximum number of queries per KV head (q_len times the heads of a group) for this kernel. With more queries the
-/// tiled kernel, whose lanes hold queries, is at least as fast.
-inline constexpr Index most_decode_queries = 8;
-
 template <class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S>
 class Decode {
  public:
   using Call = Problem<Tq, Tk, Tv, To>;
   using Real = typename Call::Real;
   using Run = KeyRun<Tk, Tv>;
+  using Pass = RowPass<Real, Tk, Tv>;
   static constexpr Index w = lanes<Real>;
 
   /// Reads only the shapes of the call's k and v: the rows come from `keys`.
@@ -75,11 +72,6 @@ class Decode {
   }
 
  private:
-  /// Rows of k and v come from DRAM and are used once per call, unless there are more slots than lanes and therefore
-  /// several passes.
-  static constexpr PrefetchHint hint =
-      w >= most_decode_queries ? PrefetchHint::streaming : PrefetchHint::reused;
-  static constexpr bool is_scaled = std::is_same_v<Tk, std::int8_t>;
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
   /// With one query, long alternating blocks of K and V are read fastest (percent of the stream rate with 256 keys: 88,
   /// with 64 keys: 83); with more queries the length makes no difference. One length for all calls keeps the bits of a
@@ -130,12 +122,6 @@ class Decode {
     return parts;
   }
 
-  /// The columns of rows of T that are loaded in pairs of packets.
-  template <class T>
-  static Index columns_in_pairs(Index columns) {
-    return loads_in_pairs<Real, T> ? columns / (2 * w) * (2 * w) : 0;
-  }
-
   QueryLanes queries_of(Index kv_head) const {
     return {kv_head / call_.k.heads, kv_head % call_.k.heads * call_.group(), call_.group(), 0, queries_,
             call_.first_query};
@@ -147,7 +133,7 @@ class Decode {
       const Tq* row = call_.q.row(queries.batch, queries.head(g), queries.row(g));
       Real* to = q + g * q_stride();
       Index c = 0;
-      for (; c < columns_in_pairs<Tk>(call_.head_dim()); ++c) {
+      for (; c < columns_in_pairs<Real, Tk>(call_.head_dim()); ++c) {
         to[interleaved_index<Real, Tk>(c, call_.head_dim())] = static_cast<Real>(row[c]) * factor;
       }
       for (; c + w <= call_.head_dim(); c += w) store(to + c, load_as<Real>(row + c) * broadcast(factor));
@@ -192,87 +178,38 @@ class Decode {
                   const Worker& worker, const RowAccumulator<Real>& state) const {
     const Coverage seen = classify(mask_, queries.tile(0, queries_, keys));
     if (seen == Coverage::none) return;
-    with_queries(std::min<Index>(w, slots_), [&]<int count>() {
-      if constexpr (count <= lanes<Real>) {
-        for (Index first = 0; first < slots_; first += count) {
-          absorb_pass<count>(queries, first, run, keys, next_keys, seen, worker, state);
-        }
-      }
-    });
+    const Index count = std::min<Index>(w, slots_);
+    for (Index first = 0; first < slots_; first += count)
+      absorb_pass(queries, first, count, run, keys, next_keys, seen, worker, state);
   }
 
-  template <class Work>
-  static void with_queries(Index queries, const Work& work) {
-    if (queries == 8) return work.template operator()<8>();
-    if (queries == 4) return work.template operator()<4>();
-    if (queries == 2) return work.template operator()<2>();
-    work.template operator()<1>();
-  }
-
-  template <int count>
-  void absorb_pass(const QueryLanes& queries, Index first, const Run& run, KeyRange range,
+  /// `count` queries from `first` on.
+  void absorb_pass(const QueryLanes& queries, Index first, Index count, const Run& run, KeyRange range,
                    const Tk* next_keys, Coverage seen, const Worker& worker,
                    const RowAccumulator<Real>& state) const {
     const Index keys = run.k.rows;
     // For contiguous arrays, prefetching the rows after the block is as fast as prefetching the next read, and faster
     // with 8 queries.
     const bool is_short = keys < block_keys;
-    score_keys<count, hint>(run.k.data, run.k.row_stride, keys, worker.q + first * q_stride(), q_stride(),
-                            call_.head_dim(), worker.scores, is_short ? run.v.data : nullptr);
-    if constexpr (is_scaled) scale_scores<count>(worker.scores, run.k_scale, keys);
+    Pass::score(run, count, worker.q + first * q_stride(), q_stride(), call_.head_dim(), worker.scores,
+                is_short ? run.v.data : nullptr);
     const Index scores = round_up(keys, w) * count;
-    if (seen == Coverage::some) hide<count>(queries, first, range, worker);
-    if constexpr (changes_score) seen = change<count>(queries, first, range, seen, worker);
+    if (seen == Coverage::some) hide(queries, first, count, range, worker);
+    if constexpr (changes_score) seen = change(queries, first, count, range, seen, worker);
     std::fill(worker.scores + keys * count, worker.scores + scores, FloatArithmetic<Real>::masked_score);
 
     alignas(64) Real rescale[std::size_t(w)];
-    state.template weigh<count>(worker.scores, scores, first, rescale);
-    if constexpr (is_scaled) scale_scores<count>(worker.scores, run.v_scale, keys);
-    const bool plain = seen == Coverage::all || all_finite(run);
-    if (!plain) return add_seen_values<count>(run.v, worker, first, state, rescale);
-    add_values_of_pass<count>(run.v, worker, first, state, rescale, is_short ? next_keys : nullptr);
-  }
-
-  /// The number of accumulators of add_values that leaves registers for the rows.
-  static constexpr int value_accumulators = vector_registers == 32 ? 16 : 8;
-  static constexpr int most_value_packets = vector_registers == 32 ? 8 : 4;
-
-  template <int count>
-  void add_values_of_pass(MatrixView<const Tv> v, const Worker& worker, Index first,
-                          const RowAccumulator<Real>& state, const Real* rescale, const Tk* next_keys) const {
-    Real* o = state.o + first * state.stride;
-    if constexpr (count > 1) {
-      if (!fits_registers<count>(state.stride / w)) {
-        return add_long_values<count, hint>(v.data, v.row_stride, v.cols, v.rows, worker.scores,
-                                            worker.value_sums, o, state.stride, rescale, next_keys);
-      }
-    }
-    const Index in_pairs = columns_in_pairs<Tv>(v.cols);
-    for (Index column = 0; column < state.stride;) {
-      const Index left = (column < in_pairs ? in_pairs : state.stride) - column;
-      const Index packets =
-          std::min<Index>(most_value_packets, static_cast<Index>(std::bit_floor(std::size_t(left / w))));
-      with_queries(packets, [&]<int wide>() {
-        if constexpr (wide <= most_value_packets && wide * count <= value_accumulators) {
-          add_values<count, wide, hint>(v.data + column, v.row_stride,
-                                        (std::min)(w, v.cols - column - (wide - 1) * w), v.rows,
-                                        worker.scores, count, o + column, state.stride, rescale);
-        }
-      });
-      column += packets * w;
+    Pass::weigh(run, count, worker.scores, scores, first, state, rescale);
+    if (seen == Coverage::all || Pass::all_finite(run)) {
+      Pass::add_values(run, count, worker.scores, worker.value_sums, first, state, rescale,
+                       is_short ? next_keys : nullptr);
+    } else {
+      Pass::add_seen_values(run, count, worker.scores, worker.seen, first, state, rescale);
     }
   }
 
-  /// True if the sums of whole rows of `packets` packets fit in registers.
-  template <int count>
-  static bool fits_registers(Index packets) {
-    return std::has_single_bit(std::size_t(packets)) && packets <= most_value_packets &&
-           packets * count <= value_accumulators;
-  }
-
-  template <int count>
-  void hide(const QueryLanes& queries, Index first, KeyRange keys, const Worker& worker) const {
-    for (int g = 0; g < count; ++g) {
+  void hide(const QueryLanes& queries, Index first, Index count, KeyRange keys, const Worker& worker) const {
+    for (Index g = 0; g < count; ++g) {
       const Index head = queries.head(first + g), position = queries.position(first + g);
       for (Index j = keys.begin; j < keys.end; j += 64) {
         const Index end = (std::min)(keys.end, j + 64);
@@ -287,8 +224,7 @@ class Decode {
   }
 
   /// Applies the score function. Returns Coverage::some if it, or the mask before it, hides a key.
-  template <int count>
-  Coverage change(const QueryLanes& queries, Index first, KeyRange keys, Coverage seen,
+  Coverage change(const QueryLanes& queries, Index first, Index count, KeyRange keys, Coverage seen,
                   const Worker& worker) const {
     const bool masked = seen == Coverage::some;
     const bool hides = change_scores(
@@ -301,41 +237,6 @@ class Decode {
       if (!sees) worker.scores[at] = FloatArithmetic<Real>::masked_score;
     }
     return Coverage::some;
-  }
-
-  bool all_finite(const Run& run) const {
-    if constexpr (is_scaled) {
-      return std::all_of(run.v_scale, run.v_scale + run.v.rows, [](float x) { return is_finite(x); });
-    }
-    for (Index j = 0; j < run.v.rows; ++j) {
-      const Tv* row = run.v.row(j);
-      Real zero = 0;
-      const Real by = opaque(zero);  // as in FloatArithmetic::values_finite
-      for (Index c = 0; c < run.v.cols; ++c) zero += static_cast<Real>(row[c]) * by;
-      if (!is_finite(zero)) return false;
-    }
-    return true;
-  }
-
-  /// A weight of 0 does not hide a value that is NaN or infinite, so this function skips hidden pairs one by one.
-  template <int count>
-  void add_seen_values(MatrixView<const Tv> v, const Worker& worker, Index first,
-                       const RowAccumulator<Real>& state, const Real* rescale) const {
-    for (int g = 0; g < count; ++g) {
-      Real* o = state.o + (first + g) * state.stride;
-      for (Index c = 0; c < state.stride; c += w) {
-        Packet<Real> sum = broadcast(Real(0));
-        for (Index j = 0; j < v.rows; ++j) {
-          const Index at = j * count + g;
-          if (!worker.seen[at]) continue;
-          alignas(64) Real row[std::size_t(w)] = {};
-          for (Index i = 0; i < (std::min)(w, call_.value_dim() - c); ++i)
-            row[i] = static_cast<Real>(v.row(j)[column_of_index<Real, Tv>(c + i, call_.value_dim())]);
-          sum = fma(broadcast(worker.scores[at]), load<Real>(row), sum);
-        }
-        store(o + c, fma(broadcast(rescale[g]), load<Real>(o + c), sum));
-      }
-    }
   }
 
   /// Merges chunks into spans, and spans into the result (see keys_in_chunk for the reason).
@@ -356,7 +257,7 @@ class Decode {
       const Real factor = state.sum[g] == Real(0) ? Real(0) : 1 / state.sum[g];
       const Real* o = state.o + g * state.stride;
       Index c = 0;
-      for (; c < columns_in_pairs<Tv>(call_.value_dim()); ++c) {
+      for (; c < columns_in_pairs<Real, Tv>(call_.value_dim()); ++c) {
         row[c] = static_cast<To>(o[interleaved_index<Real, Tv>(c, call_.value_dim())] * factor);
       }
       for (; c + w <= call_.value_dim(); c += w) store_as(row + c, load(o + c) * broadcast(factor));

@@ -142,10 +142,10 @@ void score_keys(const Tk* k, Index k_stride, Index keys, const Real* q, Index q_
 }
 
 /// scores[j * queries + g] *= scale[j]: the scale of an int8 row is applied to its sums.
-template <int queries, class Real>
-void scale_scores(Real* scores, const float* scale, Index keys) {
+template <class Real>
+void scale_scores(Real* scores, const float* scale, Index keys, Index queries) {
   for (Index j = 0; j < keys; ++j) {
-    for (int g = 0; g < queries; ++g) scores[j * queries + g] *= static_cast<Real>(scale[j]);
+    for (Index g = 0; g < queries; ++g) scores[j * queries + g] *= static_cast<Real>(scale[j]);
   }
 }
 

@@ -75,7 +75,7 @@ class BranchKeys {
   Index b_, heads_, position_, head_dim_, value_dim_;
 };
 
-/// One branch of BranchKeys, as batch row 0.
+/// One branch of BranchKeys, in the place of batch row 0.
 template <class Source>
 struct OneBranchKeys {
   const BranchKeys<Source>& keys;
@@ -84,14 +84,14 @@ struct OneBranchKeys {
   auto run(Index, Index h, KeyRange range) const { return keys.run(branch, h, range); }
 };
 
-/// The score function for a query and keys of one branch, both numbered from the first row of their segment.
+/// The score of a query and keys that are numbered from the first key of their segment in one branch.
 template <Score S>
 struct BranchScore {
   const S& score;
   const Dilation& dilation;
   Branch branch;
   Index b, heads;
-  Index begin;  ///< the first position of the segment
+  Index begin;  ///< of the segment
 
   template <class Real>
   Real operator()(Real s, Index, Index h, Index t, Index u) const {

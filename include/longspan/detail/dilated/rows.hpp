@@ -44,18 +44,6 @@ struct DilatedRows {
   }
 };
 
-/// A mask that shows all keys up to the end of the query's longest segment: no branch shows the query a later key.
-struct UntilSegmentEnd {
-  std::span<const Branch> branches;
-
-  KeyRange keys(Index, Index i) const {
-    Index end = i + 1;
-    for (const Branch& branch : branches)
-      end = (std::max)(end, saturating_sum(i - i % branch.segment, branch.segment));
-    return {KeyRange::lowest, end};
-  }
-};
-
 /// The keys of the query's own segment that a range mask shows: again a range mask.
 template <RangeMask M>
 struct SegmentMask {

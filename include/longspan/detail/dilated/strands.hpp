@@ -1,18 +1,54 @@
 // The rows that a stream of dilated attention keeps, and how the kernel finds them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <type_traits>
 #include <vector>
 
+#include "longspan/detail/call/stream_mask.hpp"
 #include "longspan/detail/tile/key_run.hpp"
 #include "longspan/dilation.hpp"
+#include "longspan/key_ranges.hpp"
+#include "longspan/mask.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
+
+/// A mask without the keys after the end of a query's longest segment: no branch shows the query a later key.
+template <Mask M>
+struct WithinSegments {
+  const M& mask;
+  std::span<const Branch> branches;
+
+  KeyRange keys(Index b, Index i) const
+  requires RangeMask<M>
+  {
+    const KeyRange range = mask.keys(b, i);
+    return {range.begin, (std::min)(range.end, end_of_segments(i))};
+  }
+  bool sees(Index b, Index h, Index i, Index j) const {
+    return j < end_of_segments(i) && longspan::sees(mask, b, h, i, j);
+  }
+  KeyRanges key_ranges(const Tile& tile) const {
+    return intersection(longspan::key_ranges(mask, tile),
+                        KeyRanges({KeyRange::lowest, end_of_segments(tile.last_query())}));
+  }
+
+ private:
+  Index end_of_segments(Index i) const {
+    Index end = i + 1;
+    for (const Branch& branch : branches)
+      end = (std::max)(end, saturating_sum(i - i % branch.segment, branch.segment));
+    return end;
+  }
+};
+template <class M>
+inline constexpr bool hides_later_keys<WithinSegments<M>> = hides_later_keys<M>;
 
 /// Identifies a strand: the rows of a branch's open segment that the query heads with one KV head and one offset share.
 struct Strand {

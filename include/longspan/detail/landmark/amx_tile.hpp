@@ -1,4 +1,4 @@
-// A tile of queries with the grouped softmax of landmark attention, computed with matrix tiles (AMX).
+// A tile of queries under the grouped softmax of landmark attention, by matrix tiles.
 #pragma once
 
 #include "longspan/detail/tile/amx_arithmetic.hpp"
@@ -29,11 +29,10 @@ LONGSPAN_INTRINSICS_BEGIN
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Supports no controlled blocks, and no blocks with more keys than a chunk.
+/// Without controlled blocks, and without blocks that are wider than a chunk.
 ///
-/// A chunk of landmark blocks is computed in three steps: the scores of all its keys; for each block its softmax and
-/// its share of the row; then one product of all weights, each times the share of its block, with the values of the
-/// chunk.
+/// A chunk of landmark blocks: scores of all its keys; for each block its softmax and its share of the row; then all
+/// weights, each times the share of its block, and the values of the chunk in one product.
 template <class Unit, Mask M, Score S>
 class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQueries<Unit, M, S>> {
   using Base = LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQueries<Unit, M, S>>;
@@ -46,7 +45,7 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
   using Base::changes_score;
   using Base::most_lanes;
   using Base::w;
-  /// With this number of keys the scores stay in the first-level cache.
+  /// The scores of so many keys stay in the first cache.
   static constexpr Index keys_in_chunk = 128;
 
   static AmxLandmarkTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len, Index,
@@ -79,7 +78,7 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
       float* factor = factors_ + n * most_lanes;
       absorb_softmax(block, tokens, all, scratch, state, rescale, factor);
       for (Index j = tokens.begin; j < tokens.end; ++j) factor_of[std::size_t(j)] = factor;
-      // Rescales the shares of earlier blocks to the row max after this block.
+      // Blocks before this one are measured with the row max of the last.
       for (Index before = 0; before < n; ++before) multiply(factors_ + before * most_lanes, rescale);
       if (n == 0) {
         std::copy_n(rescale, stride_, all_rescales);
@@ -94,7 +93,7 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
           multiply_packet(state.o + column * stride_ + c * w, all_rescales + c * w);
       }
     });
-    // Landmarks have weight 0, and 0 times NaN would be NaN.
+    // Landmarks have a weight of 0, which does not hide a value that is NaN.
     if (keys.values_finite < 0)
       keys.values_finite = Policy::values_finite(keys.v, keys.v_stride, divide_up(keys.keys, 2), 0) ? 1 : 0;
     const bool finite = keys.values_finite != 0;
@@ -154,8 +153,8 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
     Base::add_part(block, reach, landmark, row_max, sum, state, rescale, factor);
   }
 
-  /// weights[j / 2] of two keys, each exp score times the factor of its block. A lane whose factor is 0 has weight 0,
-  /// even where its exp score is NaN.
+  /// weights[j / 2] of two keys, each exp score times the factor of its block. A lane whose factor is 0 has weight 0, even
+  /// where its exp score is NaN.
   template <int packets>
   void make_weights(const Scratch& scratch, Index rows,
                     const std::array<const float*, std::size_t(keys_in_chunk)>& factor_of) const {

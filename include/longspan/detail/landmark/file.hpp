@@ -77,7 +77,7 @@ void save_landmark_store(std::ostream& to, const std::vector<StateField>& fields
   writer.finish();
 }
 
-/// The counts of a file. Throws FileError if a stream with the options of `wanted` cannot have reached them.
+/// The counts of a file. Throws Error if a stream with the options of `wanted` cannot have reached them.
 inline BlockCounts checked_counts(const BlockCounts& wanted, std::span<const std::int64_t> numbers) {
   BlockCounts counts = wanted;
   counts.tokens = numbers[0];

@@ -38,7 +38,7 @@ struct LandmarkTileOf<AmxArithmetic<Unit>, M, S> {
 };
 #endif
 
-/// The number of keys of the longest landmark block.
+/// Keys in the widest landmark block.
 inline Index widest_block(const landmarks& at, Index batch, Index kv_len) {
   Index widest = 0;
   for (Index b = 0; b < (at.same_in_all_rows() ? 1 : batch); ++b) {
@@ -168,7 +168,7 @@ class LandmarkForward {
   Index widest_ = 0;  ///< keys of the widest landmark block
 };
 
-/// The maximum number of keys of a landmark block for the kernel with matrix tiles.
+/// The widest landmark block that matrix tiles take.
 inline constexpr Index widest_by_tiles = 128;
 
 template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
@@ -176,7 +176,7 @@ void landmark_forward(const Problem<Tq, Tk, Tv, To>& call, const LandmarkOptions
                       const S& score, const P& position, const E& executor, Workspace& workspace,
                       bool bf16_products) {
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
-  // The kernel with matrix tiles covers the common case: no controlled blocks, and blocks that fit into a chunk.
+  // Matrix tiles take what is common: no controlled blocks, and blocks that fit into a chunk.
   const bool common = !options.has_controlled() &&
                       widest_block(options.landmarks, call.k.batch, call.kv_len()) <= widest_by_tiles;
   run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {

@@ -155,7 +155,7 @@ struct RetrievedRow {
     constexpr bool is_scaled = std::is_same_v<T, std::int8_t>;
     const MatrixView<const T> k = block.k, v = block.v;
     score_keys<1>(k.data, k.row_stride, k.rows, q, q_stride, k.cols, scores);
-    if constexpr (is_scaled) scale_scores<1>(scores, block.k_scale, k.rows);
+    if constexpr (is_scaled) scale_scores(scores, block.k_scale, k.rows, 1);
     const Index tokens = k.rows - 1;
     if (tokens == 0) return;
     const Real logit = scores[tokens];
@@ -172,7 +172,7 @@ struct RetrievedRow {
     const Real rescale = exp_score_of(row_max - now), share = exp_score_of(logit - now);
     const Packet<Real> factor = broadcast(share / sum_in_pairs(total));
     for (Index j = 0; j < tokens; j += w) store(scores + j, load<Real>(scores + j) * factor);
-    if constexpr (is_scaled) scale_scores<1>(scores, block.v_scale, tokens);
+    if constexpr (is_scaled) scale_scores(scores, block.v_scale, tokens, 1);
     add_rows_of_values(v, tokens, rescale);
     row_max = now;
     sum = sum * rescale + share;

@@ -63,7 +63,7 @@ class LandmarkStore {
   bool has_file() const noexcept { return writer_.file != nullptr; }
   void rename_file(const std::string& path) { writer_.file->rename(path); }
 
-  /// Throws FileError if the file has no space for the blocks that become final after `tokens` more tokens.
+  /// Throws Error if the file has no space for the blocks that become final after `tokens` more tokens.
   void reserve(Index tokens) {
     if (has_file()) writer_.file->reserve(counts_.settled_at(counts_.tokens + tokens) - counts_.settled);
   }

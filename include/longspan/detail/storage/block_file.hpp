@@ -67,7 +67,7 @@ class BlockFile {
   Index blocks() const noexcept { return blocks_; }
   Index dropped() const noexcept { return dropped_.load(); }
 
-  /// Reserves space on the disk for `more` blocks. Throws FileError if there is none.
+  /// Reserves space on the disk for `more` blocks. Throws Error if there is none.
   void reserve(Index more) {
     const Index wanted = blocks_ + more;
     if (wanted <= reserved_) return;

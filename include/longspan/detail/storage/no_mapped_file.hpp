@@ -1,4 +1,4 @@
-// MappedFile for systems without mapped files: opening one throws FileError.
+// MappedFile for systems without mapped files: opening one throws Error.
 #pragma once
 
 #include <cstddef>

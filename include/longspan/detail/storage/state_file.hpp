@@ -58,7 +58,7 @@ static_assert(sizeof(StateHeader) == 32 && std::is_trivially_copyable_v<StateHea
 static_assert(std::endian::native == std::endian::little,
               "longspan: state files are little-endian, so the processor must be little-endian");
 
-/// The bytes of `count` elements of T. Throws FileError if the number does not fit into an Index.
+/// The bytes of `count` elements of T. Throws Error if the number does not fit into an Index.
 template <class T>
 Index array_bytes(std::string_view function, Index count) {
   constexpr Index most = PTRDIFF_MAX / static_cast<Index>(sizeof(T));
