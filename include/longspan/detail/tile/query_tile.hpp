@@ -376,6 +376,7 @@ void QueryTile<Policy, M, S>::write(const Accumulator<Real>& state, const QueryL
     const Packet<Real> by = select(equal(sum, zero), zero, one / sum);
     alignas(64) Real factor[std::size_t(w)];
     store<Real>(factor, by);
+    // A zero is added, so that no output is -0: the sign of a zero depends on how the keys were split among threads.
     Index column = 0;
     if constexpr (writes_pairs<Real, To>) {
       for (; column + 2 * w <= out.cols; column += 2 * w) {
@@ -383,7 +384,8 @@ void QueryTile<Policy, M, S>::write(const Accumulator<Real>& state, const QueryL
         LONGSPAN_UNROLL
         for (int i = 0; i < w; ++i) {
           const Real* from = state.o + (column + 2 * i) * state.stride + first_lane;
-          square[i] = bfloat16_pairs(load<Real>(from) * by, load<Real>(from + state.stride) * by);
+          square[i] =
+              bfloat16_pairs(fma(load<Real>(from), by, zero), fma(load<Real>(from + state.stride), by, zero));
         }
         transpose(square);
         for (Index i = 0; i < used; ++i) store(reinterpret_cast<Real*>(row[i] + column), square[i]);
@@ -393,13 +395,14 @@ void QueryTile<Policy, M, S>::write(const Accumulator<Real>& state, const QueryL
       Packet<Real> square[std::size_t(w)];
       LONGSPAN_UNROLL
       for (int i = 0; i < w; ++i)
-        square[i] = load<Real>(state.o + (column + i) * state.stride + first_lane) * by;
+        square[i] = fma(load<Real>(state.o + (column + i) * state.stride + first_lane), by, zero);
       transpose(square);
       for (Index i = 0; i < used; ++i) store_as(row[i] + column, square[i]);
     }
     for (; column < out.cols; ++column) {
       for (Index i = 0; i < used; ++i) {
-        row[i][column] = static_cast<To>(state.o[column * state.stride + first_lane + i] * factor[i]);
+        row[i][column] =
+            static_cast<To>(state.o[column * state.stride + first_lane + i] * factor[i] + Real(0));
       }
     }
   }
