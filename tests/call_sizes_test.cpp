@@ -183,7 +183,7 @@ TEST_CASE("call sizes: every stream calls the check of its mask, and changes not
   };
   check(softmax_attention{mask}, "2 4 0 0 0 kv_cache\n", "2 4 5 2 7 kv_cache::extend\n");
   check(dilated_attention{Branches{{4, 1}, {8, 2}}, mask}, "2 4 0 0 0 dilated_cache\n",
-        "2 4 5 2 7 dilated_cache\n");
+        "2 4 5 2 7 dilated_cache::extend\n");
   infini_attention attend{softmax_attention{causal{} & mask}};
   attend.segment = 4;
   check(attend, "2 4 0 4 4 softmax_attention\n", "");

@@ -203,7 +203,7 @@ TEST_CASE("landmark_cache: int8 blocks continue from a state, from a file and in
     extend(in_file, file_call, 0, 43);
     CHECK(in_file.bytes() < cache.bytes());
   }
-  CHECK(refusal([&] {
+  CHECK(file_refusal([&] {
           landmark_cache<float, rotary>(stream_shape(shape), with_file, turned);
         }).find("the element type is int8 in the file, wanted float") != std::string::npos);
   Cache reopened(stream_shape(shape), with_file, turned);
