@@ -129,7 +129,7 @@ TEST_CASE("attend_npy landmark_stream: keys that do not fit are refused", "[atte
     check_variant_refused(folder, "landmark_stream", keys, words);
   };
   says({}, "the key block is missing");
-  says({"block=1"}, "block is 1, wanted at least 2");
+  says({"block=1"}, "block_size is 1, wanted at least 2");
   says({"block=3", "chunks=4,4"}, "chunks does not add up to the 9 tokens");
   says({"block=3", "chunks=4,9223372036854775807"}, "chunks does not add up");
   says({"block=3", "chunks=4,,5"}, "wanted integers from 1");

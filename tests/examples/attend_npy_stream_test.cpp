@@ -175,7 +175,7 @@ TEST_CASE("attend_npy streams: invalid arguments are refused, and nothing is wri
   says("softmax_stream", {"--beta", "beta.npy"}, "the option --beta is for infini and hybrid_stream");
   says("dilated_stream", {}, "the key segments is missing");
   says("dilated_stream", {"segments=4", "zero_pad=1"}, "unknown key 'zero_pad', the keys of dilated_stream");
-  says("hybrid_stream", {"block=1"}, "block is 1, wanted at least 2");
+  says("hybrid_stream", {"block=1"}, "block_size is 1, wanted at least 2");
   says("hybrid_stream", {"evicted_at_once=0"}, "the key evicted_at_once is '0'");
   says("hybrid_stream", {"top_k=x"}, "the key top_k is 'x', wanted an integer from 0");
   says("hybrid_stream", {"first=none"}, "the key first is 'none', wanted bypass or gate");

@@ -398,7 +398,7 @@ TEST_CASE("landmark_cache: invalid shapes and options are refused", "[stream][er
     CAPTURE(text);
     CHECK(text.find(words) != std::string::npos);
   };
-  refuses(shape, {.block_size = 1}, "block is 1, wanted at least 2");
+  refuses(shape, {.block_size = 1}, "block_size is 1, wanted at least 2");
   refuses(shape, {.top_k = -1}, "top_k is -1");
   refuses(shape, {.window_blocks = -1}, "window_blocks is -1");
   refuses(shape, {.capacity = -1}, "capacity is -1");
