@@ -1,5 +1,5 @@
-// Memory on pages of 2 MB, where the system gives them: with pages of 4 KB the same program ran between 41 and 76 % of the
-// roof from one run to the next (Intel AMX), depending on where its pages lay.
+// Memory on pages of 2 MB, where the system gives them: with pages of 4 KB the same program ran between 41 and 76 % of
+// the roof from one run to the next (Intel AMX), depending on where its pages lay.
 #pragma once
 
 #include <cstddef>

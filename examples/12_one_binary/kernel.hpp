@@ -1,4 +1,5 @@
-// What is compiled once for each kind of processor. Views are the same types everywhere, so they can stand in its signature.
+// What is compiled once for each kind of processor. Views are the same types everywhere, so they can stand in its
+// signature.
 #pragma once
 
 #include <longspan/element.hpp>

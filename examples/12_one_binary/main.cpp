@@ -1,7 +1,8 @@
 // One program for every x86-64 processor: the same kernel, compiled five times, chosen when the program starts.
 //
-// After copying, change: `attend` in kernel.cpp to the call of your engine, and the list in CMakeLists.txt to the processors
-// that you care for. This file, like all of your program but kernel.cpp, is compiled for the oldest of them.
+// After copying, change: `attend` in kernel.cpp to the call of your engine, and the list in CMakeLists.txt to the
+// processors that you care for. This file, like all of your program but kernel.cpp, is compiled for the oldest of
+// them.
 
 #include <algorithm>
 #include <cmath>

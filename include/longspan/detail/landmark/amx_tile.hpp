@@ -153,8 +153,8 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
     Base::add_part(block, reach, landmark, row_max, sum, state, rescale, factor);
   }
 
-  /// weights[j / 2] of two keys, each exp score times the factor of its block. A lane whose factor is 0 has weight 0, even
-  /// where its exp score is NaN.
+  /// weights[j / 2] of two keys, each exp score times the factor of its block. A lane whose factor is 0 has weight 0,
+  /// even where its exp score is NaN.
   template <int packets>
   void make_weights(const Scratch& scratch, Index rows,
                     const std::array<const float*, std::size_t(keys_in_chunk)>& factor_of) const {

@@ -5,8 +5,8 @@
 //
 // Queries stay in the lanes, as in the other arithmetics: row max, row sum and masks are vertical, and scores, weights
 // and outputs have the layouts of Bf16Arithmetic. With tiles in use an Intel core multiplies float vectors at half its
-// rate (one port instead of two), so that the exponentials cost as much as both products at head_dim 64: what can be done
-// by additions and logic, which keep their rate, is done so.
+// rate (one port instead of two), so that the exponentials cost as much as both products at head_dim 64: what can be
+// done by additions and logic, which keep their rate, is done so.
 #pragma once
 
 #include "longspan/detail/simd/tile_unit.hpp"
@@ -117,7 +117,8 @@ struct AmxArithmetic {
   static constexpr float most_rise = 16;
 
   /// weights[j / 2] = exp_score(factor * s[j] - row_max) of two keys, rounded; `sum` grows by the weights before they
-  /// are rounded. Where one of the exponents lies above most_rise, the answer is true, and all of it is to be done again.
+  /// are rounded. Where one of the exponents lies above most_rise, the answer is true, and all of it is to be done
+  /// again.
   template <int packets, bool rounds_products>
   static LONGSPAN_INLINE bool exp_keys(const float* s, float factor, const float* row_max, float* sum,
                                        Weight* weights, Index stride) {
@@ -147,8 +148,8 @@ struct AmxArithmetic {
     return _mm512_movepi32_mask(above) != 0;
   }
 
-  /// A packet of pairs, rounded to bfloat16, halves away from 0. The first of a pair moves down by a shuffle, which has a
-  /// port of its own.
+  /// A packet of pairs, rounded to bfloat16, halves away from 0. The first of a pair moves down by a shuffle, which
+  /// has a port of its own.
   static LONGSPAN_INLINE void store_weights(Weight* to, Packet<float> first, Packet<float> second) {
     const __m512i high = _mm512_set1_epi32(-65536), half = _mm512_set1_epi32(0x8000);
     const __m512i down =
@@ -227,8 +228,8 @@ struct AmxArithmetic {
     return std::bit_cast<float>(j % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
   }
 
-  /// Transposes rows of values: to[j / 32][column][j % 32], `to_cols` (a multiple of 16) columns. Missing keys and columns
-  /// become 0.
+  /// Transposes rows of values: to[j / 32][column][j % 32], `to_cols` (a multiple of 16) columns. Missing keys and
+  /// columns become 0.
   static void transpose_values(const Key* v, Index v_stride, Index keys, Index cols, Value* to,
                                Index to_cols) {
     for (Index first = 0; first < keys; first += 32, v += 32 * v_stride, to += 16 * to_cols) {

@@ -1,4 +1,5 @@
-// The task loop of the tile kernel: a call cut into tasks, each of which takes a few tiles of queries through their keys.
+// The task loop of the tile kernel: a call cut into tasks, each of which takes a few tiles of queries through their
+// keys.
 #pragma once
 
 #include <algorithm>
@@ -146,7 +147,7 @@ class Forward {
 
   void join_splits(Index task, const Accumulator<Real>* parts) const {
     for (Index split = 1; split < splits_; ++split) parts[0].merge(parts[split]);
-    Queries::write(parts[0], plan_.lanes_of(task, 0), call_.out, call_.lse);
+    write_lanes(parts[0], plan_.lanes_of(task, 0), call_.out, call_.lse);
   }
 
   void start(Worker& worker, Index t, const QueryLanes& lanes_of_tile) const {

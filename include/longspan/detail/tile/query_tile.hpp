@@ -15,6 +15,7 @@
 #include "longspan/detail/tile/query_lanes.hpp"
 #include "longspan/detail/tile/tile_mask.hpp"
 #include "longspan/detail/tile/tile_scratch.hpp"
+#include "longspan/detail/tile/write_lanes.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
 #include "longspan/score.hpp"
@@ -105,15 +106,11 @@ class QueryTile {
   /// Writes outputs and log-sum-exps.
   template <class To>
   void finish(TensorView<To> out, RowsView<Real> lse) {
-    write(state_.whole(), lanes_, out, lse);
+    write_lanes(state_.whole(), lanes_, out, lse);
   }
 
   /// The state, for a tile whose keys are split among tasks.
   LeveledAccumulator<Real>& state() { return state_; }
-
-  template <class To>
-  static void write(const Accumulator<Real>& state, const QueryLanes& queries, TensorView<To> out,
-                    RowsView<Real> lse);
 
  protected:  // a landmark tile makes its own order of these steps
   template <class Tq, Position P>
@@ -349,66 +346,6 @@ void QueryTile<Policy, M, S>::add_values(const Block& block, std::span<const Run
       Real* to = state.o + at + lane;
       store(to, fma(load<Real>(rescale + lane), load<Real>(to), load<Real>(o + at + lane)));
     }
-  }
-}
-
-// ----------------------------------------------------------------------------------------------------------
-// Outputs
-
-/// Are two outputs converted before lanes and columns are swapped? It halves the shuffles and the stores.
-template <class Real, class To>
-inline constexpr bool writes_pairs =
-    converts_pairs && std::is_same_v<Real, float> && std::is_same_v<To, Eigen::bfloat16>;
-
-template <class Policy, Mask M, Score S>
-template <class To>
-void QueryTile<Policy, M, S>::write(const Accumulator<Real>& state, const QueryLanes& queries,
-                                    TensorView<To> out, RowsView<Real> lse) {
-  const Packet<Real> zero = broadcast(Real(0)), one = broadcast(Real(1));
-  for (Index first_lane = 0; first_lane < queries.count; first_lane += w) {
-    const Index used = (std::min)(w, queries.count - first_lane);
-    To* row[std::size_t(w)];
-    for (Index i = 0; i < used; ++i) {
-      row[i] = out.row(queries.batch, queries.head(first_lane + i), queries.row(first_lane + i));
-    }
-    const Packet<Real> sum = load<Real>(state.sum + first_lane);
-    // A lane that has seen no key has sum 0, and gives 0.
-    const Packet<Real> by = select(equal(sum, zero), zero, one / sum);
-    alignas(64) Real factor[std::size_t(w)];
-    store<Real>(factor, by);
-    // A zero is added, so that no output is -0: the sign of a zero depends on how the keys were split among threads.
-    Index column = 0;
-    if constexpr (writes_pairs<Real, To>) {
-      for (; column + 2 * w <= out.cols; column += 2 * w) {
-        Packet<Real> square[std::size_t(w)];
-        LONGSPAN_UNROLL
-        for (int i = 0; i < w; ++i) {
-          const Real* from = state.o + (column + 2 * i) * state.stride + first_lane;
-          square[i] =
-              bfloat16_pairs(fma(load<Real>(from), by, zero), fma(load<Real>(from + state.stride), by, zero));
-        }
-        transpose(square);
-        for (Index i = 0; i < used; ++i) store(reinterpret_cast<Real*>(row[i] + column), square[i]);
-      }
-    }
-    for (; column + w <= out.cols; column += w) {
-      Packet<Real> square[std::size_t(w)];
-      LONGSPAN_UNROLL
-      for (int i = 0; i < w; ++i)
-        square[i] = fma(load<Real>(state.o + (column + i) * state.stride + first_lane), by, zero);
-      transpose(square);
-      for (Index i = 0; i < used; ++i) store_as(row[i] + column, square[i]);
-    }
-    for (; column < out.cols; ++column) {
-      for (Index i = 0; i < used; ++i) {
-        row[i][column] =
-            static_cast<To>(state.o[column * state.stride + first_lane + i] * factor[i] + Real(0));
-      }
-    }
-  }
-  if (lse.data == nullptr) return;
-  for (Index lane = 0; lane < queries.count; ++lane) {
-    lse(queries.batch, queries.head(lane), queries.row(lane)) = lse_of(state.row_max[lane], state.sum[lane]);
   }
 }
 
