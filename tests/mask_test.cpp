@@ -224,7 +224,8 @@ TEST_CASE("segments: a query sees the keys of its own segment", "[mask]") {
   CHECK_FALSE(sees(segments{4}, 0, 0, -5, -4));
 }
 
-TEST_CASE("documents: a query sees the keys of its own document; the first and the last are open", "[mask]") {
+TEST_CASE("documents: a query sees the keys of its own document, and the first and the last are open",
+          "[mask]") {
   const std::vector<Index> starts{2, 3, 5};
   CHECK(picture(documents{starts}, 7, 7) ==
         Picture{"##.....", "##.....", "..#....", "...##..", "...##..", ".....##", ".....##"});
@@ -232,7 +233,7 @@ TEST_CASE("documents: a query sees the keys of its own document; the first and t
   CHECK(picture(causal{} & documents{starts}, 5, 5) == Picture{"#....", "##...", "..#..", "...#.", "...##"});
 }
 
-TEST_CASE("padding: hides the keys after the length of the batch row; !padding hides those before it",
+TEST_CASE("padding: hides the keys after the length of the batch row, and !padding hides those before it",
           "[mask]") {
   const std::vector<Index> lengths{2, 0, 4};
   CHECK(picture(padding{lengths}, 2, 4, 0) == Picture{"##..", "##.."});

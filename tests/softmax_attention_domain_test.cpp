@@ -118,7 +118,7 @@ std::pair<T, T> attend_one(Index q_len, T q, const std::vector<T>& k, const std:
   return {call.out.values[0], call.lse.values[0]};
 }
 
-TEST_CASE("values are averaged if their sum is within 2^127; otherwise the average is not finite",
+TEST_CASE("values are averaged if their sum is within 2^127, and otherwise the average is not finite",
           "[domain]") {
   for (const Index q_len : query_counts) {
     for (const std::size_t keys : {std::size_t(1), std::size_t(2), std::size_t(128), std::size_t(4096)}) {
