@@ -29,10 +29,12 @@ LONGSPAN_INTRINSICS_BEGIN
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Without controlled blocks, and without blocks that are wider than a chunk.
+/// Supports neither controlled blocks nor blocks that are wider than a chunk.
 ///
-/// A chunk of landmark blocks: scores of all its keys; for each block its softmax and its share of the row; then all
-/// weights, each times the share of its block, and the values of the chunk in one product.
+/// For each chunk of landmark blocks:
+///   compute the scores of all keys
+///   for each block: its softmax, and the factor of its weights in each row
+///   multiply all weights by the factors of their blocks, and add the values of the chunk
 template <class Unit, Mask M, Score S>
 class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQueries<Unit, M, S>> {
   using Base = LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQueries<Unit, M, S>>;
@@ -45,7 +47,7 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
   using Base::changes_score;
   using Base::most_lanes;
   using Base::w;
-  /// The scores of so many keys stay in the first cache.
+  /// The scores of a chunk stay in the first-level cache.
   static constexpr Index keys_in_chunk = 128;
 
   static AmxLandmarkTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len, Index,
@@ -78,7 +80,7 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
       float* factor = factors_ + n * most_lanes;
       absorb_softmax(block, tokens, all, scratch, state, rescale, factor);
       for (Index j = tokens.begin; j < tokens.end; ++j) factor_of[std::size_t(j)] = factor;
-      // Blocks before this one are measured with the row max of the last.
+      // Factors refer to the row max after the last block.
       for (Index before = 0; before < n; ++before) multiply(factors_ + before * most_lanes, rescale);
       if (n == 0) {
         std::copy_n(rescale, stride_, all_rescales);

@@ -26,8 +26,9 @@ Real lse_of(Real row_max, Real sum) {
                            std::log(static_cast<double>(sum)));
 }
 
-/// Invariant, with S the scores absorbed so far in score units: row_max = max(S), sum = sum of exp_score(S - row_max)
-/// and o[column][lane] = sum of exp_score(S - row_max) * v[column]. Nothing absorbed: sum == 0, o == 0.
+/// Invariant, with S the scores absorbed so far in score units: sum = sum of exp_score(S - row_max) and
+/// o[column][lane] = sum of exp_score(S - row_max) * v[column]. row_max = max(S); for matrix tiles it may be up to
+/// AmxArithmetic::most_rise lower. Before the first key sum == 0 and o == 0.
 template <class Real>
 struct Accumulator {
   Real* o = nullptr;  ///< [columns][stride]
@@ -88,7 +89,7 @@ class LeveledAccumulator {
     return a;
   }
 
-  /// Starts a tile of `stride` lanes, at most as many as were taken.
+  /// Starts a tile of `stride` lanes, at most as many as `take` was given.
   void clear(Index stride) {
     for (int level = 0; level < levels_; ++level) {
       level_[level].stride = stride;

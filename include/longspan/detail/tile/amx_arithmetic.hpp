@@ -3,10 +3,10 @@
 //   scores  S[key][lane]     += K[key][d]       * Q[d pair][lane]        keys x queries, K read in place
 //   outputs O[column][lane]  += V^T[column][key] * P[key pair][lane]      V is transposed once for each block
 //
-// Queries stay in the lanes, as in the other arithmetics: row max, row sum and masks are vertical, and scores, weights
-// and outputs have the layouts of Bf16Arithmetic. With tiles in use an Intel core multiplies float vectors at half its
-// rate (one port instead of two), so that the exponentials cost as much as both products at head_dim 64: what can be
-// done by additions and logic, which keep their rate, is done so.
+// Queries are in the lanes, as in the other policies. So maxima, sums and masks need no operation across lanes, and
+// scores, weights and outputs have the layouts of Bf16Arithmetic. While an Intel core uses matrix tiles, it executes only
+// one instead of two multiplications of float vectors per cycle, and at head_dim 64 the exponentials take as long as both
+// products. Additions and logic keep their rate, so this file uses them where it can.
 #pragma once
 
 #include "longspan/detail/simd/tile_unit.hpp"
@@ -113,12 +113,11 @@ struct AmxArithmetic {
     }
   }
 
-  /// Weights above 2^most_rise under the row max that they were made with are made anew with a higher one.
+  /// If a weight would be above 2^most_rise, the row max is raised and the weights are computed again.
   static constexpr float most_rise = 16;
 
-  /// weights[j / 2] = exp_score(factor * s[j] - row_max) of two keys, rounded; `sum` grows by the weights before they
-  /// are rounded. Where one of the exponents lies above most_rise, the answer is true, and all of it is to be done
-  /// again.
+  /// weights[j / 2] = exp_score(factor * s[j] - row_max) of two keys, rounded to bfloat16. Adds the weights before
+  /// rounding to `sum`. Returns true if an exponent is above most_rise; the results are then of no use.
   template <int packets, bool rounds_products>
   static LONGSPAN_INLINE bool exp_keys(const float* s, float factor, const float* row_max, float* sum,
                                        Weight* weights, Index stride) {
@@ -159,7 +158,7 @@ struct AmxArithmetic {
     _mm512_storeu_si512(to, _mm512_ternarylogic_epi32(high, up, low, 0xca));
   }
 
-  /// s[j] = exp_score(factor * s[j] - row_max), which `sum` grows by.
+  /// s[j] = exp_score(factor * s[j] - row_max). Adds the results to `sum`.
   template <int packets, bool rounds_products>
   static LONGSPAN_INLINE void exp_rows(float* s, Index keys, float factor, const float* row_max, float* sum,
                                        Index stride) {
@@ -184,8 +183,8 @@ struct AmxArithmetic {
     for (int c = 0; c < packets; ++c) store(sum + c * 16, total[c]);
   }
 
-  /// factor * s - row_max. A row max is a rounded product: where it is huge, a fused product minus its own rounding
-  /// is far from 0, and `rounds_products` rounds the product of such lanes first.
+  /// factor * s - row_max. A row max is a rounded product. If it is huge, the exact product minus the rounded one is
+  /// far from 0, so with `rounds_products` the product of such lanes is rounded before the subtraction.
   template <bool rounds_products>
   static LONGSPAN_INLINE __m512 exponent(__m512 s, __m512 factor, __m512 row_max) {
     const __m512 fused = _mm512_fmsub_ps(s, factor, row_max);
@@ -196,7 +195,7 @@ struct AmxArithmetic {
     return _mm512_cmp_ps_mask(_mm512_abs_ps(row_max), _mm512_set1_ps(0x1p20f), _CMP_NLT_UQ);
   }
 
-  /// Whether the values of `rows` pairs of keys, up to a multiple of 16, are neither infinite nor NaN.
+  /// True if no value of `rows` pairs of keys, rounded up to a multiple of 16, is infinite or NaN.
   static bool values_finite(const Value* v, Index v_stride, Index rows, Index) {
     const __m512i exponent_bits = _mm512_set1_epi16(0x7f80);
     const Value* end = v + round_up(rows, 16) * v_stride;
@@ -206,7 +205,7 @@ struct AmxArithmetic {
     return found == 0;
   }
 
-  /// A multiple of 16 pairs, with 0 for what is infinite or NaN.
+  /// Copies a multiple of 16 pairs, with 0 in place of infinity and NaN.
   static void copy_finite(const Value* from, Index pairs, Value* to) {
     const __m512i exponent_bits = _mm512_set1_epi16(0x7f80);
     for (Index i = 0; i < pairs; i += 16) {
@@ -228,8 +227,8 @@ struct AmxArithmetic {
     return std::bit_cast<float>(j % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
   }
 
-  /// Transposes rows of values: to[j / 32][column][j % 32], `to_cols` (a multiple of 16) columns. Missing keys and
-  /// columns become 0.
+  /// Transposes rows of values: to[j / 32][column][j % 32]. `to_cols` is a multiple of 16; missing keys and columns
+  /// become 0.
   static void transpose_values(const Key* v, Index v_stride, Index keys, Index cols, Value* to,
                                Index to_cols) {
     for (Index first = 0; first < keys; first += 32, v += 32 * v_stride, to += 16 * to_cols) {
@@ -240,7 +239,7 @@ struct AmxArithmetic {
   }
 
  private:
-  // Sums are in the tiles 0 to 5: 16 rows in the first three, the next 16 rows in the others.
+  // Tiles 0 to 2 hold 16 rows of sums, tiles 3 to 5 the next 16 rows, tiles 6 and 7 the factors.
   static constexpr int a = 6, b = 7;
 
   template <int count, class Work>
@@ -266,8 +265,8 @@ struct AmxArithmetic {
     for_each_tile<packets>([&]<int c>() { Unit::template store<c>(upper + 16 * c, row); });
     for_each_tile<packets>([&]<int c>() { Unit::template store<3 + c>(lower + 16 * c, row); });
   }
-  /// Adds the products of 32 rows and 32 columns of a left matrix with all packets of a right one. The last right tile
-  /// serves both halves.
+  /// Adds the products of 32 rows and 32 columns of the left matrix with all packets of the right one. The right tile
+  /// that was loaded last is used for both halves of the rows.
   template <int packets>
   static LONGSPAN_INLINE void add_step(const void* upper, Index upper_row, const void* lower, Index lower_row,
                                        const Pair* right, Index right_row) {
@@ -284,7 +283,7 @@ struct AmxArithmetic {
     });
   }
 
-  /// exp_score to a relative error of 7.5e-5, with a polynomial of degree 3: far inside the rounding that follows.
+  /// exp_score with a relative error of up to 7.5e-5, by a polynomial of degree 3: small beside the rounding of weights.
   static LONGSPAN_INLINE Packet<float> coarse_exp_score(Packet<float> x) {
     const Packet<float> rest = rest_of_floor(x);
     Packet<float> p = broadcast(0.0780244f);

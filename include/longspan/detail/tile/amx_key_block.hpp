@@ -19,7 +19,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Keys are read in place, by whole steps of 32 rows and 32 columns; values are transposed.
+/// Keys are read in place, in steps of 32 rows and 32 columns; values are transposed.
 template <class Unit>
 struct KeyBlock<AmxArithmetic<Unit>> {
   using Policy = AmxArithmetic<Unit>;
@@ -42,8 +42,8 @@ struct KeyBlock<AmxArithmetic<Unit>> {
   }
 };
 
-/// The transposed values of the first keys of one KV head, kept by a worker from task to task: transposing them for
-/// every 192 queries would take 9 % of a call.
+/// The transposed values of the first keys of one KV head, which a worker keeps from task to task: transposing them in
+/// each task, for every 192 queries, would take 9 % of a call.
 template <class Unit>
 class KeptValues {
  public:
@@ -71,8 +71,8 @@ class KeptValues {
     *head_ = head;
     std::fill_n(present_, blocks_, false);
   }
-  /// Memory for the values of the block that begins with key `first_key`, null if it is not kept. `is_new`: they are to
-  /// be written there.
+  /// Memory for the values of the block that begins with key `first_key`, or null if it is not kept. Sets `is_new` if
+  /// the caller has to write them there.
   Value* find(Index first_key, bool& is_new) const {
     const Index n = first_key / Policy::keys_in_block;
     if (n >= blocks_ || first_key % Policy::keys_in_block != 0) return nullptr;
@@ -106,7 +106,7 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_positi
     if (kept_keys > 0) blocks.kept_ = KeptValues<Unit>::take(arena, blocks.padded_value_dim_, kept_keys);
     return blocks;
   }
-  /// Before the first task of a call.
+  /// To be called before the first task of a call.
   void clear() const { kept_.clear(); }
   /// The keys that follow are of KV head `head`, counted over all batch rows.
   void enter(Index head) const { kept_.enter(head); }
@@ -143,7 +143,7 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_positi
   }
 
  private:
-  /// The rows from `first` on, and rows of 0 up to a whole step.
+  /// Copies the rows from `first` on and appends rows of 0 up to a whole step.
   void copy_padded(const MatrixView<const Key>& k, Index first) const {
     Key* to = k_;
     for (Index j = first; j < round_up(k.rows, Policy::keys_in_step); ++j, to += padded_head_dim_) {

@@ -1,4 +1,4 @@
-// One tile of queries under AMX: scores, weights and values of 32 keys at a time.
+// One tile of queries on a processor with AMX: scores and weights of 32 keys at a time, values of a block.
 #pragma once
 
 #include "longspan/detail/tile/amx_arithmetic.hpp"
@@ -22,7 +22,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Queries whose scores are made by matrix tiles, 32 keys at a time.
+/// Queries whose scores matrix tiles compute, 32 keys at a time.
 template <class Unit, Mask M, Score S>
 class AmxQueries : public QueryTile<AmxArithmetic<Unit>, M, S> {
  public:
@@ -47,11 +47,11 @@ class AmxQueries : public QueryTile<AmxArithmetic<Unit>, M, S> {
   using Base::score_;
   using Base::stride_;
 
-  /// What scores are to be multiplied by, to be in score units.
+  /// The factor that converts scores to score units.
   float score_factor() const { return changes_score ? 1.0f : factor_; }
 
-  /// s[j][lane] of the 32 keys from `first` on, changed and masked, for the packets of the run. Rows past its last key
-  /// are masked.
+  /// Computes s[j][lane] of the 32 keys from `first` on for the packets of the run, then applies score function and
+  /// mask. Rows after the last key of the run are masked.
   void score_step(const Block& block, const Run& run, Index first, float* s) {
     const MatrixView<const typename Policy::Key> k = block.step(first);
     const Index lane = run.first_packet * w, keys = std::min<Index>(Policy::keys_in_step, run.end - first);
@@ -90,13 +90,15 @@ class AmxQueries : public QueryTile<AmxArithmetic<Unit>, M, S> {
   }
 };
 
-/// A tile whose row max is the reference that weights are made with, not always the highest score: it may lie up to
-/// most_rise below. It rises seldom, so that a score is read once, and what was added before is multiplied then.
+/// The row max of this tile is raised only if a score exceeds it by more than most_rise. This is rare, so nearly every
+/// score is read only once.
 ///
-/// A block: for each 32 keys
-///   scores; change and mask them; weights and their sums
-///   where a lane's scores have risen too far: add the values so far, raise that lane, make its weights anew
-/// then add the values of all its keys.
+/// For each block:
+///   for each 32 keys
+///     compute scores, apply score function and mask, compute weights and their sums
+///     if the scores of a lane have risen too far: add the values so far, raise the row max of this lane, rescale what
+///       it has, and compute the weights again
+///   add the values of all keys
 template <class Unit, Mask M, Score S>
 class AmxTile : public AmxQueries<Unit, M, S> {
   using Queries = AmxQueries<Unit, M, S>;
@@ -143,7 +145,7 @@ class AmxTile : public AmxQueries<Unit, M, S> {
   using Base::state_;
   using Base::stride_;
 
-  /// A block on its way into the state.
+  /// The state of absorb().
   struct Pass {
     const Block& block;
     const Runs& runs;
@@ -153,8 +155,8 @@ class AmxTile : public AmxQueries<Unit, M, S> {
     Pass(const Block& of_block, const Runs& its_runs, const Scratch& memory, const Accumulator<float>& into)
         : block(of_block), runs(its_runs), scratch(memory), state(into) {}
 
-    Index first_waiting = 0;                         ///< the values of keys before it are in state.o
-    bool has_huge_max = false;                       ///< products are rounded where a row max is huge
+    Index first_waiting = 0;                         ///< state.o contains the values of the keys before
+    bool has_huge_max = false;                       ///< see AmxArithmetic::exponent
     bool has_empty_lane = false;                     ///< a lane has seen no key
     alignas(64) float sum[std::size_t(most_lanes)];  ///< of the weights of this block
   };
@@ -169,7 +171,7 @@ class AmxTile : public AmxQueries<Unit, M, S> {
           _mm512_cmp_ps_mask(row_max.raw, _mm512_set1_ps(empty_max<float>), _CMP_EQ_OQ) != 0;
     }
   }
-  /// Scores and weights of the 32 keys from `first` on.
+  /// Computes scores and weights of the 32 keys from `first` on.
   void absorb_step(Pass& pass, const Run& run, Index first) {
     const Index lane = run.first_packet * w;
     Queries::score_step(pass.block, run, first, pass.scratch.scores);
@@ -182,7 +184,7 @@ class AmxTile : public AmxQueries<Unit, M, S> {
     });
   }
 
-  /// True where a score has risen too far: the weights do not count then.
+  /// Returns true if a score is more than most_rise above the row max; the weights are then of no use.
   template <int packets>
   bool make_weights(const Pass& pass, Index first, Index lane, float* sum) const {
     const float* s = pass.scratch.scores + lane;
@@ -197,7 +199,7 @@ class AmxTile : public AmxQueries<Unit, M, S> {
   }
 
   /// Raises the row max of every lane whose highest score among the 32 keys from `first` on lies more than most_rise
-  /// above it. Which lanes those are depends on nothing in other lanes.
+  /// above it. Lanes do not influence each other.
   template <int packets>
   bool raise_max(Pass& pass, Index first, Index lane) {
     const Accumulator<float>& state = pass.state;
@@ -207,7 +209,7 @@ class AmxTile : public AmxQueries<Unit, M, S> {
     std::fill_n(highest, packets * w, Policy::masked_score);
     highest_rows<packets>(s, stride_, Policy::keys_in_step, static_cast<float*>(highest));
     Packet<float> raised[std::size_t(packets)], rescale[std::size_t(packets)];
-    bool any = false, any_seen = false;  // has a lane risen, and one that had seen a key?
+    bool any = false, any_seen = false;  // lanes to raise; those among them that have seen a key
     for (int c = 0; c < packets; ++c) {
       const Packet<float> score = load<float>(highest + c * w),
                           before = load<float>(state.row_max + lane + c * w);

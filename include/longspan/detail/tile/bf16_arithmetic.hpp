@@ -1,5 +1,5 @@
-// The arithmetic policy of a tile for processors with bfloat16 dot products (AVX512-BF16): twice the speed of float on
-// Zen 5.
+// The arithmetic policy of a tile for processors with bfloat16 dot products (AVX512-BF16), which are twice as fast as
+// float on Zen 5.
 //
 // VDPBF16PS adds two products of bfloat16 pairs to a float. Scores lose nothing, since q and k are bfloat16 already.
 // Weights are rounded to bfloat16 before they multiply the values, a relative error of up to 2^-8 each; the row sums are
@@ -216,7 +216,7 @@ struct Bf16Arithmetic {
   }
 
   /// exp_score to a relative error of 7.5e-5, with a polynomial of degree 3: far inside the rounding to bfloat16 that
-  /// follows. Degree 5 takes 2-4 % of a call longer.
+  /// follows. A call with degree 5 takes 2-4 % longer.
   static LONGSPAN_INLINE Packet<float> coarse_weight(Packet<float> x) {
     const Packet<float> rest = rest_of_floor(x);
     Packet<float> p = broadcast(0.0780244f);

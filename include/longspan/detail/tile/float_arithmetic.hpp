@@ -1,4 +1,4 @@
-// How a tile multiplies: in float or double, on rows that are converted to it where they are not.
+// The arithmetic policy of a tile in float or double. Rows of other types are converted.
 #pragma once
 
 #include <limits>
@@ -14,7 +14,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The arithmetic of a tile. What another kind of it must offer is what stands here. Rows of queries, scores,
+/// Other arithmetic policies have the same members. Rows of queries, scores,
 /// weights and outputs are `stride` lanes apart.
 template <class RealType>
 struct FloatArithmetic {
@@ -25,9 +25,9 @@ struct FloatArithmetic {
   using Weight = Real;  ///< element of weight rows, [keys / keys_in_row][stride]
   static constexpr Index keys_in_row = 1;
   static constexpr Index columns_in_tile = tile_rows;  ///< outputs have a multiple of this
-  /// Keys are taken in blocks of so many, cut at its multiples in key index.
+  /// Length of a key block. Blocks begin at multiples of it in key index.
   static constexpr Index keys_in_block = tuning::keys_in_float_block;
-  /// A score that counts as never seen. Finite, so that code compiled with -ffast-math keeps its meaning, and
+  /// The score of a masked key. Finite, so that code compiled with -ffast-math keeps its meaning, and
   /// so far below `empty_max` that its weight is exactly 0 under any maximum.
   static constexpr Real masked_score = std::numeric_limits<Real>::lowest();
 

@@ -1,4 +1,4 @@
-// One tile of queries: takes its queries in, absorbs blocks of keys, gives its outputs out.
+// One tile of queries: packs its queries, absorbs blocks of keys, writes its outputs.
 #pragma once
 
 #include <algorithm>
@@ -133,7 +133,7 @@ class QueryTile {
       return Policy::values_finite(block.v + begin / in_row * block.v_stride, block.v_stride,
                                    divide_up(end - begin, in_row), state_.columns());
     };
-    // Of a whole block all tiles of a task want to know it; the strips of a mask's edge are their own.
+    // The result for a whole block is kept for the other tiles of the task.
     if (run.end - run.begin < block.keys) return find(run.begin, run.end);
     if (block.values_finite < 0) block.values_finite = find(0, block.keys) ? 1 : 0;
     return block.values_finite != 0;
@@ -285,7 +285,7 @@ void QueryTile<Policy, M, S>::value_runs(const Block& block, std::span<const Run
 }
 
 /// A weight of 0 does not hide a value that is NaN or infinite. Where such a value stands among keys that a
-/// lane must not see, its products are selected away lane by lane.
+/// lane must not see, its product is left out lane by lane.
 template <class Policy, Mask M, Score S>
 void QueryTile<Policy, M, S>::value_run_past_hidden(const Block& block, const Run& run, const Weight* weights,
                                                     Real* o) const {

@@ -1,4 +1,4 @@
-// A mask as one tile of queries meets it, key block by key block.
+// What a mask shows to one tile of queries, key block by key block.
 #pragma once
 
 #include <algorithm>
@@ -32,14 +32,15 @@ struct Run {
   }
 };
 
-/// Blocks of keys are this long at most, in any arithmetic.
+/// The longest key block of any arithmetic policy.
 inline constexpr Index most_keys_in_block = 256;
 
-/// Strips in which a block is looked at where the edge of a mask crosses it.
+/// The length of a strip: the keys that are tested together if the edge of a mask crosses a block.
 template <class Real>
 inline constexpr Index keys_in_strip = std::max<Index>(lanes<Real>, tile_rows);
 
-/// For any mask: where `classify` leaves a block open, what its queries see of it is read once, as bits.
+/// For any mask. If `classify` answers `some` for a block, the mask is asked once for each pair and the answers are kept
+/// as bits.
 template <class Real, class M>
 class TileMask {
  public:
