@@ -12,6 +12,11 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(EIGEN_VECTORIZE_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+
+#include <cstring>
+#define LONGSPAN_CONVERTS_BY_NEON 1
 #endif
 
 LONGSPAN_INTRINSICS_BEGIN
@@ -42,10 +47,47 @@ LONGSPAN_INLINE void store_half(Eigen::half* to, Packet<float> x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_cvtps_ph(x.raw, nearest));
 #endif
 }
+#elif defined(LONGSPAN_CONVERTS_BY_NEON)
+inline constexpr bool converts_half = true;
+
+LONGSPAN_INLINE Packet<float> load_half(const Eigen::half* from) {
+  std::uint64_t bits;
+  std::memcpy(&bits, static_cast<const void*>(from), sizeof bits);
+  return {vcvt_f32_f16(vcreate_f16(bits))};
+}
+LONGSPAN_INLINE void store_half(Eigen::half* to, Packet<float> x) {
+  const std::uint64_t bits = vget_lane_u64(vreinterpret_u64_f16(vcvt_f16_f32(x.raw)), 0);
+  std::memcpy(static_cast<void*>(to), &bits, sizeof bits);
+}
 #else
 inline constexpr bool converts_half = false;
 Packet<float> load_half(const Eigen::half* from);
 void store_half(Eigen::half* to, Packet<float> x);
+#endif
+
+// Eigen converts bfloat16 by packets where it has packets of it; for NEON it has none that are cast.
+#if defined(LONGSPAN_CONVERTS_BY_NEON)
+inline constexpr bool converts_bfloat16 = true;
+
+LONGSPAN_INLINE Packet<float> load_bfloat16(const Eigen::bfloat16* from) {
+  std::uint64_t bits;
+  std::memcpy(&bits, static_cast<const void*>(from), sizeof bits);
+  return {vreinterpretq_f32_u32(vshll_n_u16(vcreate_u16(bits), 16))};
+}
+/// Rounded to nearest, halves to even; NaN stays NaN.
+LONGSPAN_INLINE void store_bfloat16(Eigen::bfloat16* to, Packet<float> x) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(x.raw),
+                   odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))),
+                   quiet = vorrq_u32(bits, vdupq_n_u32(0x00400000));
+  const uint16x4_t high = vshrn_n_u32(vbslq_u32(vceqq_f32(x.raw, x.raw), rounded, quiet), 16);
+  const std::uint64_t out = vget_lane_u64(vreinterpret_u64_u16(high), 0);
+  std::memcpy(static_cast<void*>(to), &out, sizeof out);
+}
+#else
+inline constexpr bool converts_bfloat16 = false;
+Packet<float> load_bfloat16(const Eigen::bfloat16* from);
+void store_bfloat16(Eigen::bfloat16* to, Packet<float> x);
 #endif
 
 // Rounds two packets of floats to nearest bfloat16 and interleaves them: 32-bit lane i of the result has lane i of
@@ -76,6 +118,15 @@ LONGSPAN_INLINE Packet<float> load_int8(const std::int8_t* from) {
   return {Packet<float>::Raw(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)))};
 #endif
 }
+#elif defined(LONGSPAN_CONVERTS_BY_NEON)
+inline constexpr bool converts_int8 = true;
+
+LONGSPAN_INLINE Packet<float> load_int8(const std::int8_t* from) {
+  std::int32_t bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes)));
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)))};
+}
 #else
 inline constexpr bool converts_int8 = false;
 Packet<float> load_int8(const std::int8_t* from);
@@ -96,6 +147,9 @@ LONGSPAN_INLINE Packet<Real> load_as(const T* from) {
     return load(from);
   } else if constexpr (converts_half && std::is_same_v<T, Eigen::half> && std::is_same_v<Real, float>) {
     return load_half(from);
+  } else if constexpr (converts_bfloat16 && std::is_same_v<T, Eigen::bfloat16> &&
+                       std::is_same_v<Real, float>) {
+    return load_bfloat16(from);
   } else if constexpr (converts_int8 && std::is_same_v<T, std::int8_t> && std::is_same_v<Real, float>) {
     return load_int8(from);
   } else if constexpr (casts_packets<T, Real>) {
@@ -163,6 +217,9 @@ LONGSPAN_INLINE void store_as(T* to, Packet<Real> x) {
     store(to, x);
   } else if constexpr (converts_half && std::is_same_v<T, Eigen::half> && std::is_same_v<Real, float>) {
     store_half(to, x);
+  } else if constexpr (converts_bfloat16 && std::is_same_v<T, Eigen::bfloat16> &&
+                       std::is_same_v<Real, float>) {
+    store_bfloat16(to, x);
   } else if constexpr (casts_packets<Real, T>) {
     using Stored = typename Eigen::internal::packet_traits<T>::type;
     Eigen::internal::pstoreu(to, Eigen::internal::pcast<typename Packet<Real>::Raw, Stored>(x.raw));

@@ -149,7 +149,15 @@ LONGSPAN_INLINE Packet<Real> abs(Packet<Real> a) {
 template <class Real>
 LONGSPAN_INLINE Packet<Real> tanh(Packet<Real> a) {
   if constexpr (bool(Eigen::internal::packet_traits<Real>::HasTanh)) {
-    return {Eigen::internal::ptanh(a.raw)};
+    const Packet<Real> result{Eigen::internal::ptanh(a.raw)};
+#if defined(EIGEN_VECTORIZE_NEON)
+    // Eigen's is off by an ulp at infinity there; from 9.02 on the nearest float is 1.
+    const Packet<Real> least = broadcast(Real(9.02));
+    return select(less(least, a), broadcast(Real(1)),
+                  select(less(a, broadcast(Real(-9.02))), broadcast(Real(-1)), result));
+#else
+    return result;
+#endif
   } else {  // double in Eigen 3.4
     alignas(64) Real of_lane[std::size_t(lanes<Real>)];
     store(static_cast<Real*>(of_lane), a);
@@ -177,7 +185,11 @@ LONGSPAN_INLINE Packet<Real> exponent_field_of_low_bits(Packet<Real> x) {
 /// The larger number in each lane; that of `a` if either is NaN, so that NaN in `a` stays.
 template <class Real>
 LONGSPAN_INLINE Packet<Real> lane_max(Packet<Real> a, Packet<Real> b) {
+#if defined(EIGEN_VECTORIZE_NEON)
+  return select(less(a, b), b, a);  // the instruction gives NaN if either is NaN
+#else
   return {Eigen::internal::pmax(a.raw, b.raw)};
+#endif
 }
 // In packets of one lane a true condition (all bits set) is NaN, which Eigen would compare with 0. The functions below
 // therefore look at its bits.
