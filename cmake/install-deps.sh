@@ -1,8 +1,8 @@
 #!/bin/sh
 # Installs what building Longspan needs and this machine lacks: a C++20 compiler, CMake 3.25, Ninja, Eigen, Catch2,
 # Google Benchmark, nlohmann-json, and OpenMP where the compiler does not bring it. With apt-get, dnf, pacman or brew; with sudo
-# only when not root. If everything is there it says so and does nothing. `install-deps.sh format` also installs
-# clang-format 16, which contributors need.
+# only when not root. If everything is there it says so and does nothing. `install-deps.sh format arm` also installs
+# what contributors need: clang-format 16, and on Debian a cross compiler and an emulator for 64-bit ARM.
 # shellcheck disable=SC2086 # lists of names are left unquoted, to be split
 set -eu
 
@@ -51,11 +51,14 @@ cmake_is_new_enough() {
 
 has_ninja() { has ninja || has ninja-build; }
 
+wants() { case " $extras " in *" $1 "*) ;; *) return 1 ;; esac; }
+
 missing_tools() {
   compiler_speaks_cpp20 || echo compiler
   cmake_is_new_enough || echo cmake
   has_ninja || echo ninja
-  [ "$extra" != format ] || has clang-format-16 || echo format
+  ! wants format || has clang-format-16 || echo format
+  ! wants arm || { has aarch64-linux-gnu-g++ && has qemu-aarch64; } || echo arm
 }
 
 # Asked for as the build asks: by find_package.
@@ -99,6 +102,7 @@ package() {
     apt-get:compiler) echo g++ ;;
     apt-get:ninja) echo ninja-build ;;
     apt-get:format) echo clang-format-16 ;;
+    apt-get:arm) echo g++-aarch64-linux-gnu qemu-user ;;
     apt-get:eigen) echo libeigen3-dev ;;
     apt-get:benchmark) echo libbenchmark-dev ;;
     apt-get:json) echo nlohmann-json3-dev ;;
@@ -170,7 +174,7 @@ install_missing() {
   hash -r
 }
 
-extra=${1:-}
+extras=$*
 here=$(cd "$(dirname "$0")" && pwd)
 manager=$(package_manager)
 refreshed=
