@@ -157,7 +157,7 @@ TEST_CASE("reference of softmax_attention: positions rotate queries and keys", "
   q.values = {1, 0};
   k.values = {1, 0, 1, 0, 1, 0};
   v.values = {1, 0, 0};
-  longspan::softmax_attention attend(longspan::rotary(longspan::Pairing::interleaved));
+  longspan::softmax_attention attend{longspan::rotary(longspan::Pairing::interleaved)};
   attend.scale = 1;
   // The scores are cos 2, cos 1, cos 0.
   reference::exact{attend}(q.view(), k.view(), v.view(), out.view(), lse.view());
