@@ -159,4 +159,10 @@ TEST_CASE("landmark_attention: bfloat16 calls use the tiles of the hardware", "[
 }
 #endif
 
+#else
+
+TEST_CASE("landmark by tiles: not for a target without AVX-512", "[amx]") {
+  SUCCEED("matrix tiles and their emulation are used with AVX-512 only");
+}
+
 #endif

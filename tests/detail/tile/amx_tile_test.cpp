@@ -332,4 +332,10 @@ TEST_CASE("amx: hardware and emulation have the same bits", "[amx][bits]") {
 }
 #endif
 
+#else
+
+TEST_CASE("amx: not for a target without AVX-512", "[amx]") {
+  SUCCEED("matrix tiles and their emulation are used with AVX-512 only");
+}
+
 #endif
