@@ -2,7 +2,6 @@
 #include <cmath>
 #include <limits>
 #include <span>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -16,6 +15,7 @@
 #include "support/count_allocations.hpp"
 #include "support/infini_oracle.hpp"
 #include "support/refusal.hpp"
+#include "support/saved.hpp"
 
 namespace {
 
@@ -81,13 +81,6 @@ Tensor<double> oracle(const infini_attention<Local>& attend, const C& call) {
 
 /// The allowed error in u. The delta rule computes differences, whose errors do not average out.
 double most_u(InfiniRule rule) { return rule == InfiniRule::linear ? 200 : 8000; }
-
-template <class Stream>
-std::string saved(const Stream& stream) {
-  std::ostringstream to;
-  stream.save(to);
-  return to.str();
-}
 
 template <class Local>
 infini_attention<Local> options(Local local, Index segment, InfiniRule rule = InfiniRule::linear) {

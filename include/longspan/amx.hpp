@@ -49,7 +49,7 @@ inline bool amx_is_permitted() { return false; }
 ///   int main() {
 ///     longspan::request_amx();   // has no effect without AMX
 ///
-/// With tiles, bfloat16 attention is 3 to 8 times as fast as without on an Intel Xeon of the fourth generation or
+/// With tiles, bfloat16 attention is 2 to 6 times as fast as without on an Intel Xeon of the fourth generation or
 /// later. The library never requests the permission on its own, because the permission changes the process. It
 /// applies to all threads and to child processes. Each thread that uses tiles has 8 KB more to save at a context
 /// switch and needs a signal stack that is 8 KB larger (Linux then rejects a smaller stack in sigaltstack). If

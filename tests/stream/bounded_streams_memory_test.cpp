@@ -10,6 +10,7 @@
 #include "support/catch.hpp"
 #include "support/count_allocations.hpp"
 #include "support/random.hpp"
+#include "support/saved.hpp"
 #include "support/stream_calls.hpp"
 #include "support/tensor.hpp"
 
@@ -18,13 +19,6 @@ namespace {
 using namespace test;
 using longspan::causal;
 using longspan::serial;
-
-template <class Stream>
-std::string saved(const Stream& stream) {
-  std::ostringstream to;
-  stream.save(to);
-  return to.str();
-}
 
 template <class Stream, class C>
 void extend_serially(Stream& stream, C& call, Index first, Index count) {

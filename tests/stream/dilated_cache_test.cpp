@@ -12,6 +12,7 @@
 #include "support/oracle.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
+#include "support/saved.hpp"
 #include "support/stream_calls.hpp"
 #include "support/tensor.hpp"
 
@@ -110,13 +111,6 @@ bool shows_later_keys(const M& mask, const Branches& branches, Index first, Inde
     }
   }
   return false;
-}
-
-template <class Stream>
-std::string saved(const Stream& stream) {
-  std::ostringstream to;
-  stream.save(to);
-  return to.str();
 }
 
 /// Compares a stream with `mask` to a single call, in chunks that contain the keys of their queries; other chunks are

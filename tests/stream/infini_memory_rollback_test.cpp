@@ -7,6 +7,7 @@
 #include "longspan/stream/infini_memory.hpp"
 #include "support/refusal.hpp"
 #include "support/rollback.hpp"
+#include "support/saved.hpp"
 
 namespace {
 
@@ -31,13 +32,6 @@ void check_rollback_of(const infini_attention<Local>& attend, Random& random) {
   INFO("segment " << attend.segment << ", rollback " << rollback << ", rule " << int(attend.rule));
   check_rollback([&] { return attend.template stream<T>(stream_shape(shape), {.rollback = rollback}); },
                  shape, random, {150, rollback, random.pick({1, 4, 12, 70})});
-}
-
-template <class Stream>
-std::string saved(const Stream& stream) {
-  std::ostringstream to;
-  stream.save(to);
-  return to.str();
 }
 
 infini_attention<> options(Index segment, InfiniRule rule = InfiniRule::linear) {

@@ -13,6 +13,7 @@
 #include "support/catch.hpp"
 #include "support/infini_oracle.hpp"
 #include "support/refusal.hpp"
+#include "support/saved.hpp"
 #include "support/stream_calls.hpp"
 
 namespace {
@@ -35,12 +36,6 @@ void extend_by(Stream& stream, Call<T>& call, const Next& next) {
   }
 }
 
-template <class Stream>
-std::string saved(const Stream& stream) {
-  std::ostringstream to;
-  stream.save(to);
-  return to.str();
-}
 template <class Stream>
 void load(Stream& stream, const std::string& bytes) {
   std::istringstream from(bytes);

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +10,7 @@
 #include "support/kv_oracle.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
+#include "support/saved.hpp"
 #include "support/stream_calls.hpp"
 #include "support/tensor.hpp"
 
@@ -77,13 +77,6 @@ bool holds_its_keys(const Predicate& sees, Index first, Index end) {
     }
   }
   return true;
-}
-
-template <class Stream>
-std::string saved(const Stream& stream) {
-  std::ostringstream to;
-  stream.save(to);
-  return to.str();
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "support/catch.hpp"
 #include "support/count_allocations.hpp"
 #include "support/random.hpp"
+#include "support/saved.hpp"
 #include "support/stream_calls.hpp"
 #include "support/tensor.hpp"
 
@@ -24,13 +25,6 @@ using longspan::softmax_attention;
 using longspan::window;
 
 const Shape shape{2, 4, 2, 4000, 4000, 8, 8};
-
-template <class Stream>
-std::string saved(const Stream& stream) {
-  std::ostringstream to;
-  stream.save(to);
-  return to.str();
-}
 
 /// Extends with the rows [first, first + count) of the call on this thread, with an executor that allocates nothing.
 template <class Stream>

@@ -12,6 +12,7 @@
 #include "support/catch.hpp"
 #include "support/count_allocations.hpp"
 #include "support/random.hpp"
+#include "support/saved.hpp"
 #include "support/stream_calls.hpp"
 #include "support/tensor.hpp"
 
@@ -22,13 +23,6 @@ using namespace longspan;
 
 const Shape sizes{2, 2, 1, 80, 80, 4, 4};
 const rotary turned(Pairing::half_split);
-
-template <class S>
-std::string saved(const S& stream) {
-  std::ostringstream to;
-  stream.save(to);
-  return to.str();
-}
 
 template <class S>
 void append(S& stream, Call<float>& call, Index first, Index count) {

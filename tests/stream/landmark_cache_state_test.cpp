@@ -2,7 +2,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,6 +12,7 @@
 #include "support/catch.hpp"
 #include "support/random.hpp"
 #include "support/refusal.hpp"
+#include "support/saved.hpp"
 #include "support/stream_calls.hpp"
 #include "support/tensor.hpp"
 
@@ -28,12 +28,6 @@ const StreamShape shape{1, 2, 1, 4, 4};
 const rotary turned(Pairing::half_split);
 constexpr std::size_t header_bytes = 32, fields = 22;  // before the numbers of tokens and blocks
 
-template <class S>
-std::string saved(const S& stream) {
-  std::ostringstream to;
-  stream.save(to);
-  return to.str();
-}
 /// A state with other numbers from number `first` of the header on, and a recomputed checksum of the header.
 std::string with_numbers(std::string state, std::size_t first, const std::vector<std::int64_t>& numbers) {
   std::memcpy(&state[header_bytes + 8 * first], numbers.data(), 8 * numbers.size());

@@ -101,7 +101,7 @@ void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To
   [[maybe_unused]] constexpr bool is_bf16 =
       is_all<Eigen::bfloat16, Tq, Tk, Tv> && std::is_same_v<P, no_position>;
   if constexpr (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)) {
-    if (bf16_products && static_cast<float>(call.scale) > least_scale && amx_is_permitted()) {
+    if (bf16_products && static_cast<float>(call.scale) > least_scale && uses_tiles()) {
       work.template operator()<AmxArithmetic<TileUnit>>(WithTiles<TileUnit, E>(executor));
       return;
     }

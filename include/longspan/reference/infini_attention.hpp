@@ -105,8 +105,8 @@ InfiniMemory infini_head(MatrixView<const T> q, MatrixView<const Tk> k, MatrixVi
   return memory;
 }
 
-/// The local attention of each segment by its own reference, and then each head by itself. Rows after the length of
-/// a batch row are 0.
+/// Computes the local attention of each segment with the reference of the local functor, then the memory and the gate
+/// for each head separately. Rows after the length of a batch row are 0.
 template <class Local, FeatureMap F>
 struct exact<infini_attention<Local, F>> : ExactCalls<exact<infini_attention<Local, F>>> {
   infini_attention<Local, F> attend;

@@ -4,8 +4,8 @@
 #include "longspan/landmark_attention.hpp"
 #include "support/catch.hpp"
 #include "support/gauge.hpp"
-#include "support/has_tiles.hpp"
 #include "support/landmark_oracle.hpp"
+#include "support/tile_calls.hpp"
 
 #if defined(LONGSPAN_HAS_AMX_ARITHMETIC)
 
@@ -19,40 +19,16 @@ namespace {
 using namespace test;
 using namespace longspan;
 using Eigen::bfloat16;
-using Bf16Call = Call<bfloat16, bfloat16, bfloat16, float>;
 
 template <class Unit, Mask M, Score S = unchanged, class E = serial>
-void attend(Bf16Call& call, const detail::LandmarkOptions& options, const M& mask, const S& score = {},
+void attend(Bf16Call<float>& call, const detail::LandmarkOptions& options, const M& mask, const S& score = {},
             const E& executor = {}) {
-  using Problem = detail::Problem<bfloat16, bfloat16, bfloat16, float>;
-  const double scale = 1 / std::sqrt(static_cast<double>(std::max<Index>(1, call.q.cols)));
-  const Problem problem{std::as_const(call.q).view(),
-                        std::as_const(call.k).view(),
-                        std::as_const(call.v).view(),
-                        call.out.view(),
-                        call.lse.view(),
-                        call.k.rows - call.q.rows,
-                        scale};
-  if (call.out.values.empty()) return;
-  Workspace workspace;
-  detail::run_without_denormals(executor, [&](const auto& where) {
-    using On = std::remove_cvref_t<decltype(where)>;
-    const detail::WithTiles<Unit, On> on(where);
-    using Policy = detail::AmxArithmetic<Unit>;
-    detail::LandmarkForward<Policy, bfloat16, bfloat16, bfloat16, float, M, S, no_position>(
-        problem, options, mask, score, no_position{}, on.workers())
-        .run(on, workspace);
+  run_on_tiles<Unit>(call, scale_of(call), executor, [&](const auto& problem, Index workers) {
+    return detail::LandmarkForward<detail::AmxArithmetic<Unit>, bfloat16, bfloat16, bfloat16, float, M, S,
+                                   no_position>(
+        problem, options, mask, score, no_position{},
+        detail::widest_block(options.landmarks, call.k.batch, call.k.rows), workers);
   });
-}
-
-template <class Check>
-void for_each_unit(const Check& check) {
-  SECTION("emulated tiles") { check.template operator()<detail::EmulatedTiles>(); }
-#if defined(LONGSPAN_TARGETS_AMX)
-  SECTION("the hardware") {
-    if (has_tiles()) check.template operator()<detail::HardwareTiles>();
-  }
-#endif
 }
 
 detail::LandmarkOptions options_of(const landmarks& at) {
@@ -75,14 +51,14 @@ TEST_CASE("landmark by tiles: within the bound, for blocks of many lengths", "[a
       const Landmarks at = random.chance(0.5) ? every(mean, shape.batch, shape.kv_len)
                                               : drawn_landmarks(mean, shape.batch, shape.kv_len, random);
       const LandmarkLists lists(at);
-      if (detail::widest_block(lists.at(), shape.batch, shape.kv_len) > detail::widest_by_tiles) return;
+      if (detail::widest_block(lists.at(), shape.batch, shape.kv_len) > detail::keys_in_tile_chunk) return;
       const Values values = random.pick(all_values);
       INFO(shape.text() << " mean " << mean << " values=" << text_of(values));
-      Bf16Call call(shape, values, random);
+      Bf16Call<float> call(shape, values, random);
       attend<Unit>(call, options_of(lists.at()), causal{});
       const Definition what{.sees = [](Index, Index, Index i, Index j) { return j <= i; }};
       check_against(exact_landmark_attention(what, at, call), call, rounded_weights);
-      Bf16Call open = call.unrun();
+      Bf16Call<float> open = call.unrun();
       attend<Unit>(open, options_of(lists.at()), window{.left = 60});
       const Definition narrow{.sees = [](Index, Index, Index i, Index j) { return i - 60 <= j; }};
       check_against(exact_landmark_attention(narrow, at, open), open, rounded_weights);
@@ -96,7 +72,7 @@ TEST_CASE("landmark by tiles: scores", "[amx]") {
     const Shape shape{1, 4, 2, 70, 150, 16, 24};
     const Landmarks at = drawn_landmarks(16, 1, shape.kv_len, random);
     const LandmarkLists lists(at);
-    Bf16Call call(shape, Values::normal, random);
+    Bf16Call<float> call(shape, Values::normal, random);
     attend<Unit>(call, options_of(lists.at()), causal{}, softcap{3});
     Definition what{.sees = [](Index, Index, Index i, Index j) { return j <= i; }};
     what.score = [](double s, Index, Index, Index, Index) { return 3 * std::tanh(s / 3); };
@@ -108,8 +84,8 @@ TEST_CASE("landmark by tiles: NaN and infinity in what a query does not see, or 
           "[amx]") {
   for_each_unit([]<class Unit>() {
     Random random(3);
-    Bf16Call clean(Shape{1, 2, 1, 60, 300, 32, 16}, Values::normal, random);
-    Bf16Call spoilt = clean;
+    Bf16Call<float> clean(Shape{1, 2, 1, 60, 300, 32, 16}, Values::normal, random);
+    Bf16Call<float> spoilt = clean;
     for (const Index j : {270, 280, 299}) {
       for (Index c = 0; c < 32; ++c) spoilt.k.row(0, 0, j)[c] = static_cast<bfloat16>(NAN);
       spoilt.v.row(0, 0, j)[3] = static_cast<bfloat16>(INFINITY);
@@ -121,7 +97,7 @@ TEST_CASE("landmark by tiles: NaN and infinity in what a query does not see, or 
     attend<Unit>(spoilt, options, causal{});
     Index wrong = 0;
     for (Index h = 0; h < 2; ++h) {
-      for (Index i = 0; i < 30; ++i) {  // they stand at 240 to 269
+      for (Index i = 0; i < 30; ++i) {  // at the positions 240 to 269
         wrong += spoilt.lse(0, h, i) != clean.lse(0, h, i);
         for (Index c = 0; c < 16; ++c) wrong += spoilt.out.row(0, h, i)[c] != clean.out.row(0, h, i)[c];
       }
@@ -134,7 +110,7 @@ TEST_CASE("landmark by tiles: NaN and infinity in what a query does not see, or 
 TEST_CASE("landmark by tiles: bits do not depend on threads", "[amx][bits]") {
   for_each_unit([]<class Unit>() {
     Random random(4);
-    Bf16Call one(Shape{2, 4, 2, 300, 300, 64, 64}, Values::peaked, random), five = one;
+    Bf16Call<float> one(Shape{2, 4, 2, 300, 300, 64, 64}, Values::peaked, random), five = one;
     const detail::LandmarkOptions options = options_of(landmarks::every(48));
     attend<Unit>(one, options, causal{});
     attend<Unit>(five, options, causal{}, unchanged{}, openmp{5});
@@ -146,14 +122,14 @@ TEST_CASE("landmark by tiles: bits do not depend on threads", "[amx][bits]") {
 TEST_CASE("landmark_attention: bfloat16 calls use the tiles of the hardware", "[amx]") {
   if (!has_tiles()) return;
   Random random(5);
-  Bf16Call call(Shape{1, 4, 2, 100, 200, 32, 32}, Values::normal, random), direct = call;
+  Bf16Call<float> call(Shape{1, 4, 2, 100, 200, 32, 32}, Values::normal, random), direct = call;
   call.run(landmark_attention{landmarks::every(32)});
   attend<detail::HardwareTiles>(direct, options_of(landmarks::every(32)), causal{});
   CHECK(call.same_outputs(direct));
 
   landmark_attention in_float{landmarks::every(32)};
   in_float.bf16_products = false;
-  Bf16Call exact = call.unrun();
+  Bf16Call<float> exact = call.unrun();
   exact.run(in_float);
   CHECK_FALSE(call.same_outputs(exact));
 }

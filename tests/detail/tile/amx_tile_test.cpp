@@ -4,7 +4,7 @@
 #include "longspan/detail/attend.hpp"
 #include "support/catch.hpp"
 #include "support/gauge.hpp"
-#include "support/has_tiles.hpp"
+#include "support/tile_calls.hpp"
 
 #if defined(LONGSPAN_HAS_AMX_ARITHMETIC)
 
@@ -18,9 +18,6 @@ namespace {
 using namespace test;
 using namespace longspan;
 using Eigen::bfloat16;
-
-template <class To>
-using Bf16Call = Call<bfloat16, bfloat16, bfloat16, To>;
 
 /// Keys and values in pages of `page` rows.
 struct PagedKeys {
@@ -36,32 +33,17 @@ struct PagedKeys {
 template <class Unit, class To, Mask M, Score S, class E, class Keys>
 void attend_over(Bf16Call<To>& call, const Keys& keys, const M& mask, const S& score, double scale,
                  const E& executor) {
-  using Problem = detail::Problem<bfloat16, bfloat16, bfloat16, To>;
-  const Problem problem{std::as_const(call.q).view(),
-                        std::as_const(call.k).view(),
-                        std::as_const(call.v).view(),
-                        call.out.view(),
-                        call.lse.view(),
-                        call.k.rows - call.q.rows,
-                        scale};
-  if (call.out.values.empty()) return;
-  Workspace workspace;
-  detail::run_without_denormals(executor, [&](const auto& where) {
-    using On = std::remove_cvref_t<decltype(where)>;
-    const detail::WithTiles<Unit, On> on(where);
-    using Pass = detail::Forward<detail::AmxArithmetic<Unit>, bfloat16, bfloat16, bfloat16, To, Keys, M, S,
-                                 no_position>;
-    Pass(problem, keys, mask, score, no_position{}, on.workers()).run(on, workspace);
+  run_on_tiles<Unit>(call, scale, executor, [&](const auto& problem, Index workers) {
+    return detail::Forward<detail::AmxArithmetic<Unit>, bfloat16, bfloat16, bfloat16, To, Keys, M, S,
+                           no_position>(problem, keys, mask, score, no_position{}, workers);
   });
 }
 
 template <class Unit, class To, Mask M = everything, Score S = unchanged, class E = serial>
-void attend(Bf16Call<To>& call, const M& mask = {}, const S& score = {}, const E& executor = {},
-            double scale = 0) {
+void attend(Bf16Call<To>& call, const M& mask = {}, const S& score = {}, const E& executor = {}) {
   const detail::TensorKeys<bfloat16, bfloat16> keys{std::as_const(call.k).view(),
                                                     std::as_const(call.v).view()};
-  if (scale == 0) scale = 1 / std::sqrt(static_cast<double>(std::max<Index>(1, call.q.cols)));
-  attend_over<Unit>(call, keys, mask, score, scale, executor);
+  attend_over<Unit>(call, keys, mask, score, scale_of(call), executor);
 }
 
 /// A user-defined mask: every query sees its own pattern of keys.
@@ -70,17 +52,6 @@ struct Pattern {
     return j <= i && ((i + 3 * j + head) % 7 != 0 || j < 5);
   }
 };
-
-/// Calls check.operator()<Unit>() for each tile unit (emulation, hardware) that this machine can run.
-template <class Check>
-void for_each_unit(const Check& check) {
-  SECTION("emulated tiles") { check.template operator()<detail::EmulatedTiles>(); }
-#if defined(LONGSPAN_TARGETS_AMX)
-  SECTION("the hardware") {
-    if (has_tiles()) check.template operator()<detail::HardwareTiles>();
-  }
-#endif
-}
 
 constexpr Allowance rounded_weights{0x1p-8 + 1.5e-4, 1e-4};
 
@@ -185,7 +156,7 @@ TEST_CASE("amx: queries that see no key have out = 0 and lse = -infinity", "[amx
   });
 }
 
-TEST_CASE("amx: scores rise by more than the row max may lag behind them", "[amx]") {
+TEST_CASE("amx: scores that rise faster than the row max", "[amx]") {
   for_each_unit([]<class Unit>() {
     Random random(5);
     // Jumps of 30 in log2 within a step of 32 keys, from step to step, and from block to block.

@@ -90,7 +90,7 @@ void check_blocks(Index head_dim, Index value_dim) {
   const Blocks blocks = Blocks::take(memory.arena, head_dim, value_dim);
   for (const Index first : {0, 128, 256}) {
     const Index keys = std::min(Policy::keys_in_block, kv_len - first);
-    const auto block = blocks.block(k, v, no_position{}, first, keys);
+    const auto block = blocks.block(slice_rows(KeyRun<Tk, Tv>{k, v}, first, keys), no_position{}, first);
     INFO("first=" << first << " head_dim=" << head_dim << " value_dim=" << value_dim);
     CHECK(block.first_key == first);
     CHECK(block.keys == keys);
@@ -138,7 +138,7 @@ TEST_CASE("key_block: keys are encoded at their own positions", "[key_block][pos
   Memory memory;
   const auto blocks =
       KeyBlocks<FloatArithmetic<float>, float, float, longspan::rotary>::take(memory.arena, 8, 8);
-  const auto block = blocks.block(k, v, position, 128, 128);
+  const auto block = blocks.block(slice_rows(KeyRun<float, float>{k, v}, 128, 128), position, 128);
   std::vector<float> wanted(k_memory.begin() + 128 * 8, k_memory.begin() + 256 * 8);
   position.encode(MatrixView<float>{wanted.data(), 128, 8, 8}, 128, longspan::Role::key);
   CHECK(std::equal(wanted.begin(), wanted.end(), block.k));

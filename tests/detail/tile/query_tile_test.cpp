@@ -34,10 +34,11 @@ void run_tile(Call<Real>& call, const detail::QueryLanes& queries, const M& mask
   REQUIRE(memory.arena.used() < memory.bytes.size() - 64);
   tile.start(queries, mask, score, std::as_const(call.q).view(), 1 / std::sqrt(double(head_dim)), position,
              scratch);
-  const auto k = std::as_const(call.k).view().matrix(0, 0), v = std::as_const(call.v).view().matrix(0, 0);
+  const detail::KeyRun<Real, Real> all{std::as_const(call.k).view().matrix(0, 0),
+                                       std::as_const(call.v).view().matrix(0, 0)};
   for (Index first = 0; first < call.k.rows; first += Policy::keys_in_block) {
     const Index keys = std::min(Policy::keys_in_block, call.k.rows - first);
-    tile.absorb(blocks.block(k, v, position, first, keys), scratch);
+    tile.absorb(blocks.block(slice_rows(all, first, keys), position, first), scratch);
   }
   tile.finish(call.out.view(), call.lse.view());
 }
@@ -116,10 +117,13 @@ TEST_CASE("tile: key blocks may be absorbed in pieces", "[tile]") {
   const longspan::unchanged score;
   tile.start(queries, mask, score, std::as_const(call.q).view(), 1 / std::sqrt(8.0), longspan::no_position{},
              scratch);
-  const auto k = std::as_const(call.k).view().matrix(0, 0), v = std::as_const(call.v).view().matrix(0, 0);
+  const detail::KeyRun<float, float> all{std::as_const(call.k).view().matrix(0, 0),
+                                         std::as_const(call.v).view().matrix(0, 0)};
   const Index cuts[] = {0, 1, 2, 40, 128, 199, 200};
   for (int n = 0; n < 6; ++n) {
-    tile.absorb(blocks.block(k, v, longspan::no_position{}, cuts[n], cuts[n + 1] - cuts[n]), scratch);
+    tile.absorb(
+        blocks.block(slice_rows(all, cuts[n], cuts[n + 1] - cuts[n]), longspan::no_position{}, cuts[n]),
+        scratch);
   }
   tile.finish(call.out.view(), call.lse.view());
   check_tile(call, queries, {});

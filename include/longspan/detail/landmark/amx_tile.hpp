@@ -44,17 +44,14 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
   using Policy = AmxArithmetic<Unit>;
   using Block = KeyBlock<Policy>;
   using Scratch = TileScratch<Policy>;
-  using Base::changes_score;
   using Base::most_lanes;
   using Base::w;
-  /// The scores of a chunk stay in the first-level cache.
-  static constexpr Index keys_in_chunk = 128;
 
   static AmxLandmarkTile take(Arena& arena, Index head_dim, Index padded_value_dim, Index kv_len, Index,
                               bool) {
     AmxLandmarkTile tile;
     static_cast<Base&>(tile) = Base::take(arena, head_dim, padded_value_dim, kv_len, 0, false);
-    tile.factors_ = arena.take<float>((keys_in_chunk + 1) * most_lanes);
+    tile.factors_ = arena.take<float>((keys_in_tile_chunk + 1) * most_lanes);
     return tile;
   }
 
@@ -70,7 +67,7 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
     }
 
     const Accumulator<float>& state = state_.at_key(keys.first_key);
-    std::array<const float*, std::size_t(keys_in_chunk)> factor_of;  // of each key, null: no weight
+    std::array<const float*, std::size_t(keys_in_tile_chunk)> factor_of;  // of each key, null: no weight
     factor_of.fill(nullptr);
     alignas(64) float rescale[std::size_t(most_lanes)], all_rescales[std::size_t(most_lanes)];
     for (Index n = 0; n < chunk.blocks; ++n) {
@@ -99,12 +96,17 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
     if (keys.values_finite < 0)
       keys.values_finite = Policy::values_finite(keys.v, keys.v_stride, divide_up(keys.keys, 2), 0) ? 1 : 0;
     const bool finite = keys.values_finite != 0;
+    const auto has_weight = [](int, Index, Packet<float> p) {
+      const Packet<float> zero = broadcast(0.0f);
+      return select(equal(p, zero), zero, equal(zero, zero));
+    };
     for (const Run& run : runs) {
       if (finite) {
-        add_values(keys, run, keys.v + run.begin / 2 * keys.v_stride, run.begin, run.end, scratch, state);
+        Queries::add_values(keys, run, keys.v + run.begin / 2 * keys.v_stride, run.begin, run.end, scratch,
+                            state);
       } else {
         for (Index first = run.begin; first < run.end; first += Policy::keys_in_step)
-          add_values_to_seeing_lanes(keys, run, first, scratch, state);
+          Queries::add_values_past_hidden(keys, run, first, scratch, state, has_weight);
       }
     }
   }
@@ -143,7 +145,7 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
         const Packet<float> highest =
             lane_max(load<float>(row_max + c * w) * by, broadcast(empty_max<float>));
         store(row_max + c * w, highest);
-        any_huge = any_huge || Policy::huge(highest.raw) != 0;
+        any_huge = any_huge || huge_lanes(highest.raw) != 0;
         if (block.closed) store(landmark + c * w, load<float>(s + count * stride_ + c * w) * by);
       }
       if (any_huge) {
@@ -159,7 +161,7 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
   /// even where its exp score is NaN.
   template <int packets>
   void make_weights(const Scratch& scratch, Index rows,
-                    const std::array<const float*, std::size_t(keys_in_chunk)>& factor_of) const {
+                    const std::array<const float*, std::size_t(keys_in_tile_chunk)>& factor_of) const {
     const float* s = scratch.scores;
     auto* weights = scratch.weights;
     for (Index j = 0; j < rows; j += 2, s += 2 * stride_, weights += stride_) {
@@ -176,41 +178,6 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
     const __m512 by = _mm512_loadu_ps(factor + c * w);
     const __mmask16 has_weight = _mm512_cmp_ps_mask(by, _mm512_setzero_ps(), _CMP_NEQ_UQ);
     return {_mm512_maskz_mul_ps(has_weight, _mm512_loadu_ps(exp_score + c * w), by)};
-  }
-
-  /// Adds the values `v` of the keys [begin, end) of a run.
-  void add_values(const Block& keys, const Run& run, const typename Policy::Value* v, Index begin, Index end,
-                  const Scratch& scratch, const Accumulator<float>& state) const {
-    const Index lane = run.first_packet * w;
-    with_packets(run.packets, [&]<int packets>() {
-      Policy::template add_values<packets>(v, keys.v_stride, scratch.weights + begin / 2 * stride_ + lane,
-                                           divide_up(end - begin, Policy::keys_in_step), state.o + lane,
-                                           stride_);
-    });
-  }
-
-  /// Adds the values of the 32 keys from `first` on, infinite or NaN ones to lanes with a weight only.
-  void add_values_to_seeing_lanes(const Block& keys, const Run& run, Index first, const Scratch& scratch,
-                                  const Accumulator<float>& state) const {
-    const Index columns = keys.v_stride, end = (std::min)(run.end, first + Policy::keys_in_step);
-    auto* finite = reinterpret_cast<typename Policy::Value*>(scratch.block_output);
-    Policy::copy_finite(keys.v + first / 2 * columns, 16 * columns, finite);
-    add_values(keys, run, finite, first, end, scratch, state);
-    const auto* weights = scratch.weights + first / 2 * stride_ + run.first_packet * w;
-    float* o = state.o + run.first_packet * w;
-    const Packet<float> zero = broadcast(0.0f);
-    for (Index j = first; j < end; ++j) {
-      for (Index column = 0; column < columns; ++column) {
-        const float value = Policy::value_of(keys.v, columns, j, column);
-        if (is_finite(value)) continue;
-        for (int c = 0; c < run.packets; ++c) {
-          const Packet<float> p = Policy::weight_of(weights + c * w, j - first, stride_);
-          float* to = o + column * stride_ + c * w;
-          const Packet<float> before = load<float>(static_cast<const float*>(to));
-          store(to, select(equal(p, zero), before, fma(broadcast(value), p, before)));
-        }
-      }
-    }
   }
 
   float* factors_ = nullptr;  ///< [blocks of a chunk][most_lanes]

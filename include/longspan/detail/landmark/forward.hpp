@@ -11,6 +11,7 @@
 #include "longspan/detail/landmark/plan.hpp"
 #include "longspan/detail/landmark/tile.hpp"
 #include "longspan/detail/tile/float_arithmetic.hpp"
+#include "longspan/detail/tile/key_run.hpp"
 #include "longspan/detail/tile/tile_plan.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/mask.hpp"
@@ -33,22 +34,10 @@ struct LandmarkTileOf {
 template <class Unit, Mask M, Score S>
 struct LandmarkTileOf<AmxArithmetic<Unit>, M, S> {
   using type = AmxLandmarkTile<Unit, M, S>;
-  static constexpr Index keys_in_chunk = type::keys_in_chunk;
+  static constexpr Index keys_in_chunk = keys_in_tile_chunk;
   static constexpr bool takes_wide_blocks = false;
 };
 #endif
-
-/// Keys in the widest landmark block.
-inline Index widest_block(const landmarks& at, Index batch, Index kv_len) {
-  Index widest = 0;
-  for (Index b = 0; b < (at.same_in_all_rows() ? 1 : batch); ++b) {
-    for (Index m = 0; m <= at.count(b, kv_len); ++m) {
-      const LandmarkBlock block = landmark_block(at, b, m, kv_len);
-      widest = (std::max)(widest, block.end() - block.tokens.begin);
-    }
-  }
-  return widest;
-}
 
 template <class Policy, class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P>
 class LandmarkForward {
@@ -60,14 +49,14 @@ class LandmarkForward {
   using Blocks = KeyBlocks<Policy, Tk, Tv, P>;
 
   LandmarkForward(const Call& call, const LandmarkOptions& options, const M& mask, const S& score,
-                  const P& position, Index workers)
+                  const P& position, Index widest, Index workers)
       : call_(call),
         options_(options),
         mask_(mask),
         score_(score),
         position_(position),
         tiles_(call, Queries::changes_score ? 1 : call.group(), workers),
-        widest_(widest_block(options.landmarks, call.k.batch, call.kv_len())) {}
+        widest_(widest) {}
 
   template <class E>
   void run(const E& executor, Workspace& workspace) {
@@ -135,11 +124,13 @@ class LandmarkForward {
   }
 
   void absorb(const LandmarkChunk& chunk, const QueryLanes& lanes, Index tiles, Worker& worker) const {
-    const Index kv_head = lanes.first_head / call_.group();
-    const auto k = call_.k.matrix(lanes.batch, kv_head);
-    const auto v = call_.v.matrix(lanes.batch, kv_head);
+    const TensorKeys<Tk, Tv> all{call_.k, call_.v};
+    const auto keys_of = [&](Index first, Index count) {
+      const Index kv_head = lanes.first_head / call_.group();
+      return worker.blocks.block(all.run(lanes.batch, kv_head, {first, first + count}), position_, first);
+    };
     if (chunk.length() <= Of::keys_in_chunk) {
-      const auto keys = worker.blocks.block(k, v, position_, chunk.keys.begin, chunk.length());
+      const auto keys = keys_of(chunk.keys.begin, chunk.length());
       for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb_chunk(chunk, keys, worker.scratch);
       return;
     }
@@ -149,11 +140,11 @@ class LandmarkForward {
       for (Index t = 0; t < tiles; ++t) worker.tiles[t].start_wide();
       for (Index first = block.tokens.begin; first < block.tokens.end; first += Policy::keys_in_block) {
         const Index count = (std::min)(Policy::keys_in_block, block.tokens.end - first);
-        const auto keys = worker.blocks.block(k, v, position_, first, count);
+        const auto keys = keys_of(first, count);
         for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb_piece(keys, worker.scratch);
       }
       KeyBlock<Policy> landmark;
-      if (block.closed) landmark = worker.blocks.block(k, v, position_, block.landmark(), 1);
+      if (block.closed) landmark = keys_of(block.landmark(), 1);
       for (Index t = 0; t < tiles; ++t) worker.tiles[t].finish_wide(chunk, landmark, worker.scratch);
     }
   }
@@ -165,26 +156,24 @@ class LandmarkForward {
   const P& position_;
   TilePlan<Real> tiles_;
   LandmarkPlan plan_;
-  Index widest_ = 0;  ///< keys of the widest landmark block
+  Index widest_;  ///< keys of the widest landmark block
 };
-
-/// The widest landmark block that matrix tiles take.
-inline constexpr Index widest_by_tiles = 128;
 
 template <class Tq, class Tk, class Tv, class To, Mask M, Score S, Position P, class E>
 void landmark_forward(const Problem<Tq, Tk, Tv, To>& call, const LandmarkOptions& options, const M& mask,
                       const S& score, const P& position, const E& executor, Workspace& workspace,
                       bool bf16_products) {
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
-  // Matrix tiles take what is common: no controlled blocks, and blocks that fit into a chunk.
-  const bool common = !options.has_controlled() &&
-                      widest_block(options.landmarks, call.k.batch, call.kv_len()) <= widest_by_tiles;
+  const Index widest = widest_block(options.landmarks, call.k.batch, call.kv_len());
+  // Matrix tiles support neither controlled blocks nor blocks that are wider than a chunk.
+  const bool fits_tiles = !options.has_controlled() && widest <= keys_in_tile_chunk;
   run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
     const auto run = [&]<class Policy>(const auto& on) {
-      LandmarkForward<Policy, Tq, Tk, Tv, To, M, S, P>(call, options, mask, score, position, on.workers())
+      LandmarkForward<Policy, Tq, Tk, Tv, To, M, S, P>(call, options, mask, score, position, widest,
+                                                       on.workers())
           .run(on, workspace);
     };
-    with_tile_or_float_arithmetic<S, P>(call, bf16_products && common, where, run);
+    with_tile_or_float_arithmetic<S, P>(call, bf16_products && fits_tiles, where, run);
   });
 }
 

@@ -4,9 +4,9 @@
 //   outputs O[column][lane]  += V^T[column][key] * P[key pair][lane]      V is transposed once for each block
 //
 // Queries are in the lanes, as in the other policies. So maxima, sums and masks need no operation across lanes, and
-// scores, weights and outputs have the layouts of Bf16Arithmetic. While an Intel core uses matrix tiles, it executes only
-// one instead of two multiplications of float vectors per cycle, and at head_dim 64 the exponentials take as long as both
-// products. Additions and logic keep their rate, so this file uses them where it can.
+// scores, weights and outputs have the layouts of Bf16Arithmetic. While an Intel core uses matrix tiles, it executes
+// only one instead of two multiplications of float vectors per cycle, and at head_dim 64 the exponentials take as
+// long as both products. Additions and logic keep their rate, so this file uses them where it can.
 #pragma once
 
 #include "longspan/detail/simd/tile_unit.hpp"
@@ -19,12 +19,11 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #include "longspan/detail/call/arena.hpp"
-#include "longspan/detail/simd/exp2.hpp"
 #include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/tile/bf16_weights.hpp"
 #include "longspan/detail/tile/microkernel.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -183,44 +182,32 @@ struct AmxArithmetic {
     for (int c = 0; c < packets; ++c) store(sum + c * 16, total[c]);
   }
 
-  /// factor * s - row_max. A row max is a rounded product. If it is huge, the exact product minus the rounded one is
-  /// far from 0, so with `rounds_products` the product of such lanes is rounded before the subtraction.
+  /// factor * s - row_max. With `rounds_products` the product is rounded before the subtraction in huge_lanes.
   template <bool rounds_products>
   static LONGSPAN_INLINE __m512 exponent(__m512 s, __m512 factor, __m512 row_max) {
     const __m512 fused = _mm512_fmsub_ps(s, factor, row_max);
     if constexpr (!rounds_products) return fused;
-    return _mm512_mask_sub_ps(fused, huge(row_max), opaque(_mm512_mul_ps(s, factor)), row_max);
-  }
-  static LONGSPAN_INLINE __mmask16 huge(__m512 row_max) {
-    return _mm512_cmp_ps_mask(_mm512_abs_ps(row_max), _mm512_set1_ps(0x1p20f), _CMP_NLT_UQ);
+    return _mm512_mask_sub_ps(fused, huge_lanes(row_max), opaque(_mm512_mul_ps(s, factor)), row_max);
   }
 
   /// True if no value of `rows` pairs of keys, rounded up to a multiple of 16, is infinite or NaN.
   static bool values_finite(const Value* v, Index v_stride, Index rows, Index) {
-    const __m512i exponent_bits = _mm512_set1_epi16(0x7f80);
     const Value* end = v + round_up(rows, 16) * v_stride;
     __mmask32 found = 0;
-    for (; v != end; v += 16)
-      found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(v), exponent_bits), exponent_bits);
+    for (; v != end; v += 16) found |= not_finite(_mm512_loadu_si512(v));
     return found == 0;
   }
 
   /// Copies a multiple of 16 pairs, with 0 in place of infinity and NaN.
   static void copy_finite(const Value* from, Index pairs, Value* to) {
-    const __m512i exponent_bits = _mm512_set1_epi16(0x7f80);
     for (Index i = 0; i < pairs; i += 16) {
       const __m512i values = _mm512_loadu_si512(from + i);
-      const __mmask32 finite =
-          _mm512_cmpneq_epi16_mask(_mm512_and_si512(values, exponent_bits), exponent_bits);
-      _mm512_storeu_si512(to + i, _mm512_maskz_mov_epi16(finite, values));
+      _mm512_storeu_si512(to + i, _mm512_maskz_mov_epi16(~not_finite(values), values));
     }
   }
 
   static Packet<float> weight_of(const Weight* p, Index j, Index stride) {
-    const __m512i pairs = _mm512_loadu_si512(p + j / 2 * stride);
-    const __m512i high =
-        j % 2 == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_and_si512(pairs, _mm512_set1_epi32(-65536));
-    return {_mm512_castsi512_ps(high)};
+    return weight_of_pair(p, j, stride);
   }
   static float value_of(const Value* v, Index v_stride, Index j, Index column) {
     const Pair pair = v[j / 32 * 16 * v_stride + column * 16 + j % 32 / 2];
@@ -283,14 +270,10 @@ struct AmxArithmetic {
     });
   }
 
-  /// exp_score with a relative error of up to 7.5e-5, by a polynomial of degree 3: small beside the rounding of weights.
-  static LONGSPAN_INLINE Packet<float> coarse_exp_score(Packet<float> x) {
-    const Packet<float> rest = rest_of_floor(x);
-    Packet<float> p = broadcast(0.0780244f);
-    p = fma(p, rest, broadcast(0.22606731f));
-    p = fma(p, rest, broadcast(0.69583347f));
-    p = fma(p, rest, broadcast(0.99992523f));
-    return times_exp2_of_floor(p, x);
+  /// The bfloat16 that are infinite or NaN: all bits of their exponent are set.
+  static LONGSPAN_INLINE __mmask32 not_finite(__m512i values) {
+    const __m512i exponent_bits = _mm512_set1_epi16(0x7f80);
+    return _mm512_cmpeq_epi16_mask(_mm512_and_si512(values, exponent_bits), exponent_bits);
   }
 
   static __mmask32 first_of_32(Index count) {

@@ -111,15 +111,7 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_positi
   /// The keys that follow are of KV head `head`, counted over all batch rows.
   void enter(Index head) const { kept_.enter(head); }
 
-  /// The keys [first_key, first_key + keys), at most one key block. It holds until the next call.
-  KeyBlock<Policy> block(MatrixView<const Key> k, MatrixView<const Key> v, const no_position& position,
-                         Index first_key, Index keys) const {
-    return block({{k.row(first_key), keys, k.cols, k.row_stride},
-                  {v.row(first_key), keys, v.cols, v.row_stride},
-                  true},
-                 position, first_key);
-  }
-  /// The keys of a run that begins with key `first_key`.
+  /// The keys of a run that begins with key `first_key`, at most one key block. Valid until the next call.
   KeyBlock<Policy> block(const KeyRun<Key, Key>& run, const no_position&, Index first_key) const {
     const MatrixView<const Key> k = run.k;
     bool is_new = true;

@@ -62,6 +62,42 @@ class AmxQueries : public QueryTile<AmxArithmetic<Unit>, M, S> {
       change_scores(run, block.first_key + first, keys, s);
   }
 
+  /// Adds the values `v` of the keys [begin, end) to the packets of a run.
+  void add_values(const Block& block, const Run& run, const typename Policy::Value* v, Index begin, Index end,
+                  const TileScratch<Policy>& scratch, const Accumulator<float>& state) const {
+    const Index lane = run.first_packet * w;
+    with_packets(run.packets, [&]<int packets>() {
+      Policy::template add_values<packets>(v, block.v_stride, scratch.weights + begin / 2 * stride_ + lane,
+                                           divide_up(end - begin, Policy::keys_in_step), state.o + lane,
+                                           stride_);
+    });
+  }
+
+  /// Adds the values of the 32 keys from `first` on, of which some may be infinite or NaN, which a weight of 0 does not
+  /// hide. These are left out first, so that a lane that sees none of them has the bits that it has without them; then
+  /// they are added to the lanes for which sees(c, j, p) holds, p being the weights of key j in packet c.
+  template <class Sees>
+  void add_values_past_hidden(const Block& block, const Run& run, Index first,
+                              const TileScratch<Policy>& scratch, const Accumulator<float>& state,
+                              const Sees& sees) const {
+    const Index columns = block.v_stride, end = (std::min)(run.end, first + Policy::keys_in_step);
+    auto* finite = reinterpret_cast<typename Policy::Value*>(scratch.block_output);
+    Policy::copy_finite(block.v + first / 2 * columns, 16 * columns, finite);
+    add_values(block, run, finite, first, end, scratch, state);
+    for (Index j = first; j < end; ++j) {
+      for (Index column = 0; column < columns; ++column) {
+        const float value = Policy::value_of(block.v, columns, j, column);
+        if (is_finite(value)) continue;
+        for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
+          const Packet<float> p = Policy::weight_of(scratch.weights + c * w, j, stride_);
+          float* to = state.o + column * stride_ + c * w;
+          const Packet<float> before = load<float>(static_cast<const float*>(to));
+          store(to, select(sees(c, j, p), fma(broadcast(value), p, before), before));
+        }
+      }
+    }
+  }
+
  private:
   void change_scores(const Run& run, Index first_key, Index keys, float* scores) {
     const Packet<float> by = broadcast(factor_), masked = broadcast(Policy::masked_score);
@@ -129,8 +165,9 @@ class AmxTile : public AmxQueries<Unit, M, S> {
         absorb_step(pass, run, first);
       if (Base::must_check_values(run) && !Base::values_finite(block, run)) {
         add_values(pass, run.begin);
+        const auto sees_key = [&](int c, Index j, Packet<float> p) { return sees(block, run, c, j, p); };
         for (Index first = run.begin; first < run.end; first += Policy::keys_in_step)
-          add_values_past_hidden(pass, run, first);
+          Queries::add_values_past_hidden(block, run, first, scratch, pass.state, sees_key);
         pass.first_waiting = run.end;
       }
     }
@@ -165,12 +202,23 @@ class AmxTile : public AmxQueries<Unit, M, S> {
     pass.has_huge_max = pass.has_empty_lane = false;
     for (Index lane = 0; lane < stride_; lane += w) {
       const Packet<float> row_max = load<float>(pass.state.row_max + lane);
-      pass.has_huge_max = pass.has_huge_max || Policy::huge(row_max.raw) != 0;
+      pass.has_huge_max = pass.has_huge_max || huge_lanes(row_max.raw) != 0;
       pass.has_empty_lane =
           pass.has_empty_lane ||
           _mm512_cmp_ps_mask(row_max.raw, _mm512_set1_ps(empty_max<float>), _CMP_EQ_OQ) != 0;
     }
   }
+
+  /// The condition under which the queries in packet c, whose weights of key j are p, see this key.
+  Packet<float> sees(const Block& block, const Run& run, int c, Index j, Packet<float> p) const {
+    const Packet<float> zero = broadcast(0.0f), always = equal(zero, zero);
+    const Packet<float> seen = changes_score ? select(equal(p, zero), zero, always) : always;
+    if constexpr (TileMask<float, M>::may_hide) {
+      if ((run.partial >> c & 1u) != 0) return select(mask_.visible(c, block.first_key + j), seen, zero);
+    }
+    return seen;
+  }
+
   /// Computes scores and weights of the 32 keys from `first` on.
   void absorb_step(Pass& pass, const Run& run, Index first) {
     const Index lane = run.first_packet * w;
@@ -245,48 +293,10 @@ class AmxTile : public AmxQueries<Unit, M, S> {
     for (const Run& run : pass.runs) {
       const Index from = (std::max)(run.begin, pass.first_waiting), to = (std::min)(run.end, end);
       if (from >= to) continue;
-      const Index lane = run.first_packet * w;
-      with_packets(run.packets, [&]<int packets>() {
-        Policy::template add_values<packets>(block.v + from / 2 * block.v_stride, block.v_stride,
-                                             pass.scratch.weights + from / 2 * stride_ + lane,
-                                             divide_up(to - from, Policy::keys_in_step), pass.state.o + lane,
-                                             stride_);
-      });
+      Queries::add_values(block, run, block.v + from / 2 * block.v_stride, from, to, pass.scratch,
+                          pass.state);
     }
     pass.first_waiting = end;
-  }
-
-  /// A weight of 0 does not hide a value that is NaN or infinite. The values of the 32 keys from `first` on are added
-  /// without such values first, so that a lane that sees none of them has the bits that it has without them; then
-  /// they are added to the lanes that see them.
-  void add_values_past_hidden(const Pass& pass, const Run& run, Index first) const {
-    const Block& block = pass.block;
-    const Index columns = block.v_stride, lane = run.first_packet * w;
-    const auto* weights = pass.scratch.weights + first / 2 * stride_ + lane;
-    auto* finite = reinterpret_cast<typename Policy::Value*>(pass.scratch.block_output);
-    Policy::copy_finite(block.v + first / 2 * columns, 16 * columns, finite);
-    with_packets(run.packets, [&]<int packets>() {
-      Policy::template add_values<packets>(finite, columns, weights, 1, pass.state.o + lane, stride_);
-    });
-    const Packet<float> zero = broadcast(0.0f);
-    for (Index j = first; j < (std::min)(run.end, first + Policy::keys_in_step); ++j) {
-      for (Index column = 0; column < columns; ++column) {
-        const float value = Policy::value_of(block.v, columns, j, column);
-        if (is_finite(value)) continue;
-        for (int c = 0; c < run.packets; ++c) {
-          const Packet<float> p = Policy::weight_of(weights + c * w, j - first, stride_);
-          Packet<float> hidden = changes_score ? equal(p, zero) : less(zero, zero);
-          if constexpr (TileMask<float, M>::may_hide) {
-            if ((run.partial >> (run.first_packet + c) & 1u) != 0)
-              hidden =
-                  select(mask_.visible(run.first_packet + c, block.first_key + j), hidden, equal(zero, zero));
-          }
-          float* to = pass.state.o + column * stride_ + lane + c * w;
-          const Packet<float> before = load<float>(static_cast<const float*>(to));
-          store(to, select(hidden, before, fma(broadcast(value), p, before)));
-        }
-      }
-    }
   }
 };
 

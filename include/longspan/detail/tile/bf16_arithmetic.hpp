@@ -2,8 +2,8 @@
 // float on Zen 5.
 //
 // VDPBF16PS adds two products of bfloat16 pairs to a float. Scores lose nothing, since q and k are bfloat16 already.
-// Weights are rounded to bfloat16 before they multiply the values, a relative error of up to 2^-8 each; the row sums are
-// taken before that rounding.
+// Weights are rounded to bfloat16 before they multiply the values, a relative error of up to 2^-8 each; the row sums
+// are taken before that rounding.
 #pragma once
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
@@ -19,6 +19,7 @@
 #include <span>
 
 #include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/tile/bf16_weights.hpp"
 #include "longspan/detail/tile/float_arithmetic.hpp"
 #include "longspan/detail/tile/microkernel.hpp"
 #include "longspan/detail/tile/query_lanes.hpp"
@@ -82,13 +83,13 @@ struct Bf16Arithmetic {
                        Index stride) {
     if (keys % 2 != 0) std::fill_n(s + keys * stride, packets * 16, masked_score);
     bool any_huge = false;
-    for (int c = 0; c < packets; ++c) any_huge = any_huge || huge(_mm512_loadu_ps(shift + c * 16)) != 0;
+    for (int c = 0; c < packets; ++c) any_huge = any_huge || huge_lanes(_mm512_loadu_ps(shift + c * 16)) != 0;
     if (any_huge) {
       exp_pairs<packets>(s, keys, factor, shift, total, pairs, stride, [](auto score, auto by, auto down) {
         const Packet<float> product =
             fma(score, by, broadcast(0.0f));  // written as fma, so that no compiler fuses it with the sum
         return Packet<float>{
-            _mm512_mask_add_ps(fma(score, by, down).raw, huge(down.raw), product.raw, down.raw)};
+            _mm512_mask_add_ps(fma(score, by, down).raw, huge_lanes(down.raw), product.raw, down.raw)};
       });
     } else {
       exp_pairs<packets>(s, keys, factor, shift, total, pairs, stride,
@@ -125,10 +126,7 @@ struct Bf16Arithmetic {
   }
 
   static Packet<float> weight_of(const Weight* p, Index j, Index stride) {
-    const __m512i pairs = _mm512_loadu_si512(p + j / 2 * stride);
-    const __m512i high =
-        j % 2 == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_and_si512(pairs, _mm512_set1_epi32(-65536));
-    return {_mm512_castsi512_ps(high)};
+    return weight_of_pair(p, j, stride);
   }
   static float value_of(const Value* v, Index v_stride, Index j, Index column) {
     const Pair pair = v[j / 2 * v_stride + column];
@@ -196,8 +194,8 @@ struct Bf16Arithmetic {
     for (Index j = 0; j < keys; j += 2, s += 2 * stride, pairs += stride) {
       LONGSPAN_UNROLL
       for (int c = 0; c < packets; ++c) {
-        const Packet<float> first = coarse_weight(shifted(load<float>(s + c * 16), by, down[c]));
-        const Packet<float> second = coarse_weight(shifted(load<float>(s + stride + c * 16), by, down[c]));
+        const Packet<float> first = coarse_exp_score(shifted(load<float>(s + c * 16), by, down[c]));
+        const Packet<float> second = coarse_exp_score(shifted(load<float>(s + stride + c * 16), by, down[c]));
         sum[c] = sum[c] + (first + second);
         const __m512i rounded = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
         _mm512_storeu_si512(pairs + c * 16, _mm512_permutexvar_epi16(interleave, rounded));
@@ -205,25 +203,6 @@ struct Bf16Arithmetic {
     }
     LONGSPAN_UNROLL
     for (int c = 0; c < packets; ++c) store(total + c * 16, sum[c]);
-  }
-
-  /// The lanes whose shift is huge. A shift is a rounded product, and a fused product minus its own rounding is not 0.
-  /// That difference is the same for all keys of a lane and cancels in the division by the row sum, unless it is so
-  /// large that weights leave the range of float: from a score of 1e9 on it is -100 for the highest score itself. In
-  /// these lanes products are rounded first.
-  static LONGSPAN_INLINE __mmask16 huge(__m512 shift) {
-    return _mm512_cmp_ps_mask(_mm512_abs_ps(shift), _mm512_set1_ps(0x1p20f), _CMP_NLT_UQ);
-  }
-
-  /// exp_score to a relative error of 7.5e-5, with a polynomial of degree 3: far inside the rounding to bfloat16 that
-  /// follows. A call with degree 5 takes 2-4 % longer.
-  static LONGSPAN_INLINE Packet<float> coarse_weight(Packet<float> x) {
-    const Packet<float> rest = rest_of_floor(x);
-    Packet<float> p = broadcast(0.0780244f);
-    p = fma(p, rest, broadcast(0.22606731f));
-    p = fma(p, rest, broadcast(0.69583347f));
-    p = fma(p, rest, broadcast(0.99992523f));
-    return times_exp2_of_floor(p, x);
   }
 };
 

@@ -57,8 +57,8 @@ void convert_rows(const std::int8_t* from, Index from_stride, const float* scale
   }
 }
 
-/// Prepares key blocks of one KV head: in place if type and layout allow it, in scratch memory if rows must be converted,
-/// position-encoded or padded. Copying float blocks that need none of that would cost 5-16 % of a call.
+/// Prepares key blocks of one KV head: in place if type and layout allow it, in scratch memory if rows must be
+/// converted, position-encoded or padded. Copying float blocks that need none of that would cost 5-16 % of a call.
 template <class Policy, class Tk, class Tv, Position P>
 class KeyBlocks {
  public:
@@ -76,16 +76,7 @@ class KeyBlocks {
     return blocks;
   }
 
-  /// The keys [first_key, first_key + keys), at most one key block.
-  KeyBlock<Policy> block(MatrixView<const Tk> k, MatrixView<const Tv> v, const P& position, Index first_key,
-                         Index keys) const {
-    return block({{k.row(first_key), keys, k.cols, k.row_stride},
-                  {v.row(first_key), keys, v.cols, v.row_stride},
-                  true},
-                 position, first_key);
-  }
-
-  /// The keys of a run that begins with key `first_key`.
+  /// The keys of a run that begins with key `first_key`, at most one key block. Valid until the next call.
   KeyBlock<Policy> block(const KeyRun<Tk, Tv>& run, const P& position, Index first_key) const {
     const MatrixView<const Tk> k = run.k;
     const MatrixView<const Tv> v = run.v;
@@ -134,13 +125,6 @@ class KeyBlocks<Bf16Arithmetic, Eigen::bfloat16, Eigen::bfloat16, no_position> {
     return blocks;
   }
 
-  KeyBlock<Bf16Arithmetic> block(MatrixView<const Eigen::bfloat16> k, MatrixView<const Eigen::bfloat16> v,
-                                 const no_position& position, Index first_key, Index keys) const {
-    return block({{k.row(first_key), keys, k.cols, k.row_stride},
-                  {v.row(first_key), keys, v.cols, v.row_stride},
-                  true},
-                 position, first_key);
-  }
   KeyBlock<Bf16Arithmetic> block(const KeyRun<Eigen::bfloat16, Eigen::bfloat16>& run, const no_position&,
                                  Index first_key) const {
     Bf16Arithmetic::pair_values(run.v.data, run.v.row_stride, run.v.rows, run.v.cols, v_, padded_value_dim_);

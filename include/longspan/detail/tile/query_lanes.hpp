@@ -14,9 +14,9 @@ namespace detail {
 template <class Real>
 inline constexpr int tile_lanes = tile_packets * lanes<Real>;
 
-/// The queries of one tile. The query heads that share a KV head are interleaved in the lanes as (position, head) pairs,
-/// with the head changing fastest. K and V are then read once for all of them, and a tile spans fewer positions, so that
-/// less of it is on the causal diagonal.
+/// The queries of one tile. The query heads that share a KV head are interleaved in the lanes as (position, head)
+/// pairs, with the head changing fastest. K and V are then read once for all of them, and a tile spans fewer
+/// positions, so that less of it is on the causal diagonal.
 struct QueryLanes {
   Index batch = 0;
   Index first_head = 0;      ///< of the heads that share the tile

@@ -39,8 +39,8 @@ inline constexpr Index most_keys_in_block = 256;
 template <class Real>
 inline constexpr Index keys_in_strip = std::max<Index>(lanes<Real>, tile_rows);
 
-/// For any mask. If `classify` answers `some` for a block, the mask is asked once for each pair and the answers are kept
-/// as bits.
+/// For any mask. If `classify` answers `some` for a block, the mask is asked once for each pair and the answers are
+/// kept as bits.
 template <class Real, class M>
 class TileMask {
  public:

@@ -14,7 +14,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Are two outputs converted before lanes and columns are swapped? It halves the shuffles and the stores.
+/// True if the outputs of two columns are converted to a pair before the transposition, which halves its shuffles
+/// and the stores.
 template <class Real, class To>
 inline constexpr bool writes_pairs =
     converts_pairs && std::is_same_v<Real, float> && std::is_same_v<To, Eigen::bfloat16>;
@@ -32,7 +33,7 @@ void write_lanes(const Accumulator<Real>& state, const QueryLanes& queries, Tens
       row[i] = out.row(queries.batch, queries.head(first_lane + i), queries.row(first_lane + i));
     }
     const Packet<Real> sum = load<Real>(state.sum + first_lane);
-    // A lane that has seen no key has sum 0, and gives 0.
+    // A lane that has seen no key has sum 0; its outputs are 0.
     const Packet<Real> by = select(equal(sum, zero), zero, one / sum);
     alignas(64) Real factor[std::size_t(w)];
     store<Real>(factor, by);
