@@ -40,7 +40,8 @@ using PositionIdentity = std::array<double, 6>;
 
 /// A position encoding. `encode(rows, first_position, role)` changes rows of floats or doubles in place; row i is at
 /// position first_position + i. `check(cols)` throws Error if rows of that length cannot be encoded.
-/// `PositionIdentity identity() const` is optional: a stream saves it in its file, and `load` throws Error if the
+/// `encode_transposed(rows, first_position, role)` is optional: the transpose of what `encode` does to a row, through which
+/// gradients come back. `PositionIdentity identity() const` is optional: a stream saves it in its file, and `load` throws Error if the
 /// keys in the file have another identity. All encodings without this member share one identity.
 template <class P>
 concept Position = std::is_object_v<P> && requires(const P& encoding, float* row, Index x, Role role) {
@@ -61,6 +62,12 @@ void encode_alike(const P& encoding, MatrixView<Real> rows, Index position, Role
   }
 }
 
+/// Position encodings through which gradients come back.
+template <class P>
+concept TransposablePosition = requires(const P& encoding, MatrixView<float> rows, Index x, Role role) {
+  encoding.encode_transposed(rows, x, role);
+};
+
 template <class P>
 PositionIdentity position_identity(const P& encoding) {
   if constexpr (requires { PositionIdentity(encoding.identity()); }) {
@@ -77,6 +84,8 @@ struct no_position {
   PositionIdentity identity() const noexcept { return {}; }
   template <class Real>
   void encode(MatrixView<Real>, Index, Role) const noexcept {}
+  template <class Real>
+  void encode_transposed(MatrixView<Real>, Index, Role) const noexcept {}
   void check(Index) const noexcept {}
 };
 
@@ -121,9 +130,10 @@ struct PairTurns {
 /// error of 1e-14. That is too much for rows of double, for which cos and sin are called in every row.
 ///
 /// Row i is at position first_position + i * advance; advance is 1, or 0 for rows that are all at the same position.
+/// `direction` is 1, or -1 to rotate by the negative angles: the transposed rotation.
 template <class Real, class Growth>
 void rotate_rows(MatrixView<Real> x, Index first_position, Index advance, Index turned, double base,
-                 Pairing pairing, const Growth& growth) {
+                 Pairing pairing, const Growth& growth, double direction = 1) {
   constexpr Index stretch = std::is_same_v<Real, double> ? 1 : 64;
   const Index pairs = turned / 2;
   const bool neighbours = pairing == Pairing::interleaved;
@@ -133,7 +143,7 @@ void rotate_rows(MatrixView<Real> x, Index first_position, Index advance, Index 
     PairTurns turns;
     for (Index p = 0; p < count; ++p) {
       const double exponent = -2.0 * static_cast<double>(first_pair + p) / static_cast<double>(turned);
-      turns.add(p, std::pow(base, exponent), growth(first_pair + p));
+      turns.add(p, direction * std::pow(base, exponent), growth(first_pair + p));
     }
     for (Index i = 0; i < x.rows; ++i) {
       const Index position = first_position + i * advance;
@@ -186,6 +196,12 @@ struct rotary {
   void encode_alike(MatrixView<Real> rows, Index position, Role) const {
     detail::rotate_rows(rows, position, 0, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
   }
+  /// The gradient with respect to rows before `encode`, from the gradient with respect to the encoded rows.
+  template <class Real>
+  void encode_transposed(MatrixView<Real> rows, Index first_position, Role) const {
+    detail::rotate_rows(
+        rows, first_position, 1, turned(rows.cols), base, pairing, [](Index) { return 0.0; }, -1);
+  }
   void check(Index cols) const {
     detail::check_turned("rotary", turned(cols), cols);
     detail::check_positive("rotary", "base", base);
@@ -216,12 +232,12 @@ struct xpos {
 
   template <class Real>
   void encode(MatrixView<Real> rows, Index first_position, Role role) const {
-    const double sign = role == Role::query ? 1 : -1, cols = static_cast<double>(rows.cols);
-    const auto growth = [&](Index p) {
-      return sign * std::log((2 * static_cast<double>(p) / cols + 0.4) / 1.4) / scale_base;
-    };
-    // Angles are also relative to the centre, because scores depend only on differences of positions.
-    detail::rotate_rows(rows, first_position - centre, 1, rows.cols, base, pairing, growth);
+    rotate(rows, first_position, role, 1);
+  }
+  /// The gradient with respect to rows before `encode`, from the gradient with respect to the encoded rows.
+  template <class Real>
+  void encode_transposed(MatrixView<Real> rows, Index first_position, Role role) const {
+    rotate(rows, first_position, role, -1);
   }
   void check(Index cols) const {
     detail::check_turned("xpos", cols, cols);
@@ -233,6 +249,17 @@ struct xpos {
   }
   PositionIdentity identity() const noexcept {
     return {2, static_cast<double>(pairing), base, 0, scale_base, static_cast<double>(centre)};
+  }
+
+ private:
+  template <class Real>
+  void rotate(MatrixView<Real> rows, Index first_position, Role role, double direction) const {
+    const double sign = role == Role::query ? 1 : -1, cols = static_cast<double>(rows.cols);
+    const auto growth = [&](Index p) {
+      return sign * std::log((2 * static_cast<double>(p) / cols + 0.4) / 1.4) / scale_base;
+    };
+    // Angles are also relative to the centre, because scores depend only on differences of positions.
+    detail::rotate_rows(rows, first_position - centre, 1, rows.cols, base, pairing, growth, direction);
   }
 };
 

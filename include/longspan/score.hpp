@@ -34,9 +34,19 @@ LONGSPAN_NAMESPACE_BEGIN
 ///
 /// A score may have a member `void check(const CallSizes& sizes) const` (call_sizes.hpp), which throws Error if its
 /// options or arrays do not fit a call. Like the same member of a mask it is called before anything is written.
+///
+/// Gradients (gradient/gradient.hpp) also need the derivative of the new score with respect to s:
+///
+///   float derivative(float s, Index b, Index h, Index i, Index j) const
 template <class S>
 concept Score = std::is_object_v<S> && !Mask<S> && requires(const S& score, float s, Index x) {
   { score(s, x, x, x, x) } -> std::convertible_to<float>;
+};
+
+/// Score functions with the derivative that gradients need.
+template <class S>
+concept DifferentiableScore = Score<S> && requires(const S& score, float s, Index x) {
+  { score.derivative(s, x, x, x, x) } -> std::convertible_to<float>;
 };
 
 namespace detail {
@@ -104,6 +114,16 @@ concept PacketScoreOfHeads = requires(const S& score, Packet<Real> s, const Inde
   { score.template for_heads<Real>(heads)(s, s) } -> std::convertible_to<Packet<Real>>;
 };
 
+/// Score functions that add a number to s which does not depend on s: their derivative is 1.
+template <class S>
+inline constexpr bool only_adds = false;
+
+/// Score functions with the derivatives of a packet of pairs.
+template <class S, class Packet>
+concept PacketDerivative = requires(const S& score, Packet s, Index x) {
+  { score.derivative_on_packet(s, x, s) } -> std::convertible_to<Packet>;
+};
+
 }  // namespace detail
 
 /// Leaves scores unchanged.
@@ -111,6 +131,10 @@ struct unchanged {
   template <class Real>
   constexpr Real operator()(Real s, Index, Index, Index, Index) const noexcept {
     return s;
+  }
+  template <class Real>
+  constexpr Real derivative(Real, Index, Index, Index, Index) const noexcept {
+    return Real(1);
   }
 };
 
@@ -123,9 +147,19 @@ struct softcap {
     return Real(cap) * std::tanh(s / Real(cap));
   }
   template <class Real>
+  Real derivative(Real s, Index, Index, Index, Index) const {
+    const Real t = std::tanh(s / Real(cap));
+    return (1 - t) * (1 + t);
+  }
+  template <class Real>
   detail::Packet<Real> on_packet(detail::Packet<Real> s, Index, detail::Packet<Real>) const {
     const auto by = detail::broadcast(Real(cap));
     return detail::tanh(s / by) * by;
+  }
+  template <class Real>
+  detail::Packet<Real> derivative_on_packet(detail::Packet<Real> s, Index, detail::Packet<Real>) const {
+    const auto t = detail::tanh(s / detail::broadcast(Real(cap))), one = detail::broadcast(Real(1));
+    return (one - t) * (one + t);
   }
   void check(const CallSizes& sizes) const {
     if (detail::is_finite(cap) && cap > 0) return;
@@ -148,6 +182,10 @@ struct alibi {
   template <class Real>
   Real operator()(Real s, Index, Index h, Index i, Index j) const {
     return s - Real(slopes[static_cast<std::size_t>(h)]) * static_cast<Real>(i < j ? j - i : i - j);
+  }
+  template <class Real>
+  constexpr Real derivative(Real, Index, Index, Index, Index) const noexcept {
+    return Real(1);
   }
   template <class Real>
   detail::Packet<Real> on_packet(detail::Packet<Real> s, Index h, detail::Packet<Real> distance) const {
@@ -213,6 +251,16 @@ struct additive_bias {
   Real operator()(Real s, Index b, Index h, Index i, Index j) const {
     return s + static_cast<Real>(bias.row(b, h, i - first_query)[j]);
   }
+  template <class Real>
+  constexpr Real derivative(Real, Index, Index, Index, Index) const noexcept {
+    return Real(1);
+  }
+  /// Changes the scores of the query at position i with the keys [first_key, first_key + count).
+  template <class Real>
+  void on_keys(Real* s, Index b, Index h, Index i, Index first_key, Index count) const {
+    const T* row = bias.row(b, h, i - first_query) + first_key;
+    for (Index n = 0; n < count; ++n) s[n] += static_cast<Real>(row[n]);
+  }
   void check(const CallSizes& sizes) const {
     detail::check_view(sizes.function, "additive_bias.bias", bias);
     const auto fits = [](Index size, Index wanted) { return size == 1 || size == wanted; };
@@ -266,6 +314,27 @@ struct piped {
     return static_cast<Real>(
         second(static_cast<Passed>(first(static_cast<Taken>(s), b, h, i, j)), b, h, i, j));
   }
+  /// The chain rule.
+  template <class Real>
+  Real derivative(Real s, Index b, Index h, Index i, Index j) const
+  requires(DifferentiableScore<A> && DifferentiableScore<B>)
+  {
+    using Taken = detail::ScoreValue<A, Real>;
+    using Passed = detail::ScoreValue<B, Real>;
+    const auto passed = first(static_cast<Taken>(s), b, h, i, j);
+    return static_cast<Real>(first.derivative(static_cast<Taken>(s), b, h, i, j)) *
+           static_cast<Real>(second.derivative(static_cast<Passed>(passed), b, h, i, j));
+  }
+  template <class Real>
+  detail::Packet<Real> derivative_on_packet(detail::Packet<Real> s, Index h,
+                                            detail::Packet<Real> distance) const
+  requires(detail::PacketScore<A, detail::Packet<Real>> &&
+           detail::PacketDerivative<A, detail::Packet<Real>> &&
+           detail::PacketDerivative<B, detail::Packet<Real>>)
+  {
+    return first.derivative_on_packet(s, h, distance) *
+           second.derivative_on_packet(first.on_packet(s, h, distance), h, distance);
+  }
   template <class Real>
   detail::Packet<Real> on_packet(detail::Packet<Real> s, Index h, detail::Packet<Real> distance) const
   requires(detail::PacketScore<A, detail::Packet<Real>> && detail::PacketScore<B, detail::Packet<Real>>)
@@ -299,6 +368,19 @@ struct piped {
     };
   }
 };
+
+namespace detail {
+
+template <>
+inline constexpr bool only_adds<unchanged> = true;
+template <>
+inline constexpr bool only_adds<alibi> = true;
+template <class T>
+inline constexpr bool only_adds<additive_bias<T>> = true;
+template <class A, class B>
+inline constexpr bool only_adds<piped<A, B>> = only_adds<A> && only_adds<B>;
+
+}  // namespace detail
 
 template <Score A, Score B>
 constexpr piped<A, B> operator|(A a, B b) {

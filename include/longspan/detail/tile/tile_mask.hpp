@@ -44,6 +44,7 @@ inline constexpr Index keys_in_strip = std::max<Index>(lanes<Real>, tile_rows);
 template <class Real, class M>
 class TileMask {
  public:
+  using Scalar = Real;
   static constexpr bool may_hide = true;
 
   void prepare(const M& mask, const QueryLanes& lanes_of_tile) {
@@ -170,6 +171,7 @@ class TileMask {
 template <class Real, RangeMask M>
 class TileMask<Real, M> {
  public:
+  using Scalar = Real;
   static constexpr bool may_hide = !std::is_same_v<M, everything>;
 
   void prepare(const M& mask, const QueryLanes& lanes_of_tile) {
@@ -268,9 +270,9 @@ Run run_of(int packets, Index begin, Index end, const SeenBy& seen_by) {
 /// Cuts a block into runs, and enters it where one of them is partial. A block that is seen whole is one run;
 /// where a mask's edge crosses it, it is looked at in strips as many keys high as a packet has lanes, so that
 /// the causal diagonal shrinks packet by packet (at q_len = 512, head_dim 64 that is 8 % of a call).
-template <Index strip, class Real, Mask M>
-Runs cut_into_runs(TileMask<Real, M>& mask, int packets, Index first_key, Index keys) {
-  static_assert(64 % strip == 0 && strip % keys_in_strip<Real> == 0);
+template <Index strip, class MaskOfTile>
+Runs cut_into_runs(MaskOfTile& mask, int packets, Index first_key, Index keys) {
+  static_assert(64 % strip == 0 && strip % keys_in_strip<typename MaskOfTile::Scalar> == 0);
   Runs runs;
   const Run whole = run_of(packets, 0, keys, [&](int c) {
     return mask.classify(c, {first_key, first_key + keys});
@@ -287,9 +289,9 @@ Runs cut_into_runs(TileMask<Real, M>& mask, int packets, Index first_key, Index 
   return runs;
 }
 
-template <class Real, Mask M>
-Runs cut_into_runs(TileMask<Real, M>& mask, int packets, Index first_key, Index keys) {
-  return cut_into_runs<keys_in_strip<Real>>(mask, packets, first_key, keys);
+template <class MaskOfTile>
+Runs cut_into_runs(MaskOfTile& mask, int packets, Index first_key, Index keys) {
+  return cut_into_runs<keys_in_strip<typename MaskOfTile::Scalar>>(mask, packets, first_key, keys);
 }
 
 }  // namespace detail
