@@ -111,11 +111,7 @@ struct dilated_attention : detail::FunctorCalls<dilated_attention<M, S, P>, true
   void attend(const Call& call, const E& executor, Workspace& workspace) const {
     const detail::Dilation dilation{branches, phase, overlap, zero_pad_compat};
     const auto resolved = call.at(name, first_query, scale);
-    constexpr Index most = Index{1} << 61;  // sums of two positions fit into an Index
-    if (resolved.first_query < -most || resolved.first_query > most) {
-      detail::refuse(name, "first_query", std::to_string(resolved.first_query),
-                     std::to_string(-most) + ".." + std::to_string(most));
-    }
+    detail::check_dilated_first_query(name, resolved.first_query);
     detail::dilated_forward(resolved, dilation, mask, score, position, executor, workspace, bf16_products);
   }
 };

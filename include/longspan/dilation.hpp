@@ -37,6 +37,12 @@ enum class Overlap : std::uint8_t {
   set,       ///< once
 };
 
+/// How the gradient treats the weights by which the branches of dilated attention are merged.
+enum class Mixing : std::uint8_t {
+  exact,     ///< as functions of q and k: the gradient of the functor
+  detached,  ///< as constants, as torchscale trains
+};
+
 LONGSPAN_VOCABULARY_END
 
 LONGSPAN_NAMESPACE_BEGIN

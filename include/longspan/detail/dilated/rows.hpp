@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <span>
+#include <string>
+#include <string_view>
 #include <type_traits>
 
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/dilation.hpp"
+#include "longspan/error.hpp"
 #include "longspan/key_ranges.hpp"
 #include "longspan/mask.hpp"
 #include "longspan/position.hpp"
@@ -17,6 +20,15 @@
 
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
+
+/// Throws Error if the sum of two positions might not fit into an Index.
+inline void check_dilated_first_query(std::string_view function, Index first_query) {
+  constexpr Index most = Index{1} << 61;
+  if (first_query < -most || first_query > most) {
+    refuse(function, "first_query", std::to_string(first_query),
+           std::to_string(-most) + ".." + std::to_string(most));
+  }
+}
 
 constexpr Index floor_divide(Index x, Index by) { return x >= 0 ? x / by : -divide_up(-x, by); }
 
@@ -121,7 +133,23 @@ struct DilatedScore {
   Packet<Real> on_packet(Packet<Real> s, Index h, Packet<Real> distance) const {
     return score->on_packet(s, h, distance * broadcast(static_cast<Real>(rows.step)));
   }
+  template <class Real>
+  Real derivative(Real s, Index b, Index h, Index t, Index u) const
+  requires DifferentiableScore<S>
+  {
+    using Value = ScoreValue<S, Real>;
+    return static_cast<Real>(
+        score->derivative(static_cast<Value>(s), b, h, rows.position(t), rows.position(u)));
+  }
+  template <class Real>
+  requires PacketDerivative<S, Packet<Real>>
+  Packet<Real> derivative_on_packet(Packet<Real> s, Index h, Packet<Real> distance) const {
+    return score->derivative_on_packet(s, h, distance * broadcast(static_cast<Real>(rows.step)));
+  }
 };
+
+template <class S>
+inline constexpr bool only_adds<DilatedScore<S>> = only_adds<S>;
 
 /// A position encoding that receives positions in the whole sequence.
 template <Position P>

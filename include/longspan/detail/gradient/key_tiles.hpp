@@ -12,6 +12,7 @@
 #include "longspan/detail/gradient/change_rows.hpp"
 #include "longspan/detail/gradient/key_mask.hpp"
 #include "longspan/detail/gradient/products.hpp"
+#include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/simd/exp2.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/detail/tile/accumulator.hpp"
@@ -156,6 +157,27 @@ class KeyTiles {
     return true;
   }
 
+  /// For each row of a block, adds the sum of its weights and that of P dP over the keys. `block.delta` must be 0.
+  void measure(const QueryBlock<Real>& block, Real* weight, Real* mean) {
+    for (Index t = 0; t < tiles_; ++t) {
+      const Runs runs = cut_into_runs(masks_[std::size_t(t)], static_cast<int>(packets_of(t)),
+                                      block.first_row, block.q.rows);
+      for (const Run& run : runs) {
+        weigh<true>(block, t, run);
+        for (Index i = run.begin; i < run.end; ++i) {
+          Packet<Real> of_weights = broadcast(Real(0)), of_products = of_weights;
+          for (Index lane = run.first_packet * w; lane < (run.first_packet + run.packets) * w; lane += w) {
+            const Index count = (std::min)(w, keys_of(t) - lane);
+            of_weights = of_weights + load_part<Real>(p_ + i * tile + lane, count);
+            of_products = of_products + load_part<Real>(ds_ + i * group + t * tile + lane, count);
+          }
+          weight[i] += sum_in_pairs(of_weights);
+          mean[i] += sum_in_pairs(of_products);
+        }
+      }
+    }
+  }
+
   /// Writes dk / scale and dv as rows, [keys][cols].
   void finish(MatrixView<Real> dk, MatrixView<Real> dv) {
     carry();
@@ -196,8 +218,11 @@ class KeyTiles {
            Float::values_finite(block.dout.data, block.dout.row_stride, block.dout.rows, block.dout.cols);
   }
 
-  /// Scores, weights and their gradients for a run of rows of a tile.
+  /// Scores, weights and their gradients for a run of rows of a tile; with `of_changed` the gradients of the scores that
+  /// the score function has changed.
+  template <bool of_changed = false>
   void weigh(const QueryBlock<Real>& block, Index t, const Run& run) const {
+    constexpr bool has_slopes = changes_score && !only_adds<S> && !of_changed;
     const Index lane = run.first_packet * w, begin = run.begin, rows = run.end - run.begin;
     Real *p = p_ + begin * tile + lane, *ds = ds_ + begin * group + t * tile + lane;
     with_packets(run.packets, [&]<int packets>() {
@@ -216,7 +241,7 @@ class KeyTiles {
                                  first_query_ + block.first_row + i,
                                  first_key_ + t * tile + lane,
                                  (std::min)(run.packets * w, keys_of(t) - lane)};
-        if constexpr (!only_adds<S>) slopes_of(*score_, row, slope);
+        if constexpr (has_slopes) slopes_of(*score_, row, slope);
         change_row(*score_, row);
       }
       const Packet<Real> shift = broadcast(block.shift[i]), delta = broadcast(block.delta[i]),
@@ -236,8 +261,7 @@ class KeyTiles {
         }
         Packet<Real> weight = exp_score(s - shift);
         Packet<Real> change = weight * (load(static_cast<const Real*>(ds + c * w)) - delta);
-        if constexpr (changes_score && !only_adds<S>)
-          change = change * load(static_cast<const Real*>(slope + c * w));
+        if constexpr (has_slopes) change = change * load(static_cast<const Real*>(slope + c * w));
         if (changes_score || hides) {
           weight = select(hidden, zero, weight);
           change = select(hidden, zero, change);

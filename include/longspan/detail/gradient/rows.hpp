@@ -57,6 +57,12 @@ class RealRows {
   bool copies_ = false;
 };
 
+/// Rows [first, first + count) of a matrix.
+template <class T>
+MatrixView<T> slice_rows(const MatrixView<T>& x, Index first, Index count) {
+  return {x.row(first), count, x.cols, x.row_stride};
+}
+
 /// to[c] = from[c], rounded to T.
 template <class Real, class T>
 void round_row(const Real* from, Index cols, T* to) {

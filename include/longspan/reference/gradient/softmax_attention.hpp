@@ -31,7 +31,7 @@ struct exact<gradient_of<softmax_attention<M, S, P>>>
       for (Index j = 0; j < k.rows; ++j) {
         if (sees(attend.mask, b, h, i, j)) seen.push_back(j);
       }
-      return seen;
+      return std::vector<std::vector<Index>>{seen};
     });
   }
 };

@@ -47,28 +47,35 @@ struct DoubleTensor {
   }
 };
 
-/// The softmax weights of one query, and the gradients of its scores: with P_j = exp(s_j - lse), dP_j = dout.v_j and
-/// D = sum_j P_j dP_j - dlse,
+/// The softmax weights of one query, and the gradients of its scores: with P_j = exp(s_j - lse) and dP_j = dout.v_j,
 ///
-///   ds_j = P_j (dP_j - D).
+///   ds_j = P_j (dP_j - D + dlse),  D = sum_j P_j dP_j / sum_j P_j,
 ///
-/// `scores` may contain -infinity for hidden keys, whose P and ds are 0.
+/// where D is the mean over all keys, or over each part of them alone if the weights of the parts count as constants;
+/// `ends` holds the end of each part. A score of -infinity hides its key: P and ds are 0.
 struct QueryGradient {
   std::vector<double> p, ds;
 
-  QueryGradient(const std::vector<double>& scores, const std::vector<double>& dp, double dlse)
+  QueryGradient(const std::vector<double>& scores, const std::vector<double>& dp, double dlse,
+                const std::vector<std::size_t>& ends)
       : p(scores.size(), 0.0), ds(scores.size(), 0.0) {
     constexpr double hidden = -std::numeric_limits<double>::infinity();
-    double top = hidden, sum = 0, delta = 0;
+    double top = hidden, sum = 0;
     for (const double s : scores) top = s > top || std::isnan(s) ? s : top;
     for (const double s : scores) sum += s == hidden ? 0 : std::exp(s - top);
-    for (std::size_t n = 0; n < scores.size(); ++n) {
-      if (scores[n] == hidden) continue;
-      p[n] = std::exp(scores[n] - top) / sum;
-      delta += p[n] * dp[n];
-    }
-    for (std::size_t n = 0; n < scores.size(); ++n) {
-      if (scores[n] != hidden) ds[n] = p[n] * (dp[n] - delta + dlse);
+    std::size_t begin = 0;
+    for (const std::size_t end : ends) {
+      double mean = 0, of_part = 0;
+      for (std::size_t n = begin; n < end; ++n) {
+        if (scores[n] == hidden) continue;
+        p[n] = std::exp(scores[n] - top) / sum;
+        mean += p[n] * dp[n];
+        of_part += p[n];
+      }
+      for (std::size_t n = begin; n < end; ++n) {
+        if (scores[n] != hidden) ds[n] = p[n] * (dp[n] - mean / of_part + dlse);
+      }
+      begin = end;
     }
   }
 };
@@ -77,29 +84,35 @@ struct QueryGradient {
 ///
 ///   dq_i = scale sum_j ds'_ij k_j,  dk_j = scale sum_i ds'_ij q_i,  dv_j = sum_i P_ij dout_i,
 ///
-/// where ds' is ds times the derivative of the score function. keys_of(b, h, i) returns the list of keys of the query at
-/// position i; a key counts as often as it is in the list, and an index of kv_len or more is a key and a value of zeros.
-/// `parts` provides score, position, scale and first_query.
-template <class Parts, class Tq, class Tk, class Tv, class Td, class Tl, class Gq, class Gk, class Gv,
-          class KeysOf>
-void softmax_gradient_rows(const Parts& parts, TensorView<Tq> q, TensorView<Tk> k, TensorView<Tv> v,
+/// where ds' is ds times the derivative of the score function. parts_of(b, h, i) returns lists of keys of the query at
+/// position i, one for each part of the keys that has a D of its own (see QueryGradient); a key counts as often as it is
+/// in the lists, and an index of kv_len or more is a key and a value of zeros. `options` provides score, position, scale
+/// and first_query.
+template <class Options, class Tq, class Tk, class Tv, class Td, class Tl, class Gq, class Gk, class Gv,
+          class PartsOf>
+void softmax_gradient_rows(const Options& options, TensorView<Tq> q, TensorView<Tk> k, TensorView<Tv> v,
                            TensorView<Td> dout, RowsView<Tl> dlse, TensorView<Gq> dq, TensorView<Gk> dk,
-                           TensorView<Gv> dv, const KeysOf& keys_of) {
-  using Value = detail::ScoreValue<std::remove_cvref_t<decltype(parts.score)>, double>;
+                           TensorView<Gv> dv, const PartsOf& parts_of) {
+  using Value = detail::ScoreValue<std::remove_cvref_t<decltype(options.score)>, double>;
   const auto at = [](Index i) { return static_cast<std::size_t>(i); };
   const Index group = k.heads == 0 ? 1 : q.heads / k.heads;
-  const Index first = parts.first_query == queries_end_at_keys ? k.rows - q.rows : parts.first_query;
-  const double scale = detail::resolved_scale("reference", parts.scale, q.cols);
+  const Index first = options.first_query == queries_end_at_keys ? k.rows - q.rows : options.first_query;
+  const double scale = detail::resolved_scale("reference", options.scale, q.cols);
   DoubleTensor to_q(q.batch, q.heads, q.rows, q.cols), to_k(k.batch, k.heads, k.rows, k.cols),
       to_v(v.batch, v.heads, v.rows, v.cols);
   for (Index b = 0; b < q.batch; ++b) {
     for (Index h = 0; h < q.heads; ++h) {
       const Index kv_head = h / group;
-      const auto encoded_q = encoded(q.matrix(b, h), parts.position, first, Role::query);
-      const auto encoded_k = encoded(k.matrix(b, kv_head), parts.position, 0, Role::key);
+      const auto encoded_q = encoded(q.matrix(b, h), options.position, first, Role::query);
+      const auto encoded_k = encoded(k.matrix(b, kv_head), options.position, 0, Role::key);
       for (Index row = 0; row < q.rows; ++row) {
         const double* query = encoded_q.data() + row * q.cols;
-        const std::vector<Index> met = keys_of(b, h, first + row);
+        std::vector<Index> met;
+        std::vector<std::size_t> ends;
+        for (const std::vector<Index>& part : parts_of(b, h, first + row)) {
+          met.insert(met.end(), part.begin(), part.end());
+          ends.push_back(met.size());
+        }
         std::vector<double> scores, dp, slopes;
         for (const Index j : met) {
           double s = 0, of_value = 0;
@@ -108,11 +121,12 @@ void softmax_gradient_rows(const Parts& parts, TensorView<Tq> q, TensorView<Tk> 
             of_value +=
                 static_cast<double>(dout.row(b, h, row)[c]) * static_cast<double>(v.row(b, kv_head, j)[c]);
           const Value raw = static_cast<Value>(scale * s);
-          scores.push_back(static_cast<double>(parts.score(raw, b, h, first + row, j)));
-          slopes.push_back(static_cast<double>(parts.score.derivative(raw, b, h, first + row, j)));
+          scores.push_back(static_cast<double>(options.score(raw, b, h, first + row, j)));
+          slopes.push_back(static_cast<double>(options.score.derivative(raw, b, h, first + row, j)));
           dp.push_back(of_value);
         }
-        const QueryGradient of(scores, dp, dlse.data == nullptr ? 0.0 : static_cast<double>(dlse(b, h, row)));
+        const QueryGradient of(scores, dp, dlse.data == nullptr ? 0.0 : static_cast<double>(dlse(b, h, row)),
+                               ends);
         for (std::size_t n = 0; n < met.size(); ++n) {
           const Index j = met[n];
           if (of.p[n] == 0 || j >= k.rows) continue;  // a hidden key gets nothing, even from NaN
@@ -127,8 +141,8 @@ void softmax_gradient_rows(const Parts& parts, TensorView<Tq> q, TensorView<Tk> 
       }
     }
   }
-  to_q.write(parts.position, first, Role::query, dq);
-  to_k.write(parts.position, 0, Role::key, dk);
+  to_q.write(options.position, first, Role::query, dq);
+  to_k.write(options.position, 0, Role::key, dk);
   to_v.write(no_position{}, 0, Role::key, dv);
 }
 
