@@ -63,13 +63,13 @@ MatrixView<T> slice_rows(const MatrixView<T>& x, Index first, Index count) {
   return {x.row(first), count, x.cols, x.row_stride};
 }
 
-/// to[c] = from[c], rounded to T.
+/// to[c] = from[c], rounded to T. A -0 becomes 0.
 template <class Real, class T>
 void round_row(const Real* from, Index cols, T* to) {
   constexpr Index w = lanes<Real>;
   Index c = 0;
-  for (; c + w <= cols; c += w) store_as(to + c, load(from + c));
-  for (; c < cols; ++c) to[c] = static_cast<T>(from[c]);
+  for (; c + w <= cols; c += w) store_as(to + c, load(from + c) + broadcast(Real(0)));
+  for (; c < cols; ++c) to[c] = static_cast<T>(from[c] + Real(0));
 }
 
 /// factor * each row, taken back through a position encoding, rounded to T. Overwrites `rows`.
@@ -79,7 +79,7 @@ void finish_rows(MatrixView<Real> rows, double factor, const P& position, Index 
   const Real by = static_cast<Real>(factor);
   for (Index i = 0; i < rows.rows; ++i) {
     Real* row = rows.row(i);
-    for (Index c = 0; c < rows.cols; ++c) row[c] = by * row[c] + Real(0);  // no output is -0
+    for (Index c = 0; c < rows.cols; ++c) row[c] = by * row[c];
   }
   position.encode_transposed(rows, first_position, role);
   for (Index i = 0; i < rows.rows; ++i) round_row(rows.row(i), rows.cols, to.row(i));
