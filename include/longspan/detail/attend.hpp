@@ -94,13 +94,11 @@ bool rounds_weights() {
 }
 
 /// Calls work.operator()<Policy>(executor) with the arithmetic of matrix tiles or, if they are not used, of float.
-template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
+template <class Tq, class Tk, class Tv, class To, class E, class Work>
 void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To>& call,
                                    [[maybe_unused]] bool bf16_products, const E& executor, const Work& work) {
 #if defined(LONGSPAN_USES_AMX)
-  [[maybe_unused]] constexpr bool is_bf16 =
-      is_all<Eigen::bfloat16, Tq, Tk, Tv> && std::is_same_v<P, no_position>;
-  if constexpr (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)) {
+  if constexpr (is_all<Eigen::bfloat16, Tq, Tk, Tv> && (is_all<float, To> || is_all<Eigen::bfloat16, To>)) {
     if (bf16_products && static_cast<float>(call.scale) > least_scale && uses_tiles()) {
       work.template operator()<AmxArithmetic<TileUnit>>(WithTiles<TileUnit, E>(executor));
       return;
@@ -125,7 +123,7 @@ void with_arithmetic(const Problem<Tq, Tk, Tv, To>& call, bool bf16_products, co
     }
   }
 #endif
-  with_tile_or_float_arithmetic<S, P>(call, bf16_products, executor, work);
+  with_tile_or_float_arithmetic(call, bf16_products, executor, work);
 }
 
 /// Attention over the keys and values of `keys` (pages, strands), not of call.k and call.v.

@@ -22,6 +22,7 @@
 #include <limits>
 
 #include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/detail/tile/bf16_weights.hpp"
 #include "longspan/detail/tile/microkernel.hpp"
@@ -54,21 +55,28 @@ struct AmxArithmetic {
   static float query_factor(double) { return 1; }
   static float score_factor(double scale) { return static_cast<float>(scale); }
 
-  /// Packs 16 queries; rows up to query_rows(head_dim) become 0.
+  /// Packs 16 queries, whose rows are bfloat16, or float and then rounded; rows up to query_rows(head_dim) become 0.
   template <class RowOf>
   static void pack(const RowOf& row_of, Index head_dim, float, Query* to, Index stride) {
-    const Key* row[16];
+    decltype(row_of(0)) row[16];
     for (Index i = 0; i < 16; ++i) row[i] = row_of(i);
     for (Index column = 0; column < head_dim; column += 32) {
       const auto present = first_of_32(head_dim - column);
       Packet<float> square[16];  // holds pairs: only moved, never computed with
       LONGSPAN_UNROLL
-      for (int i = 0; i < 16; ++i)
-        square[i].raw = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, row[i] + column));
+      for (int i = 0; i < 16; ++i) square[i].raw = _mm512_castsi512_ps(load_32(row[i] + column, present));
       transpose(square);
       LONGSPAN_UNROLL
       for (int i = 0; i < 16; ++i)
         _mm512_storeu_si512(to + (column / 2 + i) * stride, _mm512_castps_si512(square[i].raw));
+    }
+  }
+
+  /// Rounds rows to bfloat16. `to_cols` is a multiple of 32; missing columns become 0.
+  static void round_rows(const float* from, Index rows, Index cols, Key* to, Index to_cols) {
+    for (Index i = 0; i < rows; ++i, from += cols, to += to_cols) {
+      for (Index column = 0; column < to_cols; column += 32)
+        _mm512_storeu_si512(to + column, load_32(from + column, first_of_32(cols - column)));
     }
   }
 
@@ -274,6 +282,16 @@ struct AmxArithmetic {
   static LONGSPAN_INLINE __mmask32 not_finite(__m512i values) {
     const __m512i exponent_bits = _mm512_set1_epi16(0x7f80);
     return _mm512_cmpeq_epi16_mask(_mm512_and_si512(values, exponent_bits), exponent_bits);
+  }
+
+  /// Loads 32 columns of a row, of which those in `present` are read and the others are 0.
+  static LONGSPAN_INLINE __m512i load_32(const Key* row, __mmask32 present) {
+    return _mm512_maskz_loadu_epi16(present, row);
+  }
+  static LONGSPAN_INLINE __m512i load_32(const float* row, __mmask32 present) {
+    const Packet<float> low{_mm512_maskz_loadu_ps(static_cast<__mmask16>(present), row)},
+        high{_mm512_maskz_loadu_ps(static_cast<__mmask16>(present >> 16), row + 16)};
+    return _mm512_inserti64x4(_mm512_castsi256_si512(bfloat16_bits(low)), bfloat16_bits(high), 1);
   }
 
   static __mmask32 first_of_32(Index count) {
