@@ -78,6 +78,7 @@ struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true
   /// of 2^111 / kv_len or more may make an output infinite.
   /// With matrix tiles rows are position-encoded in float and then rounded to bfloat16: the result is that for the
   /// rounded rows. It changes a score by up to 2^-7 scale sum_c |q_ic k_jc|, q and k encoded.
+  /// Matrix tiles also multiply bfloat16 queries with the int8 rows of a kv_cache, which are exact in bfloat16.
   bool bf16_products = true;
 
   softmax_attention() = default;

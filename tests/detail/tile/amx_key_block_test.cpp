@@ -1,4 +1,5 @@
-// Keys that matrix tiles cannot read in place: position-encoded ones. Emulated, and in hardware if the machine has it.
+// Keys that matrix tiles cannot read in place: position-encoded ones and int8. Emulated, and in hardware if the machine
+// has it.
 #include "longspan/detail/tile/amx_key_block.hpp"
 
 #include "longspan/detail/attend.hpp"
@@ -9,6 +10,10 @@
 #if defined(LONGSPAN_HAS_AMX_ARITHMETIC)
 
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -62,7 +67,125 @@ struct Stretching {
   void check(Index) const {}
 };
 
+/// Rows of int8 and their scales, in pages of `page` rows.
+struct Int8Keys {
+  Tensor<std::int8_t> k, v;
+  std::vector<float> k_scale, v_scale;
+  Index page;
+
+  Int8Keys(const Shape& s, Index in_page, Random& random)
+      : k(s.batch, s.kv_heads, s.kv_len, s.head_dim),
+        v(s.batch, s.kv_heads, s.kv_len, s.value_dim),
+        page(in_page) {
+    for (auto* rows : {&k, &v}) {
+      for (std::int8_t& x : rows->values) x = static_cast<std::int8_t>(random.between(-127, 127));
+    }
+    for (Index n = 0; n < s.batch * s.kv_heads * s.kv_len; ++n) {
+      k_scale.push_back(static_cast<float>(random.between(1, 1000)) * 1e-5f);
+      v_scale.push_back(
+          std::ldexp(static_cast<float>(random.between(100, 200)), int(random.between(-40, 10))));
+    }
+  }
+  detail::KeyRun<std::int8_t, std::int8_t> run(Index b, Index h, KeyRange keys) const {
+    const Index end = std::min(keys.end, (keys.begin / page + 1) * page), count = end - keys.begin;
+    const Index at = (b * k.heads + h) * k.rows + keys.begin;
+    return {{k.row(b, h, keys.begin), count, k.cols, k.cols},
+            {v.row(b, h, keys.begin), count, v.cols, v.cols},
+            true,
+            k_scale.data() + at,
+            v_scale.data() + at};
+  }
+  /// The numbers that the rows stand for.
+  static Tensor<double> numbers(const Tensor<std::int8_t>& x, const std::vector<float>& scale) {
+    Tensor<double> rows(x.batch, x.heads, x.rows, x.cols);
+    for (std::size_t n = 0; n < rows.values.size(); ++n)
+      rows.values[n] = double(x.values[n]) * double(scale[n / static_cast<std::size_t>(x.cols)]);
+    return rows;
+  }
+};
+
+template <class Unit, class To, Mask M, Score S = unchanged, class E = serial>
+void attend_int8(Bf16Call<To>& call, const Int8Keys& keys, const M& mask, const S& score = {},
+                 const E& executor = {}) {
+  using Scaled = detail::RowScales<Unit>;
+  const no_position position;
+  const detail::Problem<bfloat16, std::int8_t, std::int8_t, To> problem{
+      std::as_const(call.q).view(), keys.k.view(), keys.v.view(), call.out.view(), call.lse.view(),
+      call.k.rows - call.q.rows,    scale_of(call)};
+  if (call.out.values.empty()) return;
+  Workspace workspace;
+  detail::run_without_denormals(executor, [&](const auto& where) {
+    const detail::WithTiles<Unit, std::remove_cvref_t<decltype(where)>> on(where);
+    detail::Forward<detail::AmxArithmetic<Scaled>, bfloat16, std::int8_t, std::int8_t, To, Int8Keys, M, S,
+                    no_position>(problem, keys, mask, score, position, on.workers())
+        .run(on, workspace);
+  });
+}
+
+template <class To>
+void check_int8(const Definition& what, const Bf16Call<To>& call, const Int8Keys& keys) {
+  const Tensor<double> k = Int8Keys::numbers(keys.k, keys.k_scale),
+                       v = Int8Keys::numbers(keys.v, keys.v_scale);
+  const Exact exact = exact_attention<bfloat16, double, double>(what, call.q.view(), k.view(), v.view());
+  check_against(exact, call, {0x1p-8 + 1.5e-4, 1e-4});
+}
+
 }  // namespace
+
+TEST_CASE("amx: rows of int8 have the error of bfloat16 products", "[amx]") {
+  for_each_unit([]<class Unit>() {
+    for_each_case(12, [](Random& random) {
+      const Shape shape = draw_shape(random);
+      INFO(shape.text());
+      const Int8Keys keys(shape, random.pick<Index>({16, 48, 256, 1000}), random);
+      Bf16Call<float> all(shape, random.pick(all_values), random);
+      attend_int8<Unit>(all, keys, everything{});
+      check_int8({}, all, keys);
+      Bf16Call<bfloat16> few(shape, random.pick(all_values), random);
+      attend_int8<Unit>(few, keys, causal{} & window{.left = 40}, softcap{2});
+      check_int8({.sees = [](Index, Index, Index i, Index j) { return j <= i && i - j <= 40; },
+                  .score = [](double s, Index, Index, Index, Index) { return 2 * std::tanh(s / 2); }},
+                 few, keys);
+    });
+  });
+}
+
+TEST_CASE("amx: rows of int8 that are kept from task to task, on any number of threads", "[amx][bits]") {
+  for_each_unit([]<class Unit>() {
+    Random random(5);
+    for (const Shape& shape : {Shape{1, 4, 2, 1000, 1030, 32, 24}, Shape{1, 1, 1, 33, 4200, 40, 16}}) {
+      INFO(shape.text());
+      const Int8Keys keys(shape, 256, random);
+      Bf16Call<float> one(shape, Values::normal, random), threads = one;
+      attend_int8<Unit>(one, keys, causal{});
+      attend_int8<Unit>(threads, keys, causal{}, unchanged{}, openmp{3});
+      CHECK(one.same_outputs(threads));
+      check_int8({.sees = [](Index, Index, Index i, Index j) { return j <= i; }}, one, keys);
+    }
+  });
+}
+
+TEST_CASE("amx: an int8 row whose scale is NaN affects only the rows that see it", "[amx]") {
+  for_each_unit([]<class Unit>() {
+    Random random(6);
+    const Shape shape{1, 2, 1, 70, 300, 32, 20};
+    Int8Keys keys(shape, 256, random);
+    Bf16Call<float> clean(shape, Values::normal, random), spoilt = clean;
+    attend_int8<Unit>(clean, keys, causal{});
+    keys.v_scale[250] = keys.k_scale[263] = keys.v_scale[299] = std::numeric_limits<float>::quiet_NaN();
+    attend_int8<Unit>(spoilt, keys, causal{});
+    Index wrong = 0;
+    for (Index h = 0; h < 2; ++h) {
+      for (Index i = 0; i < 70; ++i) {
+        for (Index c = 0; c < 20; ++c) {
+          const float x = spoilt.out.row(0, h, i)[c];
+          wrong += 230 + i >= 250 ? !std::isnan(x) : x != clean.out.row(0, h, i)[c];
+        }
+      }
+    }
+    CHECK(wrong == 0);
+  });
+}
 
 TEST_CASE("amx: calls with a position have the bits of calls with encoded rows rounded to bfloat16",
           "[amx][bits][position]") {
@@ -113,6 +236,23 @@ TEST_CASE("amx: a hidden key that is NaN has no effect on other keys of its bloc
     CHECK(clean.same_outputs(spoilt));
   });
 }
+
+#if defined(LONGSPAN_TARGETS_AMX)
+TEST_CASE("amx: hardware and emulation have the same bits with int8 and with a position", "[amx][bits]") {
+  if (!test::has_tiles()) return;
+  for_each_case(5, [](Random& random) {
+    const Shape shape = draw_shape(random);
+    const Int8Keys keys(shape, 256, random);
+    Bf16Call<bfloat16> hardware(shape, random.pick(all_values), random), emulated = hardware;
+    attend_int8<detail::HardwareTiles>(hardware, keys, causal{});
+    attend_int8<detail::EmulatedTiles>(emulated, keys, causal{});
+    CHECK(hardware.same_outputs(emulated));
+    attend<detail::HardwareTiles>(hardware, causal{}, xpos(Pairing::half_split));
+    attend<detail::EmulatedTiles>(emulated, causal{}, xpos(Pairing::half_split));
+    CHECK(hardware.same_outputs(emulated));
+  });
+}
+#endif
 
 #else
 

@@ -1,4 +1,4 @@
-// Blocks of keys and values in the layout of matrix tiles: keys in place or position-encoded, values transposed.
+// Blocks of keys and values in the layout of matrix tiles: keys in place, encoded or converted, values transposed.
 #pragma once
 
 #include "longspan/detail/tile/amx_arithmetic.hpp"
@@ -6,6 +6,7 @@
 #if defined(LONGSPAN_HAS_AMX_ARITHMETIC)
 
 #include <algorithm>
+#include <cstdint>
 #include <type_traits>
 #include <utility>
 
@@ -34,6 +35,8 @@ struct KeyBlock<AmxArithmetic<Unit>> {
   const typename Policy::Key* last_step =
       nullptr;  ///< where keys is no multiple of 32: its last rows, and rows of 0
   Index last_stride = 0;
+  const float* k_scale = nullptr;  ///< of each key, 128 times that of the row, only with RowScales
+  const float* v_scale = nullptr;
   mutable signed char values_finite = -1;
 
   MatrixView<const typename Policy::Key> step(Index first) const {
@@ -174,7 +177,7 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, P> {
   void encode(const MatrixView<const Key>& k, const P& position, Index first_key, Key* to) const {
     convert_rows(k.data, k.row_stride, k.rows, k.cols, rows_, k.cols);
     position.encode(MatrixView<float>{rows_, k.rows, k.cols, k.cols}, first_key, Role::key);
-    Policy::round_rows(rows_, k.rows, k.cols, to, key_columns_);
+    Policy::round_rows(rows_, k.cols, k.rows, k.cols, to, key_columns_);
     pad(k.rows, to + k.rows * key_columns_);
   }
   void pad(Index rows, Key* to) const {
@@ -187,6 +190,61 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, P> {
   Index value_columns_ = 0;
   Index key_columns_ = 0;
   bool copies_all_ = false;
+};
+
+/// Rows of int8 become bfloat16 without their scales.
+template <class Unit>
+class KeyBlocks<AmxArithmetic<Unit>, std::int8_t, std::int8_t, no_position> {
+ public:
+  using Policy = AmxArithmetic<Unit>;
+
+  static KeyBlocks take(Arena& arena, Index head_dim, Index value_dim, Index kept_keys = 0) {
+    KeyBlocks blocks;
+    blocks.value_columns_ = round_up(value_dim, Policy::columns_in_tile);
+    blocks.key_columns_ = round_up(head_dim, Policy::columns_in_step);
+    blocks.own_.values =
+        arena.take<typename Policy::Value>(Policy::keys_in_block / 2 * blocks.value_columns_);
+    blocks.own_.keys = arena.take<typename Policy::Key>(Policy::keys_in_block * blocks.key_columns_);
+    blocks.k_scale_ = arena.take<float>(Policy::keys_in_block);
+    blocks.v_scale_ = arena.take<float>(Policy::keys_in_block);
+    if (kept_keys > 0)
+      blocks.kept_ = KeptBlocks<Unit>::take(arena, blocks.key_columns_, blocks.value_columns_, kept_keys);
+    return blocks;
+  }
+  void clear() const { kept_.clear(); }
+  void enter(Index head) const { kept_.enter(head); }
+
+  KeyBlock<Policy> block(const KeyRun<std::int8_t, std::int8_t>& run, const no_position&,
+                         Index first_key) const {
+    const Index keys = run.k.rows, padded = round_up(keys, Policy::keys_in_step);
+    bool is_new = true;
+    const BlockRows<Unit> rows = kept_.find(first_key, own_, is_new);
+    if (is_new) {
+      Policy::transpose_values(run.v.data, run.v.row_stride, keys, run.v.cols, rows.values, value_columns_);
+      Policy::round_rows(run.k.data, run.k.row_stride, keys, run.k.cols, rows.keys, key_columns_);
+      std::fill_n(rows.keys + keys * key_columns_, (padded - keys) * key_columns_, typename Policy::Key(0));
+    }
+    const auto scaled = [&](const float* from, float* to) {
+      std::transform(from, from + keys, to, [](float scale) { return 128 * scale; });
+      std::fill(to + keys, to + padded, 0.0f);
+    };
+    scaled(run.k_scale, k_scale_);
+    scaled(run.v_scale, v_scale_);
+    KeyBlock<Policy> block{rows.keys, rows.values, key_columns_, value_columns_, first_key, keys};
+    block.last_step = rows.keys + keys / Policy::keys_in_step * Policy::keys_in_step * key_columns_;
+    block.last_stride = key_columns_;
+    block.k_scale = k_scale_;
+    block.v_scale = v_scale_;
+    return block;
+  }
+
+ private:
+  BlockRows<Unit> own_;
+  float* k_scale_ = nullptr;  ///< [keys_in_block]
+  float* v_scale_ = nullptr;
+  KeptBlocks<Unit> kept_;
+  Index value_columns_ = 0;
+  Index key_columns_ = 0;
 };
 
 }  // namespace detail
