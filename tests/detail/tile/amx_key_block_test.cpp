@@ -3,6 +3,8 @@
 #include "longspan/detail/tile/amx_key_block.hpp"
 
 #include "longspan/detail/attend.hpp"
+#include "longspan/dilated_attention.hpp"
+#include "longspan/landmark_attention.hpp"
 #include "support/catch.hpp"
 #include "support/gauge.hpp"
 #include "support/tile_calls.hpp"
@@ -235,6 +237,25 @@ TEST_CASE("amx: a hidden key that is NaN has no effect on other keys of its bloc
     attend<Unit>(spoilt, before, rotary(Pairing::half_split));
     CHECK(clean.same_outputs(spoilt));
   });
+}
+
+TEST_CASE("amx: landmark and dilated attention with a position have the bits of calls with encoded rows",
+          "[amx][bits][position]") {
+  if (!test::has_tiles()) return;
+  Random random(7);
+  const auto check = [&](const auto& with, const auto& without) {
+    Bf16Call<bfloat16> call(Shape{1, 4, 2, 330, 350, 40, 24}, Values::normal, random), before = call;
+    call.run(with);
+    encode_and_round(before.q, with.position, 20, Role::query);
+    encode_and_round(before.k, with.position, 0, Role::key);
+    before.run(without);
+    CHECK(call.same_outputs(before));
+  };
+  const rotary turned(Pairing::half_split);
+  check(landmark_attention{landmarks::every(33), causal{}, turned},
+        landmark_attention{landmarks::every(33), causal{}});
+  check(dilated_attention{{{64, 1}, {256, 3}}, causal{}, turned},
+        dilated_attention{{{64, 1}, {256, 3}}, causal{}});
 }
 
 #if defined(LONGSPAN_TARGETS_AMX)
