@@ -173,7 +173,7 @@ void landmark_forward(const Problem<Tq, Tk, Tv, To>& call, const LandmarkOptions
                                                        on.workers())
           .run(on, workspace);
     };
-    with_tile_or_float_arithmetic<S, P>(call, bf16_products && fits_tiles, where, run);
+    with_tile_or_float_arithmetic(call, bf16_products && fits_tiles, where, run);
   });
 }
 

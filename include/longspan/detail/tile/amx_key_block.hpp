@@ -1,4 +1,4 @@
-// Blocks of keys and values in the layout of matrix tiles: keys in place, values transposed.
+// Blocks of keys and values in the layout of matrix tiles: keys in place, encoded or converted, values transposed.
 #pragma once
 
 #include "longspan/detail/tile/amx_arithmetic.hpp"
@@ -6,6 +6,8 @@
 #if defined(LONGSPAN_HAS_AMX_ARITHMETIC)
 
 #include <algorithm>
+#include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "longspan/detail/call/arena.hpp"
@@ -19,7 +21,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Keys are read in place, in steps of 32 rows and 32 columns; values are transposed.
+/// Keys are read in steps of 32 rows and 32 columns; values are transposed.
 template <class Unit>
 struct KeyBlock<AmxArithmetic<Unit>> {
   using Policy = AmxArithmetic<Unit>;
@@ -33,6 +35,8 @@ struct KeyBlock<AmxArithmetic<Unit>> {
   const typename Policy::Key* last_step =
       nullptr;  ///< where keys is no multiple of 32: its last rows, and rows of 0
   Index last_stride = 0;
+  const float* k_scale = nullptr;  ///< of each key, 128 times that of the row, only with RowScales
+  const float* v_scale = nullptr;
   mutable signed char values_finite = -1;
 
   MatrixView<const typename Policy::Key> step(Index first) const {
@@ -42,25 +46,37 @@ struct KeyBlock<AmxArithmetic<Unit>> {
   }
 };
 
-/// The transposed values of the first keys of one KV head, which a worker keeps from task to task: transposing them in
-/// each task, for every 192 queries, would take 9 % of a call.
+/// Memory for a block in the layout of matrix tiles. `keys` is null if keys are read in place.
 template <class Unit>
-class KeptValues {
+struct BlockRows {
+  typename AmxArithmetic<Unit>::Key* keys = nullptr;
+  typename AmxArithmetic<Unit>::Value* values = nullptr;
+};
+
+/// The transposed values and the encoded keys of the first blocks of one KV head, which a worker keeps from task to
+/// task: transposing values in each task, for every 192 queries, would take 9 % of a call.
+template <class Unit>
+class KeptBlocks {
  public:
   using Policy = AmxArithmetic<Unit>;
+  using Key = typename Policy::Key;
   using Value = typename Policy::Value;
 
-  /// For at most `keys` keys, and at most kept_value_bytes.
-  static KeptValues take(Arena& arena, Index padded_value_dim, Index keys) {
-    constexpr Index most_bytes = tuning::kept_value_bytes;
-    KeptValues kept;
-    kept.in_block_ = Policy::keys_in_block / 2 * padded_value_dim;
-    if (kept.in_block_ == 0) return kept;
-    kept.blocks_ = (std::min)(divide_up(keys, Policy::keys_in_block),
-                              most_bytes / (kept.in_block_ * Index(sizeof(Value))));
+  /// For at most `keys` keys, and at most kept_block_bytes of values and of keys. `key_columns` is 0 if keys are read
+  /// in place.
+  static KeptBlocks take(Arena& arena, Index key_columns, Index value_columns, Index keys) {
+    constexpr Index in_block = Policy::keys_in_block;
+    KeptBlocks kept;
+    kept.keys_in_block_ = in_block * key_columns;
+    kept.values_in_block_ = in_block / 2 * value_columns;
+    const Index largest =
+        (std::max)(kept.keys_in_block_ * Index(sizeof(Key)), kept.values_in_block_ * Index(sizeof(Value)));
+    if (largest == 0) return kept;
+    kept.blocks_ = (std::min)(divide_up(keys, in_block), tuning::kept_block_bytes / largest);
     kept.head_ = arena.take<Index>(1);
     kept.present_ = arena.take<bool>(kept.blocks_);
-    kept.values_ = arena.take<Value>(kept.blocks_ * kept.in_block_);
+    kept.values_ = arena.take<Value>(kept.blocks_ * kept.values_in_block_);
+    if (key_columns > 0) kept.keys_ = arena.take<Key>(kept.blocks_ * kept.keys_in_block_);
     return kept;
   }
   void clear() const {
@@ -71,39 +87,47 @@ class KeptValues {
     *head_ = head;
     std::fill_n(present_, blocks_, false);
   }
-  /// Memory for the values of the block that begins with key `first_key`, or null if it is not kept. Sets `is_new` if
-  /// the caller has to write them there.
-  Value* find(Index first_key, bool& is_new) const {
+  /// Memory for the block that begins with key `first_key`, or `unkept` if that block is not kept. Sets `is_new` if the
+  /// caller has to write its rows.
+  BlockRows<Unit> find(Index first_key, const BlockRows<Unit>& unkept, bool& is_new) const {
     const Index n = first_key / Policy::keys_in_block;
-    if (n >= blocks_ || first_key % Policy::keys_in_block != 0) return nullptr;
+    is_new = n >= blocks_ || first_key % Policy::keys_in_block != 0;
+    if (is_new) return unkept;
     is_new = !std::exchange(present_[n], true);
-    return values_ + n * in_block_;
+    return {keys_ == nullptr ? nullptr : keys_ + n * keys_in_block_, values_ + n * values_in_block_};
   }
 
  private:
   Index* head_ = nullptr;
   bool* present_ = nullptr;  ///< of each block
+  Key* keys_ = nullptr;
   Value* values_ = nullptr;
   Index blocks_ = 0;
-  Index in_block_ = 0;  ///< Values
+  Index keys_in_block_ = 0;    ///< Keys
+  Index values_in_block_ = 0;  ///< Values
 };
 
-template <class Unit>
-class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_position> {
+template <class Unit, Position P>
+class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, P> {
  public:
   using Policy = AmxArithmetic<Unit>;
   using Key = Eigen::bfloat16;
 
-  /// Keeps the values of up to `kept_keys` keys of a head: see KeptValues.
+  /// Keeps up to `kept_keys` keys of a head: see KeptBlocks.
   static KeyBlocks take(Arena& arena, Index head_dim, Index value_dim, Index kept_keys = 0) {
     KeyBlocks blocks;
-    blocks.padded_value_dim_ = round_up(value_dim, Policy::columns_in_tile);
-    blocks.padded_head_dim_ = round_up(head_dim, Policy::columns_in_step);
-    blocks.v_ = arena.take<typename Policy::Value>(Policy::keys_in_block / 2 * blocks.padded_value_dim_);
-    blocks.copies_all_ = head_dim != blocks.padded_head_dim_;
-    blocks.k_ = arena.take<Key>((blocks.copies_all_ ? Policy::keys_in_block : Policy::keys_in_step) *
-                                blocks.padded_head_dim_);
-    if (kept_keys > 0) blocks.kept_ = KeptValues<Unit>::take(arena, blocks.padded_value_dim_, kept_keys);
+    blocks.value_columns_ = round_up(value_dim, Policy::columns_in_tile);
+    blocks.key_columns_ = round_up(head_dim, Policy::columns_in_step);
+    blocks.copies_all_ = encodes || head_dim != blocks.key_columns_;
+    blocks.own_.values =
+        arena.take<typename Policy::Value>(Policy::keys_in_block / 2 * blocks.value_columns_);
+    blocks.own_.keys = arena.take<Key>((blocks.copies_all_ ? Policy::keys_in_block : Policy::keys_in_step) *
+                                       blocks.key_columns_);
+    if constexpr (encodes) blocks.rows_ = arena.take<float>(Policy::keys_in_block * head_dim);
+    if (kept_keys > 0) {
+      blocks.kept_ =
+          KeptBlocks<Unit>::take(arena, encodes ? blocks.key_columns_ : 0, blocks.value_columns_, kept_keys);
+    }
     return blocks;
   }
   /// To be called before the first task of a call.
@@ -112,45 +136,115 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_positi
   void enter(Index head) const { kept_.enter(head); }
 
   /// The keys of a run that begins with key `first_key`, at most one key block. Valid until the next call.
-  KeyBlock<Policy> block(const KeyRun<Key, Key>& run, const no_position&, Index first_key) const {
+  KeyBlock<Policy> block(const KeyRun<Key, Key>& run, const P& position, Index first_key) const {
     const MatrixView<const Key> k = run.k;
     bool is_new = true;
-    auto* values = kept_.find(first_key, is_new);
-    if (values == nullptr) values = v_;
+    const BlockRows<Unit> rows = kept_.find(first_key, own_, is_new);
     if (is_new)
-      Policy::transpose_values(run.v.data, run.v.row_stride, k.rows, run.v.cols, values, padded_value_dim_);
-    KeyBlock<Policy> block{k.data, values, k.row_stride, padded_value_dim_, first_key, k.rows};
-    block.last_stride = padded_head_dim_;
+      Policy::transpose_values(run.v.data, run.v.row_stride, k.rows, run.v.cols, rows.values, value_columns_);
+    KeyBlock<Policy> block{k.data, rows.values, k.row_stride, value_columns_, first_key, k.rows};
+    block.last_stride = key_columns_;
     const Index whole = k.rows / Policy::keys_in_step * Policy::keys_in_step;
     if (copies_all_) {
-      copy_padded(k, 0);
-      block.k = k_;
-      block.k_stride = padded_head_dim_;
-      block.last_step = k_ + whole * padded_head_dim_;
+      Key* keys = encodes ? rows.keys : own_.keys;
+      if constexpr (encodes) {
+        if (is_new) encode(k, position, first_key, keys);
+      } else {
+        copy_padded(k, 0, keys);
+      }
+      block.k = keys;
+      block.k_stride = key_columns_;
+      block.last_step = keys + whole * key_columns_;
     } else if (whole < k.rows) {
-      copy_padded(k, whole);
-      block.last_step = k_;
+      copy_padded(k, whole, own_.keys);
+      block.last_step = own_.keys;
     }
     return block;
   }
 
  private:
+  static constexpr bool encodes = !std::is_same_v<P, no_position>;
+
   /// Copies the rows from `first` on and appends rows of 0 up to a whole step.
-  void copy_padded(const MatrixView<const Key>& k, Index first) const {
-    Key* to = k_;
-    for (Index j = first; j < round_up(k.rows, Policy::keys_in_step); ++j, to += padded_head_dim_) {
-      const Index present = j < k.rows ? k.cols : 0;
-      if (present > 0) std::copy_n(k.row(j), present, to);
-      std::fill(to + present, to + padded_head_dim_, Key(0));
+  void copy_padded(const MatrixView<const Key>& k, Index first, Key* to) const {
+    for (Index j = first; j < k.rows; ++j, to += key_columns_) {
+      std::copy_n(k.row(j), k.cols, to);
+      std::fill(to + k.cols, to + key_columns_, Key(0));
     }
+    pad(k.rows, to);
+  }
+  /// Encodes rows in float, rounds them to bfloat16, and appends rows of 0 up to a whole step.
+  void encode(const MatrixView<const Key>& k, const P& position, Index first_key, Key* to) const {
+    convert_rows(k.data, k.row_stride, k.rows, k.cols, rows_, k.cols);
+    position.encode(MatrixView<float>{rows_, k.rows, k.cols, k.cols}, first_key, Role::key);
+    Policy::round_rows(rows_, k.cols, k.rows, k.cols, to, key_columns_);
+    pad(k.rows, to + k.rows * key_columns_);
+  }
+  void pad(Index rows, Key* to) const {
+    std::fill_n(to, (round_up(rows, Policy::keys_in_step) - rows) * key_columns_, Key(0));
   }
 
-  Key* k_ = nullptr;
-  typename Policy::Value* v_ = nullptr;
-  KeptValues<Unit> kept_;
-  Index padded_value_dim_ = 0;
-  Index padded_head_dim_ = 0;
+  BlockRows<Unit> own_;
+  float* rows_ = nullptr;  ///< [keys_in_block][head_dim], for position encoding
+  KeptBlocks<Unit> kept_;
+  Index value_columns_ = 0;
+  Index key_columns_ = 0;
   bool copies_all_ = false;
+};
+
+/// Rows of int8 become bfloat16 without their scales.
+template <class Unit>
+class KeyBlocks<AmxArithmetic<Unit>, std::int8_t, std::int8_t, no_position> {
+ public:
+  using Policy = AmxArithmetic<Unit>;
+
+  static KeyBlocks take(Arena& arena, Index head_dim, Index value_dim, Index kept_keys = 0) {
+    KeyBlocks blocks;
+    blocks.value_columns_ = round_up(value_dim, Policy::columns_in_tile);
+    blocks.key_columns_ = round_up(head_dim, Policy::columns_in_step);
+    blocks.own_.values =
+        arena.take<typename Policy::Value>(Policy::keys_in_block / 2 * blocks.value_columns_);
+    blocks.own_.keys = arena.take<typename Policy::Key>(Policy::keys_in_block * blocks.key_columns_);
+    blocks.k_scale_ = arena.take<float>(Policy::keys_in_block);
+    blocks.v_scale_ = arena.take<float>(Policy::keys_in_block);
+    if (kept_keys > 0)
+      blocks.kept_ = KeptBlocks<Unit>::take(arena, blocks.key_columns_, blocks.value_columns_, kept_keys);
+    return blocks;
+  }
+  void clear() const { kept_.clear(); }
+  void enter(Index head) const { kept_.enter(head); }
+
+  KeyBlock<Policy> block(const KeyRun<std::int8_t, std::int8_t>& run, const no_position&,
+                         Index first_key) const {
+    const Index keys = run.k.rows, padded = round_up(keys, Policy::keys_in_step);
+    bool is_new = true;
+    const BlockRows<Unit> rows = kept_.find(first_key, own_, is_new);
+    if (is_new) {
+      Policy::transpose_values(run.v.data, run.v.row_stride, keys, run.v.cols, rows.values, value_columns_);
+      Policy::round_rows(run.k.data, run.k.row_stride, keys, run.k.cols, rows.keys, key_columns_);
+      std::fill_n(rows.keys + keys * key_columns_, (padded - keys) * key_columns_, typename Policy::Key(0));
+    }
+    const auto scaled = [&](const float* from, float* to) {
+      std::transform(from, from + keys, to, [](float scale) { return 128 * scale; });
+      std::fill(to + keys, to + padded, 0.0f);
+    };
+    scaled(run.k_scale, k_scale_);
+    scaled(run.v_scale, v_scale_);
+    KeyBlock<Policy> block{rows.keys, rows.values, key_columns_, value_columns_, first_key, keys};
+    block.last_step = rows.keys + keys / Policy::keys_in_step * Policy::keys_in_step * key_columns_;
+    block.last_stride = key_columns_;
+    block.k_scale = k_scale_;
+    block.v_scale = v_scale_;
+    return block;
+  }
+
+ private:
+  BlockRows<Unit> own_;
+  float* k_scale_ = nullptr;  ///< [keys_in_block]
+  float* v_scale_ = nullptr;
+  KeptBlocks<Unit> kept_;
+  Index value_columns_ = 0;
+  Index key_columns_ = 0;
 };
 
 }  // namespace detail
