@@ -86,7 +86,7 @@ class Workspace {
 
   /// A second workspace, for a functor that calls another functor while it uses this one.
   Workspace& inner() {
-    if (inner_ == nullptr) inner_ = std::make_unique<Workspace>();
+    if (inner_ == nullptr) inner_.reset(new Workspace);
     return *inner_;
   }
 
@@ -98,7 +98,11 @@ class Workspace {
   };
   std::unique_ptr<std::byte, Release> memory_;
   std::size_t size_ = 0;
-  std::unique_ptr<Workspace> inner_;
+  struct ReleaseInner {
+    /// Not inlined into the destructor of the Workspace that owns it, and so on.
+    LONGSPAN_NOINLINE void operator()(Workspace* inner) const noexcept { delete inner; }
+  };
+  std::unique_ptr<Workspace, ReleaseInner> inner_;
 };
 
 /// An executor with a workspace: the optional last argument of every functor. With one Execution for each calling
