@@ -70,8 +70,7 @@ struct RowPass {
   /// Scores, `size` of them, become weights: see RowAccumulator::weigh.
   static LONGSPAN_NOINLINE void weigh(const Run& run, Index count, Real* scores, Index size, Index first,
                                       const RowAccumulator<Real>& state, Real* rescale) {
-    with_power_of_two<w>(count,
-                         [&]<int queries>() { state.template weigh<queries>(scores, size, first, rescale); });
+    state.weigh(scores, size, count, first, rescale);
     if constexpr (is_scaled) scale_scores(scores, run.v_scale, run.k.rows, count);
   }
 
@@ -137,14 +136,14 @@ struct RowPass {
     }
     const Index in_pairs = columns_in_pairs<Real, Tv>(v.cols);
     for (Index column = 0; column < o_stride;) {
-      const Index left = (column < in_pairs ? in_pairs : o_stride) - column;
+      const Index left = (column < in_pairs ? in_pairs : v.cols) - column;
+      const Index whole = std::max<Index>(1, left / w);
       const Index packets =
-          std::min<Index>(most_value_packets, static_cast<Index>(std::bit_floor(std::size_t(left / w))));
+          std::min<Index>(most_value_packets, static_cast<Index>(std::bit_floor(std::size_t(whole))));
       constexpr Index widest = (std::min)(most_value_packets, value_accumulators / queries);
       with_power_of_two<widest>(packets, [&]<int wide>() {
-        detail::add_values<queries, wide, hint>(v.data + column, v.row_stride,
-                                                (std::min)(w, v.cols - column - (wide - 1) * w), v.rows,
-                                                weights, queries, o + column, o_stride, rescale);
+        detail::add_values<queries, wide, hint>(v.data + column, v.row_stride, left, v.rows, weights, queries,
+                                                o + column, o_stride, rescale);
       });
       column += packets * w;
     }
