@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdio>
 #include <initializer_list>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -63,11 +62,15 @@ template <class E>
 [[noreturn]] LONGSPAN_COLD void raise_joined(std::initializer_list<std::string_view> pieces) {
   std::size_t size = 1;
   for (const std::string_view piece : pieces) size += piece.size();
-  const std::unique_ptr<char[]> text(new char[size]);
-  char* to = text.get();
+  struct Text {
+    char* begin;
+    ~Text() { delete[] begin; }
+  };
+  const Text text{new char[size]};
+  char* to = text.begin;
   for (const std::string_view piece : pieces) to = std::copy_n(piece.data(), piece.size(), to);
   *to = '\0';
-  raise<E>(text.get());
+  raise<E>(text.begin);
 }
 
 template <class E = Error>
