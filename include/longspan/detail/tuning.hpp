@@ -5,7 +5,7 @@
 // the same target must define the same value.
 #pragma once
 
-#include "longspan/detail/simd/eigen_core.hpp"
+#include "longspan/detail/eigen_core.hpp"
 #include "longspan/version.hpp"
 
 // Intel's cores from Sapphire Rapids on have AVX512-FP16, AMD's up to Zen 5 do not.

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "longspan/detail/simd/eigen_core.hpp"
+#include "longspan/detail/eigen_core.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "longspan/detail/call/finite.hpp"
-#include "longspan/detail/simd/eigen_core.hpp"
+#include "longspan/detail/eigen_core.hpp"
 #include "longspan/detail/tuning.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
