@@ -13,6 +13,7 @@
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/check_view.hpp"
 #include "longspan/detail/call/composition.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/gradient/rows.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/eigen.hpp"

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/gradient/key_tiles.hpp"
 #include "longspan/detail/gradient/rows.hpp"
 #include "longspan/detail/gradient/wave.hpp"
@@ -59,21 +60,17 @@ class Backward {
 
   template <class E>
   void run(const E& executor, Workspace& workspace) {
-    Arena counting_worker, counting_shared;
-    cut_worker(counting_worker);
-    cut_shared(counting_shared);
-    const Index worker_bytes = static_cast<Index>(counting_worker.used());
-    const Index all_worker_bytes = worker_bytes * executor.workers();
-    std::byte* memory =
-        workspace.reserve(static_cast<std::size_t>(all_worker_bytes) + counting_shared.used());
-    Arena arena(memory + all_worker_bytes);
-    cut_shared(arena);
+    const WorkerScratch scratch(
+        workspace, executor.workers(), [&](Arena& arena) { cut_worker(arena); },
+        [&](Arena& arena) { cut_shared(arena); });
+    Arena shared = scratch.shared();
+    cut_shared(shared);
     for (Index first_head = 0; wave_.enter(executor, first_head); first_head += heads_in_wave_) {
       Index first_span = 0;
       do {
         const Index spans = (std::min)(SpanPlan::most_held, plan_.spans - first_span);
         executor.for_each(wave_.heads() * spans, [&](Index task, Index worker) {
-          Arena own(memory + worker * worker_bytes);
+          Arena own = scratch.of_worker(worker);
           Worker of_worker = cut_worker(own);
           // Under a causal mask the first spans take longest, so they come first.
           const Index slot = task / wave_.heads();

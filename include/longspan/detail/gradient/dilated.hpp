@@ -7,6 +7,7 @@
 
 #include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/dilated/forward.hpp"
 #include "longspan/detail/dilated/rows.hpp"
 #include "longspan/detail/gradient/key_tiles.hpp"
@@ -48,15 +49,11 @@ class DilatedBackward {
 
   template <class E>
   void run(const E& executor, Workspace& workspace) {
-    Arena counting_worker, counting_shared;
-    cut_shared(counting_shared);
-    cut_worker(counting_worker);
-    const Index worker_bytes = static_cast<Index>(counting_worker.used());
-    const Index all_worker_bytes = worker_bytes * executor.workers();
-    std::byte* memory =
-        workspace.reserve(static_cast<std::size_t>(all_worker_bytes) + counting_shared.used());
-    Arena arena(memory + all_worker_bytes);
-    cut_shared(arena);
+    const WorkerScratch scratch(
+        workspace, executor.workers(), [&](Arena& arena) { cut_worker(arena); },
+        [&](Arena& arena) { cut_shared(arena); });
+    Arena shared = scratch.shared();
+    cut_shared(shared);
     for (Index first_head = 0; wave_.enter(executor, first_head); first_head += heads_in_wave_) {
       for_each_block(executor, [&](MatrixView<Real> rows) {
         for (Index i = 0; i < rows.rows; ++i) std::fill_n(rows.row(i), rows.row_stride, Real(0));
@@ -65,7 +62,7 @@ class DilatedBackward {
         const BranchGroups groups = groups_of(n);
         const Index tasks = wave_.heads() * divide_up(forward().kv_len(), groups.length);
         executor.for_each(tasks, [&](Index task, Index worker) {
-          Arena own(memory + worker * worker_bytes);
+          Arena own = scratch.of_worker(worker);
           Worker of_worker = cut_worker(own);
           take_group(n, groups, task % wave_.heads(), task / wave_.heads() * groups.length, of_worker);
         });
@@ -112,7 +109,7 @@ class DilatedBackward {
         decltype(worker.tiles)::take(arena, forward().head_dim(), forward().value_dim(), most_queries);
     worker.dk = arena.take<Real>(keys_in_group<Real> * forward().head_dim());
     worker.dv = arena.take<Real>(keys_in_group<Real> * forward().value_dim());
-    worker.dq = arena.take<Real>(rows_in_query_block * wave_.padded_head_dim());
+    worker.dq = arena.take<Real>(rows_in_query_block * round_up(forward().head_dim(), Index{lanes<Real>}));
     worker.shift = arena.take<Real>(most_queries);
     worker.delta = arena.take<Real>(most_queries);
     worker.weight = arena.take<Real>(most_queries);
