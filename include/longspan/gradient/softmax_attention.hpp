@@ -73,7 +73,7 @@ struct gradient_of<softmax_attention<M, S, P>>
   template <class Call, class E>
   void differentiate(const Call& call, const E& executor, Workspace& workspace) const {
     detail::differentiate(call.at(name, attend.first_query, attend.scale), attend.mask, attend.score,
-                          attend.position, executor, workspace);
+                          attend.position, executor, workspace, attend.bf16_products);
   }
 };
 

@@ -38,9 +38,9 @@ struct SpanPlan {
 
 /// For each wave of KV heads, and at most SpanPlan::most_held spans of their keys at a time:
 ///   for each KV head and span, in parallel:
-///     for each group of key tiles of the span, each query head and each query block: KeyTiles::absorb
+///     for each group of key tiles of the span, each query head and each query block: Tiles::absorb
 ///   add up the sums of dq, in parallel over blocks of queries
-template <class Call, Mask M, Score S, Position P>
+template <class Tiles, class Call, Mask M, Score S, Position P>
 class Backward {
  public:
   using Real = typename Call::Real;
@@ -84,7 +84,7 @@ class Backward {
 
  private:
   struct Worker {
-    KeyTiles<Real, M, S> tiles;
+    Tiles tiles;
     Real *dk = nullptr, *dv = nullptr;
   };
 
@@ -92,7 +92,7 @@ class Backward {
 
   Worker cut_worker(Arena& arena) const {
     Worker worker;
-    worker.tiles = KeyTiles<Real, M, S>::take(arena, forward().head_dim(), forward().value_dim(),
+    worker.tiles = Tiles::take(arena, forward().head_dim(), forward().value_dim(),
                                               forward().q_len() * forward().group());
     worker.dk = arena.take<Real>(keys_in_group<Real> * forward().head_dim());
     worker.dv = arena.take<Real>(keys_in_group<Real> * forward().value_dim());
@@ -100,7 +100,7 @@ class Backward {
   }
 
   void cut_shared(Arena& arena) {
-    wave_ = Wave<Call, P>::take(arena, call_, position_, heads_in_wave_);
+    wave_ = Wave<Call, Tiles, P>::take(arena, call_, position_, heads_in_wave_);
     queries_ = heads_in_wave_ * forward().group();
     const Index of_span = queries_ * wave_.padded_rows() * wave_.padded_head_dim();
     dq_ = arena.take<Real>(plan_.held() * of_span);
@@ -119,7 +119,7 @@ class Backward {
 
   void take_span(Worker& worker, Index n, Index slot, Index span) const {
     std::fill_n(&is_set(slot, n * forward().group(), 0), forward().group() * wave_.blocks(), false);
-    const MatrixView<const Real> k = wave_.k(n), v = wave_.v(n);
+    const MatrixView<const typename Tiles::Row> k = wave_.k(n), v = wave_.v(n);
     const Index end = (std::min)(forward().kv_len(), (span + 1) * plan_.length);
     for (Index first = span * plan_.length; first < end; first += keys_in_group<Real>) {
       const Index keys = (std::min)(keys_in_group<Real>, end - first);
@@ -131,7 +131,7 @@ class Backward {
   }
 
   void take_queries(Worker& worker, Index n, Index slot) const {
-    const MatrixView<const Real> q = wave_.q(n), dout = wave_.dout(n);
+    const MatrixView<const typename Tiles::Row> q = wave_.q(n), dout = wave_.dout(n);
     worker.tiles.enter_head(wave_.query_head(n).batch, wave_.query_head(n).head, forward().first_query);
     for (Index block = 0; block < wave_.blocks(); ++block) {
       const Index first = block * rows_in_query_block, count = wave_.rows_of_block(block);
@@ -142,7 +142,7 @@ class Backward {
     }
   }
 
-  void write_keys(Worker& worker, const typename Wave<Call, P>::Head& to, Index first, Index keys) const {
+  void write_keys(Worker& worker, const typename Wave<Call, Tiles, P>::Head& to, Index first, Index keys) const {
     const MatrixView<Real> dk{worker.dk, keys, forward().head_dim(), forward().head_dim()},
         dv{worker.dv, keys, forward().value_dim(), forward().value_dim()};
     worker.tiles.finish(dk, dv);
@@ -198,7 +198,7 @@ class Backward {
   SpanPlan plan_;
   Index heads_in_wave_ = 1;
   Index queries_ = 1;  ///< query heads of a wave
-  Wave<Call, P> wave_;
+  Wave<Call, Tiles, P> wave_;
   Real* dq_ = nullptr;         ///< [spans][query heads of the wave][padded rows][padded head_dim]
   Real* dq_before_ = nullptr;  ///< the sums of the spans that are no longer held
   bool* is_set_ = nullptr;     ///< [spans][query heads of the wave][blocks]

@@ -11,6 +11,7 @@
 #include "longspan/detail/dilated/forward.hpp"
 #include "longspan/detail/dilated/rows.hpp"
 #include "longspan/detail/gradient/key_tiles.hpp"
+#include "longspan/detail/gradient/products_of.hpp"
 #include "longspan/detail/gradient/rows.hpp"
 #include "longspan/detail/gradient/wave.hpp"
 #include "longspan/detail/simd/exp2.hpp"
@@ -28,9 +29,9 @@ namespace detail {
 /// For each wave of KV heads, and each branch:
 ///   if the weights of the branches count as constants: find D of each query in this branch
 ///   for each KV head and group of segments, in parallel:
-///     for each query head and each group of key tiles: the queries of the segments, as KeyTiles takes them
+///     for each query head and each group of key tiles: the queries of the segments, as the tiles take them
 /// and then the sums of all branches are written. A task owns the queries and the keys of its segments.
-template <class Call, Mask M, Score S, Position P, bool unmet>
+template <class Products, class Call, Mask M, Score S, Position P, bool unmet>
 class DilatedBackward {
  public:
   using Real = typename Call::Real;
@@ -76,8 +77,11 @@ class DilatedBackward {
       std::conditional_t<unmet, UnmetMask<M>, SegmentMask<std::conditional_t<unmet, everything, M>>>;
   using BranchScore = decltype(dilated_score(std::declval<const S&>(), {}));
 
+  using Tiles = typename Products::template Tiles<BranchMask, BranchScore>;
+  using Row = typename Tiles::Row;
+
   struct Worker {
-    KeyTiles<Real, BranchMask, BranchScore> tiles;
+    Tiles tiles;
     Real *dk = nullptr, *dv = nullptr;        ///< of a group of key tiles
     Real* dq = nullptr;                       ///< of a query block that is not full
     Real *shift = nullptr, *delta = nullptr;  ///< of the queries of a segment
@@ -106,7 +110,7 @@ class DilatedBackward {
     }
     Worker worker;
     worker.tiles =
-        decltype(worker.tiles)::take(arena, forward().head_dim(), forward().value_dim(), most_queries);
+        Tiles::take(arena, forward().head_dim(), forward().value_dim(), most_queries);
     worker.dk = arena.take<Real>(keys_in_group<Real> * forward().head_dim());
     worker.dv = arena.take<Real>(keys_in_group<Real> * forward().value_dim());
     worker.dq = arena.take<Real>(rows_in_query_block * round_up(forward().head_dim(), Index{lanes<Real>}));
@@ -117,7 +121,7 @@ class DilatedBackward {
   }
 
   void cut_shared(Arena& arena) {
-    wave_ = Wave<Call, P>::take(arena, call_, position_, heads_in_wave_);
+    wave_ = Wave<Call, Tiles, P>::take(arena, call_, position_, heads_in_wave_);
     dq_ = arena.take<Real>(heads_in_wave_ * forward().group() * forward().q_len() * wave_.padded_head_dim());
     dk_ = arena.take<Real>(heads_in_wave_ * forward().kv_len() * wave_.padded_head_dim());
     dv_ = arena.take<Real>(heads_in_wave_ * forward().kv_len() * padded_value_dim());
@@ -181,7 +185,7 @@ class DilatedBackward {
     const auto score = dilated_score(score_, queries.rows);
     if (detached_) find_means(n, queries, kv, mask, score, worker);
     for_each_key_group(queries, kv, mask, score, worker, [&](Index first, Index keys) {
-      for_each_query_block(queries, worker, [&](QueryBlock<Real>& block) { absorb(queries, block, worker); });
+      for_each_query_block(queries, worker, [&](QueryBlock<Real, Row>& block) { absorb(queries, block, worker); });
       const MatrixView<Real> to_k{worker.dk, keys, forward().head_dim(), forward().head_dim()},
           to_v{worker.dv, keys, forward().value_dim(), forward().value_dim()};
       worker.tiles.finish(to_k, to_v);
@@ -212,7 +216,7 @@ class DilatedBackward {
     for (Index first = 0; first < queries.count; first += rows_in_query_block) {
       const Index count = (std::min)(rows_in_query_block, queries.count - first);
       const Index at = queries.rows.position(queries.first + first) - forward().first_query;
-      QueryBlock<Real> block{strided(wave_.q(queries.n), at, step, count),
+      QueryBlock<Real, Row> block{strided(wave_.q(queries.n), at, step, count),
                              strided(wave_.dout(queries.n), at, step, count), worker.shift + first,
                              worker.delta + first, first};
       work(block);
@@ -220,7 +224,7 @@ class DilatedBackward {
   }
 
   /// The product for dq writes whole register tiles, so a block that is not full gets memory of its own.
-  void absorb(const Queries& queries, QueryBlock<Real>& block, Worker& worker) const {
+  void absorb(const Queries& queries, QueryBlock<Real, Row>& block, Worker& worker) const {
     const Index at = queries.rows.position(queries.first + block.first_row) - forward().first_query;
     const MatrixView<Real> to = strided(dq(queries.n), at, queries.rows.step, block.q.rows);
     block.dq_is_set = block.q.rows == rows_in_query_block;
@@ -245,10 +249,10 @@ class DilatedBackward {
     std::fill_n(worker.weight, queries.count, Real(0));
     Real zeros[std::size_t(rows_in_query_block)] = {}, means[std::size_t(rows_in_query_block)];
     for_each_key_group(queries, kv, mask, score, worker, [&](Index, Index) {
-      for_each_query_block(queries, worker, [&](QueryBlock<Real>& block) {
+      for_each_query_block(queries, worker, [&](QueryBlock<Real, Row>& block) {
         std::fill_n(means, block.q.rows, Real(0));
         block.delta = zeros;
-        worker.tiles.measure(block, worker.weight + block.first_row, means);
+        if constexpr (Products::measures) worker.tiles.measure(block, worker.weight + block.first_row, means);
         for (Index i = 0; i < block.q.rows; ++i) worker.delta[block.first_row + i] += means[i];
       });
     });
@@ -330,7 +334,7 @@ class DilatedBackward {
   const S& score_;
   const P& position_;
   Index heads_in_wave_ = 1;
-  Wave<Call, P> wave_;
+  Wave<Call, Tiles, P> wave_;
   Real *dq_ = nullptr, *dk_ = nullptr,
        *dv_ = nullptr;  ///< sums over the branches, [heads of the wave][rows][padded]
 };
@@ -338,19 +342,23 @@ class DilatedBackward {
 /// Writes dq, dk and dv of dilated attention.
 template <class Call, Mask M, Score S, Position P, class E>
 void differentiate_dilated(const Call& call, const Dilation& dilation, bool detached, const M& mask,
-                           const S& score, const P& position, const E& executor, Workspace& workspace) {
+                           const S& score, const P& position, const E& executor, Workspace& workspace,
+ bool bf16_products) {
   const auto& forward = call.forward;
   const double flop = dilated_flop(dilation.branches, forward.q.batch * forward.q.heads, forward.kv_len(),
                                    forward.head_dim(), forward.value_dim(), false, dilation.phase);
   run_where_it_pays(2.5 * flop, least_parallel_tile_flop, executor, [&](const auto& where) {
-    const auto run = [&]<bool unmet>(std::bool_constant<unmet>) {
-      DilatedBackward<Call, M, S, P, unmet>(call, dilation, detached, mask, score, position, where.workers())
-          .run(where, workspace);
-    };
-    if constexpr (RangeMask<M>) {
-      if (dilation.overlap == Overlap::multiset) return run(std::false_type());
-    }
-    run(std::true_type());
+    with_products<P>(call, bf16_products && !detached, where, [&]<class Products>(const auto& on) {
+      const auto run = [&]<bool unmet>(std::bool_constant<unmet>) {
+        DilatedBackward<Products, Call, M, S, P, unmet>(call, dilation, detached, mask, score, position,
+                                                        on.workers())
+            .run(on, workspace);
+      };
+      if constexpr (RangeMask<M>) {
+        if (dilation.overlap == Overlap::multiset) return run(std::false_type());
+      }
+      run(std::true_type());
+    });
   });
 }
 

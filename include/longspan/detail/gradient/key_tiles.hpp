@@ -29,10 +29,10 @@ LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// Consecutive queries of one head, at most rows_in_query_block. The rows of q and dout can be read up to a multiple of
-/// tile_rows columns.
-template <class Real>
+/// query_columns of the tiles.
+template <class Real, class Row = Real>
 struct QueryBlock {
-  MatrixView<const Real> q, dout;
+  MatrixView<const Row> q, dout;
   const Real* shift = nullptr;  ///< the lse of each row, in score units
   const Real* delta = nullptr;  ///< D of each row
   Index first_row = 0;          ///< in its head
@@ -55,7 +55,10 @@ inline constexpr Index keys_in_group = key_tiles_in_group * tile_lanes<Real>;
 template <class Real, Mask M, Score S>
 class KeyTiles {
  public:
+  using Row = Real;  ///< element of the rows that are read
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
+  /// Rows are read up to multiples of so many columns.
+  static constexpr Index query_columns = tile_rows, key_columns = lanes<Real>;
   static constexpr Index w = lanes<Real>, tile = tile_lanes<Real>, group = keys_in_group<Real>;
 
   /// `rows` queries will be absorbed.

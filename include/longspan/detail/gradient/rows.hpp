@@ -17,18 +17,18 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The rows of some heads as numbers of type Real that can be read up to a multiple of `padding` columns: in place if
+/// The rows of some heads as numbers of type Row that can be read up to a multiple of `padding` columns: in place if
 /// type and layout allow it, otherwise copied. Heads are counted through all batch rows.
-template <class Real, class T>
-class RealRows {
+template <class Row, class T>
+class KernelRows {
  public:
   /// For `heads` heads at a time.
-  static RealRows take(Arena& arena, TensorView<const T> of, Index padding, bool is_encoded, Index heads) {
-    RealRows rows;
+  static KernelRows take(Arena& arena, TensorView<const T> of, Index padding, bool is_encoded, Index heads) {
+    KernelRows rows;
     rows.of_ = of;
-    rows.copies_ = !std::is_same_v<T, Real> || is_encoded || of.cols % padding != 0;
+    rows.copies_ = !std::is_same_v<T, Row> || is_encoded || of.cols % padding != 0;
     rows.cols_ = round_up(of.cols, padding);
-    if (rows.copies_) rows.copy_ = arena.take<Real>(heads * of.rows * rows.cols_);
+    if (rows.copies_) rows.copy_ = arena.take<Row>(heads * of.rows * rows.cols_);
     return rows;
   }
 
@@ -37,14 +37,14 @@ class RealRows {
   void prepare(Index n, Index head, Index first, Index count, const P& position, Index first_position,
                Role role) const {
     if (!copies_) return;
-    Real* to = copy_ + (n * of_.rows + first) * cols_;
+    Row* to = copy_ + (n * of_.rows + first) * cols_;
     convert_rows(of_.row(head / of_.heads, head % of_.heads, first), of_.row_stride, count, of_.cols, to,
                  cols_);
-    position.encode(MatrixView<Real>{to, count, of_.cols, cols_}, first_position + first, role);
+    position.encode(MatrixView<Row>{to, count, of_.cols, cols_}, first_position + first, role);
   }
 
-  MatrixView<const Real> matrix(Index n, Index head) const {
-    if constexpr (std::is_same_v<T, Real>) {
+  MatrixView<const Row> matrix(Index n, Index head) const {
+    if constexpr (std::is_same_v<T, Row>) {
       if (!copies_) return of_.matrix(head / of_.heads, head % of_.heads);
     }
     return {copy_ + n * of_.rows * cols_, of_.rows, of_.cols, cols_};
@@ -52,7 +52,7 @@ class RealRows {
 
  private:
   TensorView<const T> of_;
-  Real* copy_ = nullptr;
+  Row* copy_ = nullptr;
   Index cols_ = 0;
   bool copies_ = false;
 };

@@ -93,12 +93,40 @@ struct AmxArithmetic {
   template <int packets>
   static LONGSPAN_INLINE void score_keys(const Key* k, Index k_stride, const Query* q, Index head_dim,
                                          float* s, Index stride) {
-    const Index row = stride * Index(sizeof(float)), k_row = k_stride * Index(sizeof(Key));
-    zero_sums<packets>();
-    for (Index column = 0; column < head_dim;
-         column += columns_in_step, k += columns_in_step, q += 16 * stride)
-      add_step<packets>(k, k_row, k + 16 * k_stride, k_row, q, row);
-    store_sums<packets>(s, s + 16 * stride, row);
+    multiply_rows<packets>(k, k_stride, q, stride, head_dim, s, stride, false);
+  }
+
+  /// C[r][lane] = sum_k A[r][k] * B[k][lane] for 32 rows, added to C if `adds`. B is in pairs of k; A is read up to a
+  /// multiple of 32 columns.
+  template <int packets>
+  static LONGSPAN_INLINE void multiply_rows(const Key* a_rows, Index a_stride, const Pair* b_pairs,
+                                            Index b_stride, Index depth, float* c, Index c_stride,
+                                            bool adds) {
+    const Index c_row = c_stride * Index(sizeof(float)), b_row = b_stride * Index(sizeof(Pair)),
+                a_row = a_stride * Index(sizeof(Key));
+    if (adds) {
+      load_sums<packets>(c, c + 16 * c_stride, c_row);
+    } else {
+      zero_sums<packets>();
+    }
+    for (Index k = 0; k < depth; k += columns_in_step, a_rows += columns_in_step, b_pairs += 16 * b_stride)
+      add_step<packets>(a_rows, a_row, a_rows + 16 * a_stride, a_row, b_pairs, b_row);
+    store_sums<packets>(c, c + 16 * c_stride, c_row);
+  }
+
+  /// Pairs of neighbouring rows: to[j / 2][column] has the columns of rows j and j + 1. `rows` and `to_cols` are rounded
+  /// up to multiples of 32 and 16; what is missing becomes 0.
+  static void pair_rows(const Key* from, Index from_stride, Index rows, Index cols, Pair* to, Index to_cols) {
+    for (Index j = 0; j < round_up(rows, 32); j += 2, to += to_cols) {
+      for (Index column = 0; column < to_cols; column += 16) {
+        const auto row = [&](Index i) {
+          const __mmask16 present =
+              i < rows ? static_cast<__mmask16>(first_of_32(std::max<Index>(0, cols - column))) : __mmask16{0};
+          return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, from + i * from_stride + column));
+        };
+        _mm512_storeu_si512(to + column, _mm512_or_si512(row(j), _mm512_slli_epi32(row(j + 1), 16)));
+      }
+    }
   }
 
   /// O[column][lane] += the sum over `steps` steps of 32 keys of V^T[column][key] * P[key pair][lane]. Values are laid
