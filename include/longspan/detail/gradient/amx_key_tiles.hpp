@@ -43,7 +43,7 @@ class AmxKeyTiles {
   using Pair = typename Policy::Pair;
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
   static constexpr Index w = lanes<float>, tile = tile_lanes<float>, group = keys_in_group<float>;
-  static constexpr Index rows_in_step = Policy::keys_in_step;
+  static constexpr Index rows_in_block = rows_in_tile_query_block, rows_in_step = Policy::keys_in_step;
   /// Rows are read up to multiples of so many columns.
   static constexpr Index query_columns = Policy::columns_in_step, key_columns = 1;
 
@@ -58,17 +58,17 @@ class AmxKeyTiles {
     t.packed_ = arena.take<Pair>((t.k_rows_ + t.v_rows_) * group);
     t.key_pairs_ = arena.take<Pair>(group / 2 * t.dk_columns_);
     t.sums_ = arena.take<float>((t.dk_columns_ + t.dv_columns_) * group);
-    t.has_total_ = rows > blocks_in_chunk * rows_in_query_block;
+    t.has_total_ = rows > blocks_in_chunk * rows_in_block;
     if (t.has_total_) t.total_ = arena.take<float>((t.dk_columns_ + t.dv_columns_) * group);
-    t.queries_ = arena.take<Pair>(rows_in_query_block / 2 * t.dk_columns_);
-    t.douts_ = arena.take<Pair>(rows_in_query_block / 2 * t.dv_columns_);
+    t.queries_ = arena.take<Pair>(rows_in_block / 2 * t.dk_columns_);
+    t.douts_ = arena.take<Pair>(rows_in_block / 2 * t.dv_columns_);
     t.last_q_ = arena.take<Row>(rows_in_step * 2 * t.k_rows_);
     t.last_dout_ = arena.take<Row>(rows_in_step * 2 * t.v_rows_);
     t.s_ = arena.take<float>(rows_in_step * tile);
     t.dp_ = arena.take<float>(rows_in_step * tile);
-    t.p_pairs_ = arena.take<Pair>(rows_in_query_block / 2 * tile);
-    t.ds_pairs_ = arena.take<Pair>(rows_in_query_block / 2 * tile);
-    t.ds_ = arena.take<Row>(rows_in_query_block * group);
+    t.p_pairs_ = arena.take<Pair>(rows_in_block / 2 * tile);
+    t.ds_pairs_ = arena.take<Pair>(rows_in_block / 2 * tile);
+    t.ds_ = arena.take<Row>(rows_in_block * group);
     return t;
   }
 
@@ -107,7 +107,7 @@ class AmxKeyTiles {
 
   /// As KeyTiles::absorb.
   bool absorb(const QueryBlock<float, Row>& block) {
-    if (block.first_row % (blocks_in_chunk * rows_in_query_block) == 0) carry();
+    if (block.first_row % (blocks_in_chunk * rows_in_block) == 0) carry();
     std::array<Runs, std::size_t(key_tiles_in_group)> runs_of;
     bool whole = true, any = false;
     for (Index t = 0; t < tiles_; ++t) {
@@ -125,7 +125,8 @@ class AmxKeyTiles {
         std::fill_n(ds_ + i * group, padded_keys, Row(0));
     }
     copy_last_step(block);
-    Policy::transpose_values(block.q.data, block.q.row_stride, block.q.rows, head_dim_, queries_, dk_columns_);
+    Policy::transpose_values(block.q.data, block.q.row_stride, block.q.rows, head_dim_, queries_,
+                             dk_columns_);
     Policy::transpose_values(block.dout.data, block.dout.row_stride, block.dout.rows, value_dim_, douts_,
                              dv_columns_);
     hides_ = !whole || changes_score;
@@ -156,7 +157,7 @@ class AmxKeyTiles {
   }
 
  private:
-  static constexpr Index blocks_in_chunk = keys_in_chunk / rows_in_query_block;
+  static constexpr Index blocks_in_chunk = keys_in_chunk / rows_in_block;
 
   Index keys_of(Index t) const { return (std::min)(tile, k_.rows - t * tile); }
   Index packets_of(Index t) const { return divide_up(keys_of(t), w); }
@@ -201,12 +202,13 @@ class AmxKeyTiles {
   void weigh(const QueryBlock<float, Row>& block, Index t, const Run& run, Index first) const {
     const Index lane = run.first_packet * w;
     const bool is_last = first + rows_in_step > block.q.rows;
-    const Row *q = is_last ? last_q_ : block.q.row(first), *dout = is_last ? last_dout_ : block.dout.row(first);
+    const Row *q = is_last ? last_q_ : block.q.row(first),
+              *dout = is_last ? last_dout_ : block.dout.row(first);
     const Index q_stride = is_last ? 2 * k_rows_ : block.q.row_stride,
                 dout_stride = is_last ? 2 * v_rows_ : block.dout.row_stride;
     with_packets(run.packets, [&]<int packets>() {
-      Policy::template multiply_rows<packets>(q, q_stride, packed_k(t) + lane, tile, head_dim_, s_ + lane, tile,
-                                              false);
+      Policy::template multiply_rows<packets>(q, q_stride, packed_k(t) + lane, tile, head_dim_, s_ + lane,
+                                              tile, false);
       Policy::template multiply_rows<packets>(dout, dout_stride, packed_v(t) + lane, tile, value_dim_,
                                               dp_ + lane, tile, false);
     });
@@ -244,8 +246,12 @@ class AmxKeyTiles {
     Packet<float> s = load<float>(scores), slope = broadcast(1.0f), hidden = less(zero, zero);
     if constexpr (changes_score) {
       store(scores, s * broadcast(scale_));
-      const ScoreRow<float> changed{scores, batch_, head_, first_query_ + block.first_row + row,
-                                    first_key_ + t * tile + c * w, (std::min)(w, keys_of(t) - c * w)};
+      const ScoreRow<float> changed{scores,
+                                    batch_,
+                                    head_,
+                                    first_query_ + block.first_row + row,
+                                    first_key_ + t * tile + c * w,
+                                    (std::min)(w, keys_of(t) - c * w)};
       if constexpr (!only_adds<S>) {
         alignas(64) float slopes[std::size_t(w)];
         slopes_of(*score_, changed, slopes);
@@ -308,7 +314,8 @@ class AmxKeyTiles {
     for (Index i = run.begin; i < (std::min)(run.end, block.q.rows); ++i) {
       const Index end = (std::min)((run.first_packet + run.packets) * w, keys_of(t));
       for (Index lane = run.first_packet * w; lane < end; ++lane) {
-        if (run.partial != 0 && (masks_[std::size_t(t)].seen_by(block.first_row + i) >> lane & 1u) == 0) continue;
+        if (run.partial != 0 && (masks_[std::size_t(t)].seen_by(block.first_row + i) >> lane & 1u) == 0)
+          continue;
         const auto weight = [&](const Pair* pairs) {
           const Pair pair = pairs[i / 2 * tile + lane];
           return std::bit_cast<float>(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
@@ -372,11 +379,11 @@ class AmxKeyTiles {
   float* sums_ = nullptr;                  ///< of each tile dK^T, then dV^T, [columns][tile]
   float* total_ = nullptr;                 ///< the sums of the chunks before
   bool has_total_ = false;
-  Pair *queries_ = nullptr, *douts_ = nullptr;    ///< Q^T and dO^T of a block
-  Row *last_q_ = nullptr, *last_dout_ = nullptr;  ///< [32][columns], see copy_last_step
-  float *s_ = nullptr, *dp_ = nullptr;            ///< [32][tile]
-  Pair *p_pairs_ = nullptr, *ds_pairs_ = nullptr;  ///< [rows_in_query_block / 2][tile]
-  Row* ds_ = nullptr;                              ///< [rows_in_query_block][group]
+  Pair *queries_ = nullptr, *douts_ = nullptr;     ///< Q^T and dO^T of a block
+  Row *last_q_ = nullptr, *last_dout_ = nullptr;   ///< [32][columns], see copy_last_step
+  float *s_ = nullptr, *dp_ = nullptr;             ///< [32][tile]
+  Pair *p_pairs_ = nullptr, *ds_pairs_ = nullptr;  ///< [rows_in_block / 2][tile]
+  Row* ds_ = nullptr;                              ///< [rows_in_block][group]
   bool k_is_finite_ = true, hides_ = false, is_finite_ = true;
   std::array<KeyMask<float, M>, std::size_t(key_tiles_in_group)> masks_;
 };

@@ -93,7 +93,7 @@ class Backward {
   Worker cut_worker(Arena& arena) const {
     Worker worker;
     worker.tiles = Tiles::take(arena, forward().head_dim(), forward().value_dim(),
-                                              forward().q_len() * forward().group());
+                               forward().q_len() * forward().group());
     worker.dk = arena.take<Real>(keys_in_group<Real> * forward().head_dim());
     worker.dv = arena.take<Real>(keys_in_group<Real> * forward().value_dim());
     return worker;
@@ -111,7 +111,7 @@ class Backward {
   /// The rows of block `block` of a sum of dq over the slot-th span that is held, for query head n of the wave.
   Real* sum_of(Index slot, Index n, Index block) const { return of_head(dq_, slot * queries_ + n, block); }
   Real* of_head(Real* sums, Index n, Index block) const {
-    return sums + (n * wave_.padded_rows() + block * rows_in_query_block) * wave_.padded_head_dim();
+    return sums + (n * wave_.padded_rows() + block * Tiles::rows_in_block) * wave_.padded_head_dim();
   }
   bool& is_set(Index slot, Index n, Index block) const {
     return is_set_[(slot * queries_ + n) * wave_.blocks() + block];
@@ -134,7 +134,7 @@ class Backward {
     const MatrixView<const typename Tiles::Row> q = wave_.q(n), dout = wave_.dout(n);
     worker.tiles.enter_head(wave_.query_head(n).batch, wave_.query_head(n).head, forward().first_query);
     for (Index block = 0; block < wave_.blocks(); ++block) {
-      const Index first = block * rows_in_query_block, count = wave_.rows_of_block(block);
+      const Index first = block * Tiles::rows_in_block, count = wave_.rows_of_block(block);
       bool& set = is_set(slot, n, block);
       set |= worker.tiles.absorb({slice_rows(q, first, count), slice_rows(dout, first, count),
                                   wave_.shift(n) + first, wave_.delta(n) + first, first,
@@ -142,7 +142,8 @@ class Backward {
     }
   }
 
-  void write_keys(Worker& worker, const typename Wave<Call, Tiles, P>::Head& to, Index first, Index keys) const {
+  void write_keys(Worker& worker, const typename Wave<Call, Tiles, P>::Head& to, Index first,
+                  Index keys) const {
     const MatrixView<Real> dk{worker.dk, keys, forward().head_dim(), forward().head_dim()},
         dv{worker.dv, keys, forward().value_dim(), forward().value_dim()};
     worker.tiles.finish(dk, dv);
@@ -179,7 +180,7 @@ class Backward {
         return;
       }
       const auto [b, h] = wave_.query_head(n);
-      const Index first = block * rows_in_query_block;
+      const Index first = block * Tiles::rows_in_block;
       const auto dq = call_.dq.slice_rows(first, rows).matrix(b, h);
       if (sum == nullptr) {
         using To = std::remove_reference_t<decltype(*dq.data)>;

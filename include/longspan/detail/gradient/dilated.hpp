@@ -109,11 +109,10 @@ class DilatedBackward {
           (std::max)(most_queries, (std::min)(forward().q_len(), kept_rows(groups.length, 0, groups.step)));
     }
     Worker worker;
-    worker.tiles =
-        Tiles::take(arena, forward().head_dim(), forward().value_dim(), most_queries);
+    worker.tiles = Tiles::take(arena, forward().head_dim(), forward().value_dim(), most_queries);
     worker.dk = arena.take<Real>(keys_in_group<Real> * forward().head_dim());
     worker.dv = arena.take<Real>(keys_in_group<Real> * forward().value_dim());
-    worker.dq = arena.take<Real>(rows_in_query_block * round_up(forward().head_dim(), Index{lanes<Real>}));
+    worker.dq = arena.take<Real>(Tiles::rows_in_block * round_up(forward().head_dim(), Index{lanes<Real>}));
     worker.shift = arena.take<Real>(most_queries);
     worker.delta = arena.take<Real>(most_queries);
     worker.weight = arena.take<Real>(most_queries);
@@ -185,7 +184,8 @@ class DilatedBackward {
     const auto score = dilated_score(score_, queries.rows);
     if (detached_) find_means(n, queries, kv, mask, score, worker);
     for_each_key_group(queries, kv, mask, score, worker, [&](Index first, Index keys) {
-      for_each_query_block(queries, worker, [&](QueryBlock<Real, Row>& block) { absorb(queries, block, worker); });
+      for_each_query_block(queries, worker,
+                           [&](QueryBlock<Real, Row>& block) { absorb(queries, block, worker); });
       const MatrixView<Real> to_k{worker.dk, keys, forward().head_dim(), forward().head_dim()},
           to_v{worker.dv, keys, forward().value_dim(), forward().value_dim()};
       worker.tiles.finish(to_k, to_v);
@@ -213,12 +213,12 @@ class DilatedBackward {
   template <class Work>
   void for_each_query_block(const Queries& queries, const Worker& worker, const Work& work) const {
     const Index step = queries.rows.step;
-    for (Index first = 0; first < queries.count; first += rows_in_query_block) {
-      const Index count = (std::min)(rows_in_query_block, queries.count - first);
+    for (Index first = 0; first < queries.count; first += Tiles::rows_in_block) {
+      const Index count = (std::min)(Tiles::rows_in_block, queries.count - first);
       const Index at = queries.rows.position(queries.first + first) - forward().first_query;
       QueryBlock<Real, Row> block{strided(wave_.q(queries.n), at, step, count),
-                             strided(wave_.dout(queries.n), at, step, count), worker.shift + first,
-                             worker.delta + first, first};
+                                  strided(wave_.dout(queries.n), at, step, count), worker.shift + first,
+                                  worker.delta + first, first};
       work(block);
     }
   }
@@ -227,7 +227,7 @@ class DilatedBackward {
   void absorb(const Queries& queries, QueryBlock<Real, Row>& block, Worker& worker) const {
     const Index at = queries.rows.position(queries.first + block.first_row) - forward().first_query;
     const MatrixView<Real> to = strided(dq(queries.n), at, queries.rows.step, block.q.rows);
-    block.dq_is_set = block.q.rows == rows_in_query_block;
+    block.dq_is_set = block.q.rows == Tiles::rows_in_block;
     block.dq = block.dq_is_set ? to.data : worker.dq;
     block.dq_stride = block.dq_is_set ? to.row_stride : wave_.padded_head_dim();
     if (worker.tiles.absorb(block) && !block.dq_is_set)
@@ -247,7 +247,7 @@ class DilatedBackward {
                   const BranchScore& score, Worker& worker) const {
     std::fill_n(worker.delta, queries.count, Real(0));
     std::fill_n(worker.weight, queries.count, Real(0));
-    Real zeros[std::size_t(rows_in_query_block)] = {}, means[std::size_t(rows_in_query_block)];
+    Real zeros[std::size_t(Tiles::rows_in_block)] = {}, means[std::size_t(Tiles::rows_in_block)];
     for_each_key_group(queries, kv, mask, score, worker, [&](Index, Index) {
       for_each_query_block(queries, worker, [&](QueryBlock<Real, Row>& block) {
         std::fill_n(means, block.q.rows, Real(0));
@@ -286,17 +286,17 @@ class DilatedBackward {
   template <class E, class Work>
   void for_each_block(const E& executor, const Work& work) const {
     const Index of_queries = wave_.queries() * wave_.blocks();
-    const Index of_head = divide_up(forward().kv_len(), rows_in_query_block),
+    const Index of_head = divide_up(forward().kv_len(), Tiles::rows_in_block),
                 of_keys = wave_.heads() * of_head;
     executor.for_each(of_queries + 2 * of_keys, [&](Index task, Index) {
       const bool is_query = task < of_queries, is_key = !is_query && task < of_queries + of_keys;
       const Index block = is_query ? task : (task - of_queries) % of_keys;
       const Index in_head = is_query ? wave_.blocks() : of_head,
-                  first = block % in_head * rows_in_query_block;
+                  first = block % in_head * Tiles::rows_in_block;
       const MatrixView<Real> all = is_query ? dq(block / in_head)
                                    : is_key ? dk(block / in_head)
                                             : dv(block / in_head);
-      work(slice_rows(all, first, (std::min)(rows_in_query_block, all.rows - first)));
+      work(slice_rows(all, first, (std::min)(Tiles::rows_in_block, all.rows - first)));
     });
   }
 
@@ -343,7 +343,7 @@ class DilatedBackward {
 template <class Call, Mask M, Score S, Position P, class E>
 void differentiate_dilated(const Call& call, const Dilation& dilation, bool detached, const M& mask,
                            const S& score, const P& position, const E& executor, Workspace& workspace,
- bool bf16_products) {
+                           bool bf16_products) {
   const auto& forward = call.forward;
   const double flop = dilated_flop(dilation.branches, forward.q.batch * forward.q.heads, forward.kv_len(),
                                    forward.head_dim(), forward.value_dim(), false, dilation.phase);

@@ -28,7 +28,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Consecutive queries of one head, at most rows_in_query_block. The rows of q and dout can be read up to a multiple of
+/// Consecutive queries of one head, at most rows_in_block of the tiles. The rows of q and dout can be read up to a multiple of
 /// query_columns of the tiles.
 template <class Real, class Row = Real>
 struct QueryBlock {
@@ -36,7 +36,7 @@ struct QueryBlock {
   const Real* shift = nullptr;  ///< the lse of each row, in score units
   const Real* delta = nullptr;  ///< D of each row
   Index first_row = 0;          ///< in its head
-  Real* dq = nullptr;           ///< [rows_in_query_block][dq_stride]; contains garbage unless dq_is_set
+  Real* dq = nullptr;           ///< [rows_in_block][dq_stride]; contains garbage unless dq_is_set
   Index dq_stride = 0;          ///< a multiple of lanes
   bool dq_is_set = false;
 };
@@ -56,6 +56,7 @@ template <class Real, Mask M, Score S>
 class KeyTiles {
  public:
   using Row = Real;  ///< element of the rows that are read
+  static constexpr Index rows_in_block = rows_in_query_block;
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
   /// Rows are read up to multiples of so many columns.
   static constexpr Index query_columns = tile_rows, key_columns = lanes<Real>;

@@ -42,11 +42,11 @@ class Wave {
   Index all_heads() const { return call_->forward.k.batch * call_->forward.k.heads; }
   Index heads() const { return held_; }  ///< KV heads
   Index queries() const { return held_ * group(); }
-  Index blocks() const { return divide_up(call_->forward.q_len(), rows_in_query_block); }
-  Index padded_rows() const { return blocks() * rows_in_query_block; }
+  Index blocks() const { return divide_up(call_->forward.q_len(), Tiles::rows_in_block); }
+  Index padded_rows() const { return blocks() * Tiles::rows_in_block; }
   Index padded_head_dim() const { return round_up(call_->forward.head_dim(), Index{lanes<Real>}); }
   Index rows_of_block(Index block) const {
-    return (std::min)(rows_in_query_block, call_->forward.q_len() - block * rows_in_query_block);
+    return (std::min)(Tiles::rows_in_block, call_->forward.q_len() - block * Tiles::rows_in_block);
   }
 
   /// A head of the call.
@@ -71,13 +71,13 @@ class Wave {
     held_ = (std::min)(heads_, all_heads() - first);
     if (held_ <= 0) return false;
     const Index of_queries = queries() * blocks();
-    const Index key_blocks = divide_up(call_->forward.kv_len(), rows_in_query_block);
+    const Index key_blocks = divide_up(call_->forward.kv_len(), Tiles::rows_in_block);
     executor.for_each(of_queries + held_ * key_blocks, [&](Index task, Index) {
       if (task < of_queries) {
         prepare_queries(task / blocks(), task % blocks());
       } else {
         prepare_keys((task - of_queries) / key_blocks,
-                     (task - of_queries) % key_blocks * rows_in_query_block);
+                     (task - of_queries) % key_blocks * Tiles::rows_in_block);
       }
     });
     return true;
@@ -94,7 +94,7 @@ class Wave {
 
   void prepare_queries(Index n, Index block) const {
     const Head of = query_head(n);
-    const Index head = first_ * group() + n, first = block * rows_in_query_block,
+    const Index head = first_ * group() + n, first = block * Tiles::rows_in_block,
                 count = rows_of_block(block);
     q_.prepare(n, head, first, count, *position_, call_->forward.first_query, Role::query);
     dout_.prepare(n, head, first, count, no_position{}, 0, Role::query);
@@ -108,7 +108,7 @@ class Wave {
   }
 
   void prepare_keys(Index n, Index first) const {
-    const Index count = (std::min)(rows_in_query_block, call_->forward.kv_len() - first);
+    const Index count = (std::min)(Tiles::rows_in_block, call_->forward.kv_len() - first);
     k_.prepare(n, first_ + n, first, count, *position_, 0, Role::key);
     v_.prepare(n, first_ + n, first, count, no_position{}, 0, Role::key);
   }
