@@ -38,10 +38,10 @@ LONGSPAN_NAMESPACE_BEGIN
 ///             dv within 16 u sum_i p_ij w_ij |dout[i]|,
 ///             dq within 16 u scale sum_j e_ij |k[j]|, dk within 16 u scale sum_i e_ij |q[i]|,
 ///           where e_ij is multiplied by the derivative of the score if that exceeds 1. The error does not grow with
-///           q_len, and with kv_len only as |lse| <= a_i + log kv_len does. Where out is of 16 bits its rounding adds
-///           2^-8 (bfloat16) or 2^-11 (half) of sum_c |dout_ic out_ic| to |dp_ij - D_i|, and the errors that bf16_products
-///           adds to out and lse enter in the same way; 16-bit gradients are rounded once more. Weights below 2^-126
-///           count as 0. (2^-53 and 2^-1022 for double.)
+///           q_len, and with kv_len only as |lse| <= a_i + log kv_len does. An out of 16 bits adds 2^-8 (bfloat16) or
+///           2^-11 (half) of sum_c |dout_ic out_ic| to the error of D_i; what bf16_products adds to the errors of out
+///           and lse enters likewise; 16-bit gradients are rounded once more. Weights below 2^-126 count as 0.
+///           (2^-53 and 2^-1022 for double.)
 /// Masked    what a query does not see gets nothing from it, even if q, k, v or dout hold NaN there. A row that sees no
 ///           key has gradient 0 and adds nothing to dk and dv.
 /// Bits      do not depend on the executor, on how many threads it has, or on other batch rows and KV heads.
