@@ -174,7 +174,7 @@ template <class Real, class Arith>
 std::vector<PairGradient<Real>> pair_gradients(const std::vector<WeighedPair<Real>>& pairs,
                                                const std::vector<Real>& slope, const std::vector<Real>& dp,
                                                const std::vector<Real>& dp_size, Real dlse, Real rounded_out,
-                                               Allowance forward) {
+                                               Allowance forward, double rounding) {
   constexpr Real nothing = -std::numeric_limits<Real>::infinity();
   constexpr double u = unit_roundoff<Arith>;
   const Real underflow = Real(lowest_normal<Arith>) / Real(16 * u);
@@ -202,10 +202,11 @@ std::vector<PairGradient<Real>> pair_gradients(const std::vector<WeighedPair<Rea
     const Real change = std::abs(dp[j]) + std::abs(delta);
     const Real of_dp = dp_size[j] + (1 + condition + Real(forward.out / (16 * u))) * size + std::abs(dlse) +
                        rounded_out / Real(16 * u);
-    p_gauge = p * of_weight + underflow;
+    p_gauge = p * (of_weight + Real(rounding / (16 * u))) + underflow;
     ds = p * (dp[j] - delta) * slope[j];
-    ds_gauge =
-        std::max(Real(1), std::abs(slope[j])) * (p * (of_weight * change + of_dp) + underflow * (1 + change));
+    ds_gauge = std::max(Real(1), std::abs(slope[j])) *
+                   (p * (of_weight * change + of_dp) + underflow * (1 + change)) +
+               std::abs(ds) * Real(rounding / (16 * u));
   }
   return row;
 }
@@ -213,7 +214,7 @@ std::vector<PairGradient<Real>> pair_gradients(const std::vector<WeighedPair<Rea
 /// The gradients of a call by their definition.
 template <class Tq, class Tk, class Tv, class To, class Gq, class Gk, class Gv>
 ExactGradient exact_gradient(const Definition& what, const GradientCall<Tq, Tk, Tv, To, Gq, Gk, Gv>& call,
-                             Allowance forward = {}) {
+                             Allowance forward = {}, double rounding = 0) {
   using Real = Wide<Tq>;
   using Arith = Arithmetic<Tq>;
   const auto &q = call.forward.q, &out = call.forward.out;
@@ -268,7 +269,8 @@ ExactGradient exact_gradient(const Definition& what, const GradientCall<Tq, Tk, 
             }
           }
           const Real dlse = call.has_dlse ? Real(call.dlse(b, h, i)) : Real(0);
-          const auto row = pair_gradients<Real, Arith>(pairs, slope, dp, dp_size, dlse, rounded_out, forward);
+          const auto row =
+              pair_gradients<Real, Arith>(pairs, slope, dp, dp_size, dlse, rounded_out, forward, rounding);
           std::vector<Real> dq(head_dim), dq_gauge(head_dim);
           for (std::size_t j = 0; j < keys; ++j) {
             if (row[j].p_gauge == 0) continue;
@@ -343,10 +345,12 @@ GradientErrors gradient_errors(const ExactGradient& exact,
   return errors;
 }
 
-/// CHECKs the error bound of the docstring for every number.
+/// CHECKs the error bound of the docstring for every number. `rounding` is the relative error of weights and their
+/// gradients that matrix tiles add.
 template <class C>
-GradientErrors check_gradient(const Definition& what, const C& call, Allowance forward = {}) {
-  const GradientErrors errors = gradient_errors(exact_gradient(what, call, forward), call);
+GradientErrors check_gradient(const Definition& what, const C& call, Allowance forward = {},
+                              double rounding = 0) {
+  const GradientErrors errors = gradient_errors(exact_gradient(what, call, forward, rounding), call);
   INFO("dq: " << errors.dq << " at " << errors.worst_dq);
   INFO("dk: " << errors.dk << " at " << errors.worst_dk);
   INFO("dv: " << errors.dv << " at " << errors.worst_dv);

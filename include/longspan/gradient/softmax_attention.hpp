@@ -42,6 +42,10 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           2^-11 (half) of sum_c |dout_ic out_ic| to the error of D_i; what bf16_products adds to the errors of out
 ///           and lse enters likewise; 16-bit gradients are rounded once more. Weights below 2^-126 count as 0.
 ///           (2^-53 and 2^-1022 for double.)
+/// bfloat16  if attend.bf16_products is set, q, k, v and dout are bfloat16, there is no position encoding, and the process
+///           may use matrix tiles (request_amx), p and ds are rounded to bfloat16 for the products with them. This adds
+///           2^-8 sum_i p_ij |dout[i]| to the error of dv, 2^-8 scale sum_j |ds_ij| |k[j]| to that of dq and
+///           2^-8 scale sum_i |ds_ij| |q[i]| to that of dk, and takes 0.27 to 0.4 of the time of float (Intel AMX)
 /// Masked    what a query does not see gets nothing from it, even if q, k, v or dout hold NaN there. A row that sees no
 ///           key has gradient 0 and adds nothing to dk and dv.
 /// Bits      do not depend on the executor, on how many threads it has, or on other batch rows and KV heads.
