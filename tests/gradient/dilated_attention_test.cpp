@@ -171,8 +171,8 @@ TEST_CASE("gradient of dilated attention: bits do not depend on the threads, nor
 
 TEST_CASE("gradient of dilated attention: what is hidden has no effect, even if it is NaN", "[masked]") {
   Random random(7);
-  const std::vector<Index> lengths{150};
-  const dilated_attention attend{{{64, 1}, {256, 3}}, longspan::padding{lengths}};
+  const std::vector<Index> kept{150};
+  const dilated_attention attend{{{64, 1}, {256, 3}}, longspan::padding{kept}};
   GradientCall<float> call(Shape{1, 3, 3, 200, 200, 16, 16}, Values::normal, random);
   GradientCall<float> poisoned = call;
   for (Index h = 0; h < 3; ++h) {

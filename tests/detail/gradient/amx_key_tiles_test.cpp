@@ -128,8 +128,8 @@ TEST_CASE("backward pass by matrix tiles: hardware and emulation have the same b
 
 TEST_CASE("backward pass by matrix tiles: hidden keys and queries may be NaN", "[amx][masked]") {
   for_each_unit([]<class Unit>() {
-    const std::vector<Index> lengths{60};
-    const auto mask = causal{} & longspan::padding{lengths};
+    const std::vector<Index> kept{60};
+    const auto mask = causal{} & longspan::padding{kept};
     Random random(24);
     const Shape shape{1, 1, 1, 100, 100, 20, 20};
     Bf16Gradient zeros(shape, Values::normal, random);

@@ -313,6 +313,15 @@ class KeyTiles {
 
   // The same sums without the pairs that are hidden, with the same bits, for blocks in which a factor is not finite.
 
+  /// a * b + c with the rounding that a packet has.
+  static Real add_product(Real a, Real b, Real c) {
+    if constexpr (has_fused_multiply_add) {
+      return std::fma(a, b, c);
+    } else {
+      return opaque(a * b) + c;
+    }
+  }
+
   void add_visible(const QueryBlock<Real>& block, Index t, const Runs& runs) {
     for (Index lane = 0; lane < keys_of(t); ++lane) {
       const auto add = [&](const MatrixView<const Real>& x, const Real* weights, Index stride, Real* sums) {
@@ -322,7 +331,7 @@ class KeyTiles {
             if (lane < run.first_packet * w || lane >= (run.first_packet + run.packets) * w) continue;
             for (Index i = run.begin; i < run.end; ++i) {
               if (counts(block, t, run, i, lane))
-                sum = std::fma(x.row(i)[c], weights[i * stride + lane], sum);
+                sum = add_product(x.row(i)[c], weights[i * stride + lane], sum);
             }
           }
           sums[c * tile + lane] += sum;
@@ -353,7 +362,7 @@ class KeyTiles {
             for (Index lane = run.first_packet * w; lane < end; ++lane) {
               const Index key = t * tile + lane;
               if (!skipped_[std::size_t(i)][std::size_t(key)])
-                sum = std::fma(ds_[i * group + key], k_.row(key)[c], sum);
+                sum = add_product(ds_[i * group + key], k_.row(key)[c], sum);
             }
           }
         }
