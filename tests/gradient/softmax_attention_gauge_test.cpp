@@ -4,6 +4,7 @@
 
 #include "support/gauge.hpp"
 #include "support/gradient.hpp"
+#include "support/has_tiles.hpp"
 
 namespace {
 
@@ -85,6 +86,23 @@ TEST_CASE("gradient of softmax_attention: within the bound for every element typ
     check_types<GradientCall<float, bfloat16, half, float, half, float, bfloat16>>(8);
     check_types<GradientCall<double, float, bfloat16, float, float, double, half>>(8);
   }
+}
+
+TEST_CASE("gradient of softmax_attention: within the bound by matrix tiles", "[gauge][amx]") {
+  if (!has_tiles()) return;
+  // Weights are rounded to bfloat16 after an exponential with an error of 7.5e-5, forward and backward.
+  const GradientAllowance allowed{{0x1p-8 + 1.5e-4, 1e-4}, 0x1p-8 + 7.5e-5};
+  for_each_case(30, [&](Random& random) {
+    const Shape shape = draw_gradient_shape(random);
+    const Values values = random.pick(all_values);
+    GradientCall<bfloat16, bfloat16, bfloat16, bfloat16, float, float, float> call(shape, values, random);
+    call.has_dlse = random.chance(0.5);
+    INFO(shape.text() << " values=" << text_of(values));
+    call.run(softmax_attention{}, longspan::openmp{2});
+    check_gradient({}, call, allowed);
+    call.run(softmax_attention{longspan::causal{}}, longspan::openmp{2});
+    check_gradient(causally, call, allowed);
+  });
 }
 
 TEST_CASE("gradient of softmax_attention: within the bound for every size", "[gauge][sizes]") {

@@ -158,6 +158,13 @@ struct EncodedRows {
   }
 };
 
+/// Additional errors that an option documents: those of out and lse in the forward call, and relative errors of the weights
+/// and of their gradients in the backward call.
+struct GradientAllowance {
+  Allowance forward{};
+  double weights = 0;
+};
+
 /// What a weight and its gradient contribute, with the factors of 16 u in their errors.
 template <class Real>
 struct PairGradient {
@@ -174,7 +181,7 @@ template <class Real, class Arith>
 std::vector<PairGradient<Real>> pair_gradients(const std::vector<WeighedPair<Real>>& pairs,
                                                const std::vector<Real>& slope, const std::vector<Real>& dp,
                                                const std::vector<Real>& dp_size, Real dlse, Real rounded_out,
-                                               Allowance forward, double rounding) {
+                                               GradientAllowance allowed) {
   constexpr Real nothing = -std::numeric_limits<Real>::infinity();
   constexpr double u = unit_roundoff<Arith>;
   const Real underflow = Real(lowest_normal<Arith>) / Real(16 * u);
@@ -198,15 +205,15 @@ std::vector<PairGradient<Real>> pair_gradients(const std::vector<WeighedPair<Rea
   for (std::size_t j = 0; j < pairs.size(); ++j) {
     if (pairs[j].s == nothing) continue;
     auto& [p, p_gauge, ds, ds_gauge] = row[j];
-    const Real of_weight = 1 + pairs[j].a + condition + std::abs(lse) + Real(forward.lse / (16 * u));
+    const Real of_weight =
+        1 + pairs[j].a + condition + std::abs(lse) + Real((allowed.forward.lse + allowed.weights) / (16 * u));
     const Real change = std::abs(dp[j]) + std::abs(delta);
-    const Real of_dp = dp_size[j] + (1 + condition + Real(forward.out / (16 * u))) * size + std::abs(dlse) +
-                       rounded_out / Real(16 * u);
-    p_gauge = p * (of_weight + Real(rounding / (16 * u))) + underflow;
+    const Real of_dp = dp_size[j] + (1 + condition + Real(allowed.forward.out / (16 * u))) * size +
+                       std::abs(dlse) + rounded_out / Real(16 * u);
+    p_gauge = p * of_weight + underflow;
     ds = p * (dp[j] - delta) * slope[j];
-    ds_gauge = std::max(Real(1), std::abs(slope[j])) *
-                   (p * (of_weight * change + of_dp) + underflow * (1 + change)) +
-               std::abs(ds) * Real(rounding / (16 * u));
+    ds_gauge =
+        std::max(Real(1), std::abs(slope[j])) * (p * (of_weight * change + of_dp) + underflow * (1 + change));
   }
   return row;
 }
@@ -214,7 +221,7 @@ std::vector<PairGradient<Real>> pair_gradients(const std::vector<WeighedPair<Rea
 /// The gradients of a call by their definition.
 template <class Tq, class Tk, class Tv, class To, class Gq, class Gk, class Gv>
 ExactGradient exact_gradient(const Definition& what, const GradientCall<Tq, Tk, Tv, To, Gq, Gk, Gv>& call,
-                             Allowance forward = {}, double rounding = 0) {
+                             GradientAllowance allowed = {}) {
   using Real = Wide<Tq>;
   using Arith = Arithmetic<Tq>;
   const auto &q = call.forward.q, &out = call.forward.out;
@@ -269,8 +276,7 @@ ExactGradient exact_gradient(const Definition& what, const GradientCall<Tq, Tk, 
             }
           }
           const Real dlse = call.has_dlse ? Real(call.dlse(b, h, i)) : Real(0);
-          const auto row =
-              pair_gradients<Real, Arith>(pairs, slope, dp, dp_size, dlse, rounded_out, forward, rounding);
+          const auto row = pair_gradients<Real, Arith>(pairs, slope, dp, dp_size, dlse, rounded_out, allowed);
           std::vector<Real> dq(head_dim), dq_gauge(head_dim);
           for (std::size_t j = 0; j < keys; ++j) {
             if (row[j].p_gauge == 0) continue;
@@ -345,12 +351,10 @@ GradientErrors gradient_errors(const ExactGradient& exact,
   return errors;
 }
 
-/// CHECKs the error bound of the docstring for every number. `rounding` is the relative error of weights and their
-/// gradients that matrix tiles add.
+/// CHECKs the error bound of the docstring for every number.
 template <class C>
-GradientErrors check_gradient(const Definition& what, const C& call, Allowance forward = {},
-                              double rounding = 0) {
-  const GradientErrors errors = gradient_errors(exact_gradient(what, call, forward, rounding), call);
+GradientErrors check_gradient(const Definition& what, const C& call, GradientAllowance allowed = {}) {
+  const GradientErrors errors = gradient_errors(exact_gradient(what, call, allowed), call);
   INFO("dq: " << errors.dq << " at " << errors.worst_dq);
   INFO("dk: " << errors.dk << " at " << errors.worst_dk);
   INFO("dv: " << errors.dv << " at " << errors.worst_dv);

@@ -63,7 +63,7 @@ void check(const Shape& shape, const Definition& what, const M& mask = {}, const
   Random random(21);
   Bf16Gradient call(shape, Values::normal, random);
   differentiate<Unit>(call, mask, score, longspan::openmp{2});
-  check_gradient(what, call, {}, rounding);
+  check_gradient(what, call, {{}, rounding});
 }
 
 }  // namespace
