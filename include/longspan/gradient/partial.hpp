@@ -14,6 +14,7 @@
 #include "longspan/detail/call/check_view.hpp"
 #include "longspan/detail/call/composition.hpp"
 #include "longspan/detail/call/scratch.hpp"
+#include "longspan/detail/gradient/gates.hpp"
 #include "longspan/detail/gradient/rows.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/eigen.hpp"
@@ -112,47 +113,6 @@ void merge_gradient(std::initializer_list<std::type_identity_t<Partial<const T>>
   merge_gradient<T>(std::span<const Partial<const T>>(parts.begin(), parts.size()), merged, dmerged,
                     std::span<const Partial<T>>(dparts.begin(), dparts.size()), execution);
 }
-
-namespace detail {
-
-/// g = sigmoid(beta) and rest = 1 - g for each head and column, [heads][cols] each. Each is computed from its own
-/// exponential, as `gate` does.
-template <class Real, class Logit>
-void fill_gates(const MatrixView<const Logit>& beta, Index heads, Index cols, Real* g, Real* rest) {
-  for (Index h = 0; h < heads; ++h) {
-    for (Index c = 0; c < cols; ++c) {
-      const auto logit = static_cast<Real>(beta.row(beta.rows == 1 ? 0 : h)[beta.cols == 1 ? 0 : c]);
-      g[h * cols + c] = 1 / (1 + std::exp(-logit));
-      rest[h * cols + c] = 1 / (1 + std::exp(logit));
-    }
-  }
-}
-
-/// Adds sums [heads][cols] to the shape of beta.
-template <class Sums, class Real>
-void write_beta_gradient(const Sums& sum_of, Index heads, Index cols, const MatrixView<Real>& dbeta) {
-  for (Index r = 0; r < dbeta.rows; ++r) {
-    for (Index c = 0; c < dbeta.cols; ++c) {
-      double sum = 0;
-      for (Index h = dbeta.rows == 1 ? 0 : r; h < (dbeta.rows == 1 ? heads : r + 1); ++h) {
-        for (Index of = dbeta.cols == 1 ? 0 : c; of < (dbeta.cols == 1 ? cols : c + 1); ++of)
-          sum += sum_of(h, of);
-      }
-      dbeta.row(r)[c] = static_cast<Real>(sum);
-    }
-  }
-}
-
-template <class Real, class Logit>
-void check_dbeta(std::string_view function, const MatrixView<Real>& dbeta,
-                 const MatrixView<const Logit>& beta) {
-  if (dbeta.data == nullptr) return;
-  check_view(function, "dbeta", dbeta);
-  if (dbeta.rows != beta.rows || dbeta.cols != beta.cols)
-    refuse(function, "dbeta", shape_text(dbeta), shape_text(beta) + " as beta");
-}
-
-}  // namespace detail
 
 /// The vector-Jacobian product of `gate`:
 ///
