@@ -39,8 +39,9 @@ struct ChosenEncoding {
     if (rotary) rotary->encode(rows, first_position, role);
   }
   template <class Real>
-  void encode_alike(longspan::MatrixView<Real> rows, Index position, longspan::Role role) const {
-    if (rotary) rotary->encode_alike(rows, position, role);
+  void encode_at(longspan::MatrixView<Real> rows, const longspan::detail::RowPositions& positions,
+                 longspan::Role role) const {
+    if (rotary) rotary->encode_at(rows, positions, role);
   }
   void check(Index cols) const {
     if (rotary) rotary->check(cols);
