@@ -2,12 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
 
+#include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/element.hpp"
 #include "longspan/version.hpp"
@@ -44,18 +46,32 @@ void store_row(const From* from, Index cols, T* to) {
   }
 }
 
+/// Calls work(numbers, first, count) for pieces of a row, converted to float.
+template <class From, class Work>
+void in_floats(const From* from, Index cols, const Work& work) {
+  constexpr Index piece = 64, w = lanes<float>;
+  alignas(64) float numbers[std::size_t(piece)];
+  for (Index first = 0; first < cols; first += piece) {
+    const Index count = (std::min)(piece, cols - first);
+    Index c = 0;
+    for (; c + w <= count; c += w) store<float>(numbers + c, load_as<float>(from + first + c));
+    for (; c < count; ++c) numbers[c] = static_cast<float>(from[first + c]);
+    work(static_cast<const float*>(numbers), first, count);
+  }
+}
+
 /// Rounds a row to multiples of its scale, which is the largest magnitude / 127: the error of an element is at most
 /// half the scale. A row that contains NaN or infinity gets the scale NaN, so that all of its elements are NaN; a row
 /// whose magnitudes are all below 127 * 2^-126 becomes 0.
 template <class From>
 void store_row(const From* from, Index cols, std::int8_t* to, float& scale) {
-  float top = 0;
-  bool finite = true;
-  for (Index c = 0; c < cols; ++c) {
-    const float x = static_cast<float>(from[c]);
-    top = (std::max)(top, std::abs(x));
-    finite = finite && is_finite(x);
-  }
+  std::uint32_t top_bits = 0;  // the compiler vectorises a maximum of integers
+  in_floats(from, cols, [&](const float* x, Index, Index count) {
+    for (Index c = 0; c < count; ++c)
+      top_bits = (std::max)(top_bits, std::bit_cast<std::uint32_t>(x[c]) & 0x7fffffffu);
+  });
+  const float top = std::bit_cast<float>(top_bits);
+  const bool finite = top_bits < 0x7f800000u;
   // A scale below 2^-126 would count as 0 in the kernels.
   const bool counts = top / 127 >= (std::numeric_limits<float>::min)();
   if (!finite || !counts) {
@@ -64,10 +80,12 @@ void store_row(const From* from, Index cols, std::int8_t* to, float& scale) {
     return;
   }
   scale = top / 127;
-  for (Index c = 0; c < cols; ++c) {
-    const float steps = std::nearbyint(static_cast<float>(from[c]) / scale);
-    to[c] = static_cast<std::int8_t>(std::clamp(steps, -127.0f, 127.0f));
-  }
+  in_floats(from, cols, [=, by = scale](const float* x, Index first, Index count) {
+    for (Index c = 0; c < count; ++c) {
+      const float steps = std::nearbyint(x[c] / by);
+      to[first + c] = static_cast<std::int8_t>(steps < -127 ? -127.0f : steps > 127 ? 127.0f : steps);
+    }
+  });
 }
 
 }  // namespace detail
