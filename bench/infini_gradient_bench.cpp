@@ -65,7 +65,8 @@ double worst_share(longspan::TensorView<const float> got, const std::vector<doub
 
 void backward(benchmark::State& state, const Case& c, Index threads) {
   const Inputs<float> in = hashed_inputs<float>(c.heads, c.heads, c.length, c.length, c.head_dim);
-  OwnedTensor<float> dout = in.empty_output(), dq = in.empty_output(), dk = dq, dv = dq;
+  OwnedTensor<float> dout = in.empty_output(), dq = in.empty_output(), dk = in.empty_output(),
+                     dv = in.empty_output();
   fill_hashed(dout, 4);
   const auto gradient = c.backward();
   longspan::Execution execution(longspan::openmp{threads});
