@@ -10,6 +10,7 @@
 #include "longspan/compose.hpp"
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/composition.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/gradient/calls.hpp"
 #include "longspan/detail/gradient/composition.hpp"
 #include "longspan/detail/gradient/functor.hpp"

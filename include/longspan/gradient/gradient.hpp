@@ -16,6 +16,11 @@ LONGSPAN_NAMESPACE_BEGIN
 ///   gradient(attend)(q, k, v, out, lse, dout, dq, dk, dv, execution);
 ///   gradient(attend)(q, k, v, out, lse, dout, dlse, dq, dk, dv, execution);  // if the loss depends on lse too
 ///
+/// A functor that returns no lse (infini_attention, gated) is differentiated without out and lse, whose parts are computed
+/// again:
+///
+///   gradient(attend)(q, k, v, dout, dq, dk, dv, execution);                  // execution is optional
+///
 /// Include the header of gradient/ that has the name of the functor; it says what is particular to the functor.
 ///
 /// Shapes    dout as out, dlse as lse, dq as q, dk as k, dv as v. q, k, v, out, lse and all options have to be those of

