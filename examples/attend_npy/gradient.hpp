@@ -9,17 +9,17 @@
 
 #include "attend_files.hpp"
 #include "longspan/error.hpp"
-#include "longspan/gradient/softmax_attention.hpp"
 #include "longspan/view.hpp"
 
 namespace attend_npy {
 
-/// A functor that also computes its gradient with --dout and --dlse, and returns dq, dk and dv as additional outputs.
-template <class Functor>
+/// The functor of a gradient that also computes the gradient with --dout and --dlse, and returns dq, dk and dv as additional
+/// outputs.
+template <class Gradient>
 class WithGradient {
  public:
-  WithGradient(Functor attend, const Arguments& arguments, const Inputs& inputs)
-      : attend_(std::move(attend)),
+  WithGradient(Gradient gradient, const Arguments& arguments, const Inputs& inputs)
+      : gradient_(std::move(gradient)),
         arguments_(arguments),
         storage_(inputs.storage),
         q_{inputs.q.shape, arguments.layout},
@@ -33,8 +33,8 @@ class WithGradient {
     npy::Array dout_file = read_tensor(arguments_.dout, arguments_.layout);
     round_to(storage_, dout_file);
     const Tensor<Real> dout(std::move(dout_file), arguments_.layout);
-    std::vector<Real> dlse = read_dlse<Real>(q.batch * q.heads * q.rows);
-    attend_(q, k, v, out, lse, executor);
+    const std::vector<Real> dlse = read_dlse<Real>();
+    gradient_.attend(q, k, v, out, lse, executor);
 
     std::vector<Output<Real>> outputs;
     for (const auto& [path, shape] :
@@ -42,18 +42,22 @@ class WithGradient {
       outputs.push_back({*path, shape->of_file, {}});
       outputs.back().values.resize(checked_count(*path, shape->of_file));
     }
-    longspan::gradient(attend_)(q, k, v, out, lse, dout.view(),
-                                longspan::compact_rows_view(dlse.data(), q.batch, q.heads, q.rows),
-                                q_.view(outputs[0].values.data()), k_.view(outputs[1].values.data()),
-                                v_.view(outputs[2].values.data()), executor);
+    const auto dq = q_.view(outputs[0].values.data()), dk = k_.view(outputs[1].values.data()),
+               dv = v_.view(outputs[2].values.data());
+    if (arguments_.dlse.empty()) {
+      gradient_(q, k, v, out, lse, dout.view(), dq, dk, dv, executor);
+    } else {
+      gradient_(q, k, v, out, lse, dout.view(),
+                longspan::compact_rows_view(dlse.data(), q.batch, q.heads, q.rows), dq, dk, dv, executor);
+    }
     return outputs;
   }
 
  private:
-  /// `count` zeros without --dlse.
+  /// Empty without --dlse.
   template <class Real>
-  std::vector<Real> read_dlse(Index count) const {
-    std::vector<Real> dlse(static_cast<std::size_t>(count));
+  std::vector<Real> read_dlse() const {
+    std::vector<Real> dlse;
     if (arguments_.dlse.empty()) return dlse;
     const npy::Array file = npy::read(arguments_.dlse);
     if (file.shape != q_.rows_of_heads()) {
@@ -64,7 +68,7 @@ class WithGradient {
     return dlse;
   }
 
-  Functor attend_;
+  Gradient gradient_;
   const Arguments& arguments_;
   Storage storage_;
   FileShape q_, k_, v_;

@@ -73,7 +73,7 @@ void check_options(const Variant& variant, const Arguments& arguments) {
     throw Error("the options --memory-out and --norm-out are for infini");
   const std::string gradients = arguments.dq + arguments.dk + arguments.dv;
   if (!variant.has_gradient && !(arguments.dout + arguments.dlse + gradients).empty())
-    throw Error("the options --dout, --dlse, --dq, --dk and --dv are for softmax");
+    throw Error("the options --dout, --dlse, --dq, --dk and --dv are for softmax and dilated");
   if (arguments.dout.empty() && !(arguments.dlse + gradients).empty())
     throw Error("the options --dlse, --dq, --dk and --dv need --dout");
 }

@@ -5,6 +5,7 @@
 
 #include "attend_files.hpp"
 #include "gradient.hpp"
+#include "longspan/gradient/softmax_attention.hpp"
 #include "longspan/score.hpp"
 #include "longspan/softmax_attention.hpp"
 #include "softmax_mask.hpp"
@@ -23,7 +24,7 @@ void run(const Arguments& arguments) {
     if (scale) attend.scale = *scale;
     Inputs inputs = read_inputs(arguments);
     if (arguments.dout.empty()) return attend_files(arguments, std::move(inputs), attend);
-    const WithGradient with_gradient(attend, arguments, inputs);
+    const WithGradient with_gradient(longspan::gradient(attend), arguments, inputs);
     attend_files(arguments, std::move(inputs), with_gradient);
   };
   if (cap) {

@@ -1,10 +1,11 @@
-// attend_npy with --dout: the gradients of softmax compared with the reference, and errors.
+// attend_npy with --dout: the gradients of softmax and dilated compared with the reference, and errors.
 #include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
 
 #include "attend_npy_program.hpp"
+#include "longspan/reference/gradient/dilated_attention.hpp"
 #include "longspan/reference/gradient/softmax_attention.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
@@ -94,6 +95,28 @@ TEST_CASE("attend_npy: gradients of softmax agree with the reference") {
   }
 }
 
+TEST_CASE("attend_npy: gradients of dilated agree with the reference, with both kinds of mixing") {
+  Example example;
+  const TemporaryFolder folder;
+  save_inputs(folder, example);
+  std::fill(example.dlse.values.begin(), example.dlse.values.end(), 0.0f);
+  const std::string words =
+      "dilated segments=4,8 dilations=1,2 causal=1 --q q.npy --k k.npy --v v.npy "
+      "--out out.npy --dout dout.npy" +
+      gradients;
+  longspan::dilated_attention attend{{{4, 1}, {8, 2}}, longspan::causal{}};
+  REQUIRE(run(folder, words).exit_code == 0);
+  example.differentiate(attend);
+  CHECK(is_near(folder, "dk.npy", example.dk));
+  REQUIRE(run(folder, words + " mixing=detached").exit_code == 0);
+  longspan::reference::exact{gradient(attend, longspan::Mixing::detached)}(
+      example.q.view(), example.k.view(), example.v.view(), example.dout.view(), example.dq.view(),
+      example.dk.view(), example.dv.view());
+  CHECK(is_near(folder, "dq.npy", example.dq));
+  CHECK(is_near(folder, "dk.npy", example.dk));
+  CHECK(is_near(folder, "dv.npy", example.dv));
+}
+
 TEST_CASE("attend_npy: each gradient is optional, and so is dlse") {
   Example example;
   const TemporaryFolder folder;
@@ -137,7 +160,7 @@ TEST_CASE("attend_npy: gradients that cannot be computed are refused") {
   check_refused(no_dout + " --dq dq.npy", "the options --dlse, --dq, --dk and --dv need --dout");
   check_refused(no_dout + " --dlse dlse.npy", "the options --dlse, --dq, --dk and --dv need --dout");
   check_refused("landmark block=4 --q q.npy --k k.npy --v v.npy --out out.npy --dout dout.npy",
-                "the options --dout, --dlse, --dq, --dk and --dv are for softmax");
+                "the options --dout, --dlse, --dq, --dk and --dv are for softmax and dilated");
   check_refused(no_dout + " --dout q.npy --dq dq.npy", "dout is [2, 4, 9, 8], wanted [2, 4, 9, 5]");
   check_refused(files + " --dlse dout.npy --dq dq.npy", "has the shape (2, 4, 9, 5), wanted (2, 4, 9)");
   check_refused(files + " --dq dout.npy", "the options --dout and --dq name the same file");
