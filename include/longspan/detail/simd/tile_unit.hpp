@@ -132,5 +132,12 @@ class EmulatedTiles {
   static float flushed(float x) { return number(std::bit_cast<std::uint32_t>(x)); }
 };
 
+/// A tile unit for keys and values of int8. Row j of keys stands for k_scale[j] times its numbers, which are exact in
+/// bfloat16, and so are those of values: scores are multiplied by k_scale, and weights by v_scale before they are rounded.
+template <class TileUnit>
+struct RowScales : TileUnit {
+  static constexpr bool scales_rows = true;
+};
+
 }  // namespace detail
 LONGSPAN_NAMESPACE_END

@@ -34,13 +34,6 @@ LONGSPAN_INTRINSICS_BEGIN
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// A tile unit for keys and values of int8. Row j of keys stands for k_scale[j] times its numbers, which are exact in
-/// bfloat16, and so are those of values: scores are multiplied by k_scale, and weights by v_scale before they are rounded.
-template <class TileUnit>
-struct RowScales : TileUnit {
-  static constexpr bool scales_rows = true;
-};
-
 /// `Unit` is HardwareTiles or EmulatedTiles, or one of them with RowScales.
 template <class Unit>
 struct AmxArithmetic {
@@ -121,7 +114,8 @@ struct AmxArithmetic {
       for (Index column = 0; column < to_cols; column += 16) {
         const auto row = [&](Index i) {
           const __mmask16 present =
-              i < rows ? static_cast<__mmask16>(first_of_32(std::max<Index>(0, cols - column))) : __mmask16{0};
+              i < rows ? static_cast<__mmask16>(first_of_32(std::max<Index>(0, cols - column)))
+                       : __mmask16{0};
           return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, from + i * from_stride + column));
         };
         _mm512_storeu_si512(to + column, _mm512_or_si512(row(j), _mm512_slli_epi32(row(j + 1), 16)));
@@ -161,8 +155,7 @@ struct AmxArithmetic {
   static constexpr float most_rise = 16;
 
   /// weights[j / 2] = exp_score(factor * s[j] - row_max) of two keys, times v_scale[j] if rows have scales, rounded to
-  /// bfloat16. Adds exp_score(...) to `sum`. Returns true if an exponent is above most_rise; the results are then of no
-  /// use.
+  /// bfloat16. Adds exp_score(...) to `sum`. If an exponent is above most_rise, returns true, and results are of no use.
   template <int packets, bool rounds_products>
   static LONGSPAN_INLINE bool exp_keys(const float* s, float factor, const float* row_max,
                                        [[maybe_unused]] const float* v_scale, float* sum, Weight* weights,
