@@ -178,28 +178,28 @@ class LandmarkBackward : public Backward<Call, M, S, P, LandmarkBackward<Call, M
   /// D_m. The gradient of the CMT is w (A - D).
   void finish_controlled(Worker& worker, Index n) const {
     constexpr double unit = double(score_unit<Real>);
-    for_each_query_block(worker, n, [&](const QueryBlock<Real>& block, const LandmarkRows<Real>& rows,
-                                        Index query, Index) {
-      const auto [b, h] = wave_.query_head(query);
-      for (Index i = 0; i < block.q.rows; ++i) {
-        const float cmt = options_.control.cmt(b, h, block.first_row + i);
-        const double log_weight =
-            is_minus_infinity(cmt) ? -1e300 : double(cmt) - double(block.shift[i]) / unit;
-        const double weight = std::exp(log_weight);
-        const bool is_cut = weight < options_.control.cutoff;
-        const auto& seen = rows.controlled[i];
-        const Real mean = is_cut ? Real(0) : seen.mean();
-        rows.controlled_delta[i] = mean;
-        rows.controlled_shift[i] =
-            is_cut || seen.empty() || weight == 0
-                ? shift_of(minus_infinity<Real>())
-                : static_cast<Real>(double(seen.top) + unit * (std::log(seen.weights) - log_weight));
-        if (dcmt_.data != nullptr) {
-          dcmt_(b, h, block.first_row + i) =
-              weight == 0 ? 0.0f : static_cast<float>(weight * (double(mean) - double(block.delta[i])));
-        }
-      }
-    });
+    for_each_query_block(
+        worker, n, [&](const QueryBlock<Real>& block, const LandmarkRows<Real>& rows, Index query, Index) {
+          const auto [b, h] = wave_.query_head(query);
+          for (Index i = 0; i < block.q.rows; ++i) {
+            const float cmt = options_.control.cmt(b, h, block.first_row + i);
+            const double log_weight =
+                is_minus_infinity(cmt) ? -1e300 : double(cmt) - double(block.shift[i]) / unit;
+            const double weight = std::exp(log_weight);
+            const bool is_cut = weight < options_.control.cutoff;
+            const auto& seen = rows.controlled[i];
+            const Real mean = is_cut ? Real(0) : seen.mean();
+            rows.controlled_delta[i] = mean;
+            rows.controlled_shift[i] =
+                is_cut || seen.empty() || weight == 0
+                    ? shift_of(minus_infinity<Real>())
+                    : static_cast<Real>(double(seen.top) + unit * (std::log(seen.weights) - log_weight));
+            if (dcmt_.data != nullptr) {
+              dcmt_(b, h, block.first_row + i) =
+                  weight == 0 ? 0.0f : static_cast<float>(weight * (double(mean) - double(block.delta[i])));
+            }
+          }
+        });
   }
 
   const LandmarkOptions& options_;

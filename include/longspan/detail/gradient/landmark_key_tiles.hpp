@@ -122,7 +122,7 @@ class LandmarkKeyTiles : public KeyTiles<Real, M, S> {
     const Edges edges = edges_of(part);
     for (Index i = 0; i < block.q.rows; ++i) {
       if (owns(i, part)) continue;
-      if (part.begin < part.end) rows.wide[i].tokens.add(sums_of(i, part, edges));
+      if (part.begin < part.end) rows.wide[i].tokens.add(sums_of(i, edges));
       if (part.landmark >= 0) rows.wide[i].landmark = *weight_at(i, part.landmark);
     }
   }
@@ -148,7 +148,7 @@ class LandmarkKeyTiles : public KeyTiles<Real, M, S> {
         if (is_wide_) {
           add(rows.wide[i].tokens);
         } else {
-          add(sums_of(i, part, edges));
+          add(sums_of(i, edges));
         }
       }
     }
@@ -307,7 +307,7 @@ class LandmarkKeyTiles : public KeyTiles<Real, M, S> {
   }
 
   /// The sums over the visible tokens of a part. Leaves exp(score - top) in the place of its scores.
-  ScoreSums<Real, Real> sums_of(Index i, const Part& part, const Edges& edges) const {
+  ScoreSums<Real, Real> sums_of(Index i, const Edges& edges) const {
     if (edges.packets == 0) return {};
     const Packet<Real> zero = broadcast(Real(0)), lowest = broadcast(hidden_score);
     Packet<Real> highest = broadcast(empty_max<Real>);
@@ -423,7 +423,7 @@ class LandmarkKeyTiles : public KeyTiles<Real, M, S> {
       } else if (is_wide_) {
         set(rows.wide[i].tokens, std::true_type());
       } else {
-        set(sums_of(i, part, edges), std::false_type());
+        set(sums_of(i, edges), std::false_type());
       }
     }
   }

@@ -34,16 +34,14 @@ void check_landmark_options(std::string_view name, const Problem& call, const la
   if (control.cmt.data == nullptr) return;
   if (control.cmt.batch != call.q.batch || control.cmt.heads != call.q.heads ||
       control.cmt.rows != call.q.rows) {
-    refuse(name, "control.cmt", shape_text(control.cmt),
-           shape_text(call.q.batch, call.q.heads, call.q.rows));
+    refuse(name, "control.cmt", shape_text(control.cmt), shape_text(call.q.batch, call.q.heads, call.q.rows));
   }
   if (!is_finite(control.cutoff))
     refuse(name, "control.cutoff", number_text(control.cutoff), "a finite number");
   const auto& kinds = control.blocks;
   check_view(name, "control.blocks", kinds);
   if ((kinds.rows != 1 && kinds.rows != call.k.batch) || kinds.cols < blocks) {
-    refuse(name, "control.blocks",
-           "[" + std::to_string(kinds.rows) + ", " + std::to_string(kinds.cols) + "]",
+    refuse(name, "control.blocks", "[" + std::to_string(kinds.rows) + ", " + std::to_string(kinds.cols) + "]",
            "[" + std::to_string(call.k.batch) + ", " + std::to_string(blocks) + "]");
   }
 }

@@ -30,9 +30,51 @@ struct exact<gradient_of<landmark_attention<M, S, P>>>
   landmark_attention<M, S, P> attend;
   RowsView<float> dcmt;
 
-  explicit exact(gradient_of<landmark_attention<M, S, P>> of)
-      : attend(std::move(of.attend)), dcmt(of.dcmt) {}
+  explicit exact(gradient_of<landmark_attention<M, S, P>> of) : attend(std::move(of.attend)), dcmt(of.dcmt) {}
 
+  template <class Q, class K, class V, class Dout, class Dlse, class Dq, class Dk, class Dv>
+  void differentiate_exactly(Q q, K k, V v, Dout dout, Dlse dlse, Dq dq, Dk dk, Dv dv) const {
+    const Index group = k.heads == 0 ? 1 : q.heads / k.heads;
+    const Index first = attend.first_query == queries_end_at_keys ? k.rows - q.rows : attend.first_query;
+    const double scale = detail::resolved_scale("reference", attend.scale, q.cols);
+    DoubleTensor to_q(q.batch, q.heads, q.rows, q.cols), to_k(k.batch, k.heads, k.rows, k.cols),
+        to_v(v.batch, v.heads, v.rows, v.cols);
+    for (Index b = 0; b < q.batch; ++b) {
+      for (Index h = 0; h < q.heads; ++h) {
+        const Index kv_head = h / group;
+        const auto encoded_q = encoded(q.matrix(b, h), attend.position, first, Role::query);
+        const auto encoded_k = encoded(k.matrix(b, kv_head), attend.position, 0, Role::key);
+        for (Index n = 0; n < q.rows; ++n) {
+          const double* query = encoded_q.data() + n * q.cols;
+          Row row;
+          row.b = b, row.h = h, row.row = n, row.i = first + n;
+          row.dlse = dlse.data == nullptr ? 0.0 : static_cast<double>(dlse(b, h, n));
+          for (Index j = 0; j < k.rows; ++j) {
+            add_pair(row, j, scale, query, encoded_k.data() + j * q.cols, q.cols, dout.row(b, h, n),
+                     v.row(b, kv_head, j), v.cols);
+          }
+          differentiate_row(row);
+          if (dcmt.data != nullptr) dcmt(b, h, n) = static_cast<float>(row.dcmt);
+          for (Index j = 0; j < k.rows; ++j) {
+            if (row.ds[at(j)] != 0) {
+              const double ds = scale * row.ds[at(j)] * row.slopes[at(j)];
+              for (Index c = 0; c < q.cols; ++c) {
+                to_q.row(b, h, n)[c] += ds * encoded_k[at(j * q.cols + c)];
+                to_k.row(b, kv_head, j)[c] += ds * query[c];
+              }
+            }
+            for (Index c = 0; c < v.cols && row.weights[at(j)] != 0; ++c)
+              to_v.row(b, kv_head, j)[c] += row.weights[at(j)] * static_cast<double>(dout.row(b, h, n)[c]);
+          }
+        }
+      }
+    }
+    to_q.write(attend.position, first, Role::query, dq);
+    to_k.write(attend.position, 0, Role::key, dk);
+    to_v.write(no_position{}, 0, Role::key, dv);
+  }
+
+ private:
   /// One query: what its gradients are made of, for each key.
   struct Row {
     Index b = 0, h = 0, row = 0, i = 0;  ///< i is the position
@@ -102,49 +144,6 @@ struct exact<gradient_of<landmark_attention<M, S, P>>>
     row.dcmt = of_cmt == 0 ? 0 : of_cmt * ((kept_of_cmt == 0 ? 0 : of_controlled) - delta);
   }
 
-  template <class Q, class K, class V, class Dout, class Dlse, class Dq, class Dk, class Dv>
-  void differentiate_exactly(Q q, K k, V v, Dout dout, Dlse dlse, Dq dq, Dk dk, Dv dv) const {
-    const Index group = k.heads == 0 ? 1 : q.heads / k.heads;
-    const Index first = attend.first_query == queries_end_at_keys ? k.rows - q.rows : attend.first_query;
-    const double scale = detail::resolved_scale("reference", attend.scale, q.cols);
-    DoubleTensor to_q(q.batch, q.heads, q.rows, q.cols), to_k(k.batch, k.heads, k.rows, k.cols),
-        to_v(v.batch, v.heads, v.rows, v.cols);
-    for (Index b = 0; b < q.batch; ++b) {
-      for (Index h = 0; h < q.heads; ++h) {
-        const Index kv_head = h / group;
-        const auto encoded_q = encoded(q.matrix(b, h), attend.position, first, Role::query);
-        const auto encoded_k = encoded(k.matrix(b, kv_head), attend.position, 0, Role::key);
-        for (Index n = 0; n < q.rows; ++n) {
-          const double* query = encoded_q.data() + n * q.cols;
-          Row row;
-          row.b = b, row.h = h, row.row = n, row.i = first + n;
-          row.dlse = dlse.data == nullptr ? 0.0 : static_cast<double>(dlse(b, h, n));
-          for (Index j = 0; j < k.rows; ++j) {
-            add_pair(row, j, scale, query, encoded_k.data() + j * q.cols, q.cols, dout.row(b, h, n),
-                     v.row(b, kv_head, j), v.cols);
-          }
-          differentiate_row(row);
-          if (dcmt.data != nullptr) dcmt(b, h, n) = static_cast<float>(row.dcmt);
-          for (Index j = 0; j < k.rows; ++j) {
-            if (row.ds[at(j)] != 0) {
-              const double ds = scale * row.ds[at(j)] * row.slopes[at(j)];
-              for (Index c = 0; c < q.cols; ++c) {
-                to_q.row(b, h, n)[c] += ds * encoded_k[at(j * q.cols + c)];
-                to_k.row(b, kv_head, j)[c] += ds * query[c];
-              }
-            }
-            for (Index c = 0; c < v.cols && row.weights[at(j)] != 0; ++c)
-              to_v.row(b, kv_head, j)[c] += row.weights[at(j)] * static_cast<double>(dout.row(b, h, n)[c]);
-          }
-        }
-      }
-    }
-    to_q.write(attend.position, first, Role::query, dq);
-    to_k.write(attend.position, 0, Role::key, dk);
-    to_v.write(no_position{}, 0, Role::key, dv);
-  }
-
- private:
   static constexpr double nothing = -std::numeric_limits<double>::infinity();
 
   /// A block that the query reaches through its landmark.
@@ -195,10 +194,9 @@ struct exact<gradient_of<landmark_attention<M, S, P>>>
     for (Index c = 0; c < value_dim; ++c) dp += static_cast<double>(dout[c]) * static_cast<double>(value[c]);
     const Value raw = static_cast<Value>(scale * s);
     const bool is_seen = sees(attend.mask, row.b, row.h, row.i, j);
-    row.scores.push_back(
-        is_seen ? static_cast<double>(attend.score(raw, row.b, row.h, row.i, j)) : nothing);
-    row.slopes.push_back(
-        is_seen ? static_cast<double>(attend.score.derivative(raw, row.b, row.h, row.i, j)) : 0.0);
+    row.scores.push_back(is_seen ? static_cast<double>(attend.score(raw, row.b, row.h, row.i, j)) : nothing);
+    row.slopes.push_back(is_seen ? static_cast<double>(attend.score.derivative(raw, row.b, row.h, row.i, j))
+                                 : 0.0);
     row.dp.push_back(dp);
   }
 };
