@@ -26,11 +26,12 @@ namespace detail {
 ///   controlled blocks            all keys of a KV head are one span, which is taken twice, first for the softmax of the
 ///                                landmarks of the controlled blocks
 template <class Call, Mask M, Score S, Position P>
-class LandmarkBackward : public Backward<Call, M, S, P, LandmarkBackward<Call, M, S, P>> {
+class LandmarkBackward : public Backward<LandmarkKeyTiles<typename Call::Real, M, S>, Call, M, S, P,
+                                         LandmarkBackward<Call, M, S, P>> {
  public:
-  using Base = Backward<Call, M, S, P, LandmarkBackward<Call, M, S, P>>;
   using Real = typename Call::Real;
   using Tiles = LandmarkKeyTiles<Real, M, S>;
+  using Base = Backward<Tiles, Call, M, S, P, LandmarkBackward>;
 
   /// `dcmt.data` is null if the gradient of the CMT is not wanted.
   LandmarkBackward(const Call& call, const LandmarkOptions& options, RowsView<float> dcmt, const M& mask,
@@ -51,20 +52,15 @@ class LandmarkBackward : public Backward<Call, M, S, P, LandmarkBackward<Call, M
   using Base::plan_;
   using Base::wave_;
 
-  struct Worker {
-    Tiles tiles;
+  struct Worker : Base::Worker {
     LandmarkRows<Real> rows;
-    Real *dk = nullptr, *dv = nullptr;
   };
 
   Worker cut_worker(Arena& arena) const {
     const auto& of = forward();
-    Worker worker;
-    worker.tiles = Tiles::take(arena, of.head_dim(), of.value_dim(), of.q_len() * of.group());
+    Worker worker{Base::cut_worker(arena), {}};
     worker.rows = LandmarkRows<Real>::take(arena, of.group() * round_up(of.q_len(), rows_in_query_block),
                                            has_wide_, options_.has_controlled());
-    worker.dk = arena.take<Real>(keys_in_group<Real> * of.head_dim());
-    worker.dv = arena.take<Real>(keys_in_group<Real> * of.value_dim());
     return worker;
   }
 
