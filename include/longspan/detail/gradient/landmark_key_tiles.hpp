@@ -72,7 +72,7 @@ class LandmarkKeyTiles : public ScoredKeyTiles<Real, M, S> {
   bool absorb(const QueryBlock<Real>& block, const LandmarkRows<Real>& rows) {
     if (block.first_row % (Base::blocks_in_chunk * rows_in_query_block) == 0) this->carry();
     Seen seen;
-    if (!score(block, seen)) return false;
+    if (!make_scores(block, seen)) return false;
     find_own_blocks(block);
     for (Index n = 0; n < parts_; ++n) {
       const Part& part = part_[std::size_t(n)];
@@ -90,7 +90,7 @@ class LandmarkKeyTiles : public ScoredKeyTiles<Real, M, S> {
   /// Adds these keys of a wide block to what each query of the block has seen of it.
   void measure_wide(const QueryBlock<Real>& block, const LandmarkRows<Real>& rows) {
     Seen seen;
-    if (!score(block, seen)) return;
+    if (!make_scores(block, seen)) return;
     find_own_blocks(block);
     const Part& part = part_[0];
     const Edges edges = edges_of(part);
@@ -105,7 +105,7 @@ class LandmarkKeyTiles : public ScoredKeyTiles<Real, M, S> {
   /// piece with its landmark comes last, after measure_wide.
   void measure_controlled(const QueryBlock<Real>& block, const LandmarkRows<Real>& rows) {
     Seen seen;
-    if (!score(block, seen)) return;
+    if (!make_scores(block, seen)) return;
     find_own_blocks(block);
     for (Index n = 0; n < parts_; ++n) {
       const Part& part = part_[std::size_t(n)];
@@ -137,7 +137,7 @@ class LandmarkKeyTiles : public ScoredKeyTiles<Real, M, S> {
   using Base::head_;
   using Base::hidden_score;
   using Base::k_;
-  using Base::score;
+  using Base::make_scores;
   using Base::slopes_;
   using Base::weight_at;
   using Seen = typename Base::Seen;

@@ -23,7 +23,7 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// KeyTiles in two steps: `score` makes S and dP of all tiles, then a derived class turns S into weights and dP into dS,
+/// KeyTiles in two steps: `make_scores` makes S and dP of all tiles, then a derived class turns S into weights and dP into dS,
 /// and `add_products` adds to dV, dK and dQ what these weights contribute. A weight, or a dS, of exactly 0 stands for a
 /// hidden pair: no factor of it counts, even if it is NaN.
 template <class Real, Mask M, Score S>
@@ -77,7 +77,7 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
 
   /// Scores into weights_ (in score units, hidden_score where a pair is hidden) and dP into ds_ (0 there). Returns false
   /// if every pair is hidden.
-  bool score(const QueryBlock<Real>& block, Seen& seen) {
+  bool make_scores(const QueryBlock<Real>& block, Seen& seen) {
     bool whole = true;
     for (Index t = 0; t < tiles_; ++t) {
       Runs& runs = seen.runs_of[std::size_t(t)];
