@@ -40,12 +40,17 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           key tiles (192 with AVX-512 and float) and the keys of calls with `control` are scored twice: seven products
 ///           where there were five. With `control` the heads of one KV head are one task. Scratch: that of
 ///           softmax_attention, 5 words for each block and, where keys are scored twice, 8 for each query
-/// Error     with a, A_i and e_ij as for softmax_attention, where for a token of another block a_ij is the sum of that of
-///           the token, of its landmark, and of the largest of its block:
-///             dv within 16 u sum_i w_ij (1 + a_ij + A_i) |dout[i]|,
-///             dq within 16 u scale sum_j e_ij |k[j]|, dk within 16 u scale sum_i e_ij |q[i]|,
-///           with the sums over tokens and landmarks, D_im for D_i and w_ij for p_ij where they stand above, and g_im for
-///           a landmark
+/// Error     with u = 2^-24 for float, a_ij = scale sum_c |q_ic k_jc| plus the size of what a score adds, b_ij =
+///           sum_c |dout_ic v_jc|, a_im' = sum_t p_it a_it and b_im' = sum_t p_it b_it over the tokens of block m, a_i and
+///           b_i the sums of g_ij a_ij over own tokens and g_im (a_im + a_im') over landmarks, and of g_ij b_ij and
+///           g_im b_im', and G_im = 1 + a_im + a_i + |lse[i]|:
+///             own token j      e = w_ij ((1 + a_ij + a_i + |lse[i]|) (|dp_ij| + |D_i|) + b_ij + E_i)
+///             other token t    e = w_it ((G_im + a_it + a_im') (|dp_it| + |D_im|) + b_it + E_im)
+///             landmark m       e = g_im (G_im (|D_im| + |D_i|) + E_im + E_i)
+///           with E_i = (1 + a_i) b_i + |dlse[i]| and E_im = sum_t p_it (1 + a_it + a_im') b_it. Then dq is within
+///           16 u scale sum_j e_ij |k[j]|, dk within 16 u scale sum_i e_ij |q[i]|, and dv within 16 u sum_i |dout[i]| w_ij
+///           times the first factor after w_ij above. Derivatives of scores, 16-bit tensors and small weights count as for
+///           softmax_attention
 /// Masked    as in landmark_attention: what a query does not see, and the key of the landmark of its own block, get
 ///           nothing from it, even if q, k, v or dout hold NaN there. The dv of a landmark is 0
 /// Bits      do not depend on the executor, on its number of threads, nor on the other batch rows and KV heads
