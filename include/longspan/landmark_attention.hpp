@@ -1,19 +1,15 @@
 // Landmark attention: a grouped softmax in which the landmark token of each block determines the weight of the block.
 #pragma once
 
-#include <algorithm>
 #include <optional>
-#include <string>
 
 #include "longspan/call_sizes.hpp"
 #include "longspan/detail/attend.hpp"
-#include "longspan/detail/call/check_view.hpp"
-#include "longspan/detail/call/finite.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/parts.hpp"
+#include "longspan/detail/landmark/check_options.hpp"
 #include "longspan/detail/landmark/forward.hpp"
 #include "longspan/eigen.hpp"
-#include "longspan/error.hpp"
 #include "longspan/execution.hpp"
 #include "longspan/landmarks.hpp"
 #include "longspan/mask.hpp"
@@ -104,7 +100,8 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
   template <class Call>
   void check(const Call& call) const {
     position.check(call.head_dim());
-    check_options(call);
+    detail::check_landmark_options(name, call, landmarks, softmax == LandmarkSoftmax::grouped, gate_keep,
+                                   control);
     detail::check_parts(*this, call.at(name, first_query, scale).sizes(name));
   }
 
@@ -115,39 +112,6 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
                                           softmax == LandmarkSoftmax::grouped, leak, gate_keep, control};
     detail::landmark_forward(call.at(name, first_query, scale), options, mask, score, position, executor,
                              workspace, bf16_products);
-  }
-
-  template <class Problem>
-  void check_options(const Problem& call) const {
-    landmarks.check(name, call.k.batch, call.kv_len());
-    if (softmax != LandmarkSoftmax::grouped && (gate_keep.data != nullptr || control.cmt.data != nullptr)) {
-      detail::refuse(name, "softmax", "not grouped", "grouped, which gate_keep and control require");
-    }
-    Index blocks = 0;
-    for (Index b = 0; b < (landmarks.same_in_all_rows() ? 1 : call.k.batch); ++b)
-      blocks = (std::max)(blocks, landmarks.count(b, call.kv_len()));
-    if (gate_keep.data != nullptr) detail::check_view(name, "gate_keep", gate_keep);
-    if (gate_keep.data != nullptr && (gate_keep.batch != call.q.batch || gate_keep.heads != call.q.heads ||
-                                      gate_keep.rows != call.q.rows || gate_keep.cols < blocks)) {
-      detail::refuse(name, "gate_keep", detail::shape_text(gate_keep),
-                     detail::shape_text(call.q.batch, call.q.heads, call.q.rows, blocks));
-    }
-    if (control.cmt.data == nullptr) return;
-    if (control.cmt.batch != call.q.batch || control.cmt.heads != call.q.heads ||
-        control.cmt.rows != call.q.rows) {
-      detail::refuse(name, "control.cmt", detail::shape_text(control.cmt),
-                     detail::shape_text(call.q.batch, call.q.heads, call.q.rows));
-    }
-    if (!detail::is_finite(control.cutoff)) {
-      detail::refuse(name, "control.cutoff", detail::number_text(control.cutoff), "a finite number");
-    }
-    const auto& kinds = control.blocks;
-    detail::check_view(name, "control.blocks", kinds);
-    if ((kinds.rows != 1 && kinds.rows != call.k.batch) || kinds.cols < blocks) {
-      detail::refuse(name, "control.blocks",
-                     "[" + std::to_string(kinds.rows) + ", " + std::to_string(kinds.cols) + "]",
-                     "[" + std::to_string(call.k.batch) + ", " + std::to_string(blocks) + "]");
-    }
   }
 };
 

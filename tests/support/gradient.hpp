@@ -218,10 +218,12 @@ std::vector<PairGradient<Real>> pair_gradients(const std::vector<WeighedPair<Rea
   return row;
 }
 
-/// The gradients of a call by their definition.
-template <class Tq, class Tk, class Tv, class To, class Gq, class Gk, class Gv>
-ExactGradient exact_gradient(const Definition& what, const GradientCall<Tq, Tk, Tv, To, Gq, Gk, Gv>& call,
-                             GradientAllowance allowed = {}) {
+/// The gradients of a call by their definition. row_of(b, i, pairs, slope, dp, dp_size, dlse, rounded_out) returns the
+/// PairGradients of the query at position i, from arguments as those of pair_gradients.
+template <class Tq, class Tk, class Tv, class To, class Gq, class Gk, class Gv, class RowOf>
+ExactGradient exact_gradient_of_rows(const Definition& what,
+                                     const GradientCall<Tq, Tk, Tv, To, Gq, Gk, Gv>& call,
+                                     const RowOf& row_of) {
   using Real = Wide<Tq>;
   using Arith = Arithmetic<Tq>;
   const auto &q = call.forward.q, &out = call.forward.out;
@@ -276,10 +278,10 @@ ExactGradient exact_gradient(const Definition& what, const GradientCall<Tq, Tk, 
             }
           }
           const Real dlse = call.has_dlse ? Real(call.dlse(b, h, i)) : Real(0);
-          const auto row = pair_gradients<Real, Arith>(pairs, slope, dp, dp_size, dlse, rounded_out, allowed);
+          const auto row = row_of(b, first + i, pairs, slope, dp, dp_size, dlse, rounded_out);
           std::vector<Real> dq(head_dim), dq_gauge(head_dim);
           for (std::size_t j = 0; j < keys; ++j) {
-            if (row[j].p_gauge == 0) continue;
+            if (row[j].p_gauge == 0 && row[j].ds_gauge == 0) continue;
             const Index key = static_cast<Index>(j);
             for (std::size_t c = 0; c < head_dim; ++c) {
               dq[c] += Real(scale) * row[j].ds * k_rows.row(key)[c];
@@ -310,6 +312,14 @@ ExactGradient exact_gradient(const Definition& what, const GradientCall<Tq, Tk, 
     }
   }
   return exact;
+}
+
+template <class Tq, class Tk, class Tv, class To, class Gq, class Gk, class Gv>
+ExactGradient exact_gradient(const Definition& what, const GradientCall<Tq, Tk, Tv, To, Gq, Gk, Gv>& call,
+                             GradientAllowance allowed = {}) {
+  return exact_gradient_of_rows(what, call, [&](Index, Index, const auto&... row) {
+    return pair_gradients<Wide<Tq>, Arithmetic<Tq>>(row..., allowed);
+  });
 }
 
 /// The worst errors of gradients, in units of u times their gauge.

@@ -40,7 +40,10 @@ struct SpanPlan {
 ///   for each KV head and span, in parallel:
 ///     for each group of key tiles of the span, each query head and each query block: Tiles::absorb
 ///   add up the sums of dq, in parallel over blocks of queries
-template <class Tiles, class Call, Mask M, Score S, Position P>
+///
+/// A class that takes a span of keys in another way derives from Backward<..., itself> and has its own cut_worker,
+/// cut_shared and take_span.
+template <class Tiles, class Call, Mask M, Score S, Position P, class Derived = void>
 class Backward {
  public:
   using Real = typename Call::Real;
@@ -61,20 +64,20 @@ class Backward {
   template <class E>
   void run(const E& executor, Workspace& workspace) {
     const WorkerScratch scratch(
-        workspace, executor.workers(), [&](Arena& arena) { cut_worker(arena); },
-        [&](Arena& arena) { cut_shared(arena); });
+        workspace, executor.workers(), [&](Arena& arena) { self().cut_worker(arena); },
+        [&](Arena& arena) { self().cut_shared(arena); });
     Arena shared = scratch.shared();
-    cut_shared(shared);
+    self().cut_shared(shared);
     for (Index first_head = 0; wave_.enter(executor, first_head); first_head += heads_in_wave_) {
       Index first_span = 0;
       do {
         const Index spans = (std::min)(SpanPlan::most_held, plan_.spans - first_span);
         executor.for_each(wave_.heads() * spans, [&](Index task, Index worker) {
           Arena own = scratch.of_worker(worker);
-          Worker of_worker = cut_worker(own);
+          auto of_worker = self().cut_worker(own);
           // Under a causal mask the first spans take longest, so they come first.
           const Index slot = task / wave_.heads();
-          take_span(of_worker, task % wave_.heads(), slot, first_span + slot);
+          self().take_span(of_worker, task % wave_.heads(), slot, first_span + slot);
         });
         add_queries(executor, first_span, spans);
         first_span += spans;
@@ -82,7 +85,10 @@ class Backward {
     }
   }
 
- private:
+ protected:
+  using Self = std::conditional_t<std::is_void_v<Derived>, Backward, Derived>;
+  Self& self() { return static_cast<Self&>(*this); }
+
   struct Worker {
     Tiles tiles;
     Real *dk = nullptr, *dv = nullptr;

@@ -193,7 +193,7 @@ class KeyTiles {
     }
   }
 
- private:
+ protected:
   /// Query blocks are absorbed in chunks whose sums are added first, so that rounding errors do not grow with q_len.
   static constexpr Index blocks_in_chunk = keys_in_chunk / rows_in_query_block;
 
