@@ -30,10 +30,10 @@ struct KeyBlock<AmxArithmetic<Unit>> {
   Index v_stride = 0;  ///< columns of values, a multiple of columns_in_tile
   Index first_key = 0;
   Index keys = 0;
-  const typename Policy::Key* last_step =
-      nullptr;  ///< where keys is no multiple of 32: its last rows, and rows of 0
+  /// Where keys is no multiple of 32: its last rows, and rows of 0.
+  const typename Policy::Key* last_step = nullptr;
   Index last_stride = 0;
-  mutable signed char values_finite = -1;
+  signed char& values_finite;  ///< -1: not known yet; kept with the values
 
   MatrixView<const typename Policy::Key> step(Index first) const {
     if (first + Policy::keys_in_step <= keys)
@@ -42,7 +42,7 @@ struct KeyBlock<AmxArithmetic<Unit>> {
   }
 };
 
-/// The transposed values of the first keys of one KV head, which a worker keeps from task to task: transposing them in
+/// The transposed values of blocks of keys of one KV head, which a worker keeps from task to task: transposing them in
 /// each task, for every 192 queries, would take 9 % of a call.
 template <class Unit>
 class KeptValues {
@@ -50,16 +50,16 @@ class KeptValues {
   using Policy = AmxArithmetic<Unit>;
   using Value = typename Policy::Value;
 
-  /// For at most `keys` keys, and at most kept_value_bytes.
-  static KeptValues take(Arena& arena, Index padded_value_dim, Index keys) {
+  /// For at most `blocks` blocks, and at most kept_value_bytes.
+  static KeptValues take(Arena& arena, Index padded_value_dim, Index blocks) {
     constexpr Index most_bytes = tuning::kept_value_bytes;
     KeptValues kept;
     kept.in_block_ = Policy::keys_in_block / 2 * padded_value_dim;
     if (kept.in_block_ == 0) return kept;
-    kept.blocks_ = (std::min)(divide_up(keys, Policy::keys_in_block),
-                              most_bytes / (kept.in_block_ * Index(sizeof(Value))));
+    kept.blocks_ = (std::min)(blocks, most_bytes / (kept.in_block_ * Index(sizeof(Value))));
     kept.head_ = arena.take<Index>(1);
     kept.present_ = arena.take<bool>(kept.blocks_);
+    kept.finite_ = arena.take<signed char>(kept.blocks_);
     kept.values_ = arena.take<Value>(kept.blocks_ * kept.in_block_);
     return kept;
   }
@@ -71,18 +71,19 @@ class KeptValues {
     *head_ = head;
     std::fill_n(present_, blocks_, false);
   }
-  /// Memory for the values of the block that begins with key `first_key`, or null if it is not kept. Sets `is_new` if
-  /// the caller has to write them there.
-  Value* find(Index first_key, bool& is_new) const {
-    const Index n = first_key / Policy::keys_in_block;
-    if (n >= blocks_ || first_key % Policy::keys_in_block != 0) return nullptr;
+  bool has(Index n) const { return 0 <= n && n < blocks_; }
+  /// Memory for the values of block n. Sets `is_new` if the caller has to write them there.
+  Value* find(Index n, bool& is_new) const {
     is_new = !std::exchange(present_[n], true);
+    if (is_new) finite_[n] = -1;
     return values_ + n * in_block_;
   }
+  signed char& finite(Index n) const { return finite_[n]; }
 
  private:
   Index* head_ = nullptr;
   bool* present_ = nullptr;  ///< of each block
+  signed char* finite_ = nullptr;
   Value* values_ = nullptr;
   Index blocks_ = 0;
   Index in_block_ = 0;  ///< Values
@@ -94,8 +95,8 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_positi
   using Policy = AmxArithmetic<Unit>;
   using Key = Eigen::bfloat16;
 
-  /// Keeps the values of up to `kept_keys` keys of a head: see KeptValues.
-  static KeyBlocks take(Arena& arena, Index head_dim, Index value_dim, Index kept_keys = 0) {
+  /// Keeps the values of up to `kept_blocks` blocks of a head: see KeptValues.
+  static KeyBlocks take(Arena& arena, Index head_dim, Index value_dim, Index kept_blocks = 0) {
     KeyBlocks blocks;
     blocks.padded_value_dim_ = round_up(value_dim, Policy::columns_in_tile);
     blocks.padded_head_dim_ = round_up(head_dim, Policy::columns_in_step);
@@ -103,7 +104,8 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_positi
     blocks.copies_all_ = head_dim != blocks.padded_head_dim_;
     blocks.k_ = arena.take<Key>((blocks.copies_all_ ? Policy::keys_in_block : Policy::keys_in_step) *
                                 blocks.padded_head_dim_);
-    if (kept_keys > 0) blocks.kept_ = KeptValues<Unit>::take(arena, blocks.padded_value_dim_, kept_keys);
+    blocks.finite_ = arena.take<signed char>(1);
+    if (kept_blocks > 0) blocks.kept_ = KeptValues<Unit>::take(arena, blocks.padded_value_dim_, kept_blocks);
     return blocks;
   }
   /// To be called before the first task of a call.
@@ -112,15 +114,27 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_positi
   void enter(Index head) const { kept_.enter(head); }
 
   /// The keys of a run that begins with key `first_key`, at most one key block. Valid until the next call.
-  KeyBlock<Policy> block(const KeyRun<Key, Key>& run, const no_position&, Index first_key) const {
+  KeyBlock<Policy> block(const KeyRun<Key, Key>& run, const no_position& position, Index first_key) const {
+    const bool is_whole = first_key % Policy::keys_in_block == 0;
+    return block(run, position, first_key, is_whole ? first_key / Policy::keys_in_block : -1);
+  }
+  /// The same for the block whose values are kept as number `kept`, if there are so many.
+  KeyBlock<Policy> block(const KeyRun<Key, Key>& run, const no_position&, Index first_key, Index kept) const {
     const MatrixView<const Key> k = run.k;
     bool is_new = true;
-    auto* values = kept_.find(first_key, is_new);
-    if (values == nullptr) values = v_;
+    auto* values = kept_.has(kept) ? kept_.find(kept, is_new) : v_;
     if (is_new)
       Policy::transpose_values(run.v.data, run.v.row_stride, k.rows, run.v.cols, values, padded_value_dim_);
-    KeyBlock<Policy> block{k.data, values, k.row_stride, padded_value_dim_, first_key, k.rows};
-    block.last_stride = padded_head_dim_;
+    if (!kept_.has(kept)) *finite_ = -1;
+    KeyBlock<Policy> block{k.data,
+                           values,
+                           k.row_stride,
+                           padded_value_dim_,
+                           first_key,
+                           k.rows,
+                           nullptr,
+                           padded_head_dim_,
+                           kept_.has(kept) ? kept_.finite(kept) : *finite_};
     const Index whole = k.rows / Policy::keys_in_step * Policy::keys_in_step;
     if (copies_all_) {
       copy_padded(k, 0);
@@ -147,6 +161,7 @@ class KeyBlocks<AmxArithmetic<Unit>, Eigen::bfloat16, Eigen::bfloat16, no_positi
 
   Key* k_ = nullptr;
   typename Policy::Value* v_ = nullptr;
+  signed char* finite_ = nullptr;  ///< of the values in v_
   KeptValues<Unit> kept_;
   Index padded_value_dim_ = 0;
   Index padded_head_dim_ = 0;
