@@ -23,6 +23,7 @@
 
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/simd/prefetch_line.hpp"
 #include "longspan/detail/tile/bf16_weights.hpp"
 #include "longspan/detail/tile/microkernel.hpp"
 #include "longspan/version.hpp"
@@ -115,11 +116,25 @@ struct AmxArithmetic {
   /// If a weight would be above 2^most_rise, the row max is raised and the weights are computed again.
   static constexpr float most_rise = 16;
 
+  /// Two rows of keys for each step.
+  struct RowsAhead {
+    const Key* next;
+    Index row_stride, columns;
+
+    LONGSPAN_INLINE void step() {
+      for (int row = 0; row < 2; ++row, next += row_stride) {
+        for (Index column = 0; column < columns; column += cache_line / Index(sizeof(Key)))
+          prefetch_line_to_l2(reinterpret_cast<std::uintptr_t>(next + column));
+      }
+    }
+  };
+
   /// weights[j / 2] = exp_score(factor * s[j] - row_max) of two keys, rounded to bfloat16. Adds the weights before
-  /// rounding to `sum`. Returns true if an exponent is above most_rise; the results are then of no use.
-  template <int packets, bool rounds_products>
+  /// rounding to `sum`. Returns true if an exponent is above most_rise; the results are then of no use. Takes a step of
+  /// `ahead` for each two keys.
+  template <int packets, bool rounds_products, class Ahead>
   static LONGSPAN_INLINE bool exp_keys(const float* s, float factor, const float* row_max, float* sum,
-                                       Weight* weights, Index stride) {
+                                       Weight* weights, Index stride, Ahead ahead) {
     const __m512 by = _mm512_set1_ps(factor), most = _mm512_set1_ps(most_rise);
     Packet<float> total[std::size_t(packets)], shift[std::size_t(packets)];
     __m512i above = _mm512_setzero_si512();  // a sign bit where an exponent is above `most`
@@ -130,6 +145,7 @@ struct AmxArithmetic {
     }
     LONGSPAN_NO_UNROLL
     for (int j = 0; j < keys_in_step; j += 2, s += 2 * stride, weights += stride) {
+      ahead.step();
       LONGSPAN_UNROLL
       for (int c = 0; c < packets; ++c) {
         const __m512 x = exponent<rounds_products>(_mm512_loadu_ps(s + c * 16), by, shift[c].raw);
@@ -215,13 +231,14 @@ struct AmxArithmetic {
   }
 
   /// Transposes rows of values: to[j / 32][column][j % 32]. `to_cols` is a multiple of 16; missing keys and columns
-  /// become 0.
+  /// become 0. `prefetches`: also prefetches the rows of the next block.
+  template <bool prefetches>
   static void transpose_values(const Key* v, Index v_stride, Index keys, Index cols, Value* to,
                                Index to_cols) {
     for (Index first = 0; first < keys; first += 32, v += 32 * v_stride, to += 16 * to_cols) {
       for (Index column = 0; column < to_cols; column += 32)
-        transpose_square(v + column, v_stride, keys - first, cols - column, to + 16 * column,
-                         column + 16 < to_cols);
+        transpose_square<prefetches>(v + column, v_stride, keys - first, cols - column, to + 16 * column,
+                                     column + 16 < to_cols);
     }
   }
 
@@ -281,6 +298,7 @@ struct AmxArithmetic {
   }
 
   /// 32 keys and 32 columns: to[column][key pair], 16 columns to a tile.
+  template <bool prefetches>
   static LONGSPAN_INLINE void transpose_square(const Key* v, Index v_stride, Index keys, Index cols,
                                                Value* to, bool both_tiles) {
     const __mmask32 present = first_of_32(std::max<Index>(0, cols));
@@ -291,6 +309,8 @@ struct AmxArithmetic {
     for (int i = 0; i < 16; ++i) {
       const auto row = [&](Index j) {
         if (j >= keys) return _mm512_setzero_si512();
+        if constexpr (prefetches)
+          prefetch_line_to_l2(reinterpret_cast<std::uintptr_t>(v + (j + keys_in_block) * v_stride));
         return _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi16(present, v + j * v_stride));
       };
       const __m512i even = row(2 * i), odd = row(2 * i + 1);

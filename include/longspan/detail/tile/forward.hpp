@@ -111,6 +111,9 @@ class Forward {
     } else {
       worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
     }
+    if constexpr (requires { worker.blocks.read_once(); }) {
+      if (plan_.tasks_of_head() == 1 && plan_.tiles_per_task() == 1) worker.blocks.read_once();
+    }
     for (Index t = 0; t < plan_.tiles_per_task(); ++t) {
       worker.tiles[t] = Queries::take(arena, call_.head_dim(), padded_value_dim(), call_.kv_len());
     }
