@@ -37,15 +37,16 @@ TEST_CASE("refuse: the text names function, argument, got and wanted", "[error]"
 
 TEST_CASE("raise: accepts a text of any length", "[error]") {
   const std::string text(10000, 'x');
-  CHECK(test::refusal([&] { detail::raise(text); }) == text);
+  CHECK(test::refusal([&] { detail::raise(text.c_str()); }) == text);
 }
 
 TEST_CASE("shape_text: from numbers and from views", "[error]") {
-  CHECK(detail::shape_text(1, 2, 3) == "[1, 2, 3]");
-  CHECK(detail::shape_text(1, 2, 3, 4) == "[1, 2, 3, 4]");
-  CHECK(detail::shape_text(0, 0, 0, 0) == "[0, 0, 0, 0]");
-  CHECK(detail::shape_text(-1, 0, Index{1} << 40) == "[-1, 0, 1099511627776]");
-  CHECK(detail::shape_text(longspan::TensorView<const float>{nullptr, 2, 3, 5, 7, 9, 9, 9}) ==
-        "[2, 3, 5, 7]");
-  CHECK(detail::shape_text(longspan::RowsView<double>{nullptr, 2, 3, 5, 9, 9, 9}) == "[2, 3, 5]");
+  CHECK(std::string_view(detail::shape_text(1, 2, 3)) == "[1, 2, 3]");
+  CHECK(std::string_view(detail::shape_text(1, 2, 3, 4)) == "[1, 2, 3, 4]");
+  CHECK(std::string_view(detail::shape_text(0, 0, 0, 0)) == "[0, 0, 0, 0]");
+  CHECK(std::string_view(detail::shape_text(-1, 0, Index{1} << 40)) == "[-1, 0, 1099511627776]");
+  CHECK(std::string_view(detail::shape_text(
+            longspan::TensorView<const float>{nullptr, 2, 3, 5, 7, 9, 9, 9})) == "[2, 3, 5, 7]");
+  CHECK(std::string_view(detail::shape_text(longspan::RowsView<double>{nullptr, 2, 3, 5, 9, 9, 9})) ==
+        "[2, 3, 5]");
 }

@@ -241,6 +241,28 @@ TEST_CASE("Workspace: grows to the largest call and is then reused", "[execution
   CHECK(allocations.freed == before.freed + 2);
 }
 
+TEST_CASE("Workspace: moves its memory, and the one moved from can be used again", "[execution]") {
+  STATIC_REQUIRE_FALSE(std::is_copy_constructible_v<Workspace>);
+  const Allocations before = allocations;
+  {
+    Workspace from;
+    std::byte* memory = from.reserve(100);
+    from.inner().reserve(20);
+    Workspace to(std::move(from));
+    CHECK(to.bytes() == 120);
+    CHECK(to.reserve(100) == memory);
+    CHECK(from.bytes() == 0);
+    memory = from.reserve(50);
+    REQUIRE(memory != nullptr);
+    memory[49] = std::byte{1};
+    to = std::move(from);
+    CHECK(to.reserve(50) == memory);
+    CHECK(to.bytes() == 50);
+    CHECK(from.bytes() == 0);
+  }
+  CHECK(allocations.made - before.made == allocations.freed - before.freed);
+}
+
 TEST_CASE("Workspace: memory is aligned to a cache line", "[execution]") {
   STATIC_REQUIRE(Workspace::alignment == 64);
   bool aligned = true;

@@ -166,7 +166,8 @@ TEST_CASE("gate: shapes that disagree are refused, and nothing is written", "[pa
   const Beta<float> one{beta.data(), 1, 1, 1};
   for (const auto& odd : {test::Tensor<float>(1, 3, 4, 5), test::Tensor<float>(2, 1, 4, 5),
                           test::Tensor<float>(2, 3, 5, 5), test::Tensor<float>(2, 3, 4, 4)}) {
-    const std::string is = " is " + longspan::detail::shape_text(odd.view()) + ", wanted [2, 3, 4, 5]";
+    const std::string is =
+        std::string(" is ").append(longspan::detail::shape_text(odd.view())) + ", wanted [2, 3, 4, 5]";
     CHECK(test::refusal([&] { longspan::gate(one, odd.view(), good.view(), out.view()); }) ==
           "longspan: gate: a" + is);
     CHECK(test::refusal([&] { longspan::gate(one, good.view(), odd.view(), out.view()); }) ==

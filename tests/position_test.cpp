@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 #include <unsupported/Eigen/CXX11/Tensor>
+#include <utility>
 #include <vector>
 
 #include "longspan/reference/position.hpp"
@@ -226,6 +227,44 @@ TEMPLATE_TEST_CASE("position: the bits of a row do not depend on other rows", "[
     check(rotary(pairing));
     check(rotary(pairing, 10000, 20));
     check(xpos(pairing, 512, 50));
+  }
+}
+
+namespace {
+/// Rotary positions without the optional members of an encoding.
+struct PlainRotary {
+  template <class Real>
+  void encode(MatrixView<Real> rows, Index first, Role role) const {
+    rotary(Pairing::half_split).encode(rows, first, role);
+  }
+  void check(Index) const {}
+};
+
+template <class P>
+void check_rows_at(const P& encoding, const longspan::detail::RowPositions& at) {
+  test::Random random(11);
+  const Index rows = 70, cols = 48;
+  std::vector<float> together = random_rows<float>(random, rows * cols), alone = together;
+  longspan::detail::encode_at(encoding, matrix(together, cols), at, Role::key);
+  for (Index i = 0; i < rows; ++i) {
+    const MatrixView<float> row{alone.data() + i * cols, 1, cols, cols};
+    encoding.encode(row, at.first + (at.skipped + i) / at.alike, Role::key);
+  }
+  INFO("first=" << at.first << " alike=" << at.alike << " skipped=" << at.skipped);
+  CHECK(same_bits(together, alone));
+}
+
+}  // namespace
+
+TEST_CASE("position: rows that share a position have the bits of rows encoded alone", "[position][bits]") {
+  for (const Index first : {0, 61, 1000, -70}) {
+    for (const auto& [alike, skipped] :
+         {std::pair<Index, Index>{1, 0}, {3, 0}, {8, 5}, {100, 0}, {100, 50}}) {
+      const longspan::detail::RowPositions at{first, alike, skipped};
+      check_rows_at(rotary(Pairing::half_split), at);
+      check_rows_at(xpos(Pairing::interleaved, 512, 100), at);
+      check_rows_at(PlainRotary{}, at);
+    }
   }
 }
 

@@ -1,15 +1,18 @@
-// Longspan as an operator of PyTorch: a library to load in Python or C++. The kernels read torch's tensors in place and
-// run on torch's threads.
+// Longspan as an operator of PyTorch, with its gradient: a library to load in Python or C++. The kernels read torch's
+// tensors in place and run on torch's threads.
 //
-// After copying, change: `attend`, to the mask, score and position of your model, and the schema with it.
+// After copying, change: `with_functor`, to the mask, score and position of your model, and the schema with it.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <cstdint>
+#include <longspan/gradient/softmax_attention.hpp>
 #include <longspan/longspan.hpp>
+#include <tuple>
 
 namespace {
 
@@ -47,18 +50,44 @@ TensorView<T> view_of(const at::Tensor& x) {
           x.stride(2)};
 }
 
-template <class T>
-void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal,
-            const at::Tensor& out) {
-  thread_local longspan::Execution<OnTorch> execution;  // keeps its scratch memory from call to call
-  const auto run = [&](const auto& attention) {
-    attention(view_of<const T>(q), view_of<const T>(k), view_of<const T>(v), view_of<T>(out), execution);
-  };
+/// Calls work(attention) with the functor of the operator.
+template <class Work>
+void with_functor(bool causal, const Work& work) {
   if (causal) {
-    run(longspan::softmax_attention{longspan::causal{}});
+    work(longspan::softmax_attention{longspan::causal{}});
   } else {
-    run(longspan::softmax_attention{});
+    work(longspan::softmax_attention{});
   }
+}
+
+/// Calls work.operator()<T>() with the element type of a tensor.
+template <class Work>
+void with_type(const at::Tensor& q, const Work& work) {
+  switch (q.scalar_type()) {
+    case at::kFloat:
+      return work.template operator()<float>();
+    case at::kDouble:
+      return work.template operator()<double>();
+    case at::kHalf:
+      return work.template operator()<Eigen::half>();
+    case at::kBFloat16:
+      return work.template operator()<Eigen::bfloat16>();
+    default:
+      TORCH_CHECK(false, "longspan::attention: no kernel for ", q.scalar_type());
+  }
+}
+
+/// Keeps its scratch memory from call to call.
+longspan::Execution<OnTorch>& execution() {
+  thread_local longspan::Execution<OnTorch> of_thread;
+  return of_thread;
+}
+
+/// The log-sum-exps of queries of type T.
+template <class T>
+longspan::RowsView<longspan::Arithmetic<T>> rows_of(const at::Tensor& lse) {
+  return longspan::compact_rows_view(static_cast<longspan::Arithmetic<T>*>(lse.data_ptr()), lse.size(0),
+                                     lse.size(1), lse.size(2));
 }
 
 /// Only shapes and types, for torch.compile.
@@ -70,32 +99,66 @@ at::Tensor empty_result(const at::Tensor& q, const at::Tensor& k, const at::Tens
   return at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
 }
 
-at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
+/// The output, and the log-sum-exps that the gradient needs.
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                           bool causal) {
   const at::Tensor out = empty_result(q, k, v, causal);
-  switch (q.scalar_type()) {
-    case at::kFloat:
-      attend<float>(q, k, v, causal, out);
-      break;
-    case at::kDouble:
-      attend<double>(q, k, v, causal, out);
-      break;
-    case at::kHalf:
-      attend<Eigen::half>(q, k, v, causal, out);
-      break;
-    case at::kBFloat16:
-      attend<Eigen::bfloat16>(q, k, v, causal, out);
-      break;
-    default:
-      TORCH_CHECK(false, "longspan::attention: no kernel for ", q.scalar_type());
+  const auto lse_type = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(lse_type));
+  with_type(q, [&]<class T>() {
+    with_functor(causal, [&](const auto& attend) {
+      attend(view_of<const T>(q), view_of<const T>(k), view_of<const T>(v), view_of<T>(out), rows_of<T>(lse),
+             execution());
+    });
+  });
+  return {out, lse};
+}
+
+at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
+  return std::get<0>(forward(q, k, v, causal));
+}
+
+/// The operator for torch's autograd.
+struct Differentiable : torch::autograd::Function<Differentiable> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& q,
+                            const at::Tensor& k, const at::Tensor& v, bool causal) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto [out, lse] = ::forward(q, k, v, causal);
+    context->save_for_backward({q, k, v, out, lse});
+    context->saved_data["causal"] = causal;
+    return out;
   }
-  return out;
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& gradients) {
+    const auto saved = context->get_saved_variables();
+    const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
+    // Torch may hand over a gradient whose strides are 0.
+    const at::Tensor dout = gradients[0].contiguous();
+    const auto like = [](const at::Tensor& x) { return at::empty(x.sizes(), x.options()); };
+    const at::Tensor dq = like(q), dk = like(k), dv = like(v);
+    with_type(q, [&]<class T>() {
+      with_functor(context->saved_data["causal"].toBool(), [&](const auto& attend) {
+        const auto backward = longspan::gradient(attend);
+        backward(view_of<const T>(q), view_of<const T>(k), view_of<const T>(v), view_of<const T>(out),
+                 rows_of<T>(lse), view_of<const T>(dout), view_of<T>(dq), view_of<T>(dk), view_of<T>(dv),
+                 execution());
+      });
+    });
+    return {dq, dk, dv, at::Tensor()};
+  }
+};
+
+at::Tensor differentiable(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
+  return Differentiable::apply(q, k, v, causal);
 }
 
 }  // namespace
 
-// Causal: the last query sees all keys. kv_heads divides heads. Forward only: it has no gradient.
+// Causal: the last query sees all keys. kv_heads divides heads.
 TORCH_LIBRARY(longspan, library) {
   library.def("attention(Tensor q, Tensor k, Tensor v, bool causal=False) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(longspan, CPU, library) { library.impl("attention", attention); }
 TORCH_LIBRARY_IMPL(longspan, Meta, library) { library.impl("attention", empty_result); }
+TORCH_LIBRARY_IMPL(longspan, Autograd, library) { library.impl("attention", differentiable); }

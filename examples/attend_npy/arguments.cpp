@@ -163,9 +163,9 @@ const std::string* Keys::find(std::string_view key) const {
 }
 
 Arguments parse_arguments(std::span<const std::string_view> words) {
-  static constexpr std::array<std::string_view, 11> names{"--q",          "--k",        "--v",       "--out",
-                                                          "--lse",        "--dtype",    "--threads", "--beta",
-                                                          "--memory-out", "--norm-out", "--layout"};
+  static constexpr std::array<std::string_view, 16> names{
+      "--q",          "--k",        "--v",      "--out",  "--lse",  "--dtype", "--threads", "--beta",
+      "--memory-out", "--norm-out", "--layout", "--dout", "--dlse", "--dq",    "--dk",      "--dv"};
   Arguments arguments;
   std::map<std::string_view, std::string_view> options;
   for (std::size_t i = 0; i < words.size(); ++i) {
@@ -199,6 +199,11 @@ Arguments parse_arguments(std::span<const std::string_view> words) {
   arguments.beta = options["--beta"];
   arguments.memory_out = options["--memory-out"];
   arguments.norm_out = options["--norm-out"];
+  arguments.dout = options["--dout"];
+  arguments.dlse = options["--dlse"];
+  arguments.dq = options["--dq"];
+  arguments.dk = options["--dk"];
+  arguments.dv = options["--dv"];
   if (options.contains("--dtype")) arguments.storage = storage_named(options["--dtype"]);
   if (options.contains("--layout")) arguments.layout = layout_named(options["--layout"]);
   if (options.contains("--threads")) arguments.threads = thread_count(options["--threads"]);

@@ -64,6 +64,8 @@ struct Arguments {
   std::string beta;                ///< for variants with a memory; empty: 0
   std::string memory_out;          ///< for infini; empty: not requested
   std::string norm_out;            ///< for infini; empty: not requested
+  std::string dout, dlse;          ///< for softmax; empty: no gradients, and an lse without influence
+  std::string dq, dk, dv;          ///< for softmax; empty: not requested
   std::optional<Storage> storage;  ///< absent: the type of the files
   Index threads = 0;               ///< 0: OpenMP's own number
   Layout layout = Layout::bhnd;

@@ -13,7 +13,6 @@
 #include "staged_file.hpp"
 
 namespace attend_npy {
-namespace {
 
 npy::Array read_tensor(const std::string& path, Layout layout) {
   npy::Array array = npy::read(path);
@@ -25,6 +24,8 @@ npy::Array read_tensor(const std::string& path, Layout layout) {
   return array;
 }
 
+namespace {
+
 /// True if the paths lead to the same existing file, through any names and links.
 bool are_one_file(const std::string& a, const std::string& b) {
   std::error_code error;
@@ -34,12 +35,16 @@ bool are_one_file(const std::string& a, const std::string& b) {
 /// Throws Error if an output is an input, or if two outputs are the same file.
 void check_targets(const Arguments& arguments) {
   using Named = std::pair<const char*, const std::string*>;
-  const Named inputs[] = {
-      {"--q", &arguments.q}, {"--k", &arguments.k}, {"--v", &arguments.v}, {"--beta", &arguments.beta}};
+  const Named inputs[] = {{"--q", &arguments.q},       {"--k", &arguments.k},
+                          {"--v", &arguments.v},       {"--beta", &arguments.beta},
+                          {"--dout", &arguments.dout}, {"--dlse", &arguments.dlse}};
   const Named outputs[] = {{"--out", &arguments.out},
                            {"--lse", &arguments.lse},
                            {"--memory-out", &arguments.memory_out},
-                           {"--norm-out", &arguments.norm_out}};
+                           {"--norm-out", &arguments.norm_out},
+                           {"--dq", &arguments.dq},
+                           {"--dk", &arguments.dk},
+                           {"--dv", &arguments.dv}};
   const auto refuse = [](const Named& a, const Named& b, const char* why) {
     throw Error("the options " + std::string(a.first) + " and " + b.first + " name the same file" + why);
   };

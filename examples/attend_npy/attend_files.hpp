@@ -20,6 +20,9 @@ struct Inputs {
   Storage storage = Storage::f32;
 };
 
+/// Reads a file [N, d], [H, N, d] or [B, H, N, d], or with rows before heads; throws Error if it has another rank.
+npy::Array read_tensor(const std::string& path, Layout layout);
+
 /// Reads the inputs. Before that it throws Error if an output cannot be written, is an input, or is the same file as
 /// another output.
 Inputs read_inputs(const Arguments& arguments);

@@ -25,6 +25,7 @@ constexpr std::string_view usage =
     "usage: attend_npy VARIANT [key=value ...] --q q.npy --k k.npy --v v.npy --out out.npy\n"
     "                  [--lse lse.npy] [--dtype f32|f64|bf16|f16] [--threads n]\n"
     "                  [--layout bhnd|bnhd] [--beta beta.npy] [--memory-out m.npy] [--norm-out z.npy]\n"
+    "                  [--dout dout.npy [--dlse dlse.npy] [--dq dq.npy] [--dk dk.npy] [--dv dv.npy]]\n"
     "\n"
     "Attention on tensors in .npy files, float32 or float64 in C order.\n"
     "\n"
@@ -35,6 +36,9 @@ constexpr std::string_view usage =
     "  --beta         in: the gate of a memory, [1], [H] or [H, dv]; 0 if omitted\n"
     "  --memory-out   out: the memory of infini after the last token, [B, Hkv, d, dv]\n"
     "  --norm-out     out: its norm, [B, Hkv, d]\n"
+    "  --dout         in: the gradient of a loss with respect to out, as out\n"
+    "  --dlse         in: its gradient with respect to lse, as lse; 0 if omitted\n"
+    "  --dq, --dk, --dv  out: its gradients with respect to q, k and v, as q, k and v\n"
     "  --dtype        type to which q, k and v are rounded (default: f64 if one of the files is\n"
     "                 float64, otherwise f32); arithmetic and outputs are float64 with f64, otherwise "
     "float32\n"
@@ -67,6 +71,11 @@ void check_options(const Variant& variant, const Arguments& arguments) {
   }
   if (!variant.shows_memory && !(arguments.memory_out + arguments.norm_out).empty())
     throw Error("the options --memory-out and --norm-out are for infini");
+  const std::string gradients = arguments.dq + arguments.dk + arguments.dv;
+  if (!variant.has_gradient && !(arguments.dout + arguments.dlse + gradients).empty())
+    throw Error("the options --dout, --dlse, --dq, --dk and --dv are for softmax");
+  if (arguments.dout.empty() && !(arguments.dlse + gradients).empty())
+    throw Error("the options --dlse, --dq, --dk and --dv need --dout");
 }
 
 void run(std::string_view name, std::span<const std::string_view> words) {

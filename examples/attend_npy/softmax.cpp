@@ -1,8 +1,10 @@
 // attend_npy softmax: exact attention.
 #include <array>
 #include <string_view>
+#include <utility>
 
 #include "attend_files.hpp"
+#include "gradient.hpp"
 #include "longspan/score.hpp"
 #include "longspan/softmax_attention.hpp"
 #include "softmax_mask.hpp"
@@ -19,7 +21,10 @@ void run(const Arguments& arguments) {
   const auto cap = keys.positive_float("softcap");
   const auto attend_with = [&](auto attend) {
     if (scale) attend.scale = *scale;
-    attend_files(arguments, read_inputs(arguments), attend);
+    Inputs inputs = read_inputs(arguments);
+    if (arguments.dout.empty()) return attend_files(arguments, std::move(inputs), attend);
+    const WithGradient with_gradient(attend, arguments, inputs);
+    attend_files(arguments, std::move(inputs), with_gradient);
   };
   if (cap) {
     attend_with(longspan::softmax_attention{mask, longspan::softcap{*cap}});
@@ -35,6 +40,9 @@ const Variant softmax{"softmax",
                       "window=W     a query sees the keys less than W positions away\n"
                       "scale=x      multiplies q.k, not 0 (default 1 / sqrt(head_dim))\n"
                       "softcap=c    scores become c * tanh(score / c)\n",
-                      run};
+                      run,
+                      false,
+                      false,
+                      true};
 
 }  // namespace attend_npy

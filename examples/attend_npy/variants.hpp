@@ -13,6 +13,7 @@ struct Variant {
   void (*run)(const Arguments&);
   bool has_gates = false;     ///< takes --beta
   bool shows_memory = false;  ///< takes --memory-out and --norm-out
+  bool has_gradient = false;  ///< takes --dout, --dlse, --dq, --dk and --dv
 };
 
 extern const Variant softmax, softmax_stream, landmark, landmark_stream, infini, hybrid_stream, dilated,

@@ -12,6 +12,7 @@
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/composition.hpp"
 #include "longspan/detail/call/functor_calls.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/functor.hpp"
 #include "longspan/partial.hpp"
 #include "longspan/version.hpp"

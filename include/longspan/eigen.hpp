@@ -7,7 +7,7 @@
 #include <concepts>
 #include <type_traits>
 
-#include "longspan/detail/simd/eigen_core.hpp"
+#include "longspan/detail/eigen_core.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
 #include "longspan/view.hpp"

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "longspan/detail/simd/eigen_core.hpp"
+#include "longspan/detail/eigen_core.hpp"
 #include "longspan/version.hpp"
 
 LONGSPAN_VOCABULARY_BEGIN

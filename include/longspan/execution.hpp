@@ -3,7 +3,6 @@
 
 #include <concepts>
 #include <cstddef>
-#include <memory>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -69,15 +68,27 @@ class Workspace {
  public:
   static constexpr std::size_t alignment = 64;
 
+  Workspace() = default;
+  Workspace(Workspace&& other) noexcept { swap(other); }
+  Workspace& operator=(Workspace&& other) noexcept {
+    Workspace old(std::move(other));
+    swap(old);
+    return *this;
+  }
+  /// Not inlined into itself, once for each inner workspace.
+  LONGSPAN_NOINLINE ~Workspace() {
+    release();
+    delete inner_;
+  }
+
   /// Returns at least `bytes` bytes, 64-byte aligned, with unspecified contents. Throws std::bad_alloc.
   std::byte* reserve(std::size_t bytes) {
     if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{alignment})));
+      release();
+      memory_ = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{alignment}));
       size_ = bytes;
     }
-    return memory_.get();
+    return memory_;
   }
 
   Index bytes() const noexcept {
@@ -86,19 +97,26 @@ class Workspace {
 
   /// A second workspace, for a functor that calls another functor while it uses this one.
   Workspace& inner() {
-    if (inner_ == nullptr) inner_ = std::make_unique<Workspace>();
+    if (inner_ == nullptr) inner_ = new Workspace;
     return *inner_;
   }
 
  private:
-  struct Release {
-    void operator()(std::byte* memory) const noexcept {
-      ::operator delete(memory, std::align_val_t{alignment});
-    }
-  };
-  std::unique_ptr<std::byte, Release> memory_;
+  void swap(Workspace& other) noexcept {
+    std::swap(memory_, other.memory_);
+    std::swap(size_, other.size_);
+    std::swap(inner_, other.inner_);
+  }
+  void release() noexcept {
+    if (memory_ != nullptr) ::operator delete(memory_, std::align_val_t{alignment});
+    memory_ = nullptr;
+    size_ = 0;
+  }
+
+  // No std::unique_ptr: <memory> would take 5 % of the compile time of Eigen's own headers.
+  std::byte* memory_ = nullptr;
   std::size_t size_ = 0;
-  std::unique_ptr<Workspace> inner_;
+  Workspace* inner_ = nullptr;
 };
 
 /// An executor with a workspace: the optional last argument of every functor. With one Execution for each calling

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "longspan/detail/call/check_view.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/infini/pass.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
@@ -189,15 +190,11 @@ struct infini_attention {
     detail::MemoryView<Real> memory{nullptr,      nullptr,         call.k.batch,
                                     call.k.heads, call.head_dim(), call.value_dim()};
     const Index rows = (std::min)(segment, call.kv_len());
-    const auto take = [&](detail::Arena& arena) {
+    const auto scratch = detail::take_scratch(workspace, [&](detail::Arena& arena) {
       memory.m = arena.take<Real>(memory.m_size());
       memory.z = arena.take<Real>(memory.z_size());
       return detail::InfiniScratch<Real>::take(arena, memory, call.q.heads, rows, rule);
-    };
-    detail::Arena counting;
-    take(counting);
-    detail::Arena arena(workspace.reserve(counting.used()));
-    const auto scratch = take(arena);
+    });
     memory.clear();
     detail::InfiniPass<Real, Local, F> pass{local, feature, rule, memory_uses_positions, absolute_positions,
                                             memory};

@@ -9,6 +9,7 @@
 
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/version.hpp"
+#include "longspan/view.hpp"
 
 LONGSPAN_VOCABULARY_BEGIN
 
@@ -22,6 +23,14 @@ enum class InfiniRule : std::uint8_t {
 enum class EmptyMemory : std::uint8_t {
   gate,    ///< the memory counts as 0: (1 - sigmoid(beta)) * local
   bypass,  ///< the local attention alone, as in the code of lucidrains
+};
+
+/// A compressive memory, or the gradient with respect to one: M [batch, kv_heads, head_dim, value_dim] and z [batch,
+/// kv_heads, head_dim]. Owns nothing.
+template <class T>
+struct InfiniState {
+  TensorView<T> m{};
+  RowsView<T> z{};
 };
 
 LONGSPAN_VOCABULARY_END
@@ -41,6 +50,14 @@ struct elu_plus_one {
     const auto zero = detail::broadcast(Real(0)), one = detail::broadcast(Real(1));
     return detail::select(detail::less(zero, x), x + one, detail::exp(x));
   }
+
+  double derivative(double x) const { return x > 0 ? 1 : std::exp(x); }
+
+  template <class Real>
+  detail::Packet<Real> derivative_on_packet(detail::Packet<Real> x) const {
+    const auto zero = detail::broadcast(Real(0)), one = detail::broadcast(Real(1));
+    return detail::select(detail::less(zero, x), one, detail::exp(x));
+  }
 };
 
 /// A feature map: a function of one number whose result is at least 0. Without `on_packet` it is called for each
@@ -48,6 +65,12 @@ struct elu_plus_one {
 template <class F>
 concept FeatureMap = std::is_object_v<F> && requires(const F& feature, double x) {
   { feature(x) } -> std::convertible_to<double>;
+};
+
+/// A feature map that has a gradient. Without `derivative_on_packet`, `derivative` is called for each number.
+template <class F>
+concept DifferentiableFeatureMap = FeatureMap<F> && requires(const F& feature, double x) {
+  { feature.derivative(x) } -> std::convertible_to<double>;
 };
 
 LONGSPAN_NAMESPACE_END

@@ -1,4 +1,5 @@
-// Includes all of Longspan except reference/, slow versions of the same functions: include its headers where needed.
+// Includes all of Longspan except reference/, slow versions of the same functions, and gradient/, their derivatives for
+// training: include the headers of these folders where needed.
 #pragma once
 
 #include "longspan/amx.hpp"

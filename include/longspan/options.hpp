@@ -27,7 +27,7 @@ inline constexpr Index farthest_query = Index{1} << 62;
 inline Index resolved_first_query(std::string_view function, Index first_query, Index q_len, Index kv_len) {
   if (first_query == queries_end_at_keys) return kv_len - q_len;
   if (first_query < -farthest_query || first_query > farthest_query)
-    refuse(function, "first_query", std::to_string(first_query), "a position between -2^62 and 2^62");
+    refuse(function, "first_query", number_text("#", {first_query}), "a position between -2^62 and 2^62");
   return first_query;
 }
 

@@ -12,6 +12,7 @@
 
 #include "longspan/detail/call/check_view.hpp"
 #include "longspan/detail/call/finite.hpp"
+#include "longspan/detail/simd/packet.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/element.hpp"
 #include "longspan/error.hpp"
@@ -51,14 +52,25 @@ concept Position = std::is_object_v<P> && requires(const P& encoding, float* row
 
 namespace detail {
 
-/// Encodes rows that are all at the same position.
+/// The positions of rows: row i is at position first + (skipped + i) / alike, so that `alike` consecutive rows are at
+/// the same position.
+struct RowPositions {
+  Index first = 0;
+  Index alike = 1;
+  Index skipped = 0;
+};
+
 template <class P, class Real>
-void encode_alike(const P& encoding, MatrixView<Real> rows, Index position, Role role) {
-  if constexpr (requires { encoding.encode_alike(rows, position, role); }) {
-    encoding.encode_alike(rows, position, role);
+void encode_at(const P& encoding, MatrixView<Real> rows, const RowPositions& positions, Role role) {
+  if constexpr (requires { encoding.encode_at(rows, positions, role); }) {
+    encoding.encode_at(rows, positions, role);
   } else {
-    for (Index i = 0; i < rows.rows; ++i)
-      encoding.encode(MatrixView<Real>{rows.row(i), 1, rows.cols, rows.row_stride}, position, role);
+    const Index step = positions.alike;
+    for (Index i = 0; i < (std::min)(step, rows.rows); ++i) {
+      const MatrixView<Real> every{rows.row(i), (rows.rows - i + step - 1) / step, rows.cols,
+                                   rows.row_stride * step};
+      encoding.encode(every, positions.first + (positions.skipped + i) / step, role);
+    }
   }
 }
 
@@ -91,7 +103,8 @@ struct no_position {
 
 namespace detail {
 
-/// cos and sin of up to 16 pairs at one position: c + i s = exp(n * rate) (cos(n * frequency) + i sin(...)).
+/// cos and sin of up to 16 pairs at one position: c + i s = exp(n * rate) (cos(n * frequency) + i sin(...)). The
+/// compiler vectorises loops over all 16 if it does not unroll them first; missing pairs are 0.
 struct PairTurns {
   static constexpr Index capacity = 16;
   using Numbers = std::array<double, capacity>;
@@ -100,24 +113,52 @@ struct PairTurns {
 
   void add(Index p, double pair_frequency, double pair_rate) {
     const auto at = static_cast<std::size_t>(p);
+    const double stretched = exp_of(pair_rate);
     frequency[at] = pair_frequency;
     rate[at] = pair_rate;
-    turn_c[at] = std::exp(pair_rate) * std::cos(pair_frequency);
-    turn_s[at] = std::exp(pair_rate) * std::sin(pair_frequency);
+    turn_c[at] = stretched * std::cos(pair_frequency);
+    turn_s[at] = stretched * std::sin(pair_frequency);
   }
   void start_at(Index position, Index count) {
     for (std::size_t p = 0; p < static_cast<std::size_t>(count); ++p) {
-      const double n = static_cast<double>(position), stretched = std::exp(rate[p] * n);
+      const double n = static_cast<double>(position), stretched = exp_of(rate[p] * n);
       c[p] = stretched * std::cos(frequency[p] * n);
       s[p] = stretched * std::sin(frequency[p] * n);
     }
   }
   /// Advances all pairs to the next position.
   void turn() {
+    LONGSPAN_NO_UNROLL
     for (std::size_t p = 0; p < capacity; ++p) {
       const double next = c[p] * turn_c[p] - s[p] * turn_s[p];
       s[p] = c[p] * turn_s[p] + s[p] * turn_c[p];
       c[p] = next;
+    }
+  }
+  /// Turns pairs p of a row, which are at first[p * step] and second[p * step].
+  template <Index step, class Real>
+  void apply(Real* first, Real* second, Index count) const {
+    if (count == capacity) return apply_to<step>(first, second, capacity);  // with a constant count
+    apply_to<step>(first, second, count);
+  }
+
+ private:
+  static double exp_of(double x) { return x == 0 ? 1 : std::exp(x); }
+
+  template <Index step, class Real>
+  void apply_to(Real* first, Real* second, Index count) const {
+    std::array<Real, capacity> a, b;
+    LONGSPAN_NO_UNROLL
+    for (Index p = 0; p < count; ++p) {
+      const auto at = static_cast<std::size_t>(p);
+      const Real cosine = static_cast<Real>(c[at]), sine = static_cast<Real>(s[at]);
+      a[at] = first[p * step] * cosine - second[p * step] * sine;
+      b[at] = first[p * step] * sine + second[p * step] * cosine;
+    }
+    LONGSPAN_NO_UNROLL
+    for (Index p = 0; p < count; ++p) {
+      first[p * step] = a[static_cast<std::size_t>(p)];
+      second[p * step] = b[static_cast<std::size_t>(p)];
     }
   }
 };
@@ -129,15 +170,12 @@ struct PairTurns {
 /// multiple, so that the bits of a row depend on its position and not on the other rows. Up to 63 rotations have an
 /// error of 1e-14. That is too much for rows of double, for which cos and sin are called in every row.
 ///
-/// Row i is at position first_position + i * advance; advance is 1, or 0 for rows that are all at the same position.
 /// `direction` is 1, or -1 to rotate by the negative angles: the transposed rotation.
 template <class Real, class Growth>
-void rotate_rows(MatrixView<Real> x, Index first_position, Index advance, Index turned, double base,
+void rotate_rows(MatrixView<Real> x, const RowPositions& positions, Index turned, double base,
                  Pairing pairing, const Growth& growth, double direction = 1) {
   constexpr Index stretch = std::is_same_v<Real, double> ? 1 : 64;
   const Index pairs = turned / 2;
-  const bool neighbours = pairing == Pairing::interleaved;
-  const Index step = neighbours ? 2 : 1, partner = neighbours ? 1 : pairs;
   for (Index first_pair = 0; first_pair < pairs; first_pair += PairTurns::capacity) {
     const Index count = (std::min)(PairTurns::capacity, pairs - first_pair);
     PairTurns turns;
@@ -145,18 +183,23 @@ void rotate_rows(MatrixView<Real> x, Index first_position, Index advance, Index 
       const double exponent = -2.0 * static_cast<double>(first_pair + p) / static_cast<double>(turned);
       turns.add(p, direction * std::pow(base, exponent), growth(first_pair + p));
     }
-    for (Index i = 0; i < x.rows; ++i) {
-      const Index position = first_position + i * advance;
-      const Index behind = ((position % stretch) + stretch) % stretch;
-      if (i == 0 || (behind == 0 && advance != 0)) turns.start_at(position - behind, count);
-      for (Index t = 0; t < (i == 0 ? behind : (std::min)(behind, advance)); ++t) turns.turn();
-      Real* row = x.row(i) + first_pair * step;
-      for (Index p = 0; p < count; ++p) {
-        const Real cosine = static_cast<Real>(turns.c[static_cast<std::size_t>(p)]);
-        const Real sine = static_cast<Real>(turns.s[static_cast<std::size_t>(p)]);
-        const Real a = row[p * step], b = row[p * step + partner];
-        row[p * step] = a * cosine - b * sine;
-        row[p * step + partner] = a * sine + b * cosine;
+    Index position = positions.first, left = positions.alike - positions.skipped;  // rows left at it
+    for (Index i = 0; i < x.rows; ++i, --left) {
+      const bool is_next = left == 0;
+      if (is_next) {
+        ++position;
+        left = positions.alike;
+      }
+      if (i == 0 || is_next) {
+        const Index behind = ((position % stretch) + stretch) % stretch;
+        if (i == 0 || behind == 0) turns.start_at(position - behind, count);
+        for (Index t = 0; t < (i == 0 ? behind : std::min<Index>(behind, 1)); ++t) turns.turn();
+      }
+      Real* row = x.row(i);
+      if (pairing == Pairing::interleaved) {
+        turns.apply<2>(row + 2 * first_pair, row + 2 * first_pair + 1, count);
+      } else {
+        turns.apply<1>(row + first_pair, row + first_pair + pairs, count);
       }
     }
   }
@@ -189,18 +232,18 @@ struct rotary {
   /// Encodes `rows` in place; row i is at position `first_position` + i.
   template <class Real>
   void encode(MatrixView<Real> rows, Index first_position, Role) const {
-    detail::rotate_rows(rows, first_position, 1, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
+    encode_at(rows, {.first = first_position}, Role::query);
   }
-  /// The same with every row at `position`; the angles are computed only once.
+  /// The same for rows of which some are at the same position; angles are computed once for each position.
   template <class Real>
-  void encode_alike(MatrixView<Real> rows, Index position, Role) const {
-    detail::rotate_rows(rows, position, 0, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
+  void encode_at(MatrixView<Real> rows, const detail::RowPositions& positions, Role) const {
+    detail::rotate_rows(rows, positions, turned(rows.cols), base, pairing, [](Index) { return 0.0; });
   }
   /// The gradient with respect to rows before `encode`, from the gradient with respect to the encoded rows.
   template <class Real>
   void encode_transposed(MatrixView<Real> rows, Index first_position, Role) const {
     detail::rotate_rows(
-        rows, first_position, 1, turned(rows.cols), base, pairing, [](Index) { return 0.0; }, -1);
+        rows, {.first = first_position}, turned(rows.cols), base, pairing, [](Index) { return 0.0; }, -1);
   }
   void check(Index cols) const {
     detail::check_turned("rotary", turned(cols), cols);
@@ -232,12 +275,16 @@ struct xpos {
 
   template <class Real>
   void encode(MatrixView<Real> rows, Index first_position, Role role) const {
-    rotate(rows, first_position, role, 1);
+    rotate(rows, {.first = first_position}, role, 1);
+  }
+  template <class Real>
+  void encode_at(MatrixView<Real> rows, const detail::RowPositions& positions, Role role) const {
+    rotate(rows, positions, role, 1);
   }
   /// The gradient with respect to rows before `encode`, from the gradient with respect to the encoded rows.
   template <class Real>
   void encode_transposed(MatrixView<Real> rows, Index first_position, Role role) const {
-    rotate(rows, first_position, role, -1);
+    rotate(rows, {.first = first_position}, role, -1);
   }
   void check(Index cols) const {
     detail::check_turned("xpos", cols, cols);
@@ -253,13 +300,15 @@ struct xpos {
 
  private:
   template <class Real>
-  void rotate(MatrixView<Real> rows, Index first_position, Role role, double direction) const {
+  void rotate(MatrixView<Real> rows, const detail::RowPositions& positions, Role role,
+              double direction) const {
     const double sign = role == Role::query ? 1 : -1, cols = static_cast<double>(rows.cols);
     const auto growth = [&](Index p) {
       return sign * std::log((2 * static_cast<double>(p) / cols + 0.4) / 1.4) / scale_base;
     };
     // Angles are also relative to the centre, because scores depend only on differences of positions.
-    detail::rotate_rows(rows, first_position - centre, 1, rows.cols, base, pairing, growth, direction);
+    detail::rotate_rows(rows, {positions.first - centre, positions.alike, positions.skipped}, rows.cols, base,
+                        pairing, growth, direction);
   }
 };
 

@@ -71,11 +71,14 @@ struct softmax_attention : detail::FunctorCalls<softmax_attention<M, S, P>, true
   P position{};
   std::optional<double> scale{};            ///< multiplies q.k; 1 / sqrt(head_dim) unless set
   Index first_query = queries_end_at_keys;  ///< position of row 0 of q; kv_len - q_len unless set
-  /// Multiply in bfloat16 if q, k and v are bfloat16, there is no position encoding, and the processor is fast at it:
-  /// with matrix tiles if the process may use them (see request_amx; out is bfloat16 or float), otherwise with
-  /// bfloat16 pairs on AMD processors with AVX512-BF16 (out is bfloat16, no score). The scores are those of exact
-  /// products. Weights are rounded, which adds 2^-8 sum_j p_ij |v_j| to the error of out, and 1e-4 to that of lse.
-  /// With matrix tiles a value of 2^111 / kv_len or more may make an output infinite.
+  /// Multiply in bfloat16 if q, k and v are bfloat16 and the processor is fast at it: with matrix tiles if the process
+  /// may use them (see request_amx; out is bfloat16 or float), otherwise with bfloat16 pairs on AMD processors with
+  /// AVX512-BF16 (out is bfloat16, no score, no position encoding). The scores are those of exact products. Weights are
+  /// rounded, which adds 2^-8 sum_j p_ij |v_j| to the error of out, and 1e-4 to that of lse. With matrix tiles a value
+  /// of 2^111 / kv_len or more may make an output infinite.
+  /// With matrix tiles rows are position-encoded in float and then rounded to bfloat16: the result is that for the
+  /// rounded rows. It changes a score by up to 2^-7 scale sum_c |q_ic k_jc|, q and k encoded.
+  /// Matrix tiles also multiply bfloat16 queries with the int8 rows of a kv_cache, which are exact in bfloat16.
   bool bf16_products = true;
 
   softmax_attention() = default;

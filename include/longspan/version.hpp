@@ -94,10 +94,13 @@
 #if defined(__GNUC__) || defined(__clang__)
 #define LONGSPAN_INLINE inline __attribute__((always_inline))
 #define LONGSPAN_NOINLINE __attribute__((noinline))
+#define LONGSPAN_COLD __attribute__((noinline, cold))  // compiled for size: it only runs before an error
 #elif defined(_MSC_VER)
 #define LONGSPAN_INLINE __forceinline
 #define LONGSPAN_NOINLINE __declspec(noinline)
+#define LONGSPAN_COLD __declspec(noinline)
 #else
 #define LONGSPAN_INLINE inline
 #define LONGSPAN_NOINLINE
+#define LONGSPAN_COLD
 #endif

@@ -364,7 +364,8 @@ TEST_CASE("attend_npy: a wrong command line prints one sentence and writes nothi
   const TemporaryFolder folder;
   Inputs().save_as<float>(folder);
   const std::string options =
-      "--q, --k, --v, --out, --lse, --dtype, --threads, --beta, --memory-out, --norm-out and --layout";
+      "--q, --k, --v, --out, --lse, --dtype, --threads, --beta, --memory-out, --norm-out, --layout, --dout, "
+      "--dlse, --dq, --dk and --dv";
   check_refused(
       folder, "sofmax" + files,
       "unknown variant 'sofmax', the variants are: softmax, softmax_stream, landmark, landmark_stream, "

@@ -26,6 +26,8 @@ struct Definition {
   double encode_error = 1;                                ///< error of an encoded row, in u of its length
   std::optional<double> scale{};                          ///< 1 / sqrt(head_dim) unless set
   Index first_query = std::numeric_limits<Index>::min();  ///< the lowest Index means kv_len - q_len
+  /// The derivative of `score` with respect to s, for gradients.
+  std::function<double(double s, Index b, Index h, Index i, Index j)> derivative = {};
 };
 
 /// The exact results of a call, with what the error bound needs.

@@ -2,6 +2,7 @@
 // the arithmetic; small calls stay on the calling thread.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
 #include "longspan/amx.hpp"
@@ -26,6 +27,8 @@ namespace detail {
 
 template <class T, class... Types>
 inline constexpr bool is_all = (std::is_same_v<T, Types> && ...);
+template <class T, class... Types>
+inline constexpr bool is_one_of = (std::is_same_v<T, Types> || ...);
 
 /// Below so much work, waking a team of threads costs more than it saves: about 5 us of one core, in small tiles or for
 /// reading.
@@ -80,31 +83,50 @@ inline bool uses_tiles() {
 /// The scores of bfloat16 products are unscaled when their maximum is found, so the scale must be positive.
 inline constexpr float least_scale = 1e-30f;
 
+/// The types for which there is code that uses matrix tiles. A half is a sum of two bfloat16, but half stays with float:
+/// its weights are not rounded to bfloat16, and need three of them to be as exact as float. Then there are 4 products for
+/// scores and 5 for values, which take 1.07 times as long as float (Intel AMX, from the times of the parts at 2048 tokens,
+/// d = 64 and 128; 0.63 times with rounded weights).
+#if defined(LONGSPAN_USES_AMX)
+template <class Tq, class Tk, class Tv, class To>
+inline constexpr bool suits_tiles =
+    is_all<Eigen::bfloat16, Tq> && is_all<Tk, Tv> && is_one_of<Tk, Eigen::bfloat16, std::int8_t> &&
+    is_one_of<To, float, Eigen::bfloat16>;
+/// Their arithmetic.
+template <class Tk>
+using TileArithmetic =
+    AmxArithmetic<std::conditional_t<std::is_same_v<Tk, std::int8_t>, RowScales<TileUnit>, TileUnit>>;
+#else
+template <class Tq, class Tk, class Tv, class To>
+inline constexpr bool suits_tiles = false;
+#endif
+
+/// True if a call for the tile kernel multiplies by matrix tiles.
+template <class Tq, class Tk, class Tv, class To>
+bool multiplies_by_tiles(const Problem<Tq, Tk, Tv, To>& call, bool bf16_products) {
+  return suits_tiles<Tq, Tk, Tv, To> && bf16_products && static_cast<float>(call.scale) > least_scale &&
+         uses_tiles();
+}
+
 /// Whether calls on these types multiply in bfloat16 where they may (see softmax_attention::bf16_products), which
 /// rounds their weights.
 template <class Tq, class Tk, class Tv, class To>
 bool rounds_weights() {
-  constexpr bool is_bf16 = is_all<Eigen::bfloat16, Tq, Tk, Tv>;
-  constexpr bool tiles_write = is_all<float, To> || is_all<Eigen::bfloat16, To>;
-  if (is_bf16 && tiles_write && uses_tiles()) return true;
+  if (suits_tiles<Tq, Tk, Tv, To> && uses_tiles()) return true;
 #if defined(LONGSPAN_HAS_BF16_ARITHMETIC)
-  if (tuning::bf16_pairs && is_bf16 && is_all<Eigen::bfloat16, To>) return true;
+  if (tuning::bf16_pairs && is_all<Eigen::bfloat16, Tq, Tk, Tv> && is_all<Eigen::bfloat16, To>) return true;
 #endif
   return false;
 }
 
 /// Calls work.operator()<Policy>(executor) with the arithmetic of matrix tiles or, if they are not used, of float.
-template <Score S, Position P, class Tq, class Tk, class Tv, class To, class E, class Work>
+template <class Tq, class Tk, class Tv, class To, class E, class Work>
 void with_tile_or_float_arithmetic([[maybe_unused]] const Problem<Tq, Tk, Tv, To>& call,
                                    [[maybe_unused]] bool bf16_products, const E& executor, const Work& work) {
 #if defined(LONGSPAN_USES_AMX)
-  [[maybe_unused]] constexpr bool is_bf16 =
-      is_all<Eigen::bfloat16, Tq, Tk, Tv> && std::is_same_v<P, no_position>;
-  if constexpr (is_bf16 && (is_all<float, To> || is_all<Eigen::bfloat16, To>)) {
-    if (bf16_products && static_cast<float>(call.scale) > least_scale && uses_tiles()) {
-      work.template operator()<AmxArithmetic<TileUnit>>(WithTiles<TileUnit, E>(executor));
-      return;
-    }
+  if constexpr (suits_tiles<Tq, Tk, Tv, To>) {
+    if (multiplies_by_tiles(call, bf16_products))
+      return work.template operator()<TileArithmetic<Tk>>(WithTiles<TileUnit, E>(executor));
   }
 #endif
   work.template operator()<FloatArithmetic<Arithmetic<Tq>>>(executor);
@@ -125,7 +147,7 @@ void with_arithmetic(const Problem<Tq, Tk, Tv, To>& call, bool bf16_products, co
     }
   }
 #endif
-  with_tile_or_float_arithmetic<S, P>(call, bf16_products, executor, work);
+  with_tile_or_float_arithmetic(call, bf16_products, executor, work);
 }
 
 /// Attention over the keys and values of `keys` (pages, strands), not of call.k and call.v.
@@ -146,6 +168,27 @@ void attend(const Problem<Tq, Tk, Tv, To>& call, const Keys& keys, const M& mask
       Pass(call, keys, mask, score, position, on.workers()).run(on, workspace);
     });
   });
+}
+
+/// True if `attend` without a position multiplies by matrix tiles.
+template <class Tq, class Tk, class Tv, class To>
+bool attends_by_tiles(const Problem<Tq, Tk, Tv, To>& call, bool bf16_products) {
+  return multiplies_by_tiles(call, bf16_products) && call.q_len() * call.group() > most_decode_queries;
+}
+
+/// `attend` for calls for which attends_by_tiles is true; the other kernels are not compiled for their types.
+template <class Tq, class Tk, class Tv, class To, class Keys, Mask M, Score S, class E>
+void attend_by_tiles([[maybe_unused]] const Problem<Tq, Tk, Tv, To>& call, [[maybe_unused]] const Keys& keys,
+                     [[maybe_unused]] const M& mask, [[maybe_unused]] const S& score,
+                     [[maybe_unused]] const E& executor, [[maybe_unused]] Workspace& workspace) {
+#if defined(LONGSPAN_USES_AMX)
+  const no_position position;
+  run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
+    using Pass = Forward<TileArithmetic<Tk>, Tq, Tk, Tv, To, Keys, M, S, no_position>;
+    const WithTiles<TileUnit, std::remove_cvref_t<decltype(where)>> on(where);
+    Pass(call, keys, mask, score, position, on.workers()).run(on, workspace);
+  });
+#endif
 }
 
 /// Attention over the keys and values of the call.

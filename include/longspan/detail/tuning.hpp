@@ -5,7 +5,7 @@
 // the same target must define the same value.
 #pragma once
 
-#include "longspan/detail/simd/eigen_core.hpp"
+#include "longspan/detail/eigen_core.hpp"
 #include "longspan/version.hpp"
 
 // Intel's cores from Sapphire Rapids on have AVX512-FP16, AMD's up to Zen 5 do not.
@@ -71,9 +71,9 @@ inline constexpr int keys_in_float_block = 128, keys_in_bf16_block = 256, keys_i
 /// How far ahead the decode kernel prefetches, in bytes. 16 KB: the same time; 2 and 4 KB: 5-10 % longer (Zen 5).
 inline constexpr int prefetch_distance = 8192;
 
-/// The most bytes of transposed values that a worker keeps from task to task, for matrix tiles. Transposing them for
-/// each task takes 9 % of a call at head_dim 64 (Intel AMX).
-inline constexpr int kept_value_bytes = 4 << 20;
+/// The most bytes of transposed values, and of encoded keys, that a worker keeps from task to task, for matrix tiles.
+/// Transposing values for each task takes 9 % of a call at head_dim 64 (Intel AMX).
+inline constexpr int kept_block_bytes = 4 << 20;
 
 }  // namespace detail::tuning
 LONGSPAN_NAMESPACE_END

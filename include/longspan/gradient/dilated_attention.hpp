@@ -81,7 +81,7 @@ struct gradient_of<dilated_attention<M, S, P>>
     const detail::Dilation dilation{attend.branches, attend.phase, attend.overlap, attend.zero_pad_compat};
     detail::differentiate_dilated(call.at(name, attend.first_query, attend.scale), dilation,
                                   mixing == Mixing::detached, attend.mask, attend.score, attend.position,
-                                  executor, workspace);
+                                  executor, workspace, attend.bf16_products);
   }
 };
 

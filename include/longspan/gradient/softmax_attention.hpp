@@ -32,13 +32,17 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           blocks of queries. Scratch: for a few KV heads at a time and each query head of theirs up to 8 tensors of
 ///           the shape of dq, and the rows of q, k, v and dout where they are not of the arithmetic's type; none that
 ///           grows with q_len * kv_len
-/// Error     with u = 2^-24 for float, a_ij = scale sum_c |q_ic k_jc| plus the size of what a score adds, A_i the largest
-///           a_ij of the keys that query i sees, and e_ij = p_ij ((1 + a_ij + A_i) (|dp_ij| + |D_i|) + sum_c |dout_ic|
-///           (|v_jc| + (1 + A_i) sum_t p_it |v_tc|)):
-///             dv within 16 u sum_i p_ij (1 + a_ij + A_i) |dout[i]|,
-///             dq within 16 u scale sum_j e_ij |k[j]|, dk within 16 u scale sum_i e_ij |q[i]|.
-///           It does not grow with q_len or kv_len. Where out is of 16 bits its rounding adds to D_i; 16-bit gradients
-///           are rounded once more. (2^-53 for double.)
+/// Error     with u = 2^-24 for float, a_ij = scale sum_c |q_ic k_jc| plus the size of what a score adds,
+///           a_i = sum_j p_ij a_ij, w_ij = 1 + a_ij + a_i + |lse[i]|, and
+///           e_ij = p_ij (w_ij (|dp_ij| + |D_i|) + sum_c |dout_ic| (|v_jc| + (1 + a_i) sum_t p_it |v_tc|) + |dlse[i]|):
+///             dv within 16 u sum_i p_ij w_ij |dout[i]|,
+///             dq within 16 u scale sum_j e_ij |k[j]|, dk within 16 u scale sum_i e_ij |q[i]|,
+///           where e_ij is multiplied by the derivative of the score if that exceeds 1. The error does not grow with
+///           q_len, and with kv_len only as |lse| <= a_i + log kv_len does. An out of 16 bits adds 2^-8 (bfloat16) or
+///           2^-11 (half) of sum_c |dout_ic out_ic| to the error of D_i; what bf16_products adds to the errors of out
+///           and lse enters likewise. 16-bit gradients are rounded once more. Weights below 2^-126 count as 0.
+///           (2^-53 and 2^-1022 for double.) Matrix tiles, where bf16_products has them take the forward call and dout is
+///           bfloat16 too, round p_ij and ds_ij to bfloat16: that adds 2^-8 + 7.5e-5 to 16 u w_ij.
 /// Masked    what a query does not see gets nothing from it, even if q, k, v or dout hold NaN there. A row that sees no
 ///           key has gradient 0 and adds nothing to dk and dv.
 /// Bits      do not depend on the executor, on how many threads it has, or on other batch rows and KV heads.
@@ -73,7 +77,7 @@ struct gradient_of<softmax_attention<M, S, P>>
   template <class Call, class E>
   void differentiate(const Call& call, const E& executor, Workspace& workspace) const {
     detail::differentiate(call.at(name, attend.first_query, attend.scale), attend.mask, attend.score,
-                          attend.position, executor, workspace);
+                          attend.position, executor, workspace, attend.bf16_products);
   }
 };
 

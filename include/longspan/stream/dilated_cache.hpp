@@ -58,7 +58,7 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           the time with float
 /// Scratch   2^14 / (batch heads) tokens, at least 1024, are appended together
 /// Error     that of dilated_attention over the stored rows. Storing rounds each element of k and v: bfloat16
-///           by 2^-9 of the element, half by 2^-12, int8 by 1 / 254 of the largest element of its row
+///           by 2^-8 of the element, half by 2^-11, int8 by 1 / 254 of the largest element of its row
 /// Bits      do not depend on how rows are cut into calls of more than one token, nor on removed tokens. A call
 ///           of one token with no mask other than causal and with Overlap::multiset has a kernel of its own
 /// Masked    as in kv_cache: the mask of the functor, taken literally for every query whose keys it limits on the

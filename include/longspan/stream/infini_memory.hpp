@@ -17,6 +17,7 @@
 
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/infini/open_rows.hpp"
 #include "longspan/detail/infini/pass.hpp"
 #include "longspan/detail/tile/key_block.hpp"
@@ -296,13 +297,9 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
   auto pass_with_gate(Index b, Index rows, Workspace& workspace) {
     auto pass = pass_over(view_of(b, rows));
     const Index size = shape_.heads * pass.memory.stride();
-    const auto take = [&](detail::Arena& arena) {
+    const auto shares = detail::take_scratch(workspace, [&](detail::Arena& arena) {
       return std::array<Real*, 2>{arena.take<Real>(size), arena.take<Real>(size)};
-    };
-    detail::Arena counting;
-    take(counting);
-    detail::Arena arena(workspace.reserve(counting.used()));
-    const auto shares = take(arena);
+    });
     pass.gate = detail::gate_shares(attend_.beta, shape_.heads, shape_.value_dim, pass.memory.stride(),
                                     shares[0], shares[1]);
     return pass;
@@ -357,13 +354,9 @@ class infini_memory : public detail::StreamCalls<infini_memory<T, Local, F>, fal
   void write(TensorView<const T> k, TensorView<const T> v, const detail::MemoryView<Real>& memory,
              Index position, const E& executor, Workspace& workspace) const {
     auto pass = pass_over(memory);
-    const auto take = [&](detail::Arena& arena) {
+    const auto scratch = detail::take_scratch(workspace, [&](detail::Arena& arena) {
       return detail::InfiniScratch<Real>::take(arena, pass.memory, 0, k.rows, attend_.rule);
-    };
-    detail::Arena counting;
-    take(counting);
-    detail::Arena arena(workspace.reserve(counting.used()));
-    const auto scratch = take(arena);
+    });
     if (attend_.rule == InfiniRule::delta) {
       pass.difference =
           detail::difference_shares(pass.memory.stride(), scratch.difference[0], scratch.difference[1]);

@@ -47,7 +47,9 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           any n >= 0, which may differ from call to call
 /// Types     rows are stored as T: float, double, Eigen::bfloat16, Eigen::half or std::int8_t, whatever the types
 ///           of k and v. q and out may have any element types; arithmetic is double if q is, otherwise float
-/// Positions the cache applies the encoding: keys are encoded once, when they are appended, and then rounded to T
+/// Positions the cache applies the encoding: keys are encoded once, when they are appended, and then rounded to T.
+///           Queries are encoded in their arithmetic type; for matrix tiles, which multiply bfloat16 queries with rows of
+///           bfloat16 or int8, they are then rounded to bfloat16 (see softmax_attention::bf16_products)
 /// Masked    by the mask of the functor, unchanged for every query for which it sets an upper limit of the keys:
 ///           causal, segments, padding, sinks, closed documents, a window with a right side, and combinations
 ///           like `causal{} | sinks{n}`. A query without such a limit (everything, a window without a right
@@ -62,7 +64,7 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Cost      that of softmax_attention; each row is converted once. Time of one token after 32768, relative to
 ///           float, int8: 0.49, half and bfloat16: 0.6 to 0.7
 /// Error     that of softmax_attention over the stored rows, with pages of at least 16 tokens. Storing rounds
-///           each element of k and v: bfloat16 by 2^-9 of the element, half by 2^-12, int8 by 1 / 254 of the
+///           each element of k and v: bfloat16 by 2^-8 of the element, half by 2^-11, int8 by 1 / 254 of the
 ///           largest element of its row
 /// Bits      with one array, or pages of a multiple of 256 tokens, the bits of a single call over all rows if both
 ///           use the same kernel (see softmax_attention: one for up to 8 queries per KV head, one for more).
@@ -238,10 +240,23 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   void extend_piece(const Call& call, const E& executor, Workspace& workspace) {
     const Index first = size();
     keep(call.k, call.v, executor);
-    if constexpr (encodes) {
-      attend(encoded(call.q, first, executor), call, first, executor, workspace);
+    if constexpr (!encodes) {
+      const auto problem = problem_of(call.q, call, first);
+      detail::attend(problem, pages_, mask_, attend_.score, no_position{}, executor, workspace,
+                     attend_.bf16_products);
     } else {
-      attend(call.q, call, first, executor, workspace);
+      const auto problem = problem_of(encoded(call.q, first, executor), call, first);
+      using Tq = typename decltype(call.q)::Element;
+      using To = typename decltype(call.out)::Element;
+      if constexpr (detail::suits_tiles<std::remove_const_t<Tq>, T, T, To>) {
+        if (detail::attends_by_tiles(problem_of(call.q, call, first), attend_.bf16_products)) {
+          detail::attend_by_tiles(problem_of(rounded(problem.q), call, first), pages_, mask_, attend_.score,
+                                  executor, workspace);
+          return;
+        }
+      }
+      detail::attend(problem, pages_, mask_, attend_.score, no_position{}, executor, workspace,
+                     attend_.bf16_products);
     }
   }
 
@@ -268,17 +283,24 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
     return TensorView<const Encoded>(to);
   }
 
-  template <class Tq, class Call, class E>
-  void attend(TensorView<const Tq> q, const Call& call, Index first, const E& executor,
-              Workspace& workspace) const {
+  /// Encoded queries as bfloat16, for matrix tiles.
+  TensorView<const Eigen::bfloat16> rounded(TensorView<const float> q) {
+    auto& queries = std::get<std::vector<Eigen::bfloat16>>(queries_);
+    queries.resize(static_cast<std::size_t>(q.batch * q.heads * q.rows * q.cols));
+    std::transform(q.data, q.data + queries.size(), queries.begin(),
+                   [](float x) { return static_cast<Eigen::bfloat16>(x); });
+    return longspan::compact_view(std::as_const(queries).data(), q.batch, q.heads, q.rows, q.cols);
+  }
+
+  /// The queries `q` of a call, and all keys so far.
+  template <class Tq, class Call>
+  auto problem_of(TensorView<const Tq> q, const Call& call, Index first) const {
     using To = typename decltype(call.out)::Element;
-    // The shapes of all keys so far; their rows are in the pages.
+    // The shapes of the keys; their rows are in the pages.
     const TensorView<const T> k{nullptr, shape_.batch, shape_.kv_heads, size(), shape_.head_dim, 0, 0, 0};
     const TensorView<const T> v{nullptr, shape_.batch, shape_.kv_heads, size(), shape_.value_dim, 0, 0, 0};
-    const auto problem =
-        detail::Problem<Tq, T, T, To>{q, k, v, call.out, call.lse, 0, 1}.at(function, first, attend_.scale);
-    detail::attend(problem, pages_, mask_, attend_.score, no_position{}, executor, workspace,
-                   attend_.bf16_products);
+    return detail::Problem<Tq, T, T, To>{q, k, v, call.out, call.lse, 0, 1}.at(function, first,
+                                                                               attend_.scale);
   }
 
   /// The smallest size to which a stream of `size` tokens can always be truncated.
@@ -314,8 +336,9 @@ class kv_cache : public detail::StreamCalls<kv_cache<T, M, S, P>, true> {
   StreamShape shape_;
   kv_cache_options options_;
   detail::KeyPages<T> pages_;
-  std::tuple<std::vector<float>, std::vector<double>> queries_;  ///< the encoded queries of one call
-  Index full_pages_ = 0;                                         ///< full_pages() at the last eviction
+  /// The encoded queries of one call.
+  std::tuple<std::vector<float>, std::vector<double>, std::vector<Eigen::bfloat16>> queries_;
+  Index full_pages_ = 0;  ///< full_pages() at the last eviction
 };
 
 LONGSPAN_NAMESPACE_END

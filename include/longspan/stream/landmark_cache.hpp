@@ -283,8 +283,8 @@ class landmark_cache : public detail::StreamCalls<landmark_cache<T, P, Map, Find
         row[c] = static_cast<Real>(factor * static_cast<double>(from[c]));
       std::fill(row + shape_.head_dim, row + padded_head_dim(), Real(0));
     }
-    detail::encode_alike(position_, MatrixView<Real>{to, group(), shape_.head_dim, padded_head_dim()}, place,
-                         Role::query);
+    detail::encode_at(position_, MatrixView<Real>{to, group(), shape_.head_dim, padded_head_dim()},
+                      detail::RowPositions{place, group()}, Role::query);
     for (Index g = 0; g < group(); ++g)
       detail::interleave_columns<Tk>(to + g * padded_head_dim(), shape_.head_dim);
   }

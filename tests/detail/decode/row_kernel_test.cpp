@@ -96,7 +96,7 @@ bool values_are_right(Index keys, Index last_columns, Random& random) {
                                                      p_stride, o.data(), o_stride, scale.data());
   for (Index g = 0; g < queries; ++g) {
     for (Index c = 0; c < columns; ++c) {
-      const Index place = last_columns == w && packets % 2 == 0 ? interleaved_index<Real, Tv>(c, columns) : c;
+      const Index place = packets % 2 == 0 ? interleaved_index<Real, Tv>(c, columns) : c;
       const auto at = static_cast<std::size_t>(g * o_stride + place);
       double wanted = double(scale[static_cast<std::size_t>(g)]) * double(before[at]),
              size = std::abs(wanted);
@@ -120,9 +120,9 @@ void check_values() {
       for (Index last = 1; last <= lanes<Real>; last += lanes < Real >> 4 ? 3 : 1) {
         INFO("queries=" << queries << " keys=" << keys << " last_columns=" << last);
         CHECK(values_are_right<queries, 1, Real, Tv>(keys, last, random));
-        CHECK(values_are_right<queries, 2, Real, Tv>(keys, last, random));
-        CHECK(values_are_right<queries, 2, Real, Tv>(keys, lanes<Real>, random));
       }
+      INFO("queries=" << queries << " keys=" << keys);
+      CHECK(values_are_right<queries, 2, Real, Tv>(keys, lanes<Real>, random));
     }
   });
 }

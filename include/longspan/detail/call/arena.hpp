@@ -22,17 +22,21 @@ class Arena {
 
   template <class T>
   T* take(Index count) {
-    constexpr std::size_t most = static_cast<std::size_t>((std::numeric_limits<Index>::max)()) / 2;
-    if (static_cast<std::size_t>(count) > (most - used_) / sizeof(T)) {
-      raise("longspan: the scratch memory of a call would be larger than the address space");
-    }
-    T* array = block_ == nullptr ? nullptr : reinterpret_cast<T*>(block_ + used_);
-    used_ += static_cast<std::size_t>(round_up(count * static_cast<Index>(sizeof(T)), 64));
-    return array;
+    return reinterpret_cast<T*>(take_bytes(count, sizeof(T)));
   }
   std::size_t used() const noexcept { return used_; }
 
  private:
+  LONGSPAN_NOINLINE std::byte* take_bytes(Index count, std::size_t size) {
+    constexpr std::size_t most = static_cast<std::size_t>((std::numeric_limits<Index>::max)()) / 2;
+    if (static_cast<std::size_t>(count) > (most - used_) / size) {
+      raise("longspan: the scratch memory of a call would be larger than the address space");
+    }
+    std::byte* array = block_ == nullptr ? nullptr : block_ + used_;
+    used_ += static_cast<std::size_t>(round_up(count * static_cast<Index>(size), 64));
+    return array;
+  }
+
   std::byte* block_;
   std::size_t used_ = 0;
 };

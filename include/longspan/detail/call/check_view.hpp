@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <initializer_list>
-#include <string>
 #include <string_view>
 
 #include "longspan/error.hpp"
@@ -29,9 +28,8 @@ constexpr const char* fault_of_sizes(std::initializer_list<Index> sizes) noexcep
 }
 
 template <class T>
-std::string shape_text(const MatrixView<T>& x) {
-  std::string text = "[";
-  return text.append(std::to_string(x.rows)).append(", ").append(std::to_string(x.cols)).append("]");
+ShortText shape_text(const MatrixView<T>& x) {
+  return shape_text({x.rows, x.cols});
 }
 
 /// The requirement that a view breaks: one on its sizes, or that a view with elements has memory. Null if it meets all.
@@ -54,7 +52,8 @@ constexpr const char* fault_of(const MatrixView<T>& x) noexcept {
 }
 
 template <class View>
-[[noreturn]] void refuse_view(std::string_view function, std::string_view argument, const View& x) {
+[[noreturn]] LONGSPAN_COLD void refuse_view(std::string_view function, std::string_view argument,
+                                            const View& x) {
   refuse(function, argument, shape_text(x), fault_of(x));
 }
 

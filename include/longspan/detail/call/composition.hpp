@@ -12,15 +12,6 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Runs take(arena) twice: first to count the bytes, then to hand out the arrays.
-template <class Take>
-void take_scratch(Workspace& workspace, const Take& take) {
-  Arena counting;
-  take(counting);
-  Arena arena(workspace.reserve(counting.used()));
-  take(arena);
-}
-
 template <class Real, class T>
 TensorView<Real> scratch_output(const TensorView<T>& like, Arena& arena) {
   return compact_view(arena.take<Real>(like.batch * like.heads * like.rows * like.cols), like.batch,

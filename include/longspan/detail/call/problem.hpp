@@ -1,9 +1,9 @@
 // One call of an attention functor with checked shapes.
 #pragma once
 
+#include <cstddef>
 #include <limits>
 #include <optional>
-#include <string>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -80,6 +80,66 @@ TensorView<T> without_idle_strides(TensorView<T> x) noexcept {
   return x;
 }
 
+/// The tensors of a call without the types of their elements: the checks are compiled once for all types.
+struct CallTensors {
+  TensorView<const std::byte> q, k, v, out;
+  RowsView<const std::byte> lse;
+};
+
+/// x with elements of no type, whose strides nothing reads.
+template <class T>
+TensorView<const std::byte> untyped(const TensorView<T>& x) noexcept {
+  return {reinterpret_cast<const std::byte*>(x.data), x.batch, x.heads, x.rows, x.cols, 0, 0, 0};
+}
+template <class T>
+RowsView<const std::byte> untyped(const RowsView<T>& x) noexcept {
+  return {reinterpret_cast<const std::byte*>(x.data), x.batch, x.heads, x.rows, 0, 0, 1};
+}
+
+/// Throws Error for the first tensor that does not fit the others.
+[[noreturn]] LONGSPAN_COLD inline void refuse_tensors(std::string_view function, const CallTensors& call) {
+  const auto& [q, k, v, out, lse] = call;
+  if (k.batch != q.batch || k.cols != q.cols) {
+    refuse(function, "k", shape_text(k),
+           number_text("[#, kv_heads, kv_len, #] as q is [#, #, #, #]",
+                       {q.batch, q.cols, q.batch, q.heads, q.rows, q.cols}));
+  }
+  if (k.heads > 0 ? q.heads % k.heads != 0 : q.heads != 0) {
+    refuse(function, "the number of heads of k", number_text("#", {k.heads}),
+           number_text("a divisor of the # heads of q", {q.heads}));
+  }
+  if (v.batch != k.batch || v.heads != k.heads || v.rows != k.rows) {
+    refuse(function, "v", shape_text(v),
+           number_text("[#, #, #, value_dim] as k is [#, #, #, #]",
+                       {k.batch, k.heads, k.rows, k.batch, k.heads, k.rows, k.cols}));
+  }
+  if (out.batch != q.batch || out.heads != q.heads || out.rows != q.rows || out.cols != v.cols) {
+    refuse(function, "out", shape_text(out), shape_text(q.batch, q.heads, q.rows, v.cols));
+  }
+  if (lse.batch != q.batch || lse.heads != q.heads || lse.rows != q.rows) {
+    if (lse.batch != no_size) refuse(function, "lse", shape_text(lse), shape_text(q.batch, q.heads, q.rows));
+  }
+  refuse(function, "out", "the memory of an input", "memory of its own");
+}
+
+LONGSPAN_NOINLINE inline void check_tensors(std::string_view function, const CallTensors& call) {
+  const auto& [q, k, v, out, lse] = call;
+  const bool with_lse = lse.batch != no_size;
+  check_view(function, "q", q);
+  check_view(function, "k", k);
+  check_view(function, "v", v);
+  check_view(function, "out", out);
+  if (with_lse) check_view(function, "lse", lse);
+  const auto has_rows_of = [](const auto& x, const auto& y) {
+    return x.batch == y.batch && x.heads == y.heads && x.rows == y.rows;
+  };
+  const bool heads_fit = k.heads > 0 ? q.heads % k.heads == 0 : q.heads == 0;
+  const bool fits = k.batch == q.batch && k.cols == q.cols && heads_fit && has_rows_of(v, k) &&
+                    has_rows_of(out, q) && out.cols == v.cols && (!with_lse || has_rows_of(lse, q));
+  const bool overlaps = !out.empty() && (out.data == q.data || out.data == k.data || out.data == v.data);
+  if (!fits || overlaps) refuse_tensors(function, call);
+}
+
 template <class Tq, class Tk, class Tv, class To, class Tl>
 auto checked_problem(std::string_view function, TensorView<Tq> q, TensorView<Tk> k, TensorView<Tv> v,
                      TensorView<To> out, RowsView<Tl> lse) {
@@ -90,44 +150,10 @@ auto checked_problem(std::string_view function, TensorView<Tq> q, TensorView<Tk>
   using Real = Arithmetic<Tq>;
   static_assert(std::is_same_v<std::remove_const_t<Tl>, Real>,
                 "longspan: the elements of lse must be double if those of q are, otherwise float");
-
-  // The texts are built only for an error: a valid call allocates nothing here. They begin with a std::string, because
-  // g++ 12 at -O1 warns about an overflow in "[" + std::string.
-  const auto text = [](Index x) { return std::to_string(x); };
-  const bool with_lse = lse.batch != no_size;
-  check_view(function, "q", q);
-  check_view(function, "k", k);
-  check_view(function, "v", v);
-  check_view(function, "out", out);
-  if (with_lse) check_view(function, "lse", lse);
-  if (k.batch != q.batch || k.cols != q.cols) {
-    refuse(function, "k", shape_text(k),
-           std::string("[") + text(q.batch) + ", kv_heads, kv_len, " + text(q.cols) + "] as q is " +
-               shape_text(q));
-  }
-  if (k.heads > 0 ? q.heads % k.heads != 0 : q.heads != 0) {
-    refuse(function, "the number of heads of k", text(k.heads),
-           std::string("a divisor of the ") + text(q.heads) + " heads of q");
-  }
-  if (v.batch != k.batch || v.heads != k.heads || v.rows != k.rows) {
-    refuse(function, "v", shape_text(v),
-           std::string("[") + text(k.batch) + ", " + text(k.heads) + ", " + text(k.rows) +
-               ", value_dim] as k is " + shape_text(k));
-  }
-  if (out.batch != q.batch || out.heads != q.heads || out.rows != q.rows || out.cols != v.cols) {
-    refuse(function, "out", shape_text(out), shape_text(q.batch, q.heads, q.rows, v.cols));
-  }
-  if (with_lse && (lse.batch != q.batch || lse.heads != q.heads || lse.rows != q.rows)) {
-    refuse(function, "lse", shape_text(lse), shape_text(q.batch, q.heads, q.rows));
-  }
-  const void *output = out.data, *inputs[] = {q.data, k.data, v.data};
-  for (const void* input : inputs) {
-    if (!out.empty() && output == input)
-      refuse(function, "out", "the memory of an input", "memory of its own");
-  }
+  check_tensors(function, {untyped(q), untyped(k), untyped(v), untyped(out), untyped(lse)});
   return Problem<std::remove_const_t<Tq>, std::remove_const_t<Tk>, std::remove_const_t<Tv>, To>{
       without_idle_strides(q), without_idle_strides(k), without_idle_strides(v), without_idle_strides(out),
-      with_lse ? lse : RowsView<Real>{}};
+      lse.batch != no_size ? lse : RowsView<Real>{}};
 }
 
 }  // namespace detail

@@ -10,6 +10,7 @@
 
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/decode/change_scores.hpp"
 #include "longspan/detail/decode/row_accumulator.hpp"
 #include "longspan/detail/decode/row_pass.hpp"
@@ -51,17 +52,14 @@ class Decode {
 
   template <class E>
   void run(const E& executor, Workspace& workspace) {
-    const Index workers = executor.workers(), kv_heads = call_.k.batch * call_.k.heads;
-    Arena counting;
-    cut_worker(counting);
-    const Index worker_bytes = static_cast<Index>(counting.used()), parts_at = worker_bytes * workers;
-    cut_parts(counting, kv_heads * chunks_);
-    std::byte* memory = workspace.reserve(static_cast<std::size_t>(parts_at) + counting.used());
-
-    Arena arena(memory + parts_at);
+    const Index kv_heads = call_.k.batch * call_.k.heads;
+    const WorkerScratch scratch(
+        workspace, executor.workers(), [&](Arena& arena) { cut_worker(arena); },
+        [&](Arena& arena) { cut_parts(arena, kv_heads * chunks_); });
+    Arena arena = scratch.shared();
     RowAccumulator<Real>* parts = cut_parts(arena, kv_heads * chunks_);
     executor.for_each(kv_heads * chunks_, [&](Index part, Index worker_index) {
-      Arena own(memory + worker_index * worker_bytes);
+      Arena own = scratch.of_worker(worker_index);
       const Worker worker = cut_worker(own);
       absorb_chunk(part / chunks_, chunk(part % chunks_), worker, parts[part]);
       if (chunks_ == 1) write(part, parts[part]);
@@ -153,23 +151,15 @@ class Decode {
     const auto absorb = [&](const Tk* next_keys) {
       if (!run_keys.empty()) absorb_run(queries, run, run_keys, next_keys, worker, state);
     };
-    Index done = from;
-    for (const KeyRange& range : key_ranges(mask_, queries.tile(0, queries_, {0, 0}))) {
-      const Index end = (std::min)(range.end, to);
-      Index first = (std::max)(done, (std::max)(range.begin, from) / block_keys * block_keys);
-      for (; first < end; first += block_keys) {
-        KeyRange left{first, (std::min)(first + block_keys, to)};
-        while (!left.empty()) {
-          const Run next = keys_.run(queries.batch, kv_head % call_.k.heads, left);
-          const Index begin = std::exchange(left.begin, left.begin + next.k.rows);
-          if (!next.is_kept) continue;
-          absorb(next.k.data);
-          run = next;
-          run_keys = {begin, left.begin};
-        }
-      }
-      done = first;
-    }
+    const KeyRanges ranges = key_ranges(mask_, queries.tile(0, queries_, {0, 0}));
+    for_each_block(ranges, {from, to}, block_keys, [&](KeyRange of_block) {
+      const Index head = kv_head % call_.k.heads;
+      for_each_run(keys_, queries.batch, head, of_block, [&](const Run& next, KeyRange of_run) {
+        absorb(next.k.data);
+        run = next;
+        run_keys = of_run;
+      });
+    });
     absorb(nullptr);
   }
 

@@ -65,26 +65,34 @@ class Prefetcher {
 
 /// Iterates over the columns of `rows` rows of T that are read together. Calls add_whole(column) for each packet, or
 /// for each two packets that are loaded as a pair, and add_packet(load, column) for the rest, where load(address)
-/// returns a packet.
+/// returns a packet. A single row is one left over, which is not prefetched, in a loop that is not unrolled.
 template <class Real, class T, int rows, PrefetchHint hint, class AddWhole, class AddPacket>
 LONGSPAN_INLINE void for_each_column(Index columns, Prefetcher lines, const AddWhole& add_whole,
                                      const AddPacket& add_packet) {
   constexpr Index w = lanes<Real>, step = loads_in_pairs<Real, T> ? 2 * w : w;
   constexpr Index line = (std::max)(step, cache_line / static_cast<Index>(sizeof(T)));
+  constexpr bool is_left_over = rows == 1 && hint == PrefetchHint::none;
   Index column = 0;
-  LONGSPAN_NO_UNROLL
-  for (; column + line <= columns; column += line) {
+  // What cannot happen is not compiled: each call of add_whole and add_packet is a copy of a kernel's body.
+  if constexpr (!is_left_over) {
+    LONGSPAN_NO_UNROLL
+    for (; column + line <= columns; column += line) {
+      lines.template prefetch_lines<rows, hint>();
+      LONGSPAN_UNROLL
+      for (Index c = 0; c < line; c += step) add_whole(column + c);
+    }
+    if (column == columns) return;
     lines.template prefetch_lines<rows, hint>();
-    LONGSPAN_UNROLL
-    for (Index c = 0; c < line; c += step) add_whole(column + c);
   }
-  if (column == columns) return;
-  lines.template prefetch_lines<rows, hint>();
-  LONGSPAN_NO_UNROLL
-  for (; column + step <= columns; column += step) add_whole(column);
-  if (column + w <= columns) {
-    add_packet([](const T* from) { return load_as<Real>(from); }, column);
-    column += w;
+  if constexpr (is_left_over || line > step) {
+    LONGSPAN_NO_UNROLL
+    for (; column + step <= columns; column += step) add_whole(column);
+  }
+  if constexpr (step > w) {
+    if (column + w <= columns) {
+      add_packet([](const T* from) { return load_as<Real>(from); }, column);
+      column += w;
+    }
   }
   const Index left = columns - column;
   if (left > 0) add_packet([left](const T* from) { return load_part<Real>(from, left); }, column);

@@ -62,53 +62,47 @@ struct RowAccumulator {
 
   /// Takes scores [keys][count] of the `count` queries from `first` on: raises the row maxima, replaces each score by
   /// its exp score and adds the exp scores to the row sums. Writes the factors by which the caller must multiply o to
-  /// `rescale`. `size` is a multiple of w * count.
-  template <int count>
-  void weigh(Real* scores, Index size, Index first, Real* rescale) const {
+  /// `rescale`. `count` is a power of two of at most w, `size` a multiple of w * count.
+  void weigh(Real* scores, Index size, Index count, Index first, Real* rescale) const {
     Real* const maxima = row_max + first;
     Real* const sums = sum + first;
     alignas(64) Real of_lane[std::size_t(w)];
-    for (int i = 0; i < w; ++i) of_lane[i] = maxima[i % count];
+    for (Index i = 0; i < w; ++i) of_lane[i] = maxima[i & (count - 1)];
     const Packet<Real> before = load<Real>(of_lane);
     Packet<Real> raised = before;
     for (Index i = 0; i < size; i += w) raised = lane_max(raised, load<Real>(scores + i));
     store<Real>(of_lane, raised);
-    fold<count>(of_lane, larger);
-    for (int i = count; i < w; ++i) of_lane[i] = of_lane[i % count];
+    fold(of_lane, count, larger);
+    for (Index i = count; i < w; ++i) of_lane[i] = of_lane[i & (count - 1)];
     raised = load<Real>(of_lane);
     store(rescale, exp_score(before - raised));
     std::copy_n(of_lane, count, maxima);
 
-    // A lane of total[n] adds every w-th key, whatever `count` is. The totals are then added in the order of decreasing
+    // A lane of total n adds every w-th key, whatever `count` is. The totals are then added in the order of decreasing
     // distance, so the sum of a query does not depend on the queries next to it.
-    Packet<Real> total[std::size_t(count)];
-    LONGSPAN_UNROLL
-    for (int n = 0; n < count; ++n) total[n] = broadcast(Real(0));
-    for (Index i = 0; i < size; i += w * count) {
-      LONGSPAN_UNROLL
-      for (int n = 0; n < count; ++n) {
-        const Packet<Real> p = exp_score(load<Real>(scores + i + n * w) - raised);
-        total[n] = total[n] + p;
-        store(scores + i + n * w, p);
+    Packet<Real> total[std::size_t(w)];
+    for (Index n = 0; n < count; ++n) {
+      Packet<Real> of_n = broadcast(Real(0));
+      for (Index i = n * w; i < size; i += w * count) {
+        const Packet<Real> p = exp_score(load<Real>(scores + i) - raised);
+        of_n = of_n + p;
+        store(scores + i, p);
       }
+      total[n] = of_n;
     }
-    LONGSPAN_UNROLL
-    for (int apart = count / 2; apart > 0; apart /= 2) {
-      LONGSPAN_UNROLL
-      for (int n = 0; n < apart; ++n) total[n] = total[n] + total[n + apart];
+    for (Index apart = count / 2; apart > 0; apart /= 2) {
+      for (Index n = 0; n < apart; ++n) total[n] = total[n] + total[n + apart];
     }
     store<Real>(of_lane, total[0]);
-    fold<count>(of_lane, std::plus<>());
-    for (int g = 0; g < count; ++g) sums[g] = sums[g] * rescale[g] + of_lane[g];
+    fold(of_lane, count, std::plus<>());
+    for (Index g = 0; g < count; ++g) sums[g] = sums[g] * rescale[g] + of_lane[g];
   }
 
  private:
   /// Combines of_lane[g], of_lane[g + count], ... into of_lane[g].
-  template <int count, class Combine>
-  static void fold(Real (&of_lane)[std::size_t(w)], const Combine& combine) {
-    LONGSPAN_UNROLL
+  template <class Combine>
+  static void fold(Real (&of_lane)[std::size_t(w)], Index count, const Combine& combine) {
     for (Index apart = w / 2; apart >= count; apart /= 2) {
-      LONGSPAN_UNROLL
       for (Index i = 0; i < apart; ++i) of_lane[i] = combine(of_lane[i], of_lane[i + apart]);
     }
   }

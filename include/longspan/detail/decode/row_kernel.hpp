@@ -162,13 +162,13 @@ LONGSPAN_INLINE void load_whole(const T* from, Packet<Real> (&to)[std::size_t(pa
 }
 
 /// o[g][c] = scale[g] * o[g][c] + sum_j p[j * p_stride + g] * v[j][c], for `queries` rows of o and `packets`
-/// packets of columns, the last of which has `last_columns` columns. If it is whole and `packets` is even, columns of
-/// o are at their `interleaved_index`.
+/// packets of columns. Several packets are whole, a single one has at most `columns`. If `packets` is even, columns of o
+/// are at their `interleaved_index`.
 ///
 /// Not inlined: g++ then keeps the sums in memory, and a step with four heads per KV head takes 14 % longer.
 template <int queries, int packets, PrefetchHint hint, class Real, class Tv>
-LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_columns, Index keys, const Real* p,
-                                  Index p_stride, Real* o, Index o_stride, const Real* scale) {
+LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, [[maybe_unused]] Index columns, Index keys,
+                                  const Real* p, Index p_stride, Real* o, Index o_stride, const Real* scale) {
   constexpr int w = lanes<Real>;
   Packet<Real> sum[std::size_t(queries)][std::size_t(packets)];
   LONGSPAN_UNROLL
@@ -186,7 +186,7 @@ LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_column
       for (int c = 0; c < packets; ++c) sum[g][c] = fma(weight_of_query, of_value[c], sum[g][c]);
     }
   };
-  if (last_columns == w) {
+  const auto add_whole_rows = [&] {
     LONGSPAN_UNROLL_BY_2
     for (Index j = 0; j < keys; ++j) {
       const Tv* row = v + j * v_stride;
@@ -198,13 +198,15 @@ LONGSPAN_NOINLINE void add_values(const Tv* v, Index v_stride, Index last_column
         load_whole<packets, Real>(from, to);
       });
     }
+  };
+  if constexpr (packets > 1) {
+    add_whole_rows();
+  } else if (columns >= w) {
+    add_whole_rows();
   } else {
     for (Index j = 0; j < keys; ++j) {
-      add(v + j * v_stride, p + j * p_stride, [&](const Tv* from, Packet<Real>(&to)[std::size_t(packets)]) {
-        LONGSPAN_UNROLL
-        for (int c = 0; c + 1 < packets; ++c) to[c] = load_as<Real>(from + c * w);
-        to[packets - 1] = load_part<Real>(from + (packets - 1) * w, last_columns);
-      });
+      add(v + j * v_stride, p + j * p_stride,
+          [&](const Tv* from, Packet<Real>(&to)[1]) { to[0] = load_part<Real>(from, columns); });
     }
   }
   LONGSPAN_UNROLL

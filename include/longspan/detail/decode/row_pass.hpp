@@ -70,8 +70,7 @@ struct RowPass {
   /// Scores, `size` of them, become weights: see RowAccumulator::weigh.
   static LONGSPAN_NOINLINE void weigh(const Run& run, Index count, Real* scores, Index size, Index first,
                                       const RowAccumulator<Real>& state, Real* rescale) {
-    with_power_of_two<w>(count,
-                         [&]<int queries>() { state.template weigh<queries>(scores, size, first, rescale); });
+    state.weigh(scores, size, count, first, rescale);
     if constexpr (is_scaled) scale_scores(scores, run.v_scale, run.k.rows, count);
   }
 
@@ -125,36 +124,38 @@ struct RowPass {
   /// How many accumulators of add_values leave registers for the rows.
   static constexpr int value_accumulators = vector_registers == 32 ? 16 : 8;
   static constexpr int most_value_packets = vector_registers == 32 ? 8 : 4;
+  /// Rows of several queries whose sums stay in registers have at least so many columns. Shorter ones are rare in
+  /// models, and a kernel of their own would be compiled by every program.
+  static constexpr Index least_value_columns = 64;
 
   template <int queries>
   static void add_values_of(MatrixView<const Tv> v, const Real* weights, Real* sums, Real* o, Index o_stride,
                             const Real* rescale, const void* next) {
+    constexpr int widest = (std::min)(most_value_packets, value_accumulators / queries);
+    const auto add_columns = [&]<int packets>(Index column) {
+      detail::add_values<queries, packets, hint>(v.data + column, v.row_stride, v.cols - column, v.rows,
+                                                 weights, queries, o + column, o_stride, rescale);
+    };
     if constexpr (queries > 1) {
-      if (!fits_registers<queries>(o_stride / w)) {
-        return add_long_values<queries, hint>(v.data, v.row_stride, v.cols, v.rows, weights, sums, o,
-                                              o_stride, rescale, next);
+      if constexpr (widest * w >= least_value_columns) {
+        if (v.cols == widest * w) return add_columns.template operator()<widest>(0);
+      }
+      if constexpr (widest / 2 * w >= least_value_columns) {
+        if (v.cols == widest / 2 * w) return add_columns.template operator()<widest / 2>(0);
+      }
+      add_long_values<queries, hint>(v.data, v.row_stride, v.cols, v.rows, weights, sums, o, o_stride,
+                                     rescale, next);
+    } else {
+      const Index in_pairs = columns_in_pairs<Real, Tv>(v.cols);
+      for (Index column = 0; column < o_stride;) {
+        const Index left = (column < in_pairs ? in_pairs : v.cols) - column;
+        const auto whole = static_cast<std::size_t>(std::max<Index>(1, left / w));
+        const Index packets = std::min<Index>(widest, static_cast<Index>(std::bit_floor(whole)));
+        with_power_of_two<widest>(packets,
+                                  [&]<int wide>() { add_columns.template operator()<wide>(column); });
+        column += packets * w;
       }
     }
-    const Index in_pairs = columns_in_pairs<Real, Tv>(v.cols);
-    for (Index column = 0; column < o_stride;) {
-      const Index left = (column < in_pairs ? in_pairs : o_stride) - column;
-      const Index packets =
-          std::min<Index>(most_value_packets, static_cast<Index>(std::bit_floor(std::size_t(left / w))));
-      constexpr Index widest = (std::min)(most_value_packets, value_accumulators / queries);
-      with_power_of_two<widest>(packets, [&]<int wide>() {
-        detail::add_values<queries, wide, hint>(v.data + column, v.row_stride,
-                                                (std::min)(w, v.cols - column - (wide - 1) * w), v.rows,
-                                                weights, queries, o + column, o_stride, rescale);
-      });
-      column += packets * w;
-    }
-  }
-
-  /// True if the sums of whole rows of `packets` packets fit in registers.
-  template <int queries>
-  static bool fits_registers(Index packets) {
-    return std::has_single_bit(std::size_t(packets)) && packets <= most_value_packets &&
-           packets * queries <= value_accumulators;
   }
 };
 

@@ -6,8 +6,8 @@
 #include <type_traits>
 
 #include "longspan/detail/attend.hpp"
-#include "longspan/detail/call/composition.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/call/slices.hpp"
 #include "longspan/detail/decode/decode.hpp"
 #include "longspan/detail/dilated/forward.hpp"

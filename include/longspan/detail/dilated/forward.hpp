@@ -10,6 +10,7 @@
 #include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/dilated/row_tiles.hpp"
 #include "longspan/detail/dilated/rows.hpp"
 #include "longspan/detail/tile/key_run.hpp"
@@ -101,16 +102,13 @@ class Dilated {
 
   template <class E>
   void run(const E& executor, Workspace& workspace) {
-    Arena counting;
-    cut_worker(counting);
-    const auto worker_bytes = static_cast<Index>(counting.used());
-    std::byte* memory = workspace.reserve(counting.used() * static_cast<std::size_t>(executor.workers()));
+    const WorkerScratch scratch(workspace, executor.workers(), [&](Arena& arena) { cut_worker(arena); });
     for (Index worker = 0; worker < executor.workers(); ++worker) {
-      Arena arena(memory + worker * worker_bytes);
+      Arena arena = scratch.of_worker(worker);
       cut_worker(arena).tiles.clear();
     }
     executor.for_each(call_.q.batch * call_.q.heads * tasks_in_head_, [&](Index task, Index worker) {
-      Arena arena(memory + worker * worker_bytes);
+      Arena arena = scratch.of_worker(worker);
       Worker own = cut_worker(arena);
       run_task(task, own);
     });

@@ -145,8 +145,11 @@ class RowTiles {
         tiles_[t].start(lanes_of(t), mask, score, rows.q, scale, position, scratch_);
         ranges = united(ranges, tiles_[t].ranges());
       }
-      absorb(tiles, intersection(ranges, KeyRanges(KeyRange{0, rows.keys.k.rows})), rows.keys, position,
-             blocks);
+      for_each_block(ranges, {0, rows.keys.k.rows}, Policy::keys_in_block, [&](KeyRange keys) {
+        const auto run = slice_rows(rows.keys, keys.begin, keys.end - keys.begin);
+        const KeyBlock<Policy> block = blocks.block(run, position, keys.begin);
+        for (Index t = 0; t < tiles; ++t) tiles_[t].absorb(block, scratch_);
+      });
       for (Index t = 0; t < tiles; ++t)
         done(lanes_of(t).first_row, lanes_of(t).count, tiles_[t].state().whole());
     }
@@ -157,21 +160,6 @@ class RowTiles {
 
   /// Do the blocks keep values from call to call of attend?
   static constexpr bool keeps_values = requires(const Blocks& blocks) { blocks.clear(); };
-
-  void absorb(Index tiles, const KeyRanges& ranges, const KeyRun<Tk, Tv>& run, const P& position,
-              const Blocks& blocks) {
-    constexpr Index keys_in_block = Policy::keys_in_block;
-    Index done = 0;  // a block that overlaps two ranges is absorbed once
-    for (const KeyRange& range : ranges) {
-      Index first = (std::max)(done, range.begin / keys_in_block * keys_in_block);
-      for (; first < range.end; first += keys_in_block) {
-        const Index keys = (std::min)(keys_in_block, run.k.rows - first);
-        const KeyBlock<Policy> block = blocks.block(slice_rows(run, first, keys), position, first);
-        for (Index t = 0; t < tiles; ++t) tiles_[t].absorb(block, scratch_);
-      }
-      done = first;
-    }
-  }
 
   TileScratch<Policy> scratch_;
   Blocks blocks_;

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/gradient/key_tiles.hpp"
 #include "longspan/detail/gradient/rows.hpp"
 #include "longspan/detail/gradient/wave.hpp"
@@ -37,9 +38,9 @@ struct SpanPlan {
 
 /// For each wave of KV heads, and at most SpanPlan::most_held spans of their keys at a time:
 ///   for each KV head and span, in parallel:
-///     for each group of key tiles of the span, each query head and each query block: KeyTiles::absorb
+///     for each group of key tiles of the span, each query head and each query block: Tiles::absorb
 ///   add up the sums of dq, in parallel over blocks of queries
-template <class Call, Mask M, Score S, Position P>
+template <class Tiles, class Call, Mask M, Score S, Position P>
 class Backward {
  public:
   using Real = typename Call::Real;
@@ -59,21 +60,17 @@ class Backward {
 
   template <class E>
   void run(const E& executor, Workspace& workspace) {
-    Arena counting_worker, counting_shared;
-    cut_worker(counting_worker);
-    cut_shared(counting_shared);
-    const Index worker_bytes = static_cast<Index>(counting_worker.used());
-    const Index all_worker_bytes = worker_bytes * executor.workers();
-    std::byte* memory =
-        workspace.reserve(static_cast<std::size_t>(all_worker_bytes) + counting_shared.used());
-    Arena arena(memory + all_worker_bytes);
-    cut_shared(arena);
+    const WorkerScratch scratch(
+        workspace, executor.workers(), [&](Arena& arena) { cut_worker(arena); },
+        [&](Arena& arena) { cut_shared(arena); });
+    Arena shared = scratch.shared();
+    cut_shared(shared);
     for (Index first_head = 0; wave_.enter(executor, first_head); first_head += heads_in_wave_) {
       Index first_span = 0;
       do {
         const Index spans = (std::min)(SpanPlan::most_held, plan_.spans - first_span);
         executor.for_each(wave_.heads() * spans, [&](Index task, Index worker) {
-          Arena own(memory + worker * worker_bytes);
+          Arena own = scratch.of_worker(worker);
           Worker of_worker = cut_worker(own);
           // Under a causal mask the first spans take longest, so they come first.
           const Index slot = task / wave_.heads();
@@ -87,7 +84,7 @@ class Backward {
 
  private:
   struct Worker {
-    KeyTiles<Real, M, S> tiles;
+    Tiles tiles;
     Real *dk = nullptr, *dv = nullptr;
   };
 
@@ -95,15 +92,15 @@ class Backward {
 
   Worker cut_worker(Arena& arena) const {
     Worker worker;
-    worker.tiles = KeyTiles<Real, M, S>::take(arena, forward().head_dim(), forward().value_dim(),
-                                              forward().q_len() * forward().group());
+    worker.tiles = Tiles::take(arena, forward().head_dim(), forward().value_dim(),
+                               forward().q_len() * forward().group());
     worker.dk = arena.take<Real>(keys_in_group<Real> * forward().head_dim());
     worker.dv = arena.take<Real>(keys_in_group<Real> * forward().value_dim());
     return worker;
   }
 
   void cut_shared(Arena& arena) {
-    wave_ = Wave<Call, P>::take(arena, call_, position_, heads_in_wave_);
+    wave_ = Wave<Call, Tiles, P>::take(arena, call_, position_, heads_in_wave_);
     queries_ = heads_in_wave_ * forward().group();
     const Index of_span = queries_ * wave_.padded_rows() * wave_.padded_head_dim();
     dq_ = arena.take<Real>(plan_.held() * of_span);
@@ -114,7 +111,7 @@ class Backward {
   /// The rows of block `block` of a sum of dq over the slot-th span that is held, for query head n of the wave.
   Real* sum_of(Index slot, Index n, Index block) const { return of_head(dq_, slot * queries_ + n, block); }
   Real* of_head(Real* sums, Index n, Index block) const {
-    return sums + (n * wave_.padded_rows() + block * rows_in_query_block) * wave_.padded_head_dim();
+    return sums + (n * wave_.padded_rows() + block * Tiles::rows_in_block) * wave_.padded_head_dim();
   }
   bool& is_set(Index slot, Index n, Index block) const {
     return is_set_[(slot * queries_ + n) * wave_.blocks() + block];
@@ -122,7 +119,7 @@ class Backward {
 
   void take_span(Worker& worker, Index n, Index slot, Index span) const {
     std::fill_n(&is_set(slot, n * forward().group(), 0), forward().group() * wave_.blocks(), false);
-    const MatrixView<const Real> k = wave_.k(n), v = wave_.v(n);
+    const MatrixView<const typename Tiles::Row> k = wave_.k(n), v = wave_.v(n);
     const Index end = (std::min)(forward().kv_len(), (span + 1) * plan_.length);
     for (Index first = span * plan_.length; first < end; first += keys_in_group<Real>) {
       const Index keys = (std::min)(keys_in_group<Real>, end - first);
@@ -134,10 +131,10 @@ class Backward {
   }
 
   void take_queries(Worker& worker, Index n, Index slot) const {
-    const MatrixView<const Real> q = wave_.q(n), dout = wave_.dout(n);
+    const MatrixView<const typename Tiles::Row> q = wave_.q(n), dout = wave_.dout(n);
     worker.tiles.enter_head(wave_.query_head(n).batch, wave_.query_head(n).head, forward().first_query);
     for (Index block = 0; block < wave_.blocks(); ++block) {
-      const Index first = block * rows_in_query_block, count = wave_.rows_of_block(block);
+      const Index first = block * Tiles::rows_in_block, count = wave_.rows_of_block(block);
       bool& set = is_set(slot, n, block);
       set |= worker.tiles.absorb({slice_rows(q, first, count), slice_rows(dout, first, count),
                                   wave_.shift(n) + first, wave_.delta(n) + first, first,
@@ -145,7 +142,8 @@ class Backward {
     }
   }
 
-  void write_keys(Worker& worker, const typename Wave<Call, P>::Head& to, Index first, Index keys) const {
+  void write_keys(Worker& worker, const typename Wave<Call, Tiles, P>::Head& to, Index first,
+                  Index keys) const {
     const MatrixView<Real> dk{worker.dk, keys, forward().head_dim(), forward().head_dim()},
         dv{worker.dv, keys, forward().value_dim(), forward().value_dim()};
     worker.tiles.finish(dk, dv);
@@ -182,7 +180,7 @@ class Backward {
         return;
       }
       const auto [b, h] = wave_.query_head(n);
-      const Index first = block * rows_in_query_block;
+      const Index first = block * Tiles::rows_in_block;
       const auto dq = call_.dq.slice_rows(first, rows).matrix(b, h);
       if (sum == nullptr) {
         using To = std::remove_reference_t<decltype(*dq.data)>;
@@ -201,7 +199,7 @@ class Backward {
   SpanPlan plan_;
   Index heads_in_wave_ = 1;
   Index queries_ = 1;  ///< query heads of a wave
-  Wave<Call, P> wave_;
+  Wave<Call, Tiles, P> wave_;
   Real* dq_ = nullptr;         ///< [spans][query heads of the wave][padded rows][padded head_dim]
   Real* dq_before_ = nullptr;  ///< the sums of the spans that are no longer held
   bool* is_set_ = nullptr;     ///< [spans][query heads of the wave][blocks]

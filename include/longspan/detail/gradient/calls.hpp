@@ -55,5 +55,27 @@ struct GradientCalls {
   }
 };
 
+/// The same for functors that return no lse, whose gradients compute again what they need of the forward call.
+template <class Derived>
+struct GradientCallsWithoutLse {
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Dout, TensorLike Dq, TensorLike Dk,
+            TensorLike Dv>
+  void operator()(const Q& q, const K& k, const V& v, const Dout& dout, Dq&& dq, Dk&& dk, Dv&& dv) const {
+    operator()(q, k, v, dout, dq, dk, dv, openmp{});
+  }
+  template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Dout, TensorLike Dq, TensorLike Dk,
+            TensorLike Dv, ExecutionLike E>
+  void operator()(const Q& q, const K& k, const V& v, const Dout& dout, Dq&& dq, Dk&& dk, Dv&& dv,
+                  E&& execution) const {
+    const auto& self = static_cast<const Derived&>(*this);
+    const auto call =
+        checked_gradient(Derived::name, view(q), view(k), view(v), view(dout), view(dq), view(dk), view(dv));
+    self.check(call);
+    with_workspace(execution, [&](const auto& executor, Workspace& workspace) {
+      self.differentiate(call, executor, workspace);
+    });
+  }
+};
+
 }  // namespace detail
 LONGSPAN_NAMESPACE_END

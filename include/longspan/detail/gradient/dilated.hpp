@@ -7,9 +7,11 @@
 
 #include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/dilated/forward.hpp"
 #include "longspan/detail/dilated/rows.hpp"
 #include "longspan/detail/gradient/key_tiles.hpp"
+#include "longspan/detail/gradient/products_of.hpp"
 #include "longspan/detail/gradient/rows.hpp"
 #include "longspan/detail/gradient/wave.hpp"
 #include "longspan/detail/simd/exp2.hpp"
@@ -27,9 +29,9 @@ namespace detail {
 /// For each wave of KV heads, and each branch:
 ///   if the weights of the branches count as constants: find D of each query in this branch
 ///   for each KV head and group of segments, in parallel:
-///     for each query head and each group of key tiles: the queries of the segments, as KeyTiles takes them
+///     for each query head and each group of key tiles: the queries of the segments, as the tiles take them
 /// and then the sums of all branches are written. A task owns the queries and the keys of its segments.
-template <class Call, Mask M, Score S, Position P, bool unmet>
+template <class Products, class Call, Mask M, Score S, Position P, bool unmet>
 class DilatedBackward {
  public:
   using Real = typename Call::Real;
@@ -48,15 +50,11 @@ class DilatedBackward {
 
   template <class E>
   void run(const E& executor, Workspace& workspace) {
-    Arena counting_worker, counting_shared;
-    cut_shared(counting_shared);
-    cut_worker(counting_worker);
-    const Index worker_bytes = static_cast<Index>(counting_worker.used());
-    const Index all_worker_bytes = worker_bytes * executor.workers();
-    std::byte* memory =
-        workspace.reserve(static_cast<std::size_t>(all_worker_bytes) + counting_shared.used());
-    Arena arena(memory + all_worker_bytes);
-    cut_shared(arena);
+    const WorkerScratch scratch(
+        workspace, executor.workers(), [&](Arena& arena) { cut_worker(arena); },
+        [&](Arena& arena) { cut_shared(arena); });
+    Arena shared = scratch.shared();
+    cut_shared(shared);
     for (Index first_head = 0; wave_.enter(executor, first_head); first_head += heads_in_wave_) {
       for_each_block(executor, [&](MatrixView<Real> rows) {
         for (Index i = 0; i < rows.rows; ++i) std::fill_n(rows.row(i), rows.row_stride, Real(0));
@@ -65,7 +63,7 @@ class DilatedBackward {
         const BranchGroups groups = groups_of(n);
         const Index tasks = wave_.heads() * divide_up(forward().kv_len(), groups.length);
         executor.for_each(tasks, [&](Index task, Index worker) {
-          Arena own(memory + worker * worker_bytes);
+          Arena own = scratch.of_worker(worker);
           Worker of_worker = cut_worker(own);
           take_group(n, groups, task % wave_.heads(), task / wave_.heads() * groups.length, of_worker);
         });
@@ -79,8 +77,11 @@ class DilatedBackward {
       std::conditional_t<unmet, UnmetMask<M>, SegmentMask<std::conditional_t<unmet, everything, M>>>;
   using BranchScore = decltype(dilated_score(std::declval<const S&>(), {}));
 
+  using Tiles = typename Products::template Tiles<BranchMask, BranchScore>;
+  using Row = typename Tiles::Row;
+
   struct Worker {
-    KeyTiles<Real, BranchMask, BranchScore> tiles;
+    Tiles tiles;
     Real *dk = nullptr, *dv = nullptr;        ///< of a group of key tiles
     Real* dq = nullptr;                       ///< of a query block that is not full
     Real *shift = nullptr, *delta = nullptr;  ///< of the queries of a segment
@@ -108,11 +109,10 @@ class DilatedBackward {
           (std::max)(most_queries, (std::min)(forward().q_len(), kept_rows(groups.length, 0, groups.step)));
     }
     Worker worker;
-    worker.tiles =
-        decltype(worker.tiles)::take(arena, forward().head_dim(), forward().value_dim(), most_queries);
+    worker.tiles = Tiles::take(arena, forward().head_dim(), forward().value_dim(), most_queries);
     worker.dk = arena.take<Real>(keys_in_group<Real> * forward().head_dim());
     worker.dv = arena.take<Real>(keys_in_group<Real> * forward().value_dim());
-    worker.dq = arena.take<Real>(rows_in_query_block * wave_.padded_head_dim());
+    worker.dq = arena.take<Real>(Tiles::rows_in_block * round_up(forward().head_dim(), Index{lanes<Real>}));
     worker.shift = arena.take<Real>(most_queries);
     worker.delta = arena.take<Real>(most_queries);
     worker.weight = arena.take<Real>(most_queries);
@@ -120,7 +120,7 @@ class DilatedBackward {
   }
 
   void cut_shared(Arena& arena) {
-    wave_ = Wave<Call, P>::take(arena, call_, position_, heads_in_wave_);
+    wave_ = Wave<Call, Tiles, P>::take(arena, call_, position_, heads_in_wave_);
     dq_ = arena.take<Real>(heads_in_wave_ * forward().group() * forward().q_len() * wave_.padded_head_dim());
     dk_ = arena.take<Real>(heads_in_wave_ * forward().kv_len() * wave_.padded_head_dim());
     dv_ = arena.take<Real>(heads_in_wave_ * forward().kv_len() * padded_value_dim());
@@ -184,7 +184,8 @@ class DilatedBackward {
     const auto score = dilated_score(score_, queries.rows);
     if (detached_) find_means(n, queries, kv, mask, score, worker);
     for_each_key_group(queries, kv, mask, score, worker, [&](Index first, Index keys) {
-      for_each_query_block(queries, worker, [&](QueryBlock<Real>& block) { absorb(queries, block, worker); });
+      for_each_query_block(queries, worker,
+                           [&](QueryBlock<Real, Row>& block) { absorb(queries, block, worker); });
       const MatrixView<Real> to_k{worker.dk, keys, forward().head_dim(), forward().head_dim()},
           to_v{worker.dv, keys, forward().value_dim(), forward().value_dim()};
       worker.tiles.finish(to_k, to_v);
@@ -212,21 +213,21 @@ class DilatedBackward {
   template <class Work>
   void for_each_query_block(const Queries& queries, const Worker& worker, const Work& work) const {
     const Index step = queries.rows.step;
-    for (Index first = 0; first < queries.count; first += rows_in_query_block) {
-      const Index count = (std::min)(rows_in_query_block, queries.count - first);
+    for (Index first = 0; first < queries.count; first += Tiles::rows_in_block) {
+      const Index count = (std::min)(Tiles::rows_in_block, queries.count - first);
       const Index at = queries.rows.position(queries.first + first) - forward().first_query;
-      QueryBlock<Real> block{strided(wave_.q(queries.n), at, step, count),
-                             strided(wave_.dout(queries.n), at, step, count), worker.shift + first,
-                             worker.delta + first, first};
+      QueryBlock<Real, Row> block{strided(wave_.q(queries.n), at, step, count),
+                                  strided(wave_.dout(queries.n), at, step, count), worker.shift + first,
+                                  worker.delta + first, first};
       work(block);
     }
   }
 
   /// The product for dq writes whole register tiles, so a block that is not full gets memory of its own.
-  void absorb(const Queries& queries, QueryBlock<Real>& block, Worker& worker) const {
+  void absorb(const Queries& queries, QueryBlock<Real, Row>& block, Worker& worker) const {
     const Index at = queries.rows.position(queries.first + block.first_row) - forward().first_query;
     const MatrixView<Real> to = strided(dq(queries.n), at, queries.rows.step, block.q.rows);
-    block.dq_is_set = block.q.rows == rows_in_query_block;
+    block.dq_is_set = block.q.rows == Tiles::rows_in_block;
     block.dq = block.dq_is_set ? to.data : worker.dq;
     block.dq_stride = block.dq_is_set ? to.row_stride : wave_.padded_head_dim();
     if (worker.tiles.absorb(block) && !block.dq_is_set)
@@ -246,12 +247,12 @@ class DilatedBackward {
                   const BranchScore& score, Worker& worker) const {
     std::fill_n(worker.delta, queries.count, Real(0));
     std::fill_n(worker.weight, queries.count, Real(0));
-    Real zeros[std::size_t(rows_in_query_block)] = {}, means[std::size_t(rows_in_query_block)];
+    Real zeros[std::size_t(Tiles::rows_in_block)] = {}, means[std::size_t(Tiles::rows_in_block)];
     for_each_key_group(queries, kv, mask, score, worker, [&](Index, Index) {
-      for_each_query_block(queries, worker, [&](QueryBlock<Real>& block) {
+      for_each_query_block(queries, worker, [&](QueryBlock<Real, Row>& block) {
         std::fill_n(means, block.q.rows, Real(0));
         block.delta = zeros;
-        worker.tiles.measure(block, worker.weight + block.first_row, means);
+        if constexpr (Products::measures) worker.tiles.measure(block, worker.weight + block.first_row, means);
         for (Index i = 0; i < block.q.rows; ++i) worker.delta[block.first_row + i] += means[i];
       });
     });
@@ -285,17 +286,17 @@ class DilatedBackward {
   template <class E, class Work>
   void for_each_block(const E& executor, const Work& work) const {
     const Index of_queries = wave_.queries() * wave_.blocks();
-    const Index of_head = divide_up(forward().kv_len(), rows_in_query_block),
+    const Index of_head = divide_up(forward().kv_len(), Tiles::rows_in_block),
                 of_keys = wave_.heads() * of_head;
     executor.for_each(of_queries + 2 * of_keys, [&](Index task, Index) {
       const bool is_query = task < of_queries, is_key = !is_query && task < of_queries + of_keys;
       const Index block = is_query ? task : (task - of_queries) % of_keys;
       const Index in_head = is_query ? wave_.blocks() : of_head,
-                  first = block % in_head * rows_in_query_block;
+                  first = block % in_head * Tiles::rows_in_block;
       const MatrixView<Real> all = is_query ? dq(block / in_head)
                                    : is_key ? dk(block / in_head)
                                             : dv(block / in_head);
-      work(slice_rows(all, first, (std::min)(rows_in_query_block, all.rows - first)));
+      work(slice_rows(all, first, (std::min)(Tiles::rows_in_block, all.rows - first)));
     });
   }
 
@@ -333,7 +334,7 @@ class DilatedBackward {
   const S& score_;
   const P& position_;
   Index heads_in_wave_ = 1;
-  Wave<Call, P> wave_;
+  Wave<Call, Tiles, P> wave_;
   Real *dq_ = nullptr, *dk_ = nullptr,
        *dv_ = nullptr;  ///< sums over the branches, [heads of the wave][rows][padded]
 };
@@ -341,19 +342,23 @@ class DilatedBackward {
 /// Writes dq, dk and dv of dilated attention.
 template <class Call, Mask M, Score S, Position P, class E>
 void differentiate_dilated(const Call& call, const Dilation& dilation, bool detached, const M& mask,
-                           const S& score, const P& position, const E& executor, Workspace& workspace) {
+                           const S& score, const P& position, const E& executor, Workspace& workspace,
+                           bool bf16_products) {
   const auto& forward = call.forward;
   const double flop = dilated_flop(dilation.branches, forward.q.batch * forward.q.heads, forward.kv_len(),
                                    forward.head_dim(), forward.value_dim(), false, dilation.phase);
   run_where_it_pays(2.5 * flop, least_parallel_tile_flop, executor, [&](const auto& where) {
-    const auto run = [&]<bool unmet>(std::bool_constant<unmet>) {
-      DilatedBackward<Call, M, S, P, unmet>(call, dilation, detached, mask, score, position, where.workers())
-          .run(where, workspace);
-    };
-    if constexpr (RangeMask<M>) {
-      if (dilation.overlap == Overlap::multiset) return run(std::false_type());
-    }
-    run(std::true_type());
+    with_products<P>(call, bf16_products && !detached, where, [&]<class Products>(const auto& on) {
+      const auto run = [&]<bool unmet>(std::bool_constant<unmet>) {
+        DilatedBackward<Products, Call, M, S, P, unmet>(call, dilation, detached, mask, score, position,
+                                                        on.workers())
+            .run(on, workspace);
+      };
+      if constexpr (RangeMask<M>) {
+        if (dilation.overlap == Overlap::multiset) return run(std::false_type());
+      }
+      run(std::true_type());
+    });
   });
 }
 

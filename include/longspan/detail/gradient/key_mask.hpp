@@ -97,7 +97,8 @@ class KeyMask {
 
   const M* mask_ = nullptr;
   Index first_key_ = 0, keys_ = 0, batch_ = 0, head_ = 0, first_query_ = 0, first_row_ = 0;
-  std::array<std::uint64_t, static_cast<std::size_t>(rows_in_query_block)> bits_;
+  std::array<std::uint64_t, static_cast<std::size_t>(rows_in_tile_query_block)>
+      bits_;  ///< of the longest block
 };
 
 }  // namespace detail

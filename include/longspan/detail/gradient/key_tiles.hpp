@@ -28,15 +28,15 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Consecutive queries of one head, at most rows_in_query_block. The rows of q and dout can be read up to a multiple of
-/// tile_rows columns.
-template <class Real>
+/// Consecutive queries of one head, at most rows_in_block of the tiles. The rows of q and dout can be read up to a multiple of
+/// query_columns of the tiles.
+template <class Real, class Row = Real>
 struct QueryBlock {
-  MatrixView<const Real> q, dout;
+  MatrixView<const Row> q, dout;
   const Real* shift = nullptr;  ///< the lse of each row, in score units
   const Real* delta = nullptr;  ///< D of each row
   Index first_row = 0;          ///< in its head
-  Real* dq = nullptr;           ///< [rows_in_query_block][dq_stride]; contains garbage unless dq_is_set
+  Real* dq = nullptr;           ///< [rows_in_block][dq_stride]; contains garbage unless dq_is_set
   Index dq_stride = 0;          ///< a multiple of lanes
   bool dq_is_set = false;
 };
@@ -55,7 +55,11 @@ inline constexpr Index keys_in_group = key_tiles_in_group * tile_lanes<Real>;
 template <class Real, Mask M, Score S>
 class KeyTiles {
  public:
+  using Row = Real;  ///< element of the rows that are read
+  static constexpr Index rows_in_block = rows_in_query_block;
   static constexpr bool changes_score = !std::is_same_v<S, unchanged>;
+  /// Rows are read up to multiples of so many columns.
+  static constexpr Index query_columns = tile_rows, key_columns = lanes<Real>;
   static constexpr Index w = lanes<Real>, tile = tile_lanes<Real>, group = keys_in_group<Real>;
 
   /// `rows` queries will be absorbed.
@@ -309,6 +313,15 @@ class KeyTiles {
 
   // The same sums without the pairs that are hidden, with the same bits, for blocks in which a factor is not finite.
 
+  /// a * b + c with the rounding that a packet has.
+  static Real add_product(Real a, Real b, Real c) {
+    if constexpr (has_fused_multiply_add) {
+      return std::fma(a, b, c);
+    } else {
+      return opaque(a * b) + c;
+    }
+  }
+
   void add_visible(const QueryBlock<Real>& block, Index t, const Runs& runs) {
     for (Index lane = 0; lane < keys_of(t); ++lane) {
       const auto add = [&](const MatrixView<const Real>& x, const Real* weights, Index stride, Real* sums) {
@@ -318,7 +331,7 @@ class KeyTiles {
             if (lane < run.first_packet * w || lane >= (run.first_packet + run.packets) * w) continue;
             for (Index i = run.begin; i < run.end; ++i) {
               if (counts(block, t, run, i, lane))
-                sum = std::fma(x.row(i)[c], weights[i * stride + lane], sum);
+                sum = add_product(x.row(i)[c], weights[i * stride + lane], sum);
             }
           }
           sums[c * tile + lane] += sum;
@@ -349,7 +362,7 @@ class KeyTiles {
             for (Index lane = run.first_packet * w; lane < end; ++lane) {
               const Index key = t * tile + lane;
               if (!skipped_[std::size_t(i)][std::size_t(key)])
-                sum = std::fma(ds_[i * group + key], k_.row(key)[c], sum);
+                sum = add_product(ds_[i * group + key], k_.row(key)[c], sum);
             }
           }
         }

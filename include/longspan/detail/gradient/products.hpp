@@ -12,8 +12,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Rows of queries in a block of the backward pass: a multiple of the rows of every register tile below.
-inline constexpr Index rows_in_query_block = 96;
+/// Queries in a block of the backward pass: a multiple of the rows of every register tile below, and for matrix tiles.
+inline constexpr Index rows_in_query_block = 96, rows_in_tile_query_block = 192;
 
 /// C[r][lane] = sum_k A[r][k] * B[k][lane], or that sum added to C, for `rows` rows and `packets` packets. The sum is made
 /// first, in the order of k. Writes whole register tiles of `tall` rows; rows after the last one repeat it.

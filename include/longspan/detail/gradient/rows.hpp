@@ -17,18 +17,18 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The rows of some heads as numbers of type Real that can be read up to a multiple of `padding` columns: in place if
+/// The rows of some heads as numbers of type Row that can be read up to a multiple of `padding` columns: in place if
 /// type and layout allow it, otherwise copied. Heads are counted through all batch rows.
-template <class Real, class T>
-class RealRows {
+template <class Row, class T>
+class KernelRows {
  public:
   /// For `heads` heads at a time.
-  static RealRows take(Arena& arena, TensorView<const T> of, Index padding, bool is_encoded, Index heads) {
-    RealRows rows;
+  static KernelRows take(Arena& arena, TensorView<const T> of, Index padding, bool is_encoded, Index heads) {
+    KernelRows rows;
     rows.of_ = of;
-    rows.copies_ = !std::is_same_v<T, Real> || is_encoded || of.cols % padding != 0;
+    rows.copies_ = !std::is_same_v<T, Row> || is_encoded || of.cols % padding != 0;
     rows.cols_ = round_up(of.cols, padding);
-    if (rows.copies_) rows.copy_ = arena.take<Real>(heads * of.rows * rows.cols_);
+    if (rows.copies_) rows.copy_ = arena.take<Row>(heads * of.rows * rows.cols_);
     return rows;
   }
 
@@ -37,14 +37,14 @@ class RealRows {
   void prepare(Index n, Index head, Index first, Index count, const P& position, Index first_position,
                Role role) const {
     if (!copies_) return;
-    Real* to = copy_ + (n * of_.rows + first) * cols_;
+    Row* to = copy_ + (n * of_.rows + first) * cols_;
     convert_rows(of_.row(head / of_.heads, head % of_.heads, first), of_.row_stride, count, of_.cols, to,
                  cols_);
-    position.encode(MatrixView<Real>{to, count, of_.cols, cols_}, first_position + first, role);
+    position.encode(MatrixView<Row>{to, count, of_.cols, cols_}, first_position + first, role);
   }
 
-  MatrixView<const Real> matrix(Index n, Index head) const {
-    if constexpr (std::is_same_v<T, Real>) {
+  MatrixView<const Row> matrix(Index n, Index head) const {
+    if constexpr (std::is_same_v<T, Row>) {
       if (!copies_) return of_.matrix(head / of_.heads, head % of_.heads);
     }
     return {copy_ + n * of_.rows * cols_, of_.rows, of_.cols, cols_};
@@ -52,7 +52,7 @@ class RealRows {
 
  private:
   TensorView<const T> of_;
-  Real* copy_ = nullptr;
+  Row* copy_ = nullptr;
   Index cols_ = 0;
   bool copies_ = false;
 };
@@ -63,13 +63,13 @@ MatrixView<T> slice_rows(const MatrixView<T>& x, Index first, Index count) {
   return {x.row(first), count, x.cols, x.row_stride};
 }
 
-/// to[c] = from[c], rounded to T.
+/// to[c] = from[c], rounded to T. A -0 becomes 0.
 template <class Real, class T>
 void round_row(const Real* from, Index cols, T* to) {
   constexpr Index w = lanes<Real>;
   Index c = 0;
-  for (; c + w <= cols; c += w) store_as(to + c, load(from + c));
-  for (; c < cols; ++c) to[c] = static_cast<T>(from[c]);
+  for (; c + w <= cols; c += w) store_as(to + c, load(from + c) + broadcast(Real(0)));
+  for (; c < cols; ++c) to[c] = static_cast<T>(from[c] + Real(0));
 }
 
 /// factor * each row, taken back through a position encoding, rounded to T. Overwrites `rows`.
@@ -79,7 +79,7 @@ void finish_rows(MatrixView<Real> rows, double factor, const P& position, Index 
   const Real by = static_cast<Real>(factor);
   for (Index i = 0; i < rows.rows; ++i) {
     Real* row = rows.row(i);
-    for (Index c = 0; c < rows.cols; ++c) row[c] = by * row[c] + Real(0);  // no output is -0
+    for (Index c = 0; c < rows.cols; ++c) row[c] = by * row[c];
   }
   position.encode_transposed(rows, first_position, role);
   for (Index i = 0; i < rows.rows; ++i) round_row(rows.row(i), rows.cols, to.row(i));

@@ -16,12 +16,12 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// A few KV heads, counted through all batch rows, and the query heads that share them: their rows as the kernels read
-/// them, and the shift and the D of each query. In the members n counts the heads of the wave.
-template <class Call, Position P>
+/// A few KV heads, counted through all batch rows, and the query heads that share them: their rows as `Tiles` reads them, and the shift and the D of each query. In the members n counts the heads of the wave.
+template <class Call, class Tiles, Position P>
 class Wave {
  public:
   using Real = typename Call::Real;
+  using Row = typename Tiles::Row;
 
   static Wave take(Arena& arena, const Call& call, const P& position, Index heads) {
     Wave w;
@@ -29,10 +29,10 @@ class Wave {
     w.position_ = &position;
     w.heads_ = heads;
     const Index queries = heads * w.group();
-    w.q_ = RealRows<Real, Tq>::take(arena, call.forward.q, tile_rows, encodes, queries);
-    w.dout_ = RealRows<Real, Td>::take(arena, call.dout, tile_rows, false, queries);
-    w.k_ = RealRows<Real, Tk>::take(arena, call.forward.k, lanes<Real>, encodes, heads);
-    w.v_ = RealRows<Real, Tv>::take(arena, call.forward.v, 1, false, heads);
+    w.q_ = KernelRows<Row, Tq>::take(arena, call.forward.q, Tiles::query_columns, encodes, queries);
+    w.dout_ = KernelRows<Row, Td>::take(arena, call.dout, Tiles::query_columns, false, queries);
+    w.k_ = KernelRows<Row, Tk>::take(arena, call.forward.k, Tiles::key_columns, encodes, heads);
+    w.v_ = KernelRows<Row, Tv>::take(arena, call.forward.v, 1, false, heads);
     w.shift_ = arena.take<Real>(queries * w.padded_rows());
     w.delta_ = arena.take<Real>(queries * w.padded_rows());
     return w;
@@ -42,11 +42,11 @@ class Wave {
   Index all_heads() const { return call_->forward.k.batch * call_->forward.k.heads; }
   Index heads() const { return held_; }  ///< KV heads
   Index queries() const { return held_ * group(); }
-  Index blocks() const { return divide_up(call_->forward.q_len(), rows_in_query_block); }
-  Index padded_rows() const { return blocks() * rows_in_query_block; }
+  Index blocks() const { return divide_up(call_->forward.q_len(), Tiles::rows_in_block); }
+  Index padded_rows() const { return blocks() * Tiles::rows_in_block; }
   Index padded_head_dim() const { return round_up(call_->forward.head_dim(), Index{lanes<Real>}); }
   Index rows_of_block(Index block) const {
-    return (std::min)(rows_in_query_block, call_->forward.q_len() - block * rows_in_query_block);
+    return (std::min)(Tiles::rows_in_block, call_->forward.q_len() - block * Tiles::rows_in_block);
   }
 
   /// A head of the call.
@@ -57,10 +57,10 @@ class Wave {
   Head kv_head(Index n) const { return head_of(first_ + n, call_->forward.k.heads); }
 
   /// The rows of a head of the wave.
-  MatrixView<const Real> q(Index n) const { return q_.matrix(n, first_ * group() + n); }
-  MatrixView<const Real> dout(Index n) const { return dout_.matrix(n, first_ * group() + n); }
-  MatrixView<const Real> k(Index n) const { return k_.matrix(n, first_ + n); }
-  MatrixView<const Real> v(Index n) const { return v_.matrix(n, first_ + n); }
+  MatrixView<const Row> q(Index n) const { return q_.matrix(n, first_ * group() + n); }
+  MatrixView<const Row> dout(Index n) const { return dout_.matrix(n, first_ * group() + n); }
+  MatrixView<const Row> k(Index n) const { return k_.matrix(n, first_ + n); }
+  MatrixView<const Row> v(Index n) const { return v_.matrix(n, first_ + n); }
   const Real* shift(Index n) const { return shift_ + n * padded_rows(); }
   const Real* delta(Index n) const { return delta_ + n * padded_rows(); }
 
@@ -71,13 +71,13 @@ class Wave {
     held_ = (std::min)(heads_, all_heads() - first);
     if (held_ <= 0) return false;
     const Index of_queries = queries() * blocks();
-    const Index key_blocks = divide_up(call_->forward.kv_len(), rows_in_query_block);
+    const Index key_blocks = divide_up(call_->forward.kv_len(), Tiles::rows_in_block);
     executor.for_each(of_queries + held_ * key_blocks, [&](Index task, Index) {
       if (task < of_queries) {
         prepare_queries(task / blocks(), task % blocks());
       } else {
         prepare_keys((task - of_queries) / key_blocks,
-                     (task - of_queries) % key_blocks * rows_in_query_block);
+                     (task - of_queries) % key_blocks * Tiles::rows_in_block);
       }
     });
     return true;
@@ -94,7 +94,7 @@ class Wave {
 
   void prepare_queries(Index n, Index block) const {
     const Head of = query_head(n);
-    const Index head = first_ * group() + n, first = block * rows_in_query_block,
+    const Index head = first_ * group() + n, first = block * Tiles::rows_in_block,
                 count = rows_of_block(block);
     q_.prepare(n, head, first, count, *position_, call_->forward.first_query, Role::query);
     dout_.prepare(n, head, first, count, no_position{}, 0, Role::query);
@@ -108,7 +108,7 @@ class Wave {
   }
 
   void prepare_keys(Index n, Index first) const {
-    const Index count = (std::min)(rows_in_query_block, call_->forward.kv_len() - first);
+    const Index count = (std::min)(Tiles::rows_in_block, call_->forward.kv_len() - first);
     k_.prepare(n, first_ + n, first, count, *position_, 0, Role::key);
     v_.prepare(n, first_ + n, first, count, no_position{}, 0, Role::key);
   }
@@ -116,10 +116,10 @@ class Wave {
   const Call* call_ = nullptr;
   const P* position_ = nullptr;
   Index heads_ = 1, first_ = 0, held_ = 0;
-  RealRows<Real, Tq> q_;
-  RealRows<Real, Td> dout_;
-  RealRows<Real, Tk> k_;
-  RealRows<Real, Tv> v_;
+  KernelRows<Row, Tq> q_;
+  KernelRows<Row, Td> dout_;
+  KernelRows<Row, Tk> k_;
+  KernelRows<Row, Tv> v_;
   Real *shift_ = nullptr, *delta_ = nullptr;  ///< [query heads][padded rows]
 };
 

@@ -30,6 +30,16 @@ struct ShiftedPosition {
   void encode(MatrixView<Real> rows, Index first, Role role) const {
     position.encode(rows, offset + first, role);
   }
+  template <class Real>
+  void encode_at(MatrixView<Real> rows, const RowPositions& at, Role role) const {
+    detail::encode_at(position, rows, RowPositions{offset + at.first, at.alike, at.skipped}, role);
+  }
+  template <class Real>
+  void encode_transposed(MatrixView<Real> rows, Index first, Role role) const
+  requires TransposablePosition<P>
+  {
+    position.encode_transposed(rows, offset + first, role);
+  }
   void check(Index cols) const { position.check(cols); }
 };
 

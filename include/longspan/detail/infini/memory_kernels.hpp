@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "longspan/detail/call/arena.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/detail/tile/float_arithmetic.hpp"
@@ -98,12 +99,9 @@ class MemoryRead {
 
   template <class E>
   void run(const E& executor, Workspace& workspace) const {
-    Arena counting;
-    take(counting);
-    const auto worker_bytes = static_cast<Index>(counting.used());
-    std::byte* scratch = workspace.reserve(counting.used() * static_cast<std::size_t>(executor.workers()));
+    const WorkerScratch scratch(workspace, executor.workers(), [&](Arena& arena) { take(arena); });
     executor.for_each(q_.batch * q_.heads * tiles_, [&](Index task, Index worker) {
-      Arena arena(scratch + worker * worker_bytes);
+      Arena arena = scratch.of_worker(worker);
       const Index head = task / tiles_, first = task % tiles_ * width;
       read_tile(head / q_.heads, head % q_.heads, first, (std::min)(width, q_.rows - first), take(arena));
     });
@@ -260,12 +258,9 @@ class MemoryWrite {
   /// Writes the first rows_of(b) rows of batch row b.
   template <class E, class RowsOf>
   void run(const E& executor, Workspace& workspace, const RowsOf& rows_of) const {
-    Arena counting;
-    take(counting);
-    const auto worker_bytes = static_cast<Index>(counting.used());
-    std::byte* scratch = workspace.reserve(counting.used() * static_cast<std::size_t>(executor.workers()));
+    const WorkerScratch scratch(workspace, executor.workers(), [&](Arena& arena) { take(arena); });
     executor.for_each(memory_.heads() * chunks_, [&](Index task, Index worker) {
-      Arena arena(scratch + worker * worker_bytes);
+      Arena arena = scratch.of_worker(worker);
       const Index head = task / chunks_, rows = rows_of(head / memory_.kv_heads);
       if (rows > 0) write_chunk(head, task % chunks_ * chunk_rows, rows, take(arena));
     });

@@ -90,9 +90,10 @@ class AmxLandmarkTile : public LandmarkTile<AmxArithmetic<Unit>, M, S, AmxQuerie
           pass, is_last ? round_up(keys.keys, Policy::keys_in_step) : (block.end() - keys.first_key) / 2 * 2);
     }
     // Landmarks have a weight of 0, which does not hide a value that is NaN.
-    if (keys.values_finite < 0)
-      keys.values_finite = Policy::values_finite(keys.v, keys.v_stride, divide_up(keys.keys, 2), 0) ? 1 : 0;
-    const bool finite = keys.values_finite != 0;
+    signed char& is_finite = keys.kept_finite != nullptr ? *keys.kept_finite : keys.values_finite;
+    if (is_finite < 0)
+      is_finite = Policy::values_finite(keys.v, keys.v_stride, divide_up(keys.keys, 2), 0) ? 1 : 0;
+    const bool finite = is_finite != 0;
     const auto has_weight = [](int, Index, Packet<float> p) {
       const Packet<float> zero = broadcast(0.0f);
       return select(equal(p, zero), zero, equal(zero, zero));

@@ -7,6 +7,7 @@
 #include "longspan/detail/attend.hpp"
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/landmark/amx_tile.hpp"
 #include "longspan/detail/landmark/plan.hpp"
 #include "longspan/detail/landmark/tile.hpp"
@@ -58,22 +59,19 @@ class LandmarkForward {
 
   template <class E>
   void run(const E& executor, Workspace& workspace) {
-    const Index workers = executor.workers();
-    Arena counting;
-    cut_worker(counting);
-    const Index worker_bytes = static_cast<Index>(counting.used()), plan_at = worker_bytes * workers;
-    take_plan(counting);
-    std::byte* memory = workspace.reserve(static_cast<std::size_t>(plan_at) + counting.used());
-    Arena plan_arena(memory + plan_at);
+    const WorkerScratch scratch(
+        workspace, executor.workers(), [&](Arena& arena) { cut_worker(arena); },
+        [&](Arena& arena) { take_plan(arena); });
+    Arena plan_arena = scratch.shared();
     plan_ = take_plan(plan_arena);
     if constexpr (keeps_values) {
-      for (Index worker = 0; worker < workers; ++worker) {
-        Arena arena(memory + worker * worker_bytes);
+      for (Index worker = 0; worker < executor.workers(); ++worker) {
+        Arena arena = scratch.of_worker(worker);
         cut_worker(arena).blocks.clear();
       }
     }
     executor.for_each(tiles_.tasks(), [&](Index task, Index worker) {
-      Arena arena(memory + worker * worker_bytes);
+      Arena arena = scratch.of_worker(worker);
       Worker own = cut_worker(arena);
       run_task(task, own);
     });
@@ -193,7 +191,7 @@ void landmark_forward(const Problem<Tq, Tk, Tv, To>& call, const LandmarkOptions
                                                        on.workers())
           .run(on, workspace);
     };
-    with_tile_or_float_arithmetic<S, P>(call, bf16_products && fits_tiles, where, run);
+    with_tile_or_float_arithmetic(call, bf16_products && fits_tiles, where, run);
   });
 }
 

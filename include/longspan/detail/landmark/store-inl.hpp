@@ -111,7 +111,8 @@ void LandmarkStore<T>::load(StateReader& reader, const BlockCounts& counts) {
   const Index blocks = counts.sealed - gone_;
   for (const std::uint8_t mark : reader.template array<std::uint8_t>(blocks)) {
     if (mark != 1)
-      refuse<FileError>("landmark_cache::load", "the mark of a block", std::to_string(mark), "1");
+      refuse<FileError>("landmark_cache::load", "the byte that marks a kept block", std::to_string(mark),
+                        "1");
   }
   for (auto& row : pages_) {
     for (Index n = 0; n < blocks; ++n) {

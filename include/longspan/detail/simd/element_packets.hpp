@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "longspan/detail/simd/eigen_core.hpp"
+#include "longspan/detail/eigen_core.hpp"
 #include "longspan/detail/simd/packet.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -104,6 +104,13 @@ LONGSPAN_INLINE Packet<float> bfloat16_pairs(Packet<float> first, Packet<float> 
 #else
 inline constexpr bool converts_pairs = false;
 Packet<float> bfloat16_pairs(Packet<float> first, Packet<float> second);
+#endif
+
+#if defined(EIGEN_VECTORIZE_AVX512)
+/// Rounds to nearest bfloat16.
+LONGSPAN_INLINE __m256i bfloat16_bits(Packet<float> x) {
+  return Eigen::internal::pcast<Eigen::internal::Packet16f, Eigen::internal::Packet16bf>(x.raw);
+}
 #endif
 
 // Eigen has no packet of 8-bit integers with as few lanes as a packet of float.

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "longspan/detail/call/finite.hpp"
-#include "longspan/detail/simd/eigen_core.hpp"
+#include "longspan/detail/eigen_core.hpp"
 #include "longspan/detail/simd/prefetch_line.hpp"
 #include "longspan/detail/tuning.hpp"
 #include "longspan/version.hpp"
@@ -121,20 +121,21 @@ LONGSPAN_INLINE Packet<Real> broadcast(const Real* from) {
   return {Eigen::internal::pload1<typename Packet<Real>::Raw>(from)};
 }
 template <class Real>
-LONGSPAN_INLINE Packet<Real> fma(Packet<Real> a, Packet<Real> b, Packet<Real> c) {
-  return {Eigen::internal::pmadd(a.raw, b.raw, c.raw)};
-}
-template <class Real>
 LONGSPAN_INLINE Packet<Real> operator+(Packet<Real> a, Packet<Real> b) {
-  return {Eigen::internal::padd(a.raw, b.raw)};
+  return {LONGSPAN_VECTOR_OPERATION(padd, a.raw, +, b.raw)};
 }
 template <class Real>
 LONGSPAN_INLINE Packet<Real> operator-(Packet<Real> a, Packet<Real> b) {
-  return {Eigen::internal::psub(a.raw, b.raw)};
+  return {LONGSPAN_VECTOR_OPERATION(psub, a.raw, -, b.raw)};
 }
 template <class Real>
 LONGSPAN_INLINE Packet<Real> operator*(Packet<Real> a, Packet<Real> b) {
-  return {Eigen::internal::pmul(a.raw, b.raw)};
+  return {LONGSPAN_VECTOR_OPERATION(pmul, a.raw, *, b.raw)};
+}
+template <class Real>
+LONGSPAN_INLINE Packet<Real> fma(Packet<Real> a, Packet<Real> b, Packet<Real> c) {
+  if constexpr (!has_fused_multiply_add) return a * b + c;
+  return {Eigen::internal::pmadd(a.raw, b.raw, c.raw)};
 }
 template <class Real>
 LONGSPAN_INLINE Packet<Real> operator/(Packet<Real> a, Packet<Real> b) {

@@ -59,13 +59,13 @@ class MappedFile {
 
   MappedFile(std::string path, std::string_view function) : path_(std::move(path)), function_(function) {
     file_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (file_ < 0) failed("open");
+    if (file_ < 0) failed("open " + name());
     if (::flock(file_, LOCK_EX | LOCK_NB) != 0) {
       const int error = errno;
       ::close(std::exchange(file_, -1));
       if (error == EWOULDBLOCK) fail<FileError>(function_, name() + " is in use by another cache");
       errno = error;
-      failed("lock");
+      failed("lock " + name());
     }
   }
   MappedFile(const MappedFile&) = delete;
@@ -85,7 +85,7 @@ class MappedFile {
     while (count > 0) {
       const auto got = ::pread(file_, bytes, static_cast<std::size_t>(count), static_cast<off_t>(from));
       if (got < 0 && errno == EINTR) continue;
-      if (got < 0) failed("read " + std::to_string(count) + " bytes of");
+      if (got < 0) failed("read " + std::to_string(count) + " bytes of " + name());
       if (got == 0) damaged("is cut short");
       bytes += got;
       from += got;
@@ -98,7 +98,7 @@ class MappedFile {
     while (count > 0) {
       const auto put = ::pwrite(file_, bytes, static_cast<std::size_t>(count), static_cast<off_t>(to));
       if (put < 0 && errno == EINTR) continue;
-      if (put <= 0) failed("write " + std::to_string(count) + " bytes to");
+      if (put <= 0) failed("write " + std::to_string(count) + " bytes to " + name());
       bytes += put;
       to += put;
       count -= put;
@@ -116,7 +116,7 @@ class MappedFile {
       error = ::posix_fallocate(file_, static_cast<off_t>(from), static_cast<off_t>(count));
     if (error == 0) return;
     errno = error;
-    failed("write " + std::to_string(count) + " bytes to");
+    failed("write " + std::to_string(count) + " bytes to " + name());
 #endif
   }
 
@@ -130,7 +130,7 @@ class MappedFile {
 
   Mapping map(Index from, Index count) const {
     Mapping mapping(file_, from, count);
-    if (!mapping.is_there()) failed("map " + std::to_string(count) + " bytes of");
+    if (!mapping.is_there()) failed("map " + std::to_string(count) + " bytes of " + name());
     return mapping;
   }
 
@@ -139,7 +139,7 @@ class MappedFile {
   /// Gives the file another name, replacing a file of that name.
   void rename(const std::string& path) {
     std::string to = path;
-    if (::rename(path_.c_str(), to.c_str()) != 0) failed("rename to " + to);
+    if (::rename(path_.c_str(), to.c_str()) != 0) failed("rename " + name() + " to " + to);
     path_.swap(to);
   }
 
@@ -152,10 +152,10 @@ class MappedFile {
 
  private:
   std::string name() const { return "the file " + path_; }
-  /// The system call that should `act` on the file has failed.
+  /// A system call has failed. `act` says what it should do, and names the file.
   [[noreturn]] void failed(const std::string& act) const {
     const std::string why = std::error_code(errno, std::generic_category()).message();
-    fail<FileError>(function_, "cannot " + act + " " + name() + ": " + why);
+    fail<FileError>(function_, "cannot " + act + ": " + why);
   }
 
   std::string path_;

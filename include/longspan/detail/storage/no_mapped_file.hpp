@@ -31,7 +31,7 @@ class MappedFile {
   Mapping map(Index, Index) const { return {}; }
   static void remove(const std::string&) noexcept {}
   void rename(const std::string&) {}
-  [[noreturn]] void damaged(const std::string& how) const { raise<FileError>(how); }
+  [[noreturn]] void damaged(const std::string& how) const { raise<FileError>(how.c_str()); }
 };
 
 }  // namespace detail

@@ -63,7 +63,7 @@ template <class T>
 Index array_bytes(std::string_view function, Index count) {
   constexpr Index most = PTRDIFF_MAX / static_cast<Index>(sizeof(T));
   if (count < 0 || count > most)
-    refuse<FileError>(function, "an array", std::to_string(count) + " elements",
+    refuse<FileError>(function, "the number of elements of an array", std::to_string(count),
                       "0.." + std::to_string(most));
   return count * static_cast<Index>(sizeof(T));
 }

@@ -57,6 +57,8 @@ class AmxQueries : public QueryTile<AmxArithmetic<Unit>, M, S> {
     const Index lane = run.first_packet * w, keys = std::min<Index>(Policy::keys_in_step, run.end - first);
     with_packets(run.packets, [&]<int packets>() {
       Policy::template score_keys<packets>(k.data, k.row_stride, q_ + lane, head_dim_, s + lane, stride_);
+      if constexpr (Policy::scales_rows)
+        Policy::template scale_scores<packets>(block.k_scale + first, keys, s + lane, stride_);
     });
     if (changes_score || run.partial != 0 || keys < Policy::keys_in_step)
       change_scores(run, block.first_key + first, keys, s);
@@ -238,17 +240,20 @@ class AmxTile : public AmxQueries<Unit, M, S> {
     const float* s = pass.scratch.scores + lane;
     const float* row_max = pass.state.row_max + lane;
     auto* weights = pass.scratch.weights + first / 2 * stride_ + lane;
+    const float* v_scale = Policy::scales_rows ? pass.block.v_scale + first : nullptr;
     std::copy_n(pass.sum + lane, packets * w, sum);
     const float by = Queries::score_factor();
     const NothingAhead nothing;
     if (pass.has_huge_max)
-      return Policy::template exp_keys<packets, true>(s, by, row_max, sum, weights, stride_, nothing);
+      return Policy::template exp_keys<packets, true>(s, by, row_max, v_scale, sum, weights, stride_,
+                                                      nothing);
     if (!pass.block.is_read_once)
-      return Policy::template exp_keys<packets, false>(s, by, row_max, sum, weights, stride_, nothing);
+      return Policy::template exp_keys<packets, false>(s, by, row_max, v_scale, sum, weights, stride_,
+                                                       nothing);
     const Block& block = pass.block;
     const Index next = first + Policy::keys_in_step;
     const typename Policy::RowsAhead ahead{block.k + next * block.k_stride, block.k_stride, Base::head_dim_};
-    return Policy::template exp_keys<packets, false>(s, by, row_max, sum, weights, stride_, ahead);
+    return Policy::template exp_keys<packets, false>(s, by, row_max, v_scale, sum, weights, stride_, ahead);
   }
 
   /// Raises the row max of every lane whose highest score among the 32 keys from `first` on lies more than most_rise

@@ -8,6 +8,7 @@
 
 #include "longspan/detail/call/arena.hpp"
 #include "longspan/detail/call/problem.hpp"
+#include "longspan/detail/call/scratch.hpp"
 #include "longspan/detail/tile/amx_tile.hpp"
 #include "longspan/detail/tile/key_block.hpp"
 #include "longspan/detail/tile/key_run.hpp"
@@ -56,31 +57,27 @@ class Forward {
   template <class E>
   void run(const E& executor, Workspace& workspace) {
     const Index workers = executor.workers(), tasks = plan_.tasks();
-    Arena counting;
-    cut_worker(counting);
-    const Index worker_bytes = static_cast<Index>(counting.used());
-    const Index parts_at = worker_bytes * workers;
-    cut_parts(counting, tasks);
-    std::byte* memory = workspace.reserve(static_cast<std::size_t>(parts_at) + counting.used());
-
+    const WorkerScratch scratch(
+        workspace, workers, [&](Arena& arena) { cut_worker(arena); },
+        [&](Arena& arena) { cut_parts(arena, tasks); });
     if (splits_ == 1) {
       if constexpr (keeps_values) {
         for (Index worker = 0; worker < workers; ++worker) {
-          Arena arena(memory + worker * worker_bytes);
+          Arena arena = scratch.of_worker(worker);
           cut_worker(arena).blocks.clear();
         }
       }
       executor.for_each(tasks, [&](Index task, Index worker) {
-        Arena arena(memory + worker * worker_bytes);
+        Arena arena = scratch.of_worker(worker);
         Worker own = cut_worker(arena);
         run_task(task, own);
       });
       return;
     }
-    Arena arena(memory + parts_at);
+    Arena arena = scratch.shared();
     Accumulator<Real>* parts = cut_parts(arena, tasks);
     executor.for_each(tasks * splits_, [&](Index part, Index worker) {
-      Arena own_arena(memory + worker * worker_bytes);
+      Arena own_arena = scratch.of_worker(worker);
       Worker own = cut_worker(own_arena);
       run_split(part / splits_, part % splits_, own, parts[part]);
     });
@@ -162,25 +159,14 @@ class Forward {
   void absorb_keys(Worker& worker, Index tiles, const QueryLanes& lanes_of_tile, KeyRange keys) const {
     KeyRanges ranges;
     for (Index t = 0; t < tiles; ++t) ranges = united(ranges, worker.tiles[t].ranges());
-    ranges = intersection(ranges, KeyRanges(keys));
     const Index kv_head = lanes_of_tile.first_head / call_.group();
     if constexpr (keeps_values) worker.blocks.enter(lanes_of_tile.batch * call_.k.heads + kv_head);
-    constexpr Index keys_in_block = Policy::keys_in_block;
-    Index done = 0;  // a block that two ranges overlap is absorbed once
-    for (const KeyRange& range : ranges) {
-      Index first = (std::max)(done, range.begin / keys_in_block * keys_in_block);
-      for (; first < range.end; first += keys_in_block) {
-        KeyRange left{(std::max)(first, keys.begin), (std::min)(first + keys_in_block, keys.end)};
-        while (!left.empty()) {
-          const KeyRun<Tk, Tv> run = keys_.run(lanes_of_tile.batch, kv_head, left);
-          const Index begin = std::exchange(left.begin, left.begin + run.k.rows);
-          if (!run.is_kept) continue;
-          const KeyBlock<Policy> block = worker.blocks.block(run, position_, begin);
-          for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb(block, worker.scratch);
-        }
-      }
-      done = first;
-    }
+    for_each_block(ranges, keys, Policy::keys_in_block, [&](KeyRange of_block) {
+      for_each_run(keys_, lanes_of_tile.batch, kv_head, of_block, [&](const auto& run, KeyRange of_run) {
+        const KeyBlock<Policy> block = worker.blocks.block(run, position_, of_run.begin);
+        for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb(block, worker.scratch);
+      });
+    });
   }
 
   const Call& call_;

@@ -1,8 +1,10 @@
 // Where the kernels find keys and values: in runs of rows that are contiguous or equally strided.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "longspan/key_ranges.hpp"
 #include "longspan/version.hpp"
@@ -55,6 +57,31 @@ struct TensorKeys {
             true};
   }
 };
+
+/// Calls visit(run, keys) with each run of the rows that `source` keeps of `keys`, in rising order.
+template <class Source, class Visit>
+void for_each_run(const Source& source, Index batch, Index kv_head, KeyRange keys, const Visit& visit) {
+  while (!keys.empty()) {
+    const auto run = source.run(batch, kv_head, keys);
+    const Index begin = std::exchange(keys.begin, keys.begin + run.k.rows);
+    if (run.is_kept) visit(run, KeyRange{begin, keys.begin});
+  }
+}
+
+/// Calls visit(keys) with each key block that overlaps one of `ranges`, once and in rising order, as far as it lies in
+/// `limits`. Blocks begin at multiples of their length.
+template <class Visit>
+void for_each_block(const KeyRanges& ranges, KeyRange limits, Index keys_in_block, const Visit& visit) {
+  Index done = limits.begin;  // a block that two ranges overlap is visited once
+  for (const KeyRange& range : ranges) {
+    const Index begin = (std::max)(range.begin, done), end = (std::min)(range.end, limits.end);
+    if (begin >= end) continue;
+    Index first = begin / keys_in_block * keys_in_block;
+    for (; first < end; first += keys_in_block)
+      visit(KeyRange{(std::max)(first, limits.begin), (std::min)(first + keys_in_block, limits.end)});
+    done = first;
+  }
+}
 
 }  // namespace detail
 LONGSPAN_NAMESPACE_END

@@ -173,12 +173,8 @@ void QueryTile<Policy, M, S>::encode(TensorView<const Tq> q, const P& position, 
     const Tq* row = q.row(lanes_.batch, lanes_.head(lane), lanes_.row(lane));
     convert_rows(row, head_dim_, 1, head_dim_, rows + lane * head_dim_, head_dim_);
   }
-  // The lanes of one head are rows at consecutive positions.
-  for (Index lane = 0; lane < (std::min)(lanes_.heads, lanes_.count); ++lane) {
-    const Index count = divide_up(lanes_.count - lane, lanes_.heads);
-    position.encode(MatrixView<Real>{rows + lane * head_dim_, count, head_dim_, lanes_.heads * head_dim_},
-                    lanes_.position(lane), Role::query);
-  }
+  encode_at(position, MatrixView<Real>{rows, lanes_.count, head_dim_, head_dim_},
+            RowPositions{lanes_.position(0), lanes_.heads, lanes_.first_row % lanes_.heads}, Role::query);
 }
 
 // ----------------------------------------------------------------------------------------------------------
