@@ -9,6 +9,7 @@
 
 #if defined(LONGSPAN_HAS_AMX_ARITHMETIC)
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 #include <utility>
@@ -51,7 +52,8 @@ TEST_CASE("landmark by tiles: within the bound, for blocks of many lengths", "[a
       const Landmarks at = random.chance(0.5) ? every(mean, shape.batch, shape.kv_len)
                                               : drawn_landmarks(mean, shape.batch, shape.kv_len, random);
       const LandmarkLists lists(at);
-      if (detail::widest_block(lists.at(), shape.batch, shape.kv_len) > detail::keys_in_tile_chunk) return;
+      if (detail::widest_block(lists.at(), shape.batch, shape.kv_len) > detail::tuning::keys_in_tile_block)
+        return;
       const Values values = random.pick(all_values);
       INFO(shape.text() << " mean " << mean << " values=" << text_of(values));
       Bf16Call<float> call(shape, values, random);
@@ -115,6 +117,45 @@ TEST_CASE("landmark by tiles: bits do not depend on threads", "[amx][bits]") {
     attend<Unit>(one, options, causal{});
     attend<Unit>(five, options, causal{}, unchanged{}, openmp{5});
     CHECK(one.same_outputs(five));
+  });
+}
+
+TEST_CASE("landmark by tiles: blocks whose scores are far from those of their neighbours", "[amx][bits]") {
+  for_each_unit([]<class Unit>() {
+    Random random(6);
+    const Index block = 23, n = 400;
+    Bf16Call<float> call(Shape{1, 2, 1, 300, n, 32, 16}, Values::normal, random);
+    // Scores of hundreds, above or below 0, in every third block each, and of thousands in one block.
+    for (Index j = 0; j < n; ++j) {
+      const float by = j / block == 7 ? 3000.0f : j / block % 3 == 0 ? 1.0f : 120.0f;
+      for (Index c = 0; c < 32; ++c) {
+        bfloat16& x = call.k.row(0, 0, j)[c];
+        x = static_cast<bfloat16>(static_cast<float>(x) * by);
+      }
+    }
+    const detail::LandmarkOptions options = options_of(landmarks::every(block));
+    attend<Unit>(call, options, causal{});
+    const Landmarks at = every(block, 1, n);
+    const Definition what{.sees = [](Index, Index, Index i, Index j) { return j <= i; }};
+    check_against(exact_landmark_attention(what, at, call), call, rounded_weights);
+
+    // Fewer queries: other lanes, so other tiles seek the maximum of a block.
+    Bf16Call<float> last(Shape{1, 2, 1, 41, n, 32, 16}, Values::normal, random);
+    last.k = call.k;
+    last.v = call.v;
+    Index different = 0;
+    for (Index h = 0; h < 2; ++h) {
+      for (Index i = 0; i < 41; ++i) std::copy_n(call.q.row(0, h, 259 + i), 32, last.q.row(0, h, i));
+    }
+    attend<Unit>(last, options, causal{});
+    for (Index h = 0; h < 2; ++h) {
+      for (Index i = 0; i < 41; ++i) {
+        different += last.lse(0, h, i) != call.lse(0, h, 259 + i);
+        different +=
+            !std::equal(last.out.row(0, h, i), last.out.row(0, h, i) + 16, call.out.row(0, h, 259 + i));
+      }
+    }
+    CHECK(different == 0);
   });
 }
 

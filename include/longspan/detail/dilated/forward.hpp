@@ -103,6 +103,10 @@ class Dilated {
   template <class E>
   void run(const E& executor, Workspace& workspace) {
     const WorkerScratch scratch(workspace, executor.workers(), [&](Arena& arena) { cut_worker(arena); });
+    for (Index worker = 0; worker < executor.workers(); ++worker) {
+      Arena arena = scratch.of_worker(worker);
+      cut_worker(arena).tiles.clear();
+    }
     executor.for_each(call_.q.batch * call_.q.heads * tasks_in_head_, [&](Index task, Index worker) {
       Arena arena = scratch.of_worker(worker);
       Worker own = cut_worker(arena);
@@ -135,7 +139,11 @@ class Dilated {
       most_keys = (std::max)(most_keys, kept_rows((std::min)(groups.length, call_.kv_len()), 0, groups.step));
     }
     Worker worker;
-    worker.tiles = decltype(worker.tiles)::take(arena, call_.head_dim(), call_.value_dim(), most_keys);
+    // Worth it where several groups of tiles meet the same keys: 8192 queries, segments of 2048 to 8192, take 4-6 % less
+    // time (Intel AMX).
+    const bool keeps = call_.q_len() > tiles_in_task * tile_lanes<Real>;
+    worker.tiles = decltype(worker.tiles)::take(arena, call_.head_dim(), call_.value_dim(), most_keys,
+                                                keeps ? static_cast<Index>(dilation_.branches.size()) : 0);
     worker.rows = RowAccumulator<Real>::take(arena, rows_in_task_, call_.value_dim());
     return worker;
   }
@@ -180,9 +188,16 @@ class Dilated {
     const Index row_of_q = rows.position(first_row) - call_.first_query;
     TensorView<const Tq> q = call_.q.slice_rows(row_of_q, row_count);
     q.row_stride *= step;
+    const Index kv_head = queries.batch * call_.k.heads + queries.head / call_.group();
     const RowsToAttend<Tq, Tk, Tv> attended{
-        q,         queries.batch, queries.head,
-        first_row, row_count,     source_.rows(n, queries.batch, queries.head, rows.first, step, keys)};
+        q,
+        queries.batch,
+        queries.head,
+        first_row,
+        row_count,
+        source_.rows(n, queries.batch, queries.head, rows.first, step, keys),
+        static_cast<Index>(n),
+        kv_head * end() + rows.first};
     const auto score = dilated_score(score_, rows);
     const auto position = dilated_position(position_, rows);
     worker.tiles.attend(attended, mask_of(n, rows), score, position, call_.scale,

@@ -89,6 +89,9 @@ struct RowsToAttend {
   Index first_query = 0;
   Index count = 0;
   KeyRun<Tk, Tv> keys;
+  /// Runs of one kind (of one branch) with the same number are the same keys.
+  Index kind = 0;
+  Index run = 0;
 };
 
 /// The tiles of one worker.
@@ -98,14 +101,29 @@ class RowTiles {
   using Real = typename Policy::Real;
   using Queries = typename TileOf<Policy, M, S>::type;
 
-  static RowTiles take(Arena& arena, Index head_dim, Index value_dim, Index most_keys) {
+  /// For key runs of at most `most_keys` keys. Keeps the values of the last run of each of the first `kinds` kinds.
+  static RowTiles take(Arena& arena, Index head_dim, Index value_dim, Index most_keys, Index kinds) {
     const Index padded_value_dim = round_up(value_dim, Policy::columns_in_tile);
     RowTiles tiles;
     tiles.scratch_ =
         TileScratch<Policy>::take(arena, head_dim, padded_value_dim, !std::is_same_v<P, no_position>);
     tiles.blocks_ = Blocks::take(arena, head_dim, value_dim);
+    if constexpr (keeps_values) {
+      tiles.kinds_ = kinds;
+      tiles.keeping_ = arena.take<Blocks>(kinds);
+      for (Index kind = 0; kind < kinds; ++kind) {
+        const auto blocks =
+            Blocks::take(arena, head_dim, value_dim, divide_up(most_keys, Policy::keys_in_block));
+        if (tiles.keeping_ != nullptr) tiles.keeping_[kind] = blocks;
+      }
+    }
     for (Queries& tile : tiles.tiles_) tile = Queries::take(arena, head_dim, padded_value_dim, most_keys);
     return tiles;
+  }
+
+  /// To be called before the first task of a call.
+  void clear() const {
+    if constexpr (keeps_values) std::for_each_n(keeping_, kinds_, [](const Blocks& each) { each.clear(); });
   }
 
   /// Calls done(first, count, state) with the queries [first, first + count) of each tile; rows.q.row 0 is query 0.
@@ -113,6 +131,8 @@ class RowTiles {
   void attend(const RowsToAttend<Tq, Tk, Tv>& rows, const M& mask, const S& score, const P& position,
               double scale, const Done& done) {
     constexpr Index width = tile_lanes<Real>;
+    const Blocks& blocks = rows.kind < kinds_ ? keeping_[rows.kind] : blocks_;
+    if constexpr (keeps_values) blocks.enter(rows.run);
     for (Index first = 0; first < rows.count; first += tiles_in_task * width) {
       const Index tiles = (std::min)(tiles_in_task, divide_up(rows.count - first, width));
       const auto lanes_of = [&](Index t) {
@@ -127,7 +147,7 @@ class RowTiles {
       }
       for_each_block(ranges, {0, rows.keys.k.rows}, Policy::keys_in_block, [&](KeyRange keys) {
         const auto run = slice_rows(rows.keys, keys.begin, keys.end - keys.begin);
-        const KeyBlock<Policy> block = blocks_.block(run, position, keys.begin);
+        const KeyBlock<Policy> block = blocks.block(run, position, keys.begin);
         for (Index t = 0; t < tiles; ++t) tiles_[t].absorb(block, scratch_);
       });
       for (Index t = 0; t < tiles; ++t)
@@ -138,8 +158,13 @@ class RowTiles {
  private:
   using Blocks = KeyBlocks<Policy, Tk, Tv, P>;
 
+  /// Do the blocks keep values from call to call of attend?
+  static constexpr bool keeps_values = requires(const Blocks& blocks) { blocks.clear(); };
+
   TileScratch<Policy> scratch_;
   Blocks blocks_;
+  Blocks* keeping_ = nullptr;  ///< one for each kind of runs
+  Index kinds_ = 0;
   Queries tiles_[tiles_in_task];
 };
 

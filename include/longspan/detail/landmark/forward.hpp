@@ -24,18 +24,16 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The tile of an arithmetic policy, and the keys of its chunks.
+/// The tile of an arithmetic policy.
 template <class Policy, Mask M, Score S>
 struct LandmarkTileOf {
   using type = LandmarkTile<Policy, M, S>;
-  static constexpr Index keys_in_chunk = Policy::keys_in_block;
   static constexpr bool takes_wide_blocks = true;
 };
 #if defined(LONGSPAN_HAS_AMX_ARITHMETIC)
 template <class Unit, Mask M, Score S>
 struct LandmarkTileOf<AmxArithmetic<Unit>, M, S> {
   using type = AmxLandmarkTile<Unit, M, S>;
-  static constexpr Index keys_in_chunk = keys_in_tile_chunk;
   static constexpr bool takes_wide_blocks = false;
 };
 #endif
@@ -66,6 +64,12 @@ class LandmarkForward {
         [&](Arena& arena) { take_plan(arena); });
     Arena plan_arena = scratch.shared();
     plan_ = take_plan(plan_arena);
+    if constexpr (keeps_values) {
+      for (Index worker = 0; worker < executor.workers(); ++worker) {
+        Arena arena = scratch.of_worker(worker);
+        cut_worker(arena).blocks.clear();
+      }
+    }
     executor.for_each(tiles_.tasks(), [&](Index task, Index worker) {
       Arena arena = scratch.of_worker(worker);
       Worker own = cut_worker(arena);
@@ -74,6 +78,9 @@ class LandmarkForward {
   }
 
  private:
+  /// Do the blocks keep values from task to task?
+  static constexpr bool keeps_values = requires(const Blocks& blocks) { blocks.clear(); };
+
   struct Worker {
     TileScratch<Policy> scratch;
     Blocks blocks;
@@ -82,7 +89,7 @@ class LandmarkForward {
 
   LandmarkPlan take_plan(Arena& arena) const {
     const bool same_in_all_rows = options_.landmarks.same_in_all_rows() && !options_.has_controlled();
-    return LandmarkPlan::take(arena, options_.landmarks, call_.k.batch, call_.kv_len(), Of::keys_in_chunk,
+    return LandmarkPlan::take(arena, options_.landmarks, call_.k.batch, call_.kv_len(), Policy::keys_in_block,
                               same_in_all_rows,
                               [&](Index b, Index m) { return options_.is_controlled(b, m); });
   }
@@ -92,7 +99,13 @@ class LandmarkForward {
     Worker worker;
     worker.scratch =
         TileScratch<Policy>::take(arena, call_.head_dim(), padded_value_dim, !std::is_same_v<P, no_position>);
-    worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
+    if constexpr (keeps_values) {
+      const Index chunks = LandmarkPlan::most_chunks(call_.kv_len(), Policy::keys_in_block);
+      worker.blocks =
+          Blocks::take(arena, call_.head_dim(), call_.value_dim(), tiles_.tasks_of_head() > 1 ? chunks : 0);
+    } else {
+      worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
+    }
     for (Index t = 0; t < tiles_.tiles_per_task(); ++t) {
       worker.tiles[t] = Queries::take(arena, call_.head_dim(), padded_value_dim, call_.kv_len(), widest_,
                                       options_.has_controlled());
@@ -110,6 +123,8 @@ class LandmarkForward {
     for (Index t = 0; t < tiles; ++t) ranges = united(ranges, worker.tiles[t].ranges());
     ranges = intersection(ranges, KeyRanges({0, call_.kv_len()}));
     const QueryLanes lanes = tiles_.lanes_of(task, 0);
+    if constexpr (keeps_values)
+      worker.blocks.enter(lanes.batch * call_.k.heads + lanes.first_head / call_.group());
     Index done = 0;  // a chunk that overlaps two ranges is absorbed once
     for (const KeyRange& range : ranges) {
       for (const LandmarkChunk& chunk : plan_.chunks(lanes.batch, range)) {
@@ -125,9 +140,14 @@ class LandmarkForward {
     const TensorKeys<Tk, Tv> all{call_.k, call_.v};
     const auto keys_of = [&](Index first, Index count) {
       const Index kv_head = lanes.first_head / call_.group();
-      return worker.blocks.block(all.run(lanes.batch, kv_head, {first, first + count}), position_, first);
+      const KeyRun<Tk, Tv> run = all.run(lanes.batch, kv_head, {first, first + count});
+      if constexpr (keeps_values) {
+        return worker.blocks.block(run, position_, first, plan_.index_of(lanes.batch, chunk));
+      } else {
+        return worker.blocks.block(run, position_, first);
+      }
     };
-    if (chunk.length() <= Of::keys_in_chunk) {
+    if (chunk.length() <= Policy::keys_in_block) {
       const auto keys = keys_of(chunk.keys.begin, chunk.length());
       for (Index t = 0; t < tiles; ++t) worker.tiles[t].absorb_chunk(chunk, keys, worker.scratch);
       return;
@@ -163,8 +183,8 @@ void landmark_forward(const Problem<Tq, Tk, Tv, To>& call, const LandmarkOptions
                       bool bf16_products) {
   if (call.out.batch == 0 || call.out.heads == 0 || call.out.rows == 0) return;
   const Index widest = widest_block(options.landmarks, call.k.batch, call.kv_len());
-  // Matrix tiles support neither controlled blocks nor blocks that are wider than a chunk.
-  const bool fits_tiles = !options.has_controlled() && widest <= keys_in_tile_chunk;
+  // Matrix tiles support neither controlled blocks nor blocks that are wider than a key block.
+  const bool fits_tiles = !options.has_controlled() && widest <= tuning::keys_in_tile_block;
   run_where_it_pays(call.flop(), least_parallel_tile_flop, executor, [&](const auto& where) {
     const auto run = [&]<class Policy>(const auto& on) {
       LandmarkForward<Policy, Tq, Tk, Tv, To, M, S, P>(call, options, mask, score, position, widest,

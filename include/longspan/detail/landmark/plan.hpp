@@ -43,10 +43,6 @@ inline LandmarkBlock landmark_block(const landmarks& at, Index b, Index m, Index
   return {m, {begin, at.key(b, m)}, true};
 }
 
-/// The most keys of a chunk for matrix tiles, and of a landmark block that they take: the scores of a chunk then
-/// stay in the first-level cache (64 and 256 take 6 to 15 % longer, Intel AMX).
-inline constexpr Index keys_in_tile_chunk = 128;
-
 /// Keys in the widest landmark block.
 inline Index widest_block(const landmarks& at, Index batch, Index kv_len) {
   Index widest = 0;
@@ -86,6 +82,14 @@ class LandmarkPlan {
     plan.chunks_ = arena.take<LandmarkChunk>(most_chunks);
     if (plan.chunks_ != nullptr) plan.fill(at, kv_len, most_keys, controlled);
     return plan;
+  }
+
+  /// An upper bound of the chunks of a batch row none of whose blocks is controlled: two neighbours have more than
+  /// most_keys keys.
+  static Index most_chunks(Index kv_len, Index most_keys) { return 2 * divide_up(kv_len, most_keys) + 1; }
+  /// The number of a chunk among those of batch row b.
+  Index index_of(Index b, const LandmarkChunk& chunk) const {
+    return &chunk - (chunks_ + begins_[rows_ == 1 ? 0 : b]);
   }
 
   /// The chunks of batch row b that contain keys of the range.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "longspan/detail/landmark/plan.hpp"
 #include "longspan/detail/tile/accumulator.hpp"
@@ -157,6 +158,13 @@ class LandmarkTile : public BaseTile {
 
   Reach reach_of(const LandmarkBlock& block, bool sees_all, LandmarkLanes taken) const {
     Reach reach;
+    if (sees_all && options_->grouped && !owns(block.index)) {
+      const bool open = taken.remote && block.closed;
+      std::fill_n(reach.own, stride_, Real(0));
+      std::fill_n(reach.open, stride_, open ? Real(1) : Real(0));
+      reach.none_shut = open;
+      return reach;
+    }
     for (Index lane = 0; lane < stride_; ++lane) {
       const bool own = !options_->grouped || own_block_[lane] == block.index;
       bool open = !own && taken.remote && block.closed;
@@ -173,8 +181,15 @@ class LandmarkTile : public BaseTile {
 
   void absorb_block(const LandmarkBlock& block, const Block& keys, const Runs& runs, LandmarkLanes taken,
                     const Scratch& scratch, LeveledAccumulator<Real>& into) const;
+  template <class Raise>
   void add_part(const LandmarkBlock& block, const Reach& reach, const Real* landmark, const Real* row_max,
-                const Real* sum, const Accumulator<Real>& state, Real* rescale, Real* factor) const;
+                const Real* sum, const Accumulator<Real>& state, Real* rescale, Real* factor,
+                const Raise& raise) const;
+  /// The row max of a row and of a block become that of both, and the rescale of the row.
+  static std::pair<Packet<Real>, Packet<Real>> raise(Packet<Real> before, Packet<Real> log_weight) {
+    const Packet<Real> now = lane_max(before, log_weight);
+    return {now, exp_score(before - now)};
+  }
   void add_values_past_hidden(const Block& keys, const Run& run, const Reach& reach, const Real* weights,
                               Real* o) const;
   void add_wide(const LandmarkBlock& block, const Accumulator<Real>& tokens, LandmarkLanes taken,
@@ -212,7 +227,7 @@ void LandmarkTile<Policy, M, S, BaseTile>::absorb_block(const LandmarkBlock& blo
     highest_rows<packets>(weights, stride_, count, row_max);
     Policy::template exp_rows<packets>(weights, count, Real(1), row_max, sum, weights, stride_);
   });
-  add_part(block, reach, scratch.scores + rows.end * stride_, row_max, sum, state, rescale, factor);
+  add_part(block, reach, scratch.scores + rows.end * stride_, row_max, sum, state, rescale, factor, raise);
   with_packets(packets_, [&]<int packets>() { scale_rows<packets>(weights, stride_, count, factor); });
 
   std::array<Run, Runs::capacity> of_block;
@@ -232,12 +247,14 @@ void LandmarkTile<Policy, M, S, BaseTile>::absorb_block(const LandmarkBlock& blo
 
 /// Adds row max and row sum of a block to the state. For the block's own queries its log-sum-exp is that of its tokens
 /// (`row_max`, `sum`), for the others it is the logit of its landmark. The caller multiplies the block's weights by
-/// `factor` and the output so far by `rescale`.
+/// `factor` and the output so far by `rescale`. raise(row max, the block's log-sum-exp) returns the row max of both and
+/// the rescale.
 template <class Policy, Mask M, Score S, class BaseTile>
+template <class Raise>
 void LandmarkTile<Policy, M, S, BaseTile>::add_part(const LandmarkBlock& block, const Reach& reach,
                                                     const Real* landmark, const Real* row_max,
                                                     const Real* sum, const Accumulator<Real>& state,
-                                                    Real* rescale, Real* factor) const {
+                                                    Real* rescale, Real* factor, const Raise& raise) const {
   const Packet<Real> zero = broadcast(Real(0)), one = broadcast(Real(1)),
                      nothing = broadcast(empty_max<Real>);
   for (Index lane = 0; lane < stride_; lane += w) {
@@ -253,8 +270,8 @@ void LandmarkTile<Policy, M, S, BaseTile>::add_part(const LandmarkBlock& block, 
       logit = select(open, logit, nothing);
     }
     const Packet<Real> log_weight = select(own, load<Real>(row_max + lane), logit);
-    const Packet<Real> now = lane_max(before, log_weight);
-    const Packet<Real> rescale_by = exp_score(before - now), share = exp_score(log_weight - now);
+    const auto [now, rescale_by] = raise(before, log_weight);
+    const Packet<Real> share = exp_score(log_weight - now);
     const Packet<Real> of_remote = select(is_empty, zero, share / of_tokens);
     store(factor + lane, select(own, share, select(open, of_remote, zero)));
     const Packet<Real> added = select(own, share * of_tokens, select(open, share, zero));
@@ -301,7 +318,7 @@ void LandmarkTile<Policy, M, S, BaseTile>::add_wide(const LandmarkBlock& block,
   const Accumulator<Real>& state = into.at_key(block.tokens.begin);
   const Reach reach = reach_of(block, !TileMask<Real, M>::may_hide, taken);
   alignas(64) Real rescale[std::size_t(most_lanes)], factor[std::size_t(most_lanes)];
-  add_part(block, reach, scratch.scores, tokens.row_max, tokens.sum, state, rescale, factor);
+  add_part(block, reach, scratch.scores, tokens.row_max, tokens.sum, state, rescale, factor, raise);
   const Packet<Real> zero = broadcast(Real(0));
   for (Index at = 0; at < state.columns * stride_; at += stride_) {
     for (Index lane = 0; lane < stride_; lane += w) {

@@ -11,6 +11,7 @@
 
 #include "longspan/detail/call/finite.hpp"
 #include "longspan/detail/eigen_core.hpp"
+#include "longspan/detail/simd/prefetch_line.hpp"
 #include "longspan/detail/tuning.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -252,28 +253,6 @@ LONGSPAN_INLINE Real sum_of_lanes(Packet<Real> x) {
 template <class Real>
 LONGSPAN_INLINE Real max_of_lanes(Packet<Real> x) {
   return Eigen::internal::predux_max(x.raw);
-}
-
-inline constexpr Index cache_line = 64;
-
-/// Prefetches the cache line at an address; `once`: it will be read only once. Never faults, whatever the address is.
-/// The address is an integer, because a pointer must not leave its array.
-template <bool once = false>
-LONGSPAN_INLINE void prefetch_line(std::uintptr_t address) {
-#if defined(__GNUC__) || defined(__clang__)
-  constexpr int streaming = tuning::stream_prefetch == 0 ? 0 : tuning::stream_prefetch == 1 ? 2 : 3;
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, once ? streaming : 3);
-#else
-  static_cast<void>(address);
-#endif
-}
-
-/// Prefetches the cache lines of `bytes` bytes that begin `ahead` bytes after `from`.
-template <bool once = false>
-LONGSPAN_INLINE void prefetch(const void* from, Index bytes, Index ahead = 0) {
-  const auto first = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(ahead);
-  for (Index at = 0; at < bytes; at += cache_line)
-    prefetch_line<once>(first + static_cast<std::uintptr_t>(at));
 }
 
 /// Forces x into a register. Otherwise compilers repeat the load in every instruction that uses x, and so many loads

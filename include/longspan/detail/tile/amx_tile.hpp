@@ -242,11 +242,18 @@ class AmxTile : public AmxQueries<Unit, M, S> {
     auto* weights = pass.scratch.weights + first / 2 * stride_ + lane;
     const float* v_scale = Policy::scales_rows ? pass.block.v_scale + first : nullptr;
     std::copy_n(pass.sum + lane, packets * w, sum);
+    const float by = Queries::score_factor();
+    const NothingAhead nothing;
     if (pass.has_huge_max)
-      return Policy::template exp_keys<packets, true>(s, Queries::score_factor(), row_max, v_scale, sum,
-                                                      weights, stride_);
-    return Policy::template exp_keys<packets, false>(s, Queries::score_factor(), row_max, v_scale, sum,
-                                                     weights, stride_);
+      return Policy::template exp_keys<packets, true>(s, by, row_max, v_scale, sum, weights, stride_,
+                                                      nothing);
+    if (!pass.block.is_read_once)
+      return Policy::template exp_keys<packets, false>(s, by, row_max, v_scale, sum, weights, stride_,
+                                                       nothing);
+    const Block& block = pass.block;
+    const Index next = first + Policy::keys_in_step;
+    const typename Policy::RowsAhead ahead{block.k + next * block.k_stride, block.k_stride, Base::head_dim_};
+    return Policy::template exp_keys<packets, false>(s, by, row_max, v_scale, sum, weights, stride_, ahead);
   }
 
   /// Raises the row max of every lane whose highest score among the 32 keys from `first` on lies more than most_rise

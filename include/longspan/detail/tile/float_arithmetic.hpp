@@ -57,22 +57,22 @@ struct FloatArithmetic {
     }
   }
 
-  template <int packets>
+  template <int packets, class... Ahead>
   static void score_rows(const Key* k, Index k_stride, Index keys, const Query* q, Index head_dim, Real* s,
-                         Real* highest, Index stride) {
+                         Real* highest, Index stride, Ahead... ahead) {
     detail::score_rows<packets>(k, k_stride, keys, q, head_dim, s, highest,
-                                tile_stride<Real, packets>(stride));
+                                tile_stride<Real, packets>(stride), ahead...);
   }
   template <int packets>
   static void exp_rows(Real* s, Index keys, Real, const Real* shift, Real* total, Weight*, Index stride) {
     detail::exp_rows<packets>(s, stride, keys, shift, total);
   }
-  template <int packets>
+  template <int packets, class... Ahead>
   static void value_rows(const Value* v, Index v_stride, Index columns, const Weight* p,
                          std::span<const RowRun> runs, Real* o, Accumulate into, const Real* scale,
-                         Index stride) {
+                         Index stride, Ahead... ahead) {
     const auto of_tile = tile_stride<Real, packets>(stride);
-    detail::value_rows<packets>(v, v_stride, columns, p, of_tile, runs, o, of_tile, into, scale);
+    detail::value_rows<packets>(v, v_stride, columns, p, of_tile, runs, o, of_tile, into, scale, ahead...);
   }
 
   /// x * 0 is 0 for finite x and NaN for the others, and NaN stays in a sum. (An opaque 0, and a sum tested by its

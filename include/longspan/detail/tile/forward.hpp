@@ -102,10 +102,14 @@ class Forward {
                                                !std::is_same_v<P, no_position>);
     if constexpr (keeps_values) {
       // Worth it where several tasks meet the same keys.
-      const Index kept_keys = splits_ == 1 && plan_.tasks_of_head() > 1 ? call_.kv_len() : 0;
-      worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim(), kept_keys);
+      const bool keeps = splits_ == 1 && plan_.tasks_of_head() > 1;
+      worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim(),
+                                   keeps ? divide_up(call_.kv_len(), Policy::keys_in_block) : 0);
     } else {
       worker.blocks = Blocks::take(arena, call_.head_dim(), call_.value_dim());
+    }
+    if constexpr (requires { worker.blocks.read_once(); }) {
+      if (plan_.tasks_of_head() == 1 && plan_.tiles_per_task() == 1) worker.blocks.read_once();
     }
     for (Index t = 0; t < plan_.tiles_per_task(); ++t) {
       worker.tiles[t] = Queries::take(arena, call_.head_dim(), padded_value_dim(), call_.kv_len());

@@ -28,6 +28,9 @@ struct KeyBlock {
   Index first_key = 0;
   Index keys = 0;
   mutable signed char values_finite = -1;  ///< found once for all tiles of a task; -1: not yet
+  /// The rows are contiguous and read once in this call: their values are prefetched while they are scored, and the keys
+  /// that follow while their values are added.
+  bool is_read_once = false;
 };
 
 /// Converts rows to Real; columns [cols, to_cols) become 0.
@@ -76,6 +79,9 @@ class KeyBlocks {
     return blocks;
   }
 
+  /// The keys are read once in this call, so blocks are in memory and no other tile hides the cache misses.
+  void read_once() { reads_once_ = true; }
+
   /// The keys of a run that begins with key `first_key`, at most one key block. Valid until the next call.
   KeyBlock<Policy> block(const KeyRun<Tk, Tv>& run, const P& position, Index first_key) const {
     const MatrixView<const Tk> k = run.k;
@@ -92,6 +98,7 @@ class KeyBlocks {
       block.k_stride = k.cols;
     } else {
       block.k = k.data;
+      block.is_read_once = reads_once_ && k.row_stride == k.cols && v.row_stride == v.cols;
     }
     if constexpr (is_scaled) {
       convert_rows(v.data, v.row_stride, run.v_scale, v.rows, v.cols, v_, padded_value_dim_);
@@ -110,6 +117,7 @@ class KeyBlocks {
   Real* k_ = nullptr;
   Real* v_ = nullptr;
   Index padded_value_dim_ = 0;
+  bool reads_once_ = false;
 };
 
 #if defined(LONGSPAN_HAS_BF16_ARITHMETIC)

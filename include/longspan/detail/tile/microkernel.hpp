@@ -7,11 +7,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <span>
 #include <type_traits>
 
 #include "longspan/detail/simd/exp2.hpp"
 #include "longspan/detail/simd/packet.hpp"
+#include "longspan/detail/simd/prefetch_line.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -65,6 +67,26 @@ LONGSPAN_INLINE auto tile_stride(Index stride) {
   }
 }
 
+/// What score_rows and value_rows prefetch while they compute: nothing.
+struct NothingAhead {
+  void step() const {}
+};
+
+/// The memory from an address on, half a cache line for each step. It must be spread over the loop, since a prefetch
+/// that waits for a free buffer stops what follows. 16 and 32 float queries of a KV head, 32768 keys in memory: spread
+/// 0.52 to 0.57 of the time without, in groups of 64 lines 0.70 to 0.76 (Intel AMX); 4096 keys, spread: 0.77 to 0.79.
+class LinesAhead {
+ public:
+  explicit LinesAhead(const void* first) : next_(reinterpret_cast<std::uintptr_t>(first)) {}
+  LONGSPAN_INLINE void step() {
+    prefetch_line_to_l2(next_);
+    next_ += cache_line / 2;
+  }
+
+ private:
+  std::uintptr_t next_;
+};
+
 /// highest[lane] = the maximum of highest[lane] and S[j][lane] over the keys j.
 template <int packets, class Real>
 void highest_rows(const Real* s, Index stride, Index keys, Real* highest) {
@@ -92,9 +114,11 @@ void highest_rows(const Real* s, Index stride, Index keys, Real* highest) {
 ///
 /// Rows of S are written up to a multiple of tile_rows: rows past the last key repeat its scores, which changes no
 /// maximum.
-template <int packets, class Real, class Factors = SingleFactors<Real>, class Stride>
+template <int packets, class Real, class Factors = SingleFactors<Real>, class Stride,
+          class Ahead = NothingAhead>
 void score_rows(const typename Factors::Key* k, Index k_stride, Index keys,
-                const typename Factors::Element* q, Index head_dim, Real* s, Real* highest, Stride stride) {
+                const typename Factors::Element* q, Index head_dim, Real* s, Real* highest, Stride stride,
+                Ahead ahead = {}) {
   constexpr int w = lanes<Real>;
   Packet<Real> row_max[std::size_t(packets)];
   LONGSPAN_UNROLL
@@ -114,6 +138,7 @@ void score_rows(const typename Factors::Key* k, Index k_stride, Index keys,
     const typename Factors::Element* of_column = q;
     LONGSPAN_UNROLL_BY_4
     for (Index i = 0; i < head_dim; i += Factors::columns, of_column += stride) {
+      ahead.step();
       typename Factors::Factor of_query[std::size_t(packets)];
       LONGSPAN_UNROLL
       for (int c = 0; c < packets; ++c) of_query[c] = Factors::load(of_column + c * w);
@@ -176,13 +201,15 @@ struct RowRun {
 };
 
 /// sum[r][c] grows by V[j][r] * P[j][packet c] over `rows` rows j, for `count` packets from `first` on.
-template <int packets, int first, int count, class Factors>
+template <int packets, int first, int count, class Factors, class Ahead>
 LONGSPAN_INLINE void add_products(
     const typename Factors::Element* v, Index v_stride, const typename Factors::Element* p, Index p_stride,
-    Index rows, Packet<typename Factors::Real> (&sum)[std::size_t(tile_rows)][std::size_t(packets)]) {
+    Index rows, Ahead& ahead,
+    Packet<typename Factors::Real> (&sum)[std::size_t(tile_rows)][std::size_t(packets)]) {
   constexpr int w = lanes<typename Factors::Real>;
   LONGSPAN_UNROLL_BY_4
   for (Index j = 0; j < rows; ++j, v += v_stride, p += p_stride) {
+    ahead.step();
     typename Factors::Factor of_query[std::size_t(count)];
     LONGSPAN_UNROLL
     for (int c = 0; c < count; ++c) of_query[c] = Factors::load(p + (first + c) * w);
@@ -197,35 +224,37 @@ LONGSPAN_INLINE void add_products(
 }
 
 /// The same for a run, with only the packets that take part in it.
-template <int packets, class Factors>
+template <int packets, class Factors, class Ahead>
 LONGSPAN_INLINE void add_run(
     const typename Factors::Element* v, Index v_stride, const typename Factors::Element* p, Index p_stride,
-    const RowRun& run, Packet<typename Factors::Real> (&sum)[std::size_t(tile_rows)][std::size_t(packets)]) {
+    const RowRun& run, Ahead& ahead,
+    Packet<typename Factors::Real> (&sum)[std::size_t(tile_rows)][std::size_t(packets)]) {
   const Index rows = run.rows;
   if (run.packets == packets)
-    return add_products<packets, 0, packets, Factors>(v, v_stride, p, p_stride, rows, sum);
+    return add_products<packets, 0, packets, Factors>(v, v_stride, p, p_stride, rows, ahead, sum);
   if constexpr (packets > 2) {
     if (run.packets == 2) {
       if (run.first_packet == 0)
-        return add_products<packets, 0, 2, Factors>(v, v_stride, p, p_stride, rows, sum);
-      return add_products<packets, 1, 2, Factors>(v, v_stride, p, p_stride, rows, sum);
+        return add_products<packets, 0, 2, Factors>(v, v_stride, p, p_stride, rows, ahead, sum);
+      return add_products<packets, 1, 2, Factors>(v, v_stride, p, p_stride, rows, ahead, sum);
     }
     if (run.first_packet == 2)
-      return add_products<packets, 2, 1, Factors>(v, v_stride, p, p_stride, rows, sum);
+      return add_products<packets, 2, 1, Factors>(v, v_stride, p, p_stride, rows, ahead, sum);
   }
   if constexpr (packets > 1) {
     if (run.first_packet == 1)
-      return add_products<packets, 1, 1, Factors>(v, v_stride, p, p_stride, rows, sum);
-    add_products<packets, 0, 1, Factors>(v, v_stride, p, p_stride, rows, sum);
+      return add_products<packets, 1, 1, Factors>(v, v_stride, p, p_stride, rows, ahead, sum);
+    add_products<packets, 0, 1, Factors>(v, v_stride, p, p_stride, rows, ahead, sum);
   }
 }
 
 /// O[column][lane] = sum_j V[j][column] * P[j][lane] over the rows of `runs`, which follow each other, for `columns`
 /// columns, a multiple of tile_rows. The sums stay in registers from run to run.
-template <int packets, class Real, class Factors = SingleFactors<Real>, class StrideOfP, class StrideOfO>
+template <int packets, class Real, class Factors = SingleFactors<Real>, class StrideOfP, class StrideOfO,
+          class Ahead = NothingAhead>
 void value_rows(const typename Factors::Element* v, Index v_stride, Index columns,
                 const typename Factors::Element* p, StrideOfP p_stride, std::span<const RowRun> runs, Real* o,
-                StrideOfO o_stride, Accumulate into, const Real* scale) {
+                StrideOfO o_stride, Accumulate into, const Real* scale, Ahead ahead = {}) {
   constexpr int w = lanes<Real>;
   for (Index column = 0; column < columns; column += tile_rows, v += tile_rows, o += tile_rows * o_stride) {
     Packet<Real> sum[std::size_t(tile_rows)][std::size_t(packets)];
@@ -244,7 +273,7 @@ void value_rows(const typename Factors::Element* v, Index v_stride, Index column
     }
     const typename Factors::Element *v_of_run = v, *p_of_run = p;
     for (const RowRun& run : runs) {
-      add_run<packets, Factors>(v_of_run, v_stride, p_of_run, p_stride, run, sum);
+      add_run<packets, Factors>(v_of_run, v_stride, p_of_run, p_stride, run, ahead, sum);
       v_of_run += run.rows * v_stride;
       p_of_run += run.rows * p_stride;
     }

@@ -124,6 +124,14 @@ class QueryTile {
   Weight* weights_of(const Run& run, const Scratch& scratch) const {
     return scratch.weights + run.begin / Policy::keys_in_row * stride_ + run.first_packet * w;
   }
+  /// Calls work(ahead), where `ahead` prefetches the memory from `first` on, or work().
+  template <class T, class Work>
+  static void with_ahead(bool prefetches, const T* first, const Work& work) {
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<Policy, FloatArithmetic<float>>) {
+      if (prefetches) return work(LinesAhead(first));
+    }
+    work();
+  }
   bool must_check_values(const Run& run) const { return run.partial != 0 || changes_score; }
   void value_runs(const Block& block, std::span<const Run> runs, const Scratch& scratch, Real* o,
                   Accumulate into, const Real* scale) const;
@@ -193,9 +201,11 @@ void QueryTile<Policy, M, S>::score_run(const Block& block, const Run& run, Real
       prefetch_strip(*score_, strip_of(c));
   }
   with_packets(run.packets, [&]<int packets>() {
-    Policy::template score_rows<packets>(
-        block.k + run.begin * block.k_stride, block.k_stride, run.end - run.begin, q_ + first_lane, head_dim_,
-        scores + run.begin * stride_ + first_lane, highest + first_lane, stride_);
+    with_ahead(block.is_read_once, block.v + run.begin * block.v_stride, [&](auto... ahead) {
+      Policy::template score_rows<packets>(
+          block.k + run.begin * block.k_stride, block.k_stride, run.end - run.begin, q_ + first_lane,
+          head_dim_, scores + run.begin * stride_ + first_lane, highest + first_lane, stride_, ahead...);
+    });
   });
   for (int c = run.first_packet; c < run.first_packet + run.packets; ++c) {
     const bool hides = TileMask<Real, M>::may_hide && (run.partial >> c & 1u) != 0;
@@ -274,9 +284,11 @@ void QueryTile<Policy, M, S>::value_runs(const Block& block, std::span<const Run
   });
   const Index first_row = runs.front().begin / Policy::keys_in_row;
   with_packets(packets_, [&]<int packets>() {
-    Policy::template value_rows<packets>(block.v + first_row * block.v_stride, block.v_stride,
-                                         state_.columns(), scratch.weights + first_row * stride_,
-                                         {rows.data(), runs.size()}, o, into, scale, stride_);
+    with_ahead(block.is_read_once, block.k + block.keys * block.k_stride, [&](auto... ahead) {
+      Policy::template value_rows<packets>(block.v + first_row * block.v_stride, block.v_stride,
+                                           state_.columns(), scratch.weights + first_row * stride_,
+                                           {rows.data(), runs.size()}, o, into, scale, stride_, ahead...);
+    });
   });
 }
 
