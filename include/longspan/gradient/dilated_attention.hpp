@@ -45,14 +45,7 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           are constants
 template <Mask M, Score S, Position P>
 struct gradient_of<dilated_attention<M, S, P>>
-    : detail::GradientCalls<gradient_of<dilated_attention<M, S, P>>> {
-  static_assert(DifferentiableScore<S>,
-                "longspan: the gradient needs the derivative of the score function: a member float "
-                "derivative(float s, Index b, Index h, Index i, Index j) const (score.hpp)");
-  static_assert(detail::TransposablePosition<P>,
-                "longspan: the gradient needs a member encode_transposed of the position encoding "
-                "(position.hpp)");
-
+    : detail::GradientCalls<gradient_of<dilated_attention<M, S, P>>, S, P> {
   dilated_attention<M, S, P> attend;
   Mixing mixing = Mixing::exact;
 
@@ -60,7 +53,7 @@ struct gradient_of<dilated_attention<M, S, P>>
       : attend(std::move(functor)), mixing(of_branches) {}
 
  private:
-  friend detail::GradientCalls<gradient_of>;
+  friend detail::GradientCalls<gradient_of, S, P>;
   static constexpr const char* name = "gradient(dilated_attention)";
 
   template <class Call>

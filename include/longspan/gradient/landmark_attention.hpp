@@ -59,21 +59,14 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Source    Mohtashami and Jaggi 2023 (arXiv 2305.16300), eq. 2-4, differentiated
 template <Mask M, Score S, Position P>
 struct gradient_of<landmark_attention<M, S, P>>
-    : detail::GradientCalls<gradient_of<landmark_attention<M, S, P>>> {
-  static_assert(DifferentiableScore<S>,
-                "longspan: the gradient needs the derivative of the score function: a member float "
-                "derivative(float s, Index b, Index h, Index i, Index j) const (score.hpp)");
-  static_assert(detail::TransposablePosition<P>,
-                "longspan: the gradient needs a member encode_transposed of the position encoding "
-                "(position.hpp)");
-
+    : detail::GradientCalls<gradient_of<landmark_attention<M, S, P>>, S, P> {
   landmark_attention<M, S, P> attend;
   RowsView<float> dcmt{};  ///< the gradient with respect to control.cmt; null if it is not wanted
 
   explicit gradient_of(landmark_attention<M, S, P> functor) : attend(std::move(functor)) {}
 
  private:
-  friend detail::GradientCalls<gradient_of>;
+  friend detail::GradientCalls<gradient_of, S, P>;
   static constexpr const char* name = "gradient(landmark_attention)";
 
   template <class Call>

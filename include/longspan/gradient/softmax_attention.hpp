@@ -51,21 +51,14 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           additions to dq, the sums over fixed spans of keys are added in order
 template <Mask M, Score S, Position P>
 struct gradient_of<softmax_attention<M, S, P>>
-    : detail::GradientCalls<gradient_of<softmax_attention<M, S, P>>> {
-  static_assert(DifferentiableScore<S>,
-                "longspan: the gradient needs the derivative of the score function: a member float "
-                "derivative(float s, Index b, Index h, Index i, Index j) const (score.hpp)");
-  static_assert(detail::TransposablePosition<P>,
-                "longspan: the gradient needs a member encode_transposed of the position encoding "
-                "(position.hpp)");
-
+    : detail::GradientCalls<gradient_of<softmax_attention<M, S, P>>, S, P> {
   softmax_attention<M, S, P> attend{};
 
   gradient_of() = default;
   explicit gradient_of(softmax_attention<M, S, P> functor) : attend(std::move(functor)) {}
 
  private:
-  friend detail::GradientCalls<gradient_of>;
+  friend detail::GradientCalls<gradient_of, S, P>;
   static constexpr const char* name = "gradient(softmax_attention)";
 
   template <class Call>

@@ -5,6 +5,8 @@
 #include "longspan/detail/gradient/problem.hpp"
 #include "longspan/eigen.hpp"
 #include "longspan/execution.hpp"
+#include "longspan/position.hpp"
+#include "longspan/score.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
 
@@ -12,9 +14,17 @@ LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// The overloads of a gradient's call. Each one calls Derived::check(problem), which throws Error if the functor
-/// rejects the call, and then Derived::differentiate(problem, executor, workspace), which writes dq, dk and dv.
-template <class Derived>
+/// rejects the call, and then Derived::differentiate(problem, executor, workspace), which writes dq, dk and dv. S and P are
+/// the score function and the position encoding of the functor.
+template <class Derived, class S = unchanged, class P = no_position>
 struct GradientCalls {
+  static_assert(DifferentiableScore<S>,
+                "longspan: the gradient needs the derivative of the score function: a member float "
+                "derivative(float s, Index b, Index h, Index i, Index j) const (score.hpp)");
+  static_assert(TransposablePosition<P>,
+                "longspan: the gradient needs a member encode_transposed of the position encoding "
+                "(position.hpp)");
+
   template <TensorLike Q, TensorLike K, TensorLike V, TensorLike Out, RowsLike Lse, TensorLike Dout,
             TensorLike Dq, TensorLike Dk, TensorLike Dv>
   void operator()(const Q& q, const K& k, const V& v, const Out& out, const Lse& lse, const Dout& dout,

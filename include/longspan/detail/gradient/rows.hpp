@@ -92,7 +92,7 @@ Real shift_of(Real lse) {
                                 : static_cast<Real>(static_cast<double>(lse) * double(score_unit<Real>));
 }
 
-/// D = dout.out - dlse. A product with an output of exactly 0 counts as 0, so that a row without keys has D = 0.
+/// D = dout.out - dlse.
 template <class Real, class Td, class To>
 Real delta_of(const Td* dout, const To* out, Index cols, Real dlse) {
   constexpr Index w = lanes<Real>;
