@@ -126,8 +126,8 @@ TEST_CASE("gradient of landmark_attention: within the bound with scores", "[gaug
 }
 
 TEST_CASE("gradient of landmark_attention: as the reference for all options", "[law][reference]") {
-  for_each_case(40, [](Random& random) {
-    const Index kv_len = random.between(1, 300), q_len = random.between(1, std::min<Index>(110, kv_len));
+  for_each_case(25, [](Random& random) {
+    const Index kv_len = random.between(1, 230), q_len = random.between(1, std::min<Index>(110, kv_len));
     GradientCall<double> call(Shape{2, 6, 2, q_len, kv_len, 6, 9},
                               random.pick({Values::normal, Values::peaked, Values::flat}), random);
     call.has_dlse = random.chance(0.5);
@@ -222,14 +222,14 @@ TEST_CASE("gradient of landmark_attention: without landmarks it is that of softm
 }
 
 TEST_CASE("gradient of landmark_attention: sums of float stay within the bound in a long context",
-          "[gauge][slow]") {
+          "[gauge]") {
   Random random(2);
-  for (const Index length : {64, 1000}) {
-    GradientCall<float> call(Shape{1, 1, 1, 2500, 3000, 8, 8}, Values::log_normal, random);
-    const Landmarks at = every(length, 1, 3000);
-    landmark_attention attend{landmarks::every(length), everything{}};
-    call.run(attend);
-    check_landmark_gradient({}, at, call);
+  for (const Shape& shape : {Shape{1, 1, 1, 60, 3000, 8, 8}, Shape{1, 1, 1, 2500, 70, 8, 8}}) {
+    for (const Index length : {64, 1000}) {
+      GradientCall<float> call(shape, Values::log_normal, random);
+      call.run(landmark_attention{landmarks::every(length), everything{}});
+      check_landmark_gradient({}, every(length, 1, shape.kv_len), call);
+    }
   }
 }
 

@@ -36,20 +36,21 @@ LONGSPAN_NAMESPACE_BEGIN
 ///
 /// Parts     as for the gradient of softmax_attention; all options of landmark_attention. A weight of the CMT below
 ///           `cutoff` counts as the constant 0
-/// Cost      that of the gradient of softmax_attention, plus a softmax for each block. Blocks of more keys than a group of
-///           key tiles (192 with AVX-512 and float) and the keys of calls with `control` are scored twice: seven products
-///           where there were five. With `control` the heads of one KV head are one task. Scratch: that of
-///           softmax_attention, 5 words for each block and, where keys are scored twice, 8 for each query
+/// Cost      that of the gradient of softmax_attention, plus 10 to 20 % for blocks of 64 keys (Intel AMX, causal, 2048
+///           tokens, head_dim 128 and 64) and 40 to 75 % for blocks of 8. Blocks of more keys than a group of key tiles
+///           (192 with AVX-512 and float) and the keys of calls with `control` are scored twice: seven products where
+///           there were five. With `control` the heads of one KV head are one task. Scratch: that of softmax_attention,
+///           5 words for each block and, where keys are scored twice, 8 for each query
 /// Error     with u = 2^-24 for float, a_ij = scale sum_c |q_ic k_jc| plus the size of what a score adds, b_ij =
-///           sum_c |dout_ic v_jc|, a_im' = sum_t p_it a_it and b_im' = sum_t p_it b_it over the tokens of block m, a_i and
-///           b_i the sums of g_ij a_ij over own tokens and g_im (a_im + a_im') over landmarks, and of g_ij b_ij and
-///           g_im b_im', and G_im = 1 + a_im + a_i + |lse[i]|:
-///             own token j      e = w_ij ((1 + a_ij + a_i + |lse[i]|) (|dp_ij| + |D_i|) + b_ij + E_i)
-///             other token t    e = w_it ((G_im + a_it + a_im') (|dp_it| + |D_im|) + b_it + E_im)
-///             landmark m       e = g_im (G_im (|D_im| + |D_i|) + E_im + E_i)
-///           with E_i = (1 + a_i) b_i + |dlse[i]| and E_im = sum_t p_it (1 + a_it + a_im') b_it. Then dq is within
-///           16 u scale sum_j e_ij |k[j]|, dk within 16 u scale sum_i e_ij |q[i]|, and dv within 16 u sum_i |dout[i]| w_ij
-///           times the first factor after w_ij above. Derivatives of scores, 16-bit tensors and small weights count as for
+///           sum_c |dout_ic v_jc|, A_im = sum_t p_it a_it and B_im = sum_t p_it b_it over the tokens of block m; a_i is
+///           the sum of g_ij a_ij over own tokens and of g_im (a_im + A_im) over landmarks, b_i that of g_ij b_ij and of
+///           g_im B_im; l_i = 1 + a_i + |lse[i]|, E_i = (1 + a_i) b_i + |dlse[i]|, and
+///           E_im = sum_t p_it (1 + a_it + A_im) b_it. Let
+///             own token j    f = l_i + a_ij                  e = w_ij (f (|dp_ij| + |D_i|) + b_ij + E_i)
+///             other token t  f = l_i + a_im + A_im + a_it    e = w_it (f (|dp_it| + |D_im|) + b_it + E_im)
+///             landmark m     f = l_i + a_im                  e = g_im (f (|D_im| + |D_i|) + E_im + E_i)
+///           Then dv is within 16 u sum_i w_ij f_ij |dout[i]|, dq within 16 u scale sum_j e_ij |k[j]|, and dk within
+///           16 u scale sum_i e_ij |q[i]|. Derivatives of scores, tensors of 16 bits and small weights count as for
 ///           softmax_attention
 /// Masked    as in landmark_attention: what a query does not see, and the key of the landmark of its own block, get
 ///           nothing from it, even if q, k, v or dout hold NaN there. The dv of a landmark is 0

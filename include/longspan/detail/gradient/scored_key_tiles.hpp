@@ -185,7 +185,7 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
             if (lane < run.first_packet * w || lane >= (run.first_packet + run.packets) * w) continue;
             for (Index i = run.begin; i < run.end; ++i) {
               const Real weight = weights[i * stride + lane];
-              if (weight != Real(0)) sum = std::fma(x.row(i)[c], weight, sum);
+              if (weight != Real(0)) sum = this->add_product(x.row(i)[c], weight, sum);
             }
           }
           sums[c * tile + lane] += sum;
@@ -203,7 +203,7 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
         Real sum = 0;
         for (Index lane = seen.first_lane; lane < seen.end_lane; ++lane) {
           const Real ds = ds_[i * group + lane];
-          if (ds != Real(0)) sum = std::fma(ds, k_.row(lane)[c], sum);
+          if (ds != Real(0)) sum = this->add_product(ds, k_.row(lane)[c], sum);
         }
         dq[c] = block.dq_is_set ? dq[c] + sum : sum;
       }
