@@ -37,7 +37,7 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Parts     as for the gradient of softmax_attention; all options of landmark_attention. A weight of the CMT below
 ///           `cutoff` counts as the constant 0
 /// Cost      that of the gradient of softmax_attention, plus 10 to 20 % for blocks of 64 keys (Intel AMX, causal, 2048
-///           tokens, head_dim 128 and 64) and 40 to 75 % for blocks of 8. Blocks of more keys than a group of key tiles
+///           tokens, head_dim 128 and 64) and 40 to 80 % for blocks of 8. Blocks of more keys than a group of key tiles
 ///           (192 with AVX-512 and float) and the keys of calls with `control` are scored twice: seven products where
 ///           there were five. With `control` the heads of one KV head are one task. Scratch: that of softmax_attention,
 ///           5 words for each block and, where keys are scored twice, 8 for each query
