@@ -114,50 +114,19 @@ class KeyTiles {
   /// Absorbs a block; blocks of a head come in rising order. Returns true if a key is visible: then its dq is set.
   bool absorb(const QueryBlock<Real>& block) {
     if (block.first_row % (blocks_in_chunk * rows_in_query_block) == 0) carry();
-    Index first_lane = group, end_lane = 0;
-    bool whole = true;
-    std::array<Runs, std::size_t(key_tiles_in_group)> runs_of;
-    for (Index t = 0; t < tiles_; ++t) {
-      Runs& runs = runs_of[std::size_t(t)];
-      runs = cut_into_runs(masks_[std::size_t(t)], static_cast<int>(packets_of(t)), block.first_row,
-                           block.q.rows);
-      whole &= runs.count == 1 && runs.begin()->partial == 0 && runs.begin()->packets == packets_of(t) &&
-               runs.begin()->end - runs.begin()->begin == block.q.rows;
-      for (const Run& run : runs) {
-        first_lane = (std::min)(first_lane, t * tile + run.first_packet * w);
-        end_lane = (std::max)(end_lane, t * tile + (run.first_packet + run.packets) * w);
-      }
-    }
-    if (first_lane >= end_lane) return false;
-    end_lane = (std::min)(end_lane, k_.rows);
-    if (!whole) {
+    Seen seen;
+    if (!look(block, seen)) return false;
+    if (!seen.whole) {
       for (Index i = 0; i < block.q.rows; ++i)
-        std::fill(ds_ + i * group + first_lane, ds_ + i * group + round_up(end_lane, w), Real(0));
+        std::fill(ds_ + i * group + seen.first_lane, ds_ + i * group + round_up(seen.end_lane, w), Real(0));
     }
-    const bool sums_lane_by_lane = (!whole || changes_score) && !is_finite(block);
+    const bool finite = (seen.whole && !changes_score) || is_finite(block);
     for (Index t = 0; t < tiles_; ++t) {
-      const Runs& runs = runs_of[std::size_t(t)];
-      if (runs.empty()) continue;
+      const Runs& runs = seen.runs_of[std::size_t(t)];
       for (const Run& run : runs) weigh(block, t, run);
-      if (sums_lane_by_lane) {
-        add_visible(block, t, runs);
-      } else {
-        add_keys(block, t, runs);
-      }
+      add_keys(block, t, runs, finite);
     }
-    if (sums_lane_by_lane) {
-      add_visible_queries(block, runs_of);
-    } else {
-      const Real *ds = ds_ + first_lane, *k = k_.row(first_lane);
-      const Index packets = divide_up(head_dim_, w), keys = end_lane - first_lane;
-      if (block.dq_is_set) {
-        multiply_columns<true>(ds, group, block.q.rows, k, k_.row_stride, keys, block.dq, block.dq_stride,
-                               packets);
-      } else {
-        multiply_columns<false>(ds, group, block.q.rows, k, k_.row_stride, keys, block.dq, block.dq_stride,
-                                packets);
-      }
-    }
+    add_queries(block, seen, finite);
     return true;
   }
 
@@ -211,6 +180,31 @@ class KeyTiles {
             load(static_cast<const Real*>(total_ + at)) + load(static_cast<const Real*>(sums_ + at)));
       store(sums_ + at, broadcast(Real(0)));
     }
+  }
+
+  /// What a query block sees of the keys.
+  struct Seen {
+    std::array<Runs, std::size_t(key_tiles_in_group)> runs_of;
+    Index first_lane = group, end_lane = 0;
+    bool whole = true;  ///< every pair is visible
+  };
+
+  /// Returns false if every pair is hidden.
+  bool look(const QueryBlock<Real>& block, Seen& seen) {
+    for (Index t = 0; t < tiles_; ++t) {
+      Runs& runs = seen.runs_of[std::size_t(t)];
+      runs = cut_into_runs(masks_[std::size_t(t)], static_cast<int>(packets_of(t)), block.first_row,
+                           block.q.rows);
+      seen.whole &= runs.count == 1 && runs.begin()->partial == 0 && runs.begin()->packets == packets_of(t) &&
+                    runs.begin()->end - runs.begin()->begin == block.q.rows;
+      for (const Run& run : runs) {
+        seen.first_lane = (std::min)(seen.first_lane, t * tile + run.first_packet * w);
+        seen.end_lane = (std::max)(seen.end_lane, t * tile + (run.first_packet + run.packets) * w);
+      }
+    }
+    if (seen.first_lane >= seen.end_lane) return false;
+    seen.end_lane = (std::min)(seen.end_lane, k_.rows);
+    return true;
   }
 
   /// A zero does not cancel a factor that is NaN or infinite.
@@ -276,8 +270,9 @@ class KeyTiles {
     }
   }
 
-  /// dV^T += dO^T P and dK^T += Q^T dS for the keys of a tile.
-  void add_keys(const QueryBlock<Real>& block, Index t, const Runs& runs) const {
+  /// dV^T += dO^T P and dK^T += Q^T dS for the keys of a tile. `finite`: no factor is NaN or infinite.
+  void add_keys(const QueryBlock<Real>& block, Index t, const Runs& runs, bool finite) const {
+    if (!finite) return add_nonzero_keys(block, t, runs);
     std::array<RowRun, Runs::capacity> rows;
     alignas(64) Real ones[std::size_t(tile)];
     std::fill_n(ones, tile, Real(1));
@@ -303,15 +298,22 @@ class KeyTiles {
     }
   }
 
-  /// True if a pair of a run counts: in a score function's result, a weight of exactly 0 stands for a hidden key.
-  bool counts(const QueryBlock<Real>& block, Index t, const Run& run, Index i, Index lane) const {
-    if constexpr (changes_score) {
-      if (p_[i * tile + lane] == Real(0)) return false;
+  /// dQ += dS K for all keys that are seen.
+  void add_queries(const QueryBlock<Real>& block, const Seen& seen, bool finite) const {
+    if (!finite) return add_nonzero_queries(block, seen);
+    const Real *ds = ds_ + seen.first_lane, *k = k_.row(seen.first_lane);
+    const Index packets = divide_up(head_dim_, w), keys = seen.end_lane - seen.first_lane;
+    if (block.dq_is_set) {
+      multiply_columns<true>(ds, group, block.q.rows, k, k_.row_stride, keys, block.dq, block.dq_stride,
+                             packets);
+    } else {
+      multiply_columns<false>(ds, group, block.q.rows, k, k_.row_stride, keys, block.dq, block.dq_stride,
+                              packets);
     }
-    return run.partial == 0 || (masks_[std::size_t(t)].seen_by(block.first_row + i) >> lane & 1u) != 0;
   }
 
-  // The same sums without the pairs that are hidden, with the same bits, for blocks in which a factor is not finite.
+  // The same products for blocks in which a factor is not finite. A weight, or a dS, of exactly 0 stands for a hidden pair:
+  // no factor of it counts. The bits are those of the sums above.
 
   /// a * b + c with the rounding that a packet has.
   static Real add_product(Real a, Real b, Real c) {
@@ -322,7 +324,7 @@ class KeyTiles {
     }
   }
 
-  void add_visible(const QueryBlock<Real>& block, Index t, const Runs& runs) {
+  void add_nonzero_keys(const QueryBlock<Real>& block, Index t, const Runs& runs) const {
     for (Index lane = 0; lane < keys_of(t); ++lane) {
       const auto add = [&](const MatrixView<const Real>& x, const Real* weights, Index stride, Real* sums) {
         for (Index c = 0; c < x.cols; ++c) {
@@ -330,8 +332,8 @@ class KeyTiles {
           for (const Run& run : runs) {
             if (lane < run.first_packet * w || lane >= (run.first_packet + run.packets) * w) continue;
             for (Index i = run.begin; i < run.end; ++i) {
-              if (counts(block, t, run, i, lane))
-                sum = add_product(x.row(i)[c], weights[i * stride + lane], sum);
+              const Real weight = weights[i * stride + lane];
+              if (weight != Real(0)) sum = add_product(x.row(i)[c], weight, sum);
             }
           }
           sums[c * tile + lane] += sum;
@@ -340,31 +342,16 @@ class KeyTiles {
       add(block.dout, p_, tile, sums_v(t));
       add(block.q, ds_ + t * tile, group, sums_k(t));
     }
-    for (const Run& run :
-         runs) {  // the weights are overwritten by the next tile, and marked pairs left out below
-      for (Index i = run.begin; i < run.end; ++i) {
-        for (Index lane = run.first_packet * w; lane < (run.first_packet + run.packets) * w; ++lane)
-          skipped_[std::size_t(i)][std::size_t(t * tile + lane)] = !counts(block, t, run, i, lane);
-      }
-    }
   }
 
-  void add_visible_queries(const QueryBlock<Real>& block,
-                           const std::array<Runs, std::size_t(key_tiles_in_group)>& runs_of) const {
+  void add_nonzero_queries(const QueryBlock<Real>& block, const Seen& seen) const {
     for (Index i = 0; i < block.q.rows; ++i) {
       Real* dq = block.dq + i * block.dq_stride;
       for (Index c = 0; c < head_dim_; ++c) {
         Real sum = 0;
-        for (Index t = 0; t < tiles_; ++t) {
-          for (const Run& run : runs_of[std::size_t(t)]) {
-            if (i < run.begin || i >= run.end) continue;
-            const Index end = (std::min)((run.first_packet + run.packets) * w, keys_of(t));
-            for (Index lane = run.first_packet * w; lane < end; ++lane) {
-              const Index key = t * tile + lane;
-              if (!skipped_[std::size_t(i)][std::size_t(key)])
-                sum = add_product(ds_[i * group + key], k_.row(key)[c], sum);
-            }
-          }
+        for (Index lane = seen.first_lane; lane < seen.end_lane; ++lane) {
+          const Real ds = ds_[i * group + lane];
+          if (ds != Real(0)) sum = add_product(ds, k_.row(lane)[c], sum);
         }
         dq[c] = block.dq_is_set ? dq[c] + sum : sum;
       }
@@ -391,7 +378,6 @@ class KeyTiles {
   Real* ds_ = nullptr;            ///< dP, then dS of all tiles, [rows_in_query_block][group]
   signed char k_is_finite_ = -1;  ///< -1: not yet known
   std::array<KeyMask<Real, M>, std::size_t(key_tiles_in_group)> masks_;
-  std::array<std::array<bool, std::size_t(group)>, std::size_t(rows_in_query_block)> skipped_;
 };
 
 }  // namespace detail

@@ -77,7 +77,7 @@ class LandmarkKeyTiles : public ScoredKeyTiles<Real, M, S> {
     for (Index n = 0; n < parts_; ++n) {
       const Part& part = part_[std::size_t(n)];
       if ((std::max)(part.end, part.landmark + 1) <= seen.first_lane || part.begin >= seen.end_lane) continue;
-      if (seen.hides) {
+      if (changes_score || !seen.whole) {
         weigh<true>(block, part, rows);
       } else {
         weigh<false>(block, part, rows);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstddef>
 
 #include "longspan/detail/call/arena.hpp"
@@ -44,7 +43,6 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
   }
 
  protected:
-  using Base::add_keys;
   using Base::batch_;
   using Base::ds_;
   using Base::first_key_;
@@ -64,12 +62,7 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
   static constexpr bool has_slopes = changes_score && !only_adds<S>;
   static constexpr Real hidden_score = FloatArithmetic<Real>::masked_score;
 
-  /// What a query block sees of the keys.
-  struct Seen {
-    std::array<Runs, std::size_t(key_tiles_in_group)> runs_of;
-    Index first_lane = group, end_lane = 0;
-    bool hides = changes_score;  ///< a pair within the lanes may be hidden
-  };
+  using Seen = typename Base::Seen;
 
   Real* weight_at(Index i, Index lane) const {
     return weights_ + (lane / tile * rows_in_query_block + i) * tile + lane % tile;
@@ -78,22 +71,8 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
   /// Scores into weights_ (in score units, hidden_score where a pair is hidden) and dP into ds_ (0 there). Returns false
   /// if every pair is hidden.
   bool make_scores(const QueryBlock<Real>& block, Seen& seen) {
-    bool whole = true;
-    for (Index t = 0; t < tiles_; ++t) {
-      Runs& runs = seen.runs_of[std::size_t(t)];
-      runs = cut_into_runs(masks_[std::size_t(t)], static_cast<int>(packets_of(t)), block.first_row,
-                           block.q.rows);
-      whole &= runs.count == 1 && runs.begin()->partial == 0 && runs.begin()->packets == packets_of(t) &&
-               runs.begin()->end - runs.begin()->begin == block.q.rows;
-      for (const Run& run : runs) {
-        seen.first_lane = (std::min)(seen.first_lane, t * tile + run.first_packet * w);
-        seen.end_lane = (std::max)(seen.end_lane, t * tile + (run.first_packet + run.packets) * w);
-      }
-    }
-    if (seen.first_lane >= seen.end_lane) return false;
-    seen.end_lane = (std::min)(seen.end_lane, k_.rows);
-    seen.hides |= !whole;
-    if (!whole) {
+    if (!Base::look(block, seen)) return false;
+    if (!seen.whole) {
       std::fill_n(weights_, tiles_ * rows_in_query_block * tile, hidden_score);
       std::fill_n(ds_, block.q.rows * group, Real(0));
       if (has_slopes) std::fill_n(slopes_, block.q.rows * group, Real(0));
@@ -105,31 +84,12 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
   }
 
   void add_products(const QueryBlock<Real>& block, const Seen& seen) {
-    // A weight of 0 does not cancel a factor that is NaN or infinite.
     const bool finite = is_finite(block);
     for (Index t = 0; t < tiles_; ++t) {
-      const Runs& runs = seen.runs_of[std::size_t(t)];
-      if (runs.empty()) continue;
       p_ = weights_ + t * rows_in_query_block * tile;
-      if (finite) {
-        add_keys(block, t, runs);
-      } else {
-        add_nonzero(block, t, runs);
-      }
+      Base::add_keys(block, t, seen.runs_of[std::size_t(t)], finite);
     }
-    if (!finite) {
-      add_nonzero_queries(block, seen);
-      return;
-    }
-    const Real *ds = ds_ + seen.first_lane, *k = k_.row(seen.first_lane);
-    const Index packets = divide_up(head_dim_, w), keys = seen.end_lane - seen.first_lane;
-    if (block.dq_is_set) {
-      multiply_columns<true>(ds, group, block.q.rows, k, k_.row_stride, keys, block.dq, block.dq_stride,
-                             packets);
-    } else {
-      multiply_columns<false>(ds, group, block.q.rows, k, k_.row_stride, keys, block.dq, block.dq_stride,
-                              packets);
-    }
+    Base::add_queries(block, seen, finite);
   }
 
  private:
@@ -170,42 +130,6 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
         }
         store(s + c * w, select(hidden, lowest, of_pair));
         store(dp + c * w, select(hidden, zero, load(static_cast<const Real*>(dp + c * w))));
-      }
-    }
-  }
-
-  // The products without the pairs whose weight is 0, with the same bits, for blocks in which a factor is not finite.
-
-  void add_nonzero(const QueryBlock<Real>& block, Index t, const Runs& runs) const {
-    for (Index lane = 0; lane < keys_of(t); ++lane) {
-      const auto add = [&](const MatrixView<const Real>& x, const Real* weights, Index stride, Real* sums) {
-        for (Index c = 0; c < x.cols; ++c) {
-          Real sum = 0;
-          for (const Run& run : runs) {
-            if (lane < run.first_packet * w || lane >= (run.first_packet + run.packets) * w) continue;
-            for (Index i = run.begin; i < run.end; ++i) {
-              const Real weight = weights[i * stride + lane];
-              if (weight != Real(0)) sum = this->add_product(x.row(i)[c], weight, sum);
-            }
-          }
-          sums[c * tile + lane] += sum;
-        }
-      };
-      add(block.dout, p_, tile, this->sums_v(t));
-      add(block.q, ds_ + t * tile, group, this->sums_k(t));
-    }
-  }
-
-  void add_nonzero_queries(const QueryBlock<Real>& block, const Seen& seen) const {
-    for (Index i = 0; i < block.q.rows; ++i) {
-      Real* dq = block.dq + i * block.dq_stride;
-      for (Index c = 0; c < head_dim_; ++c) {
-        Real sum = 0;
-        for (Index lane = seen.first_lane; lane < seen.end_lane; ++lane) {
-          const Real ds = ds_[i * group + lane];
-          if (ds != Real(0)) sum = this->add_product(ds, k_.row(lane)[c], sum);
-        }
-        dq[c] = block.dq_is_set ? dq[c] + sum : sum;
       }
     }
   }
