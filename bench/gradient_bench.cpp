@@ -1,8 +1,8 @@
 // The gradient of softmax_attention for several shapes, storage types and threads.
 //
 // "%roof" counts the five products of a backward pass, 2.5 times the forward pass; in bfloat16 it is a share of the
-// fastest bf16 instruction. Before it is timed, sampled rows of dq, dk and dv are checked against double; a wrong result is
-// an error and has no time.
+// fastest bf16 instruction. Before it is timed, sampled rows of dq, dk and dv are checked against double; a wrong
+// result is an error and has no time.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -112,8 +112,8 @@ struct Data {
     visit(p, scale * p * (dp - delta), p * of_weight, scale * p * of_weight * size);
   }
 
-  /// The worst error of sampled rows, in units of 2^-24 times their gauge, after subtracting `rounding` times the gauge;
-  /// infinite if a number is not finite.
+  /// The worst error of sampled rows, in units of 2^-24 times their gauge, after subtracting `rounding` times the
+  /// gauge; infinite if a number is not finite.
   double worst_ratio(double rounding) {
     double worst = 0;
     const auto take = [&](const GaugedRow& row, const T* got) {

@@ -1,8 +1,8 @@
 // The gradient of infini_attention for several lengths, segments and both rules.
 //
-// "%roof" counts the useful products: five of causal attention within segments, and those of the memory. The forward pass of
-// local attention and that of the memory, which are computed again, are not useful. Before it is timed, the gradients of one head are compared with
-// the reference in double; a wrong result is an error and has no time.
+// "%roof" counts the useful products: five of causal attention within segments, and those of the memory. The forward
+// pass of local attention and that of the memory, which are computed again, are not useful. Before it is timed, the
+// gradients of one head are compared with the reference in double; a wrong result is an error and has no time.
 #include <algorithm>
 #include <cmath>
 #include <limits>

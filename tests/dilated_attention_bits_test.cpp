@@ -1,4 +1,5 @@
-// What changes no bit of dilated_attention: compiled as it is shipped, apart from the tests that compare with a tolerance.
+// What changes no bit of dilated_attention: compiled as it is shipped, apart from the tests that compare with a
+// tolerance.
 #include <algorithm>
 #include <cmath>
 #include <utility>

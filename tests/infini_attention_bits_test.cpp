@@ -1,4 +1,5 @@
-// What changes no bit of infini_attention: compiled as it is shipped, apart from the tests that compare with a tolerance.
+// What changes no bit of infini_attention: compiled as it is shipped, apart from the tests that compare with a
+// tolerance.
 #include <utility>
 
 #include "longspan/dilated_attention.hpp"

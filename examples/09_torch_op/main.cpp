@@ -1,4 +1,5 @@
-// Calls the operator from a program with libtorch, and compares it and its gradients with torch's own arithmetic in double.
+// Calls the operator from a program with libtorch, and compares it and its gradients with torch's own arithmetic in
+// double.
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>

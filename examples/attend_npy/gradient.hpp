@@ -13,8 +13,8 @@
 
 namespace attend_npy {
 
-/// The functor of a gradient that also computes the gradient with --dout and --dlse, and returns dq, dk and dv as additional
-/// outputs.
+/// The functor of a gradient that also computes the gradient with --dout and --dlse, and returns dq, dk and dv as
+/// additional outputs.
 template <class Gradient>
 class WithGradient {
  public:

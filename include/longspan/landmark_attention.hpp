@@ -79,8 +79,8 @@ struct landmark_attention : detail::FunctorCalls<landmark_attention<M, S, P>, tr
   landmark_control control{};
   /// Multiply in bfloat16 if q, k and v are bfloat16, the process may use matrix tiles (see request_amx), every block
   /// has at most 256 keys, and none is controlled. This takes 0.3 of the time of float, and 1.1 to 1.3 times that of
-  /// softmax_attention on matrix tiles (blocks of 64 keys; with 8 keys twice that time). It adds 2^-8 sum_j w_ij |v_j| to
-  /// the error of out, and 2e-4 to that of lse. Encoded rows are rounded as in softmax_attention.
+  /// softmax_attention on matrix tiles (blocks of 64 keys; with 8 keys twice that time). It adds 2^-8 sum_j w_ij |v_j|
+  /// to the error of out, and 2e-4 to that of lse. Encoded rows are rounded as in softmax_attention.
   bool bf16_products = true;
 
   template <class... Parts>

@@ -41,9 +41,10 @@ using PositionIdentity = std::array<double, 6>;
 
 /// A position encoding. `encode(rows, first_position, role)` changes rows of floats or doubles in place; row i is at
 /// position first_position + i. `check(cols)` throws Error if rows of that length cannot be encoded.
-/// `encode_transposed(rows, first_position, role)` is optional: the transpose of what `encode` does to a row, through which
-/// gradients come back. `PositionIdentity identity() const` is optional: a stream saves it in its file, and `load` throws Error if the
-/// keys in the file have another identity. All encodings without this member share one identity.
+/// `encode_transposed(rows, first_position, role)` is optional: the transpose of what `encode` does to a row, through
+/// which gradients come back. `PositionIdentity identity() const` is optional: a stream saves it in its file, and
+/// `load` throws Error if the keys in the file have another identity. All encodings without this member share one
+/// identity.
 template <class P>
 concept Position = std::is_object_v<P> && requires(const P& encoding, float* row, Index x, Role role) {
   encoding.encode(MatrixView<float>{row, x, x, x}, x, role);

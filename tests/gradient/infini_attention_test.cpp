@@ -145,8 +145,8 @@ TEST_CASE(
 }
 
 TEST_CASE("gradient of infini_attention: a document in chunks", "[laws][gradient][infini]") {
-  // With dinitial as dfinal of the chunk before, chunks give the gradient of the whole; without it, that of a truncation at
-  // the borders of the chunks.
+  // With dinitial as dfinal of the chunk before, chunks give the gradient of the whole; without it, that of a
+  // truncation at the borders of the chunks.
   Random random(5);
   const Shape shape{2, 4, 2, 72, 72, 8, 12};
   const Index in_chunk = 20;

@@ -19,7 +19,8 @@
 
 namespace test {
 
-/// A forward call with all tensors of its backward call: dout as out, dlse as lse, and the gradients, which start as NaN.
+/// A forward call with all tensors of its backward call: dout as out, dlse as lse, and the gradients, which start as
+/// NaN.
 template <class Tq, class Tk = Tq, class Tv = Tk, class To = Tq, class Gq = Tq, class Gk = Tk, class Gv = Tv>
 struct GradientCall {
   using Real = Arithmetic<Tq>;
@@ -108,7 +109,8 @@ inline std::vector<double> encoding_matrix(const Definition& what, Index cols, I
   return matrix;
 }
 
-/// Rows of a head after their encoding, and with |encoding| applied to |row|: the size of what is added up in each number.
+/// Rows of a head after their encoding, and with |encoding| applied to |row|: the size of what is added up in each
+/// number.
 template <class Real>
 struct EncodedRows {
   std::size_t cols;
@@ -158,8 +160,8 @@ struct EncodedRows {
   }
 };
 
-/// Additional errors that an option documents: those of out and lse in the forward call, and relative errors of the weights
-/// and of their gradients in the backward call.
+/// Additional errors that an option documents: those of out and lse in the forward call, and relative errors of the
+/// weights and of their gradients in the backward call.
 struct GradientAllowance {
   Allowance forward{};
   double weights = 0;
@@ -175,8 +177,8 @@ struct PairGradient {
 template <class Real>
 inline constexpr double lowest_normal = static_cast<double>((std::numeric_limits<Real>::min)());
 
-/// The row of pairs of one query, from its scores: `sizes` are the a_ij of the docstring, `dp` and `dp_size` are sums over
-/// columns of dout v and |dout v|.
+/// The row of pairs of one query, from its scores: `sizes` are the a_ij of the docstring, `dp` and `dp_size` are sums
+/// over columns of dout v and |dout v|.
 template <class Real, class Arith>
 std::vector<PairGradient<Real>> pair_gradients(const std::vector<WeighedPair<Real>>& pairs,
                                                const std::vector<Real>& slope, const std::vector<Real>& dp,

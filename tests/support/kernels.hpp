@@ -1,5 +1,5 @@
-// Part of the precompiled header of the tests: the library's kernels for few queries, which headers.cpp compiles once for
-// all tests of one level of optimisation.
+// Part of the precompiled header of the tests: the library's kernels for few queries, which headers.cpp compiles once
+// for all tests of one level of optimisation.
 #pragma once
 
 #include <cstdint>

@@ -83,10 +83,10 @@ inline bool uses_tiles() {
 /// The scores of bfloat16 products are unscaled when their maximum is found, so the scale must be positive.
 inline constexpr float least_scale = 1e-30f;
 
-/// The types for which there is code that uses matrix tiles. A half is a sum of two bfloat16, but half stays with float:
-/// its weights are not rounded to bfloat16, and need three of them to be as exact as float. Then there are 4 products for
-/// scores and 5 for values, which take 1.07 times as long as float (Intel AMX, from the times of the parts at 2048 tokens,
-/// d = 64 and 128; 0.63 times with rounded weights).
+/// The types for which there is code that uses matrix tiles. A half is a sum of two bfloat16, but half stays with
+/// float: its weights are not rounded to bfloat16, and need three of them to be as exact as float. Then there are 4
+/// products for scores and 5 for values, which take 1.07 times as long as float (Intel AMX, from the times of the
+/// parts at 2048 tokens, d = 64 and 128; 0.63 times with rounded weights).
 #if defined(LONGSPAN_USES_AMX)
 template <class Tq, class Tk, class Tv, class To>
 inline constexpr bool suits_tiles =

@@ -17,8 +17,8 @@
 #define LONGSPAN_INTRINSICS_END
 #endif
 
-// a + b of two vectors, and so on. The operators of g++ and clang++ make the same instructions as Eigen's functions, with
-// two functions less to inline for each of the thousands in a kernel: 3 % of the compile time of a call.
+// a + b of two vectors, and so on. The operators of g++ and clang++ make the same instructions as Eigen's functions,
+// with two functions less to inline for each of the thousands in a kernel: 3 % of the compile time of a call.
 #if defined(__GNUC__) || defined(__clang__)
 #define LONGSPAN_VECTOR_OPERATION(function, a, op, b) a op b
 #else

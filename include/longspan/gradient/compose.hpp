@@ -26,19 +26,19 @@
 LONGSPAN_NAMESPACE_BEGIN
 
 /// The gradient of merged: dq, dk and dv are the sums of those of the parts, in their order. A part that is
-/// softmax_attention, or merged of these, gets dout, dlse, out and lse of the call itself: its weights exp(score - lse) are
-/// then those of the union. For each other part out_n and lse_n are computed again, and merge_gradient computes dout_n
-/// and dlse_n.
+/// softmax_attention, or merged of these, gets dout, dlse, out and lse of the call itself: its weights exp(score -
+/// lse) are then those of the union. For each other part out_n and lse_n are computed again, and merge_gradient
+/// computes dout_n and dlse_n.
 ///
 ///   merged attend{softmax_attention{causal{} & window{.left = 511}}, dilated_attention{{{4096, 8}}, causal{}}};
 ///   attend(q, k, v, out, lse);                              // forward
 ///   gradient(attend)(q, k, v, out, lse, dout, dq, dk, dv);  // backward, dlse and execution are optional
 ///
-/// Parts     each part needs a gradient, whose header is to be included; that of softmax_attention is included. Options of
-///           their gradients are set in `parts`
-/// Cost      the gradients of the parts, the forward calls of the parts that are computed again, and one pass over dq, dk
-///           and dv for each part after the first. Scratch: dq, dk and dv once, twice if those of the caller are of 16
-///           bits, and out_n, dout_n, lse_n and dlse_n of one part that is computed again
+/// Parts     each part needs a gradient, whose header is to be included; that of softmax_attention is included.
+///           Options of their gradients are set in `parts`
+/// Cost      the gradients of the parts, the forward calls of the parts that are computed again, and one pass over dq,
+///           dk and dv for each part after the first. Scratch: dq, dk and dv once, twice if those of the caller are of
+///           16 bits, and out_n, dout_n, lse_n and dlse_n of one part that is computed again
 /// Error     the sum of those of the parts, with lse and D of the call. 16-bit gradients are rounded once
 /// Masked    a part that sees no key of a query sends nothing to it and gets nothing from it
 /// Bits      do not depend on the executor
@@ -111,8 +111,8 @@ struct gradient_of<merged<Parts...>> : detail::GradientCalls<gradient_of<merged<
   }
 };
 
-/// The gradient of gated: dq, dk and dv are the sums of those of a, from g dout, and of b, from (1 - g) dout; dbeta is that of
-/// gate_gradient. gated returns no lse, so that there is no gradient of one, and its output is not needed.
+/// The gradient of gated: dq, dk and dv are the sums of those of a, from g dout, and of b, from (1 - g) dout; dbeta is
+/// that of gate_gradient. gated returns no lse, so that there is no gradient of one, and its output is not needed.
 ///
 ///   gated attend{per_head_gate(beta), a, b};
 ///   attend(q, k, v, out);                          // forward
@@ -122,13 +122,14 @@ struct gradient_of<merged<Parts...>> : detail::GradientCalls<gradient_of<merged<
 ///
 /// Shapes    dout as out, dq as q, dk as k, dv as v; dbeta as beta, [1, 1] if beta is not set
 /// Parts     a and b need gradients, whose headers are to be included; that of softmax_attention is included
-/// Cost      the gradients of a and b, and their forward calls, which compute out and lse again; a functor without lse is
-///           called forward only for dbeta. One pass over dout, dq, dk and dv. Scratch: dq, dk and dv once, twice if those
-///           of the caller are of 16 bits, and out, dout and lse of both
+/// Cost      the gradients of a and b, and their forward calls, which compute out and lse again; a functor without lse
+///           is called forward only for dbeta. One pass over dout, dq, dk and dv. Scratch: dq, dk and dv once, twice
+///           if those of the caller are of 16 bits, and out, dout and lse of both
 /// Error     the sum of those of a and b. 16-bit gradients are rounded once
 /// Masked    a side whose gate is 0 gets nothing
 /// Bits      do not depend on the executor
-/// Throws    Error as gradient.hpp says, when dbeta does not fit, or when gated refuses the call, before anything is written
+/// Throws    Error as gradient.hpp says, when dbeta does not fit, or when gated refuses the call, before anything is
+///           written
 template <class A, class B>
 struct gradient_of<gated<A, B>> : detail::GradientCallsWithoutLse<gradient_of<gated<A, B>>> {
   static_assert(detail::HasGradient<A> && detail::HasGradient<B>,
@@ -205,10 +206,10 @@ using PerHeadGradientCalls =
 ///   gradient(attend)(q, k, v, out, lse, dout, dq, dk, dv);  // all functors return an lse; dlse is optional
 ///   gradient(attend)(q, k, v, dout, dq, dk, dv);            // otherwise
 ///
-/// Parts     each functor needs a gradient, whose header is to be included; that of softmax_attention is included. Options
-///           of their gradients are set in `ranges`
-/// Cost      that of the gradients. If some functors return no lse, the others are called forward again, with scratch memory
-///           for out and lse of their heads; otherwise no additional scratch
+/// Parts     each functor needs a gradient, whose header is to be included; that of softmax_attention is included.
+///           Options of their gradients are set in `ranges`
+/// Cost      that of the gradients. If some functors return no lse, the others are called forward again, with scratch
+///           memory for out and lse of their heads; otherwise no additional scratch
 /// Throws    Error as gradient.hpp says, or when per_head refuses the call, before anything is written
 template <class... F>
 struct gradient_of<per_head<F...>> : detail::PerHeadGradientCalls<gradient_of<per_head<F...>>, F...> {

@@ -29,20 +29,20 @@ LONGSPAN_NAMESPACE_BEGIN
 ///   gradient(attend)(q, k, v, out, lse, dout, dq, dk, dv, execution);  // as in gradient.hpp
 ///
 ///   mixing = exact      D_i = dout[i].out[i] - dlse[i]: the gradient of the functor
-///   mixing = detached   D_i = dout[i].o_n[i], with the output o_n of branch n alone: the weights of the branches count as
-///                       constants, as in the training code of torchscale. dlse must not be given
+///   mixing = detached   D_i = dout[i].o_n[i], with the output o_n of branch n alone: the weights of the branches
+///                       count as constants, as in the training code of torchscale. dlse must not be given
 ///
 /// Parts     as for the gradient of softmax_attention
-/// Cost      2 (3 head_dim + 2 value_dim) flop per pair, for `detached` 2 (4 head_dim + 3 value_dim). The heads of one KV
-///           head and the segments of a branch are tasks; a segment is not cut. Scratch: for a few KV heads at a time
-///           tensors of the shapes of dq, dk and dv, and rows of q, k, v and dout where they are not of the arithmetic's
-///           type
+/// Cost      2 (3 head_dim + 2 value_dim) flop per pair, for `detached` 2 (4 head_dim + 3 value_dim). The heads of one
+///           KV head and the segments of a branch are tasks; a segment is not cut. Scratch: for a few KV heads at a
+///           time tensors of the shapes of dq, dk and dv, and rows of q, k, v and dout where they are not of the
+///           arithmetic's type
 /// Error     that of the gradient of softmax_attention, with the keys of all branches as one set
 /// Masked    as there. A query that no branch keeps has gradient 0
 /// Bits      do not depend on the executor, on its number of threads, nor on the other batch rows and KV heads
 /// Throws    Error as gradient.hpp says, or when the functor refuses the call
-/// Source    Ding et al. 2023 (arXiv 2307.02486), eq. 9 and 10; the paper does not say whether the weights of the branches
-///           are constants
+/// Source    Ding et al. 2023 (arXiv 2307.02486), eq. 9 and 10; the paper does not say whether the weights of the
+///           branches are constants
 template <Mask M, Score S, Position P>
 struct gradient_of<dilated_attention<M, S, P>>
     : detail::GradientCalls<gradient_of<dilated_attention<M, S, P>>, S, P> {

@@ -16,8 +16,8 @@ LONGSPAN_NAMESPACE_BEGIN
 ///   gradient(attend)(q, k, v, out, lse, dout, dq, dk, dv, execution);
 ///   gradient(attend)(q, k, v, out, lse, dout, dlse, dq, dk, dv, execution);  // if the loss depends on lse too
 ///
-/// A functor that returns no lse (infini_attention, gated) is differentiated without out and lse, whose parts are computed
-/// again:
+/// A functor that returns no lse (infini_attention, gated) is differentiated without out and lse, whose parts are
+/// computed again:
 ///
 ///   gradient(attend)(q, k, v, dout, dq, dk, dv, execution);                  // execution is optional
 ///

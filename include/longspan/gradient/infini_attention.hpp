@@ -27,8 +27,9 @@ LONGSPAN_NAMESPACE_BEGIN
 /// bptt_segments: gradients flow back through the memory to the first segment.
 inline constexpr Index all_segments = Index{1} << 60;
 
-/// The gradient of infini_attention, from the last segment to the first. With g = sigmoid(beta), the memory M, z before a
-/// segment, the gradient dM, dz with respect to the memory after it, and phi' the derivative of the feature map,
+/// The gradient of infini_attention, from the last segment to the first. With g = sigmoid(beta), the memory M, z
+/// before a segment, the gradient dM, dz with respect to the memory after it, and phi' the derivative of the feature
+/// map,
 ///
 ///   local  dlocal = (1 - g) dout, from which the gradient of `local` computes its share of dq, dk and dv
 ///   gate   dbeta += g (1 - g) sum dout (read - local),          dread = g dout
@@ -46,34 +47,37 @@ inline constexpr Index all_segments = Index{1} << 60;
 ///
 /// infini_attention returns no lse, so that there is no gradient of one, and its output is not needed.
 ///
-/// Shapes    dout as out, dq as q, dk as k, dv as v; dbeta as beta, [1, 1] if beta is not set. States are float, as beta
-///           is: m [batch, kv_heads, head_dim, value_dim], z [batch, kv_heads, head_dim]
+/// Shapes    dout as out, dq as q, dk as k, dv as v; dbeta as beta, [1, 1] if beta is not set. States are float, as
+///           beta is: m [batch, kv_heads, head_dim, value_dim], z [batch, kv_heads, head_dim]
 /// Local     any functor that has a gradient, whose header is to be included. Those of softmax_attention are included
 /// Feature   a feature map needs a member `derivative` (infini_options.hpp), which elu_plus_one has
-/// Memory    `initial` is the memory before the first segment; with it the first segment is gated as all others. The final
-///           memory is the one after the last whole segment: a shorter last segment is not written. `dfinal` is the
-///           gradient of the loss with respect to it, `dinitial` receives the gradient with respect to `initial`. A long
-///           document can so be taken in chunks of whole segments, forward with infini_memory and backward from the last
-///           chunk to the first
-/// Truncated `bptt_segments` = n stops the gradient of the memory at the segments 0, n, 2n, ...: what a segment writes gets
-///           gradients from the reads of its own n segments alone. With 1 no k or v gets anything from the memory, except
-///           from dfinal. dinitial is not stopped
-/// Cost      the gradient of `local` for each segment, and its forward call, which computes out and lse again (7 products
-///           instead of 5 for softmax_attention; a local functor without lse is called forward only for dbeta). The
-///           memory takes 6 head_dim * (value_dim + 1) flop for each token and query head, and for each token and KV
-///           head 6 head_dim * value_dim flop with InfiniRule::linear and 14 with delta. `checkpoint_segments` = n keeps
-///           one memory of n and computes the others again, which takes another 2 (delta: 4) of these
-/// Scratch   segments / n + n memories of batch * kv_heads * head_dim * (value_dim + 1) numbers, n = checkpoint_segments.
-///           The following are for one segment: out, dout and lse, tensors like dq, dk and dv if they are of 16 bits,
-///           and at most 16 sums of head_dim * (value_dim + 1) numbers for each query head and each KV head
-/// Error     that of the gradient of `local`, plus the rounding of the products above: their sums are made in blocks of 96
-///           rows, then of at most 16 spans of a segment, then of segments. On random tensors at most 131 u of the largest
-///           number of each gradient was measured, with both rules, u = 2^-24 for float and 2^-53 for double
-/// Masked    with `lengths`, rows after the length of a batch row get a gradient of 0 and have no effect, even if they or
-///           their dout contain NaN. A side whose gate is 0 gets nothing. A norm below infini_least_norm has no gradient,
-///           and a memory of norm 0 returns 0 and has none
-/// Bits      do not depend on the executor, on how many threads it has, on checkpoint_segments, or on other batch rows and
-///           KV heads (dbeta is a sum over batch rows)
+/// Memory    `initial` is the memory before the first segment; with it the first segment is gated as all others. The
+///           final memory is the one after the last whole segment: a shorter last segment is not written. `dfinal` is
+///           the gradient of the loss with respect to it, `dinitial` receives the gradient with respect to `initial`.
+///           A long document can so be taken in chunks of whole segments, forward with infini_memory and backward from
+///           the last chunk to the first
+/// Truncated `bptt_segments` = n stops the gradient of the memory at the segments 0, n, 2n, ...: what a segment writes
+///           gets gradients from the reads of its own n segments alone. With 1 no k or v gets anything from the memory,
+///           except from dfinal. dinitial is not stopped
+/// Cost      the gradient of `local` for each segment, and its forward call, which computes out and lse again (7
+///           products instead of 5 for softmax_attention; a local functor without lse is called forward only for
+///           dbeta). The memory takes 6 head_dim * (value_dim + 1) flop for each token and query head, and for each
+///           token and KV head 6 head_dim * value_dim flop with InfiniRule::linear and 14 with delta.
+///           `checkpoint_segments` = n keeps one memory of n and computes the others again, which takes another 2
+///           (delta: 4) of these
+/// Scratch   segments / n + n memories of batch * kv_heads * head_dim * (value_dim + 1) numbers, n =
+///           checkpoint_segments. The following are for one segment: out, dout and lse, tensors like dq, dk and dv if
+///           they are of 16 bits, and at most 16 sums of head_dim * (value_dim + 1) numbers for each query head and
+///           each KV head
+/// Error     that of the gradient of `local`, plus the rounding of the products above: their sums are made in blocks
+///           of 96 rows, then of at most 16 spans of a segment, then of segments. On random tensors at most 131 u of
+///           the largest number of each gradient was measured, with both rules, u = 2^-24 for float and 2^-53 for
+///           double
+/// Masked    with `lengths`, rows after the length of a batch row get a gradient of 0 and have no effect, even if they
+///           or their dout contain NaN. A side whose gate is 0 gets nothing. A norm below infini_least_norm has no
+///           gradient, and a memory of norm 0 returns 0 and has none
+/// Bits      do not depend on the executor, on how many threads it has, on checkpoint_segments, or on other batch rows
+///           and KV heads (dbeta is a sum over batch rows)
 /// Throws    Error as gradient.hpp says, when infini_attention refuses the call, or when dbeta, a state or a number of
 ///           segments does not fit, before anything is written
 /// Source    Munkhdalai et al. 2024 (arXiv 2404.07143 v2), eq. 6-11, differentiated

@@ -43,8 +43,8 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           5 words for each block and, where keys are scored twice, 8 for each query
 /// Error     with u = 2^-24 for float, a_ij = scale sum_c |q_ic k_jc| plus the size of what a score adds, b_ij =
 ///           sum_c |dout_ic v_jc|, A_im = sum_t p_it a_it and B_im = sum_t p_it b_it over the tokens of block m; a_i is
-///           the sum of g_ij a_ij over own tokens and of g_im (a_im + A_im) over landmarks, b_i that of g_ij b_ij and of
-///           g_im B_im; l_i = 1 + a_i + |lse[i]|, E_i = (1 + a_i) b_i + |dlse[i]|, and
+///           the sum of g_ij a_ij over own tokens and of g_im (a_im + A_im) over landmarks, b_i that of g_ij b_ij and
+///           of g_im B_im; l_i = 1 + a_i + |lse[i]|, E_i = (1 + a_i) b_i + |dlse[i]|, and
 ///           E_im = sum_t p_it (1 + a_it + A_im) b_it. Let
 ///             own token j    f = l_i + a_ij                  e = w_ij (f (|dp_ij| + |D_i|) + b_ij + E_i)
 ///             other token t  f = l_i + a_im + A_im + a_it    e = w_it (f (|dp_it| + |D_im|) + b_it + E_im)

@@ -49,14 +49,14 @@ void scale_row(Real factor, const From* from, To* to, Index cols) {
 /// lse. The gradient of the functor that computed part n takes dout_n and dlse_n. After `with_lse`, dlse_n is the
 /// gradient with respect to the other log-weight.
 ///
-/// Shapes    the same for every part, merged, dmerged and every result. dmerged.lse is {} if the loss does not depend on
-///           the lse; the lse of a result may be {} if it is not wanted
+/// Shapes    the same for every part, merged, dmerged and every result. dmerged.lse is {} if the loss does not depend
+///           on the lse; the lse of a result may be {} if it is not wanted
 /// Aliasing  no result overlaps an input or another result
 /// Cost      one pass over the parts and the results
 /// Error     with u = 2^-24 for float and r = u (8 + 2 |lse_n| + 2 |lse|): dout_n within r w_n |dout|, dlse_n within
 ///           (r + cols u) w_n (sum_c |dout_c| (|out_nc| + |out_c|) + |dlse|). 16-bit results are rounded once more
-/// Masked    a part whose lse is -infinity, or whose weight is 0, gets gradients of 0, even if its output contains NaN. So
-///           does every part of a row whose merged lse is -infinity
+/// Masked    a part whose lse is -infinity, or whose weight is 0, gets gradients of 0, even if its output contains
+///           NaN. So does every part of a row whose merged lse is -infinity
 /// Bits      do not depend on the executor
 /// Throws    Error if shapes disagree, before anything is written
 template <MutableElement T, ExecutionLike E = openmp>
@@ -123,14 +123,14 @@ void merge_gradient(std::initializer_list<std::type_identity_t<Partial<const T>>
 ///   gate(beta, a, b, out);                             // forward
 ///   gate_gradient(beta, a, b, dout, dbeta, da, db);    // backward
 ///
-/// Shapes    a, b, dout, da, db [batch, heads, rows, cols]; dbeta as beta: 1 or heads rows, 1 or cols columns. dbeta is {}
-///           if it is not wanted
+/// Shapes    a, b, dout, da, db [batch, heads, rows, cols]; dbeta as beta: 1 or heads rows, 1 or cols columns. dbeta
+///           is {} if it is not wanted
 /// Aliasing  db may be dout; otherwise no result overlaps an input or another result
 /// Cost      one pass. Scratch: 2 heads * cols numbers, and for dbeta cols numbers for every 256 rows
 /// Error     with u = 2^-24 for float: da within 5 u |da|, db within 5 u |db|, dbeta within 270 u g (1 - g) sum |dout|
 ///           (|a| + |b|): the sums of 256 rows are added in double. 16-bit results are rounded once more
-/// Masked    a side whose gate is exactly 0 gets a gradient of 0, and no logit of such a gate gets anything, even if the
-///           tensors contain NaN
+/// Masked    a side whose gate is exactly 0 gets a gradient of 0, and no logit of such a gate gets anything, even if
+///           the tensors contain NaN
 /// Bits      do not depend on the executor
 /// Throws    Error if shapes disagree, before anything is written
 /// Source    Munkhdalai et al. 2024 (arXiv 2404.07143), eq. 10

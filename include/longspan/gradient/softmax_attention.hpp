@@ -23,8 +23,9 @@ LONGSPAN_NAMESPACE_BEGIN
 ///   dq[i] = scale sum_j ds_ij k[j]
 ///   dk[j] = scale sum_i ds_ij q[i]
 ///
-/// where query heads that share a KV head are summed in dk and dv. With a position encoding q and k above are the encoded
-/// rows, and dq and dk are taken back through the encoding. See gradient.hpp for the ways to call it, shapes and types.
+/// where query heads that share a KV head are summed in dk and dv. With a position encoding q and k above are the
+/// encoded rows, and dq and dk are taken back through the encoding. See gradient.hpp for the ways to call it, shapes
+/// and types.
 ///
 /// Parts     every mask; a score function needs a member `derivative` (score.hpp), which those of the library have; a
 ///           position encoding needs `encode_transposed` (position.hpp), which rotary and xpos have
@@ -41,8 +42,8 @@ LONGSPAN_NAMESPACE_BEGIN
 ///           q_len, and with kv_len only as |lse| <= a_i + log kv_len does. An out of 16 bits adds 2^-8 (bfloat16) or
 ///           2^-11 (half) of sum_c |dout_ic out_ic| to the error of D_i; what bf16_products adds to the errors of out
 ///           and lse enters likewise. 16-bit gradients are rounded once more. Weights below 2^-126 count as 0.
-///           (2^-53 and 2^-1022 for double.) Matrix tiles, where bf16_products has them take the forward call and dout is
-///           bfloat16 too, round p_ij and ds_ij to bfloat16: that adds 2^-8 + 7.5e-5 to 16 u w_ij.
+///           (2^-53 and 2^-1022 for double.) Matrix tiles, where bf16_products has them take the forward call and dout
+///           is bfloat16 too, round p_ij and ds_ij to bfloat16: that adds 2^-8 + 7.5e-5 to 16 u w_ij.
 /// Masked    what a query does not see gets nothing from it, even if q, k, v or dout hold NaN there. A row that sees no
 ///           key has gradient 0 and adds nothing to dk and dv.
 /// Bits      do not depend on the executor, on how many threads it has, or on other batch rows and KV heads.

@@ -48,8 +48,8 @@ LONGSPAN_NAMESPACE_BEGIN
 /// Types     rows are stored as T: float, double, Eigen::bfloat16, Eigen::half or std::int8_t, whatever the types
 ///           of k and v. q and out may have any element types; arithmetic is double if q is, otherwise float
 /// Positions the cache applies the encoding: keys are encoded once, when they are appended, and then rounded to T.
-///           Queries are encoded in their arithmetic type; for matrix tiles, which multiply bfloat16 queries with rows of
-///           bfloat16 or int8, they are then rounded to bfloat16 (see softmax_attention::bf16_products)
+///           Queries are encoded in their arithmetic type; for matrix tiles, which multiply bfloat16 queries with rows
+///           of bfloat16 or int8, they are then rounded to bfloat16 (see softmax_attention::bf16_products)
 /// Masked    by the mask of the functor, unchanged for every query for which it sets an upper limit of the keys:
 ///           causal, segments, padding, sinks, closed documents, a window with a right side, and combinations
 ///           like `causal{} | sinks{n}`. A query without such a limit (everything, a window without a right

@@ -1,5 +1,5 @@
-// The reference of the gradient of dilated attention: worked examples, central differences, and the same sums in another
-// way.
+// The reference of the gradient of dilated attention: worked examples, central differences, and the same sums in
+// another way.
 #include "longspan/reference/gradient/dilated_attention.hpp"
 
 #include <cmath>

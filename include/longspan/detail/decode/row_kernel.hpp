@@ -162,8 +162,8 @@ LONGSPAN_INLINE void load_whole(const T* from, Packet<Real> (&to)[std::size_t(pa
 }
 
 /// o[g][c] = scale[g] * o[g][c] + sum_j p[j * p_stride + g] * v[j][c], for `queries` rows of o and `packets`
-/// packets of columns. Several packets are whole, a single one has at most `columns`. If `packets` is even, columns of o
-/// are at their `interleaved_index`.
+/// packets of columns. Several packets are whole, a single one has at most `columns`. If `packets` is even, columns of
+/// o are at their `interleaved_index`.
 ///
 /// Not inlined: g++ then keeps the sums in memory, and a step with four heads per KV head takes 14 % longer.
 template <int queries, int packets, PrefetchHint hint, class Real, class Tv>

@@ -139,8 +139,8 @@ class Dilated {
       most_keys = (std::max)(most_keys, kept_rows((std::min)(groups.length, call_.kv_len()), 0, groups.step));
     }
     Worker worker;
-    // Worth it where several groups of tiles meet the same keys: 8192 queries, segments of 2048 to 8192, take 4-6 % less
-    // time (Intel AMX).
+    // Worth it where several groups of tiles meet the same keys: 8192 queries, segments of 2048 to 8192, take 4-6 %
+    // less time (Intel AMX).
     const bool keeps = call_.q_len() > tiles_in_task * tile_lanes<Real>;
     worker.tiles = decltype(worker.tiles)::take(arena, call_.head_dim(), call_.value_dim(), most_keys,
                                                 keeps ? static_cast<Index>(dilation_.branches.size()) : 0);

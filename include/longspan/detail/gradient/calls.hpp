@@ -14,8 +14,8 @@ LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
 /// The overloads of a gradient's call. Each one calls Derived::check(problem), which throws Error if the functor
-/// rejects the call, and then Derived::differentiate(problem, executor, workspace), which writes dq, dk and dv. S and P are
-/// the score function and the position encoding of the functor.
+/// rejects the call, and then Derived::differentiate(problem, executor, workspace), which writes dq, dk and dv. S and
+/// P are the score function and the position encoding of the functor.
 template <class Derived, class S = unchanged, class P = no_position>
 struct GradientCalls {
   static_assert(DifferentiableScore<S>,

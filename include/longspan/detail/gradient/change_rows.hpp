@@ -11,8 +11,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The scores of the query at position `query` with the keys [first_key, first_key + keys), in whole packets: lanes after
-/// the last key hold any numbers.
+/// The scores of the query at position `query` with the keys [first_key, first_key + keys), in whole packets: lanes
+/// after the last key hold any numbers.
 template <class Real>
 struct ScoreRow {
   Real* s = nullptr;

@@ -24,8 +24,8 @@ struct merged;
 
 namespace detail {
 
-/// True if the weights of the functor's gradient are exp(score - lse) of whatever lse it is called with. Called with out
-/// and lse of attention over more keys, such a gradient computes the share of its own keys.
+/// True if the weights of the functor's gradient are exp(score - lse) of whatever lse it is called with. Called with
+/// out and lse of attention over more keys, such a gradient computes the share of its own keys.
 template <class F>
 inline constexpr bool takes_lse_of_union = false;
 template <Mask M, Score S, Position P>
@@ -33,7 +33,8 @@ inline constexpr bool takes_lse_of_union<softmax_attention<M, S, P>> = true;
 template <class... Parts>
 inline constexpr bool takes_lse_of_union<merged<Parts...>> = (takes_lse_of_union<Parts> && ...);
 
-/// x itself if its elements are of type Real, otherwise scratch memory of its shape, into which `copy_input` converts it.
+/// x itself if its elements are of type Real, otherwise scratch memory of its shape, into which `copy_input` converts
+/// it.
 template <class Real, class T>
 TensorView<const Real> input_or_scratch(const TensorView<const T>& x, Arena& arena) {
   if constexpr (std::is_same_v<T, Real>) {

@@ -1,7 +1,7 @@
 // The products of the backward pass through a compressive memory, over blocks of rows.
 //
-// M and z are one matrix [M | z], and the value of a key is [v | 1], so that a read, its norm, a write and the gradients
-// of all of them are products with this matrix or with its transpose.
+// M and z are one matrix [M | z], and the value of a key is [v | 1], so that a read, its norm, a write and the
+// gradients of all of them are products with this matrix or with its transpose.
 #pragma once
 
 #include <algorithm>
@@ -33,8 +33,8 @@ Packet<Real> feature_slope_of(const F& feature, Packet<Real> x) {
   }
 }
 
-/// The sizes of [M | z] of one KV head, and of its gradient: [head_dim][columns], with z after the columns of M and zeros
-/// after z. The transpose is [value_dim + 1][padded_head_dim].
+/// The sizes of [M | z] of one KV head, and of its gradient: [head_dim][columns], with z after the columns of M and
+/// zeros after z. The transpose is [value_dim + 1][padded_head_dim].
 template <class Real>
 struct StateSizes {
   Index head_dim = 0, value_dim = 0;
@@ -54,8 +54,8 @@ struct State {
   const Real* transposed = nullptr;
 };
 
-/// Blocks of at most rows_in_query_block rows of queries or keys in the scratch memory of one worker. The members called
-/// `add_...` and `differentiate_...` use the rows that were loaded last.
+/// Blocks of at most rows_in_query_block rows of queries or keys in the scratch memory of one worker. The members
+/// called `add_...` and `differentiate_...` use the rows that were loaded last.
 template <class Real, FeatureMap F>
 class StateRows {
  public:
@@ -97,8 +97,8 @@ class StateRows {
     const Real norm = read_row(i)[sizes_.value_dim];
     return norm == Real(0) ? Real(0) : 1 / (std::max)(norm, static_cast<Real>(infini_least_norm));
   }
-  /// The derivative of the loss with respect to the norm of row i, from the scalar product of what the memory returned and
-  /// its gradient. A norm that was replaced by infini_least_norm has none.
+  /// The derivative of the loss with respect to the norm of row i, from the scalar product of what the memory returned
+  /// and its gradient. A norm that was replaced by infini_least_norm has none.
   Real norm_gradient(Index i, Real dot, Real by) const {
     return read_row(i)[sizes_.value_dim] < static_cast<Real>(infini_least_norm) ? Real(0) : -dot * by;
   }
@@ -129,7 +129,8 @@ class StateRows {
     multiply<false>(phi_, change.rows, dvalue_);
     multiply_transposed<false>(value_, change.transposed);
   }
-  /// After `read` and differentiate_write: the rows of `read` become the gradient of [numerator | norm] of the delta rule.
+  /// After `read` and differentiate_write: the rows of `read` become the gradient of [numerator | norm] of the delta
+  /// rule.
   void differentiate_difference() {
     for (Index i = 0; i < count_; ++i) {
       const Real by = quotient(i);

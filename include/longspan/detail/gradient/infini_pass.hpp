@@ -1,4 +1,5 @@
-// The backward pass of Infini-attention: from the last segment to the first, with the gradient of the memory carried along.
+// The backward pass of Infini-attention: from the last segment to the first, with the gradient of the memory carried
+// along.
 #pragma once
 
 #include <algorithm>

@@ -22,11 +22,11 @@ struct InfiniSegment {
   Index number = 0, begin = 0, rows = 0;
 };
 
-/// The memory before segment s is computed from that before segment s - 1. Every `checkpoint_segments`-th memory is kept,
-/// and those between two of them only for one group of segments, so that `restore` computes them again.
+/// The memory before segment s is computed from that before segment s - 1. Every `checkpoint_segments`-th memory is
+/// kept, and those between two of them only for one group of segments, so that `restore` computes them again.
 ///
-/// The rows of a segment are cut into spans, whose sums are computed in parallel and then added in order. The cuts depend
-/// on the length of a segment alone, and so do the bits of every sum.
+/// The rows of a segment are cut into spans, whose sums are computed in parallel and then added in order. The cuts
+/// depend on the length of a segment alone, and so do the bits of every sum.
 template <class Call, class Gradient>
 class InfiniStates {
  public:
@@ -270,7 +270,8 @@ class InfiniStates {
     }
   }
 
-  /// Calls work(b, h, row, at) for each row of the state of each KV head, where `at` is the number of its first element.
+  /// Calls work(b, h, row, at) for each row of the state of each KV head, where `at` is the number of its first
+  /// element.
   template <class Work>
   void for_each_row(const Work& work) const {
     for (Index b = 0; b < call_.k.batch; ++b) {

@@ -28,8 +28,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// Consecutive queries of one head, at most rows_in_block of the tiles. The rows of q and dout can be read up to a multiple of
-/// query_columns of the tiles.
+/// Consecutive queries of one head, at most rows_in_block of the tiles. The rows of q and dout can be read up to a
+/// multiple of query_columns of the tiles.
 template <class Real, class Row = Real>
 struct QueryBlock {
   MatrixView<const Row> q, dout;
@@ -216,8 +216,8 @@ class KeyTiles {
            Float::values_finite(block.dout.data, block.dout.row_stride, block.dout.rows, block.dout.cols);
   }
 
-  /// Scores, weights and their gradients for a run of rows of a tile; with `of_changed` the gradients of the scores that
-  /// the score function has changed.
+  /// Scores, weights and their gradients for a run of rows of a tile; with `of_changed` the gradients of the scores
+  /// that the score function has changed.
   template <bool of_changed = false>
   void weigh(const QueryBlock<Real>& block, Index t, const Run& run) const {
     constexpr bool has_slopes = changes_score && !only_adds<S> && !of_changed;
@@ -312,8 +312,8 @@ class KeyTiles {
     }
   }
 
-  // The same products for blocks in which a factor is not finite. A weight, or a dS, of exactly 0 stands for a hidden pair:
-  // no factor of it counts. The bits are those of the sums above.
+  // The same products for blocks in which a factor is not finite. A weight, or a dS, of exactly 0 stands for a hidden
+  // pair: no factor of it counts. The bits are those of the sums above.
 
   /// a * b + c with the rounding that a packet has.
   static Real add_product(Real a, Real b, Real c) {

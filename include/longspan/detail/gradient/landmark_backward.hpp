@@ -20,11 +20,11 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// As Backward, with chunks of whole landmark blocks in the place of groups of key tiles; a chunk belongs to the span in
-/// which it begins. What needs more than one pass over keys:
+/// As Backward, with chunks of whole landmark blocks in the place of groups of key tiles; a chunk belongs to the span
+/// in which it begins. What needs more than one pass over keys:
 ///   a block wider than a group   its pieces are taken twice, first for the softmax of the block
-///   controlled blocks            all keys of a KV head are one span, which is taken twice, first for the softmax of the
-///                                landmarks of the controlled blocks
+///   controlled blocks            all keys of a KV head are one span, which is taken twice, first for the softmax of
+///                                the landmarks of the controlled blocks
 template <class Call, Mask M, Score S, Position P>
 class LandmarkBackward : public Backward<LandmarkKeyTiles<typename Call::Real, M, S>, Call, M, S, P,
                                          LandmarkBackward<Call, M, S, P>> {
@@ -169,9 +169,9 @@ class LandmarkBackward : public Backward<LandmarkKeyTiles<typename Call::Real, M
     return false;
   }
 
-  /// The CMT has the weight w = exp(cmt - lse), unless it is cut off, and the controlled blocks share it: each has the gate
-  /// w exp(score of its landmark) / sum of these, and the gradient of that score is gate (D_m - A), where A is the mean of
-  /// D_m. The gradient of the CMT is w (A - D).
+  /// The CMT has the weight w = exp(cmt - lse), unless it is cut off, and the controlled blocks share it: each has the
+  /// gate w exp(score of its landmark) / sum of these, and the gradient of that score is gate (D_m - A), where A is
+  /// the mean of D_m. The gradient of the CMT is w (A - D).
   void finish_controlled(Worker& worker, Index n) const {
     constexpr double unit = double(score_unit<Real>);
     for_each_query_block(

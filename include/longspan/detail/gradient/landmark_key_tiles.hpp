@@ -23,9 +23,9 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// The keys are whole landmark blocks, or a piece of one that is wider. S and dP are made for all of them, as in KeyTiles.
-/// Then, for each query and landmark block m, with P = softmax of the scores of the block's tokens, D_m = sum P dP and
-/// the gate g = exp(score of its landmark - lse):
+/// The keys are whole landmark blocks, or a piece of one that is wider. S and dP are made for all of them, as in
+/// KeyTiles. Then, for each query and landmark block m, with P = softmax of the scores of the block's tokens, D_m =
+/// sum P dP and the gate g = exp(score of its landmark - lse):
 ///   the query's own block   W = exp(S - lse),  dS = W (dP - D)
 ///   another block           W = g P,           dS = W (dP - D_m),   and g (D_m - D) for the landmark
 /// and the products of KeyTiles with W in the place of P. In a block that is hidden W = dS = 0, exactly.

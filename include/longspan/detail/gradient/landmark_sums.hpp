@@ -48,8 +48,8 @@ struct WideBlockRow {
   Real landmark = FloatArithmetic<Real>::masked_score;  ///< the score of its landmark
 };
 
-/// What a worker keeps of the queries of one KV head: arrays over the padded rows of its query heads, null where no block
-/// is wide or controlled.
+/// What a worker keeps of the queries of one KV head: arrays over the padded rows of its query heads, null where no
+/// block is wide or controlled.
 template <class Real>
 struct LandmarkRows {
   WideBlockRow<Real>* wide = nullptr;

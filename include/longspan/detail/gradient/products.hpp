@@ -15,8 +15,8 @@ namespace detail {
 /// Queries in a block of the backward pass: a multiple of the rows of every register tile below, and for matrix tiles.
 inline constexpr Index rows_in_query_block = 96, rows_in_tile_query_block = 192;
 
-/// C[r][lane] = sum_k A[r][k] * B[k][lane], or that sum added to C, for `rows` rows and `packets` packets. The sum is made
-/// first, in the order of k. Writes whole register tiles of `tall` rows; rows after the last one repeat it.
+/// C[r][lane] = sum_k A[r][k] * B[k][lane], or that sum added to C, for `rows` rows and `packets` packets. The sum is
+/// made first, in the order of k. Writes whole register tiles of `tall` rows; rows after the last one repeat it.
 template <int tall, int packets, bool adds, class Real>
 LONGSPAN_NOINLINE void multiply_rows(const Real* a, Index a_stride, Index rows, const Real* b, Index b_stride,
                                      Index depth, Real* c, Index c_stride) {

@@ -29,7 +29,8 @@ struct TileProducts {
 };
 #endif
 
-/// Calls work.operator()<Products>(executor). Matrix tiles take q, k, v and dout of bfloat16 without a position encoding.
+/// Calls work.operator()<Products>(executor). Matrix tiles take q, k, v and dout of bfloat16 without a position
+/// encoding.
 template <Position P, class Call, class E, class Work>
 void with_products([[maybe_unused]] const Call& call, [[maybe_unused]] bool bf16_products, const E& executor,
                    const Work& work) {

@@ -22,9 +22,9 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// KeyTiles in two steps: `make_scores` makes S and dP of all tiles, then a derived class turns S into weights and dP into dS,
-/// and `add_products` adds to dV, dK and dQ what these weights contribute. A weight, or a dS, of exactly 0 stands for a
-/// hidden pair: no factor of it counts, even if it is NaN.
+/// KeyTiles in two steps: `make_scores` makes S and dP of all tiles, then a derived class turns S into weights and dP
+/// into dS, and `add_products` adds to dV, dK and dQ what these weights contribute. A weight, or a dS, of exactly 0
+/// stands for a hidden pair: no factor of it counts, even if it is NaN.
 template <class Real, Mask M, Score S>
 class ScoredKeyTiles : public KeyTiles<Real, M, S> {
  public:
@@ -68,8 +68,8 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
     return weights_ + (lane / tile * rows_in_query_block + i) * tile + lane % tile;
   }
 
-  /// Scores into weights_ (in score units, hidden_score where a pair is hidden) and dP into ds_ (0 there). Returns false
-  /// if every pair is hidden.
+  /// Scores into weights_ (in score units, hidden_score where a pair is hidden) and dP into ds_ (0 there). Returns
+  /// false if every pair is hidden.
   bool make_scores(const QueryBlock<Real>& block, Seen& seen) {
     if (!Base::look(block, seen)) return false;
     if (!seen.whole) {

@@ -16,7 +16,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace detail {
 
-/// A few KV heads, counted through all batch rows, and the query heads that share them: their rows as `Tiles` reads them, and the shift and the D of each query. In the members n counts the heads of the wave.
+/// A few KV heads, counted through all batch rows, and the query heads that share them: their rows as `Tiles` reads
+/// them, and the shift and the D of each query. In the members n counts the heads of the wave.
 template <class Call, class Tiles, Position P>
 class Wave {
  public:

@@ -38,9 +38,10 @@ namespace detail {
 ///     multiply its weights by that part
 ///   add the values of the chunk
 ///
-/// Only the scores of one block are in memory, since those of a chunk leave no room in the first-level cache for weights
-/// and queries (128 keys: 40 % more time for scores at head_dim 64). As in AmxTile, the row max is raised only if the
-/// logarithm of a block's weight exceeds it by more than most_rise: rescaling all outputs for each chunk takes 6 %.
+/// Only the scores of one block are in memory, since those of a chunk leave no room in the first-level cache for
+/// weights and queries (128 keys: 40 % more time for scores at head_dim 64). As in AmxTile, the row max is raised only
+/// if the logarithm of a block's weight exceeds it by more than most_rise: rescaling all outputs for each chunk takes
+/// 6 %.
 ///
 /// The softmax of a block divides by its sum, so its exponentials may refer to any number near the block's maximum. A
 /// block begins with the number of the block before, and the maximum is only sought if a sum shows that it may be far

@@ -133,7 +133,8 @@ class EmulatedTiles {
 };
 
 /// A tile unit for keys and values of int8. Row j of keys stands for k_scale[j] times its numbers, which are exact in
-/// bfloat16, and so are those of values: scores are multiplied by k_scale, and weights by v_scale before they are rounded.
+/// bfloat16, and so are those of values: scores are multiplied by k_scale, and weights by v_scale before they are
+/// rounded.
 template <class TileUnit>
 struct RowScales : TileUnit {
   static constexpr bool scales_rows = true;

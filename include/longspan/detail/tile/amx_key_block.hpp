@@ -39,8 +39,8 @@ struct KeyBlock<AmxArithmetic<Unit>> {
   const float* v_scale = nullptr;
   mutable signed char values_finite = -1;
   signed char* kept_finite = nullptr;  ///< the same, if values are kept
-  /// The next keys are prefetched while the block is absorbed. 16 to 40 queries of a KV head, 32768 keys in memory: 0.76
-  /// to 0.80 of the time without, from the third-level cache 0.9 to 1.0 (Intel AMX).
+  /// The next keys are prefetched while the block is absorbed. 16 to 40 queries of a KV head, 32768 keys in memory:
+  /// 0.76 to 0.80 of the time without, from the third-level cache 0.9 to 1.0 (Intel AMX).
   bool is_read_once = false;
 
   MatrixView<const typename Policy::Key> step(Index first) const {
@@ -67,8 +67,8 @@ class KeptBlocks {
   using Key = typename Policy::Key;
   using Value = typename Policy::Value;
 
-  /// For at most `blocks` blocks, and at most kept_block_bytes of values and of keys. `key_columns` is 0 if keys are read
-  /// in place.
+  /// For at most `blocks` blocks, and at most kept_block_bytes of values and of keys. `key_columns` is 0 if keys are
+  /// read in place.
   static KeptBlocks take(Arena& arena, Index key_columns, Index value_columns, Index blocks) {
     constexpr Index in_block = Policy::keys_in_block;
     KeptBlocks kept;

@@ -59,8 +59,8 @@ struct AmxRows {
     }
   }
 
-  /// Pairs of neighbouring rows: to[j / 2][column] has the columns of rows j and j + 1. `rows` and `to_cols` are rounded
-  /// up to multiples of 32 and 16; what is missing becomes 0.
+  /// Pairs of neighbouring rows: to[j / 2][column] has the columns of rows j and j + 1. `rows` and `to_cols` are
+  /// rounded up to multiples of 32 and 16; what is missing becomes 0.
   static void pair_rows(const Key* from, Index from_stride, Index rows, Index cols, Pair* to, Index to_cols) {
     for (Index j = 0; j < round_up(rows, 32); j += 2, to += to_cols) {
       for (Index column = 0; column < to_cols; column += 16) {
@@ -96,8 +96,8 @@ struct AmxRows {
     return std::bit_cast<float>(j % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
   }
 
-  /// Transposes rows of values: to[j / 32][column][j % 32], those of int8 divided by 128. `to_cols` is a multiple of 16;
-  /// missing keys and columns become 0. `prefetches`: also prefetches the rows of the next block.
+  /// Transposes rows of values: to[j / 32][column][j % 32], those of int8 divided by 128. `to_cols` is a multiple of
+  /// 16; missing keys and columns become 0. `prefetches`: also prefetches the rows of the next block.
   template <bool prefetches = false, class T>
   static void transpose_values(const T* v, Index v_stride, Index keys, Index cols, Pair* to, Index to_cols) {
     for (Index first = 0; first < keys; first += 32, v += 32 * v_stride, to += 16 * to_cols) {

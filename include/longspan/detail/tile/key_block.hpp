@@ -28,8 +28,8 @@ struct KeyBlock {
   Index first_key = 0;
   Index keys = 0;
   mutable signed char values_finite = -1;  ///< found once for all tiles of a task; -1: not yet
-  /// The rows are contiguous and read once in this call: their values are prefetched while they are scored, and the keys
-  /// that follow while their values are added.
+  /// The rows are contiguous and read once in this call: their values are prefetched while they are scored, and the
+  /// keys that follow while their values are added.
   bool is_read_once = false;
 };
 

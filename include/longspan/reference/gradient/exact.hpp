@@ -11,8 +11,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
-/// The ways to call the reference of a gradient. Out and lse are not arguments, since it computes the forward pass again
-/// in double:
+/// The ways to call the reference of a gradient. Out and lse are not arguments, since it computes the forward pass
+/// again in double:
 ///
 ///   reference::exact{gradient(attend)}(q, k, v, dout, dq, dk, dv);
 ///   reference::exact{gradient(attend)}(q, k, v, dout, dlse, dq, dk, dv);

@@ -25,8 +25,8 @@
 LONGSPAN_NAMESPACE_BEGIN
 namespace reference {
 
-/// The gradient of read(memory, phi), whose result has the gradient `change`: added to `to` for the memory, returned for
-/// phi.
+/// The gradient of read(memory, phi), whose result has the gradient `change`: added to `to` for the memory, returned
+/// for phi.
 inline std::vector<double> read_gradient(const InfiniMemory& memory, const std::vector<double>& phi,
                                          const std::vector<double>& change, InfiniMemory& to) {
   const std::vector<double> known = read(memory, phi);
@@ -49,8 +49,8 @@ inline std::vector<double> read_gradient(const InfiniMemory& memory, const std::
   return dphi;
 }
 
-/// Computes the local part with the references of the local functor, and the memory for each KV head separately, with all
-/// memories kept. The gradients of rows after the length of a batch row are 0.
+/// Computes the local part with the references of the local functor, and the memory for each KV head separately, with
+/// all memories kept. The gradients of rows after the length of a batch row are 0.
 template <class Local, FeatureMap F>
 struct exact<gradient_of<infini_attention<Local, F>>>
     : ExactGradientCalls<exact<gradient_of<infini_attention<Local, F>>>> {

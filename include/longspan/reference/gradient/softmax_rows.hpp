@@ -85,9 +85,9 @@ struct QueryGradient {
 ///   dq_i = scale sum_j ds'_ij k_j,  dk_j = scale sum_i ds'_ij q_i,  dv_j = sum_i P_ij dout_i,
 ///
 /// where ds' is ds times the derivative of the score function. parts_of(b, h, i) returns lists of keys of the query at
-/// position i, one for each part of the keys that has a D of its own (see QueryGradient); a key counts as often as it is
-/// in the lists, and an index of kv_len or more is a key and a value of zeros. `options` provides score, position, scale
-/// and first_query.
+/// position i, one for each part of the keys that has a D of its own (see QueryGradient); a key counts as often as it
+/// is in the lists, and an index of kv_len or more is a key and a value of zeros. `options` provides score, position,
+/// scale and first_query.
 template <class Options, class Tq, class Tk, class Tv, class Td, class Tl, class Gq, class Gk, class Gv,
           class PartsOf>
 void softmax_gradient_rows(const Options& options, TensorView<Tq> q, TensorView<Tk> k, TensorView<Tv> v,
