@@ -18,10 +18,10 @@
 /// How rows that are read only once are prefetched: 0 non-temporal, 1 into the second-level cache, 2 into all caches.
 ///   Zen 5       0: a decode step over DRAM takes 3-10 % less time than with 2
 ///   Intel AMX   2: one thread, 32768 keys of d = 128 from memory, GB/s for 0, 1, 2: float, 32 heads over 8, 5.0,
-///               13.9, 12.9; float, 32 over 32, 8.0, 15.2, 14.6; bfloat16, 32 over 8, 6.1, 14.5, 12.4. A non-temporal prefetch
-///               bypasses the second-level cache there, which leaves too few cache lines in flight. From that
-///               cache 1 takes 10-25 % longer than 2 (512 keys, d = 64), from the third-level cache 2-5 % (17 to 67 MB
-///               of keys and values), and from memory 2-7 % less (from 134 MB on)
+///               13.9, 12.9; float, 32 over 32, 8.0, 15.2, 14.6; bfloat16, 32 over 8, 6.1, 14.5, 12.4. A
+///               non-temporal prefetch bypasses the second-level cache there, which leaves too few cache lines in
+///               flight. From that cache 1 takes 10-25 % longer than 2 (512 keys, d = 64), from the third-level cache
+///               2-5 % (17 to 67 MB of keys and values), and from memory 2-7 % less (from 134 MB on)
 #if !defined(LONGSPAN_STREAM_PREFETCH)
 #define LONGSPAN_STREAM_PREFETCH (LONGSPAN_TUNED_FOR_INTEL ? 2 : 0)
 #endif
