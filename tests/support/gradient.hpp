@@ -228,7 +228,8 @@ ExactGradient exact_gradient_of_rows(const Definition& what,
                                      const RowOf& row_of) {
   using Real = Wide<Tq>;
   using Arith = Arithmetic<Tq>;
-  const auto &q = call.forward.q, &out = call.forward.out;
+  const auto& q = call.forward.q;
+  const auto& out = call.forward.out;
   const auto& k = call.forward.k;
   const auto& v = call.forward.v;
   ExactGradient exact{{q.batch * q.heads * q.rows, q.cols},
@@ -355,7 +356,8 @@ GradientErrors gradient_errors(const ExactGradient& exact,
                                const GradientCall<Tq, Tk, Tv, To, Gq, Gk, Gv>& call) {
   using Arith = Arithmetic<Tq>;
   GradientErrors errors;
-  const auto &q = call.forward.q, &k = call.forward.k;
+  const auto& q = call.forward.q;
+  const auto& k = call.forward.k;
   const Index rows = q.rows * (k.heads == 0 ? 1 : q.heads / k.heads);
   take_errors<Arith>(exact.dq, call.dq, k.rows, errors.dq, errors.worst_dq, errors.minus_zero);
   take_errors<Arith>(exact.dk, call.dk, rows, errors.dk, errors.worst_dk, errors.minus_zero);

@@ -56,7 +56,8 @@ auto gradient_problem(std::string_view function, const Forward& forward, const v
   using Real = typename Forward::Real;
   static_assert(std::is_same_v<std::remove_const_t<Tdl>, Real>,
                 "longspan: the elements of dlse must be double if those of q are, otherwise float");
-  const auto &q = forward.q, &k = forward.k;
+  const auto& q = forward.q;
+  const auto& k = forward.k;
   const auto& v = forward.v;
   check_like(function, "dout", dout, q.batch, q.heads, q.rows, v.cols);
   if (dlse.batch != no_size) {
