@@ -20,7 +20,7 @@ bool same_bits(const InfiniGradientCall<float>& a, const InfiniGradientCall<floa
 }  // namespace
 
 TEST_CASE("gradient of infini_attention: bits do not depend on the executor or on checkpoints",
-          "[bits][gradient][infini]") {
+          "[bits][gradient][infini][slow]") {
   Random random(1);
   for (const InfiniRule rule : {InfiniRule::linear, InfiniRule::delta}) {
     const Shape shape{2, 4, 2, 1700, 1700, 24, 20};

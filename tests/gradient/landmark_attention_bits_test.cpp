@@ -53,7 +53,7 @@ struct Controlled {
 
 }  // namespace
 
-TEST_CASE("gradient of landmark_attention: bits do not depend on the number of threads", "[bits]") {
+TEST_CASE("gradient of landmark_attention: bits do not depend on the number of threads", "[bits][slow]") {
   Random random(1);
   const Shape shape{2, 6, 2, 330, 700, 24, 16};
   for (const Index length : {3, 50, 64, 300}) {

@@ -139,7 +139,7 @@ TEST_CASE("gradient of softmax_attention: 30 repetitions have the same bits", "[
 }
 
 TEMPLATE_TEST_CASE("gradient of softmax_attention: a KV head has the same bits alone and in a batch",
-                   "[bits][law]", float, bfloat16) {
+                   "[bits][law][slow]", float, bfloat16) {
   Random random(4);
   for (Shape shape : shapes) {
     shape.batch = 2;
@@ -154,7 +154,7 @@ TEMPLATE_TEST_CASE("gradient of softmax_attention: a KV head has the same bits a
 }
 
 TEST_CASE("gradient of softmax_attention: later queries and keys change no bit of a causal dq",
-          "[bits][law]") {
+          "[bits][law][slow]") {
   for_each_case(20, [](Random& random) {
     const Index length = random.between(2, 300), row = random.between(0, length - 2);
     GradientCall<float> call(Shape{1, 2, 1, length, length, 8, 9}, Values::normal, random), changed = call;
