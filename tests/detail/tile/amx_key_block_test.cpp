@@ -203,7 +203,8 @@ TEST_CASE("amx: calls with a position have the bits of calls with encoded rows r
   });
 }
 
-TEST_CASE("amx: encoded keys are kept from task to task and from head to head", "[slow][amx][bits][position]") {
+TEST_CASE("amx: encoded keys are kept from task to task and from head to head",
+          "[slow][amx][bits][position]") {
   for_each_unit([]<class Unit>() {
     Random random(2);
     // Several tasks to a head, more than one head, and more keys than are kept.
