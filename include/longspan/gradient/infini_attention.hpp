@@ -54,8 +54,8 @@ inline constexpr Index all_segments = Index{1} << 60;
 /// Memory    `initial` is the memory before the first segment; with it the first segment is gated as all others. The
 ///           final memory is the one after the last whole segment: a shorter last segment is not written. `dfinal` is
 ///           the gradient of the loss with respect to it, `dinitial` receives the gradient with respect to `initial`.
-///           A long document can so be taken in chunks of whole segments, forward with infini_memory and backward from
-///           the last chunk to the first
+///           With these two a long document can be processed in chunks of whole segments: forward with infini_memory,
+///           backward from the last chunk to the first
 /// Truncated `bptt_segments` = n stops the gradient of the memory at the segments 0, n, 2n, ...: what a segment writes
 ///           gets gradients from the reads of its own n segments alone. With 1 no k or v gets anything from the memory,
 ///           except from dfinal. dinitial is not stopped
