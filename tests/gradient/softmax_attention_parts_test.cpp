@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "support/drawn_masks.hpp"
+#include "support/encodings.hpp"
 #include "support/gauge.hpp"
 #include "support/gradient.hpp"
 
@@ -168,41 +169,6 @@ TEST_CASE("gradient of softmax_attention: within the bound with a score in doubl
                                                        softmax_attention{score}, what);
   });
 }
-
-namespace {
-
-/// Rotary (stretch = 1) and xpos from their equations.
-void turn(double* row, Index dims, Index position, Pairing pairing,
-          const std::function<double(Index)>& stretch) {
-  for (Index p = 0; p < dims / 2; ++p) {
-    const double angle = double(position) * std::pow(10000.0, -2.0 * double(p) / double(dims));
-    double& x = row[pairing == Pairing::interleaved ? 2 * p : p];
-    double& y = row[pairing == Pairing::interleaved ? 2 * p + 1 : p + dims / 2];
-    const double a = x, b = y, by = stretch(p);
-    x = by * (a * std::cos(angle) - b * std::sin(angle));
-    y = by * (b * std::cos(angle) + a * std::sin(angle));
-  }
-}
-
-Definition with_rotary(Pairing pairing, Index dims) {
-  Definition what;
-  what.encode = [=](double* row, Index cols, Index position, bool) {
-    turn(row, dims == 0 ? cols : dims, position, pairing, [](Index) { return 1.0; });
-  };
-  return what;
-}
-
-Definition with_xpos(Pairing pairing, double scale_base, Index centre) {
-  Definition what;
-  what.encode = [=](double* row, Index cols, Index position, bool is_query) {
-    const double power = double(position - centre) / scale_base * (is_query ? 1 : -1);
-    turn(row, cols, position - centre, pairing,
-         [=](Index p) { return std::pow((2.0 * double(p) / double(cols) + 0.4) / 1.4, power); });
-  };
-  return what;
-}
-
-}  // namespace
 
 TEMPLATE_TEST_CASE("gradient of softmax_attention: within the bound with position encodings",
                    "[gauge][position]", float, double) {
