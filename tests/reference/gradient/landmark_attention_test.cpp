@@ -11,6 +11,7 @@
 #include "longspan/reference/gradient/softmax_attention.hpp"
 #include "longspan/reference/landmark_attention.hpp"
 #include "support/catch.hpp"
+#include "support/differences.hpp"
 #include "support/landmark_oracle.hpp"
 #include "support/random.hpp"
 #include "support/tensor.hpp"
@@ -25,55 +26,25 @@ using longspan::landmarks;
 using longspan::LandmarkSoftmax;
 namespace reference = longspan::reference;
 
-/// Inputs of a call, and its gradients with respect to each of them.
-struct Problem {
-  Tensor<double> q, k, v, dout;
-  Rows<double> dlse;
-  Rows<float> cmt;
-  bool has_dlse = true;
-  Tensor<double> dq, dk, dv;
-  Rows<float> dcmt;
+/// A call that may have a CMT, and the gradient with respect to it.
+struct Problem : DifferenceCall {
+  Rows<float> cmt, dcmt;
 
   Problem(const Shape& s, Random& random)
-      : q(s.batch, s.heads, s.q_len, s.head_dim),
-        k(s.batch, s.kv_heads, s.kv_len, s.head_dim),
-        v(s.batch, s.kv_heads, s.kv_len, s.value_dim),
-        dout(s.batch, s.heads, s.q_len, s.value_dim),
-        dlse(s.batch, s.heads, s.q_len),
-        cmt(s.batch, s.heads, s.q_len),
-        dq(s.batch, s.heads, s.q_len, s.head_dim, NAN),
-        dk(s.batch, s.kv_heads, s.kv_len, s.head_dim, NAN),
-        dv(s.batch, s.kv_heads, s.kv_len, s.value_dim, NAN),
-        dcmt(s.batch, s.heads, s.q_len, NAN) {
-    for (auto* x : {&q, &k, &v, &dout}) fill_normal(*x, random);
-    for (double& x : dlse.values) x = random.normal();
+      : DifferenceCall(s, random), cmt(s.batch, s.heads, s.q_len), dcmt(s.batch, s.heads, s.q_len, NAN) {
     // Multiples of 2^-6, so that central differences of float numbers are exact.
     for (float& x : cmt.values) x = static_cast<float>(std::round(64 * random.normal()) / 64);
   }
 
-  /// sum dout . out + sum dlse . lse
   template <class Attend>
   double loss(const Attend& attend) const {
-    Tensor<double> out = dout;
-    Rows<double> lse = dlse;
-    reference::exact{with_cmt(attend)}(q.view(), k.view(), v.view(), out.view(), lse.view());
-    double sum = 0;
-    for (std::size_t n = 0; n < out.values.size(); ++n) sum += out.values[n] * dout.values[n];
-    for (std::size_t n = 0; n < lse.values.size() && has_dlse; ++n) {
-      if (std::isfinite(lse.values[n])) sum += lse.values[n] * dlse.values[n];
-    }
-    return sum;
+    return DifferenceCall::loss(with_cmt(attend));
   }
   template <class Attend>
   void differentiate(const Attend& attend) {
     auto gradient = longspan::gradient(with_cmt(attend));
     if (attend.control.blocks.data != nullptr) gradient.dcmt = dcmt.view();
-    const reference::exact exact{gradient};
-    if (has_dlse) {
-      exact(q.view(), k.view(), v.view(), dout.view(), dlse.view(), dq.view(), dk.view(), dv.view());
-    } else {
-      exact(q.view(), k.view(), v.view(), dout.view(), dq.view(), dk.view(), dv.view());
-    }
+    differentiate_exactly(gradient);
   }
   /// The functor with this problem's CMT, if it has controlled blocks.
   template <class Attend>
@@ -81,40 +52,14 @@ struct Problem {
     if (attend.control.blocks.data != nullptr) attend.control.cmt = cmt.view();
     return attend;
   }
-
-  std::array<Tensor<double>*, 3> inputs() { return {&q, &k, &v}; }
-  std::array<Tensor<double>*, 3> gradients() { return {&dq, &dk, &dv}; }
 };
 
-/// The derivative of f at 0 by central differences of fourth order.
-template <class F>
-double slope_of(const F& f, double h = 1e-3) {
-  return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h);
-}
-
-/// Every number of dq, dk, dv and dcmt against central differences of the loss.
+/// dq, dk, dv and dcmt against central differences of the loss.
 template <class Attend>
-void check_differences(const Attend& attend, Problem problem) {
-  problem.differentiate(attend);
-  for (std::size_t which = 0; which < 3; ++which) {
-    std::vector<double>& x = problem.inputs()[which]->values;
-    const std::vector<double>& got = problem.gradients()[which]->values;
-    double largest = 1e-3;
-    for (const double g : got) largest = std::max(largest, std::abs(g));
-    std::size_t wrong = 0;
-    for (std::size_t n = 0; n < x.size(); ++n) {
-      const double at = x[n];
-      const double wanted = slope_of([&](double step) {
-        x[n] = at + step;
-        return problem.loss(attend);
-      });
-      x[n] = at;
-      wrong += !(std::abs(got[n] - wanted) <= 1e-6 * std::abs(wanted) + 1e-9 * largest);
-    }
-    INFO("input " << which);
-    CHECK(wrong == 0);
-  }
+void check_all_differences(const Attend& attend, Problem problem) {
+  check_differences(attend, problem);
   if (attend.control.blocks.data == nullptr) return;
+  problem.differentiate(attend);
   std::size_t wrong = 0;
   for (std::size_t n = 0; n < problem.cmt.values.size(); ++n) {
     const float at = problem.cmt.values[n], got = problem.dcmt.values[n];
@@ -130,32 +75,6 @@ void check_differences(const Attend& attend, Problem problem) {
   CHECK(wrong == 0);
 }
 
-/// <J x, y> = <x, J^T y> for a random direction x; y are dout and dlse.
-template <class Attend>
-void check_adjoint(const Attend& attend, Problem problem, Random& random) {
-  problem.differentiate(attend);
-  const Problem at = problem;
-  std::array<Tensor<double>, 3> direction{at.q, at.k, at.v};
-  double wanted = 0, size = 0;
-  for (std::size_t which = 0; which < 3; ++which) {
-    fill_normal(direction[which], random);
-    const std::vector<double>& gradient = problem.gradients()[which]->values;
-    for (std::size_t n = 0; n < gradient.size(); ++n) {
-      wanted += direction[which].values[n] * gradient[n];
-      size += std::abs(direction[which].values[n] * gradient[n]);
-    }
-  }
-  const double got = slope_of([&](double step) {
-    Problem moved = at;
-    for (std::size_t which = 0; which < 3; ++which) {
-      for (std::size_t n = 0; n < direction[which].values.size(); ++n)
-        moved.inputs()[which]->values[n] += step / 16 * direction[which].values[n];
-    }
-    return 16 * moved.loss(attend);
-  });
-  CHECK(std::abs(got - wanted) <= 1e-7 * size);
-}
-
 /// Groups of heads, fewer queries than keys, and one query.
 const std::vector<Shape> shapes{{2, 2, 1, 4, 8, 2, 2}, {1, 3, 1, 6, 6, 2, 1}, {1, 1, 1, 1, 12, 4, 2}};
 
@@ -163,7 +82,7 @@ template <class Attend>
 void check_both(const Attend& attend, const Shape& shape, Random& random) {
   INFO(shape.text());
   Problem problem(shape, random);
-  check_differences(attend, problem);
+  check_all_differences(attend, problem);
   for (const bool has_dlse : {true, false}) {
     problem.has_dlse = has_dlse;
     check_adjoint(attend, problem, random);

@@ -9,6 +9,7 @@
 
 #include "longspan/reference/softmax_attention.hpp"
 #include "support/catch.hpp"
+#include "support/differences.hpp"
 #include "support/masks.hpp"
 #include "support/random.hpp"
 #include "support/tensor.hpp"
@@ -20,117 +21,13 @@ using longspan::Pairing;
 using longspan::softmax_attention;
 namespace reference = longspan::reference;
 
-/// Inputs of a call, and its gradients with respect to each of them.
-struct Problem {
-  Tensor<double> q, k, v, dout;
-  Rows<double> dlse;
-  bool has_dlse = true;
-  Tensor<double> dq, dk, dv;
-
-  Problem(const Shape& s, Random& random)
-      : q(s.batch, s.heads, s.q_len, s.head_dim),
-        k(s.batch, s.kv_heads, s.kv_len, s.head_dim),
-        v(s.batch, s.kv_heads, s.kv_len, s.value_dim),
-        dout(s.batch, s.heads, s.q_len, s.value_dim),
-        dlse(s.batch, s.heads, s.q_len),
-        dq(s.batch, s.heads, s.q_len, s.head_dim, NAN),
-        dk(s.batch, s.kv_heads, s.kv_len, s.head_dim, NAN),
-        dv(s.batch, s.kv_heads, s.kv_len, s.value_dim, NAN) {
-    for (auto* x : {&q, &k, &v, &dout}) fill_normal(*x, random);
-    for (double& x : dlse.values) x = random.normal();
-  }
-
-  /// sum dout . out + sum dlse . lse
-  template <class Attend>
-  double loss(const Attend& attend) const {
-    Tensor<double> out = dout;
-    Rows<double> lse = dlse;
-    reference::exact{attend}(q.view(), k.view(), v.view(), out.view(), lse.view());
-    double sum = 0;
-    for (std::size_t n = 0; n < out.values.size(); ++n) sum += out.values[n] * dout.values[n];
-    for (std::size_t n = 0; n < lse.values.size() && has_dlse; ++n) {
-      if (std::isfinite(lse.values[n])) sum += lse.values[n] * dlse.values[n];
-    }
-    return sum;
-  }
-  template <class Attend>
-  void differentiate(const Attend& attend) {
-    const reference::exact exact{gradient(attend)};
-    if (has_dlse) {
-      exact(q.view(), k.view(), v.view(), dout.view(), dlse.view(), dq.view(), dk.view(), dv.view());
-    } else {
-      exact(q.view(), k.view(), v.view(), dout.view(), dq.view(), dk.view(), dv.view());
-    }
-  }
-
-  std::array<Tensor<double>*, 3> inputs() { return {&q, &k, &v}; }
-  std::array<Tensor<double>*, 3> gradients() { return {&dq, &dk, &dv}; }
-};
-
-/// The derivative of f at 0 by central differences of fourth order.
-template <class F>
-double slope_of(const F& f) {
-  constexpr double h = 1e-3;
-  return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h);
-}
-
-/// Every number of dq, dk and dv against central differences of the loss.
-template <class Attend>
-void check_differences(const Attend& attend, Problem problem) {
-  problem.differentiate(attend);
-  for (std::size_t which = 0; which < 3; ++which) {
-    std::vector<double>& x = problem.inputs()[which]->values;
-    const std::vector<double>& got = problem.gradients()[which]->values;
-    double largest = 1e-3;
-    for (const double g : got) largest = std::max(largest, std::abs(g));
-    std::size_t wrong = 0;
-    for (std::size_t n = 0; n < x.size(); ++n) {
-      const double at = x[n];
-      const double wanted = slope_of([&](double step) {
-        x[n] = at + step;
-        return problem.loss(attend);
-      });
-      x[n] = at;
-      wrong += !(std::abs(got[n] - wanted) <= 1e-6 * std::abs(wanted) + 1e-9 * largest);
-    }
-    INFO("input " << which);
-    CHECK(wrong == 0);
-  }
-}
-
-/// <J x, y> = <x, J^T y> for a random direction x; y are dout and dlse.
-template <class Attend>
-void check_adjoint(const Attend& attend, Problem problem, Random& random) {
-  problem.differentiate(attend);
-  const Problem at = problem;
-  std::array<Tensor<double>, 3> direction{at.q, at.k, at.v};
-  double wanted = 0, size = 0;
-  for (std::size_t which = 0; which < 3; ++which) {
-    fill_normal(direction[which], random);
-    const std::vector<double>& gradient = problem.gradients()[which]->values;
-    for (std::size_t n = 0; n < gradient.size(); ++n) {
-      wanted += direction[which].values[n] * gradient[n];
-      size += std::abs(direction[which].values[n] * gradient[n]);
-    }
-  }
-  const double got = slope_of([&](double step) {
-    Problem moved = at;
-    for (std::size_t which = 0; which < 3; ++which) {
-      for (std::size_t n = 0; n < direction[which].values.size(); ++n)
-        moved.inputs()[which]->values[n] += step / 16 * direction[which].values[n];
-    }
-    return 16 * moved.loss(attend);
-  });
-  CHECK(std::abs(got - wanted) <= 1e-7 * size);
-}
-
 /// Shapes with groups of heads, more queries than keys, and more keys than queries.
 const std::vector<Shape> shapes{{1, 4, 2, 4, 6, 4, 3}, {1, 3, 1, 7, 4, 2, 3}, {2, 2, 2, 1, 9, 4, 1}};
 
 template <class Attend>
 void check_both(const Attend& attend, const Shape& shape, Random& random) {
   INFO(shape.text());
-  Problem problem(shape, random);
+  DifferenceCall problem(shape, random);
   check_differences(attend, problem);
   for (const bool has_dlse : {true, false}) {
     problem.has_dlse = has_dlse;
@@ -220,7 +117,7 @@ TEST_CASE("reference of the gradient of softmax_attention: central differences t
 
 TEST_CASE("reference of the gradient of softmax_attention: rows that see no key", "[reference][gradient]") {
   Random random(4);
-  Problem problem(Shape{1, 2, 1, 4, 3, 2, 2}, random);
+  DifferenceCall problem(Shape{1, 2, 1, 4, 3, 2, 2}, random);
   softmax_attention attend{longspan::causal{}};
   attend.first_query = -2;  // queries 0 and 1 see nothing
   problem.dout.row(0, 0, 0)[0] = NAN;
@@ -235,7 +132,7 @@ TEST_CASE("reference of the gradient of softmax_attention: rows that see no key"
   for (const double x : problem.dk.values) CHECK(std::isfinite(x));
   for (const double x : problem.dv.values) CHECK(std::isfinite(x));
 
-  Problem no_keys(Shape{1, 1, 1, 2, 0, 3, 2}, random), no_queries(Shape{1, 1, 1, 0, 4, 3, 2}, random);
+  DifferenceCall no_keys(Shape{1, 1, 1, 2, 0, 3, 2}, random), no_queries(Shape{1, 1, 1, 0, 4, 3, 2}, random);
   no_keys.differentiate(softmax_attention{});
   CHECK(all_zero(no_keys.dq));
   no_queries.differentiate(softmax_attention{});
@@ -246,7 +143,7 @@ TEST_CASE("reference of the gradient of softmax_attention: two keys by hand",
           "[reference][gradient][exact]") {
   // p = (1/4, 3/4), out = 1/4 * 8 + 3/4 * 16 = 14; dp - D = 8 - 14 and 16 - 14, ds = (-3/2, 3/2).
   Random random(5);
-  Problem problem(Shape{1, 1, 1, 1, 2, 1, 1}, random);
+  DifferenceCall problem(Shape{1, 1, 1, 1, 2, 1, 1}, random);
   problem.q.values = {1};
   problem.k.values = {0, std::log(3.0)};
   problem.v.values = {8, 16};
