@@ -14,6 +14,7 @@
 #include "longspan/detail/call/functor_calls.hpp"
 #include "longspan/detail/call/scratch.hpp"
 #include "longspan/functor.hpp"
+#include "longspan/gates.hpp"
 #include "longspan/partial.hpp"
 #include "longspan/version.hpp"
 #include "longspan/view.hpp"
@@ -116,15 +117,9 @@ struct gated : detail::FunctorCalls<gated<A, B>, false> {
   friend detail::FunctorCalls<gated, false>;
   static constexpr const char* name = "gated";
 
-  static constexpr float even = 0;
-
-  MatrixView<const float> logits() const {
-    return beta.data == nullptr ? MatrixView<const float>{&even, 1, 1, 1} : beta;
-  }
-
   template <class Call>
   void check(const Call& call) const {
-    detail::check_gate(name, logits(), call.out);
+    detail::check_gate(name, detail::logits_of(beta), call.out);
     detail::check_call(a, call);
     detail::check_call(b, call);
   }
@@ -140,7 +135,7 @@ struct gated : detail::FunctorCalls<gated<A, B>, false> {
     detail::ExecutionRef<E> inner{executor, workspace.inner()};
     a(call.q, call.k, call.v, of_a, inner);
     b(call.q, call.k, call.v, of_b, inner);
-    gate(logits(), of_a, of_b, of_b, executor);
+    gate(detail::logits_of(beta), of_a, of_b, of_b, executor);
     detail::move_output(of_b, call.out, executor);
   }
 };

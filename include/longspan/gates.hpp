@@ -40,3 +40,15 @@ void scalar_gate(const float&&) = delete;
 void scalar_gate(const double&&) = delete;
 
 LONGSPAN_VOCABULARY_END
+
+LONGSPAN_NAMESPACE_BEGIN
+namespace detail {
+
+/// The logits of a gate; one logit of 0, which weighs both sides evenly, if beta is not set.
+inline MatrixView<const float> logits_of(const MatrixView<const float>& beta) noexcept {
+  static constexpr float even = 0;
+  return beta.data == nullptr ? scalar_gate(even) : beta;
+}
+
+}  // namespace detail
+LONGSPAN_NAMESPACE_END

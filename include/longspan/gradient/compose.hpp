@@ -16,6 +16,7 @@
 #include "longspan/detail/gradient/functor.hpp"
 #include "longspan/detail/gradient/gates.hpp"
 #include "longspan/execution.hpp"
+#include "longspan/gates.hpp"
 #include "longspan/gradient/gradient.hpp"
 #include "longspan/gradient/partial.hpp"
 #include "longspan/gradient/softmax_attention.hpp"
@@ -146,16 +147,11 @@ struct gradient_of<gated<A, B>> : detail::GradientCallsWithoutLse<gradient_of<ga
  private:
   friend detail::GradientCallsWithoutLse<gradient_of>;
   static constexpr const char* name = "gradient(gated)";
-  static constexpr float even = 0;
-
-  MatrixView<const float> logits() const {
-    return attend.beta.data == nullptr ? MatrixView<const float>{&even, 1, 1, 1} : attend.beta;
-  }
 
   template <class Call>
   void check(const Call& call) const {
     attend.check_call(call.forward);
-    detail::check_dbeta(name, dbeta, logits());
+    detail::check_dbeta(name, dbeta, detail::logits_of(attend.beta));
   }
 
   template <class Call, class E>
@@ -179,7 +175,7 @@ struct gradient_of<gated<A, B>> : detail::GradientCallsWithoutLse<gradient_of<ga
     const bool wants_beta = dbeta.data != nullptr;
     of_a.attend(a.attend, forward.q, forward.k, forward.v, wants_beta, inner);
     of_b.attend(b.attend, forward.q, forward.k, forward.v, wants_beta, inner);
-    gate_gradient(logits(), of_a.out, of_b.out, dout, dbeta, da, db, inner);
+    gate_gradient(detail::logits_of(attend.beta), of_a.out, of_b.out, dout, dbeta, da, db, inner);
     const auto differentiate_side = [&](const auto& gradient, const auto& found, const auto& change) {
       const auto& to = sums.next();
       found.differentiate(gradient, forward.q, forward.k, forward.v, TensorView<const Real>(change), to.dq,

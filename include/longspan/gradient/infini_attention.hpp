@@ -15,6 +15,7 @@
 #include "longspan/detail/infini/local.hpp"
 #include "longspan/error.hpp"
 #include "longspan/execution.hpp"
+#include "longspan/gates.hpp"
 #include "longspan/gradient/gradient.hpp"
 #include "longspan/gradient/softmax_attention.hpp"
 #include "longspan/infini_attention.hpp"
@@ -106,16 +107,11 @@ struct gradient_of<infini_attention<Local, F>>
  private:
   friend detail::GradientCallsWithoutLse<gradient_of>;
   static constexpr const char* name = "gradient(infini_attention)";
-  static constexpr float even = 0;
-
-  MatrixView<const float> logits() const {
-    return attend.beta.data == nullptr ? MatrixView<const float>{&even, 1, 1, 1} : attend.beta;
-  }
 
   template <class Call>
   void check(const Call& call) const {
     attend.check_call(call.forward);
-    detail::check_dbeta(name, dbeta, logits());
+    detail::check_dbeta(name, dbeta, detail::logits_of(attend.beta));
     const auto& k = call.forward.k;
     const auto check_state = [&](const std::string& argument, const auto& state) {
       if (state.m.data == nullptr && state.z.data == nullptr) return;
@@ -142,7 +138,8 @@ struct gradient_of<infini_attention<Local, F>>
         static_cast<double>(call.forward.q.batch * call.forward.q.heads * call.forward.q_len());
     const double flop = 12 * tokens * static_cast<double>(call.forward.head_dim() * call.forward.value_dim());
     detail::run_where_it_pays(flop, detail::least_parallel_tile_flop, executor, [&](const auto& where) {
-      detail::InfiniBackward<Call, gradient_of>(call, *this, logits()).run(where, workspace);
+      detail::InfiniBackward<Call, gradient_of>(call, *this, detail::logits_of(attend.beta))
+          .run(where, workspace);
     });
   }
 };

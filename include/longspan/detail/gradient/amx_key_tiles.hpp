@@ -129,19 +129,19 @@ class AmxKeyTiles {
                              dk_columns_);
     Policy::transpose_values(block.dout.data, block.dout.row_stride, block.dout.rows, value_dim_, douts_,
                              dv_columns_);
-    hides_ = !whole || changes_score;
-    is_finite_ = k_is_finite_ && (!hides_ || (blocks_finite(queries_, dk_columns_, block.q.rows) &&
-                                              blocks_finite(douts_, dv_columns_, block.q.rows)));
-    if (!is_finite_) make_finite(block.q.rows);
+    const bool hides = !whole || changes_score;
+    const bool finite = k_is_finite_ && (!hides || (blocks_finite(queries_, dk_columns_, block.q.rows) &&
+                                                    blocks_finite(douts_, dv_columns_, block.q.rows)));
+    if (!finite) make_finite(block.q.rows);
     for (Index t = 0; t < tiles_; ++t) {
       for (const Run& run : runs_of[std::size_t(t)]) {
         for (Index first = run.begin; first < run.end; first += rows_in_step) weigh(block, t, run, first);
         add_keys(t, run);
-        if (!is_finite_) add_past_hidden(block, t, run);
+        if (!finite) add_past_hidden(block, t, run);
       }
     }
     add_queries(block, padded_keys);
-    if (!is_finite_) add_queries_past_hidden(block, runs_of);
+    if (!finite) add_queries_past_hidden(block, runs_of);
     return true;
   }
 
@@ -384,7 +384,7 @@ class AmxKeyTiles {
   float *s_ = nullptr, *dp_ = nullptr;             ///< [32][tile]
   Pair *p_pairs_ = nullptr, *ds_pairs_ = nullptr;  ///< [rows_in_block / 2][tile]
   Row* ds_ = nullptr;                              ///< [rows_in_block][group]
-  bool k_is_finite_ = true, hides_ = false, is_finite_ = true;
+  bool k_is_finite_ = true;
   std::array<KeyMask<float, M>, std::size_t(key_tiles_in_group)> masks_;
 };
 

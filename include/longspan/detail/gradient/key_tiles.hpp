@@ -216,19 +216,25 @@ class KeyTiles {
            Float::values_finite(block.dout.data, block.dout.row_stride, block.dout.rows, block.dout.cols);
   }
 
+  /// S and dP for a run of rows of a tile, with `tile` and `group` lanes from row to row.
+  void make_products(const QueryBlock<Real>& block, Index t, const Run& run, Real* s, Real* dp) const {
+    const Index lane = run.first_packet * w, rows = run.end - run.begin;
+    with_packets(run.packets, [&]<int packets>() {
+      multiply_rows<tile_rows, packets, false>(block.q.row(run.begin), block.q.row_stride, rows,
+                                               packed_k(t) + lane, tile, head_dim_, s, tile);
+      multiply_rows<tile_rows, packets, false>(block.dout.row(run.begin), block.dout.row_stride, rows,
+                                               packed_v(t) + lane, tile, value_dim_, dp, group);
+    });
+  }
+
   /// Scores, weights and their gradients for a run of rows of a tile; with `of_changed` the gradients of the scores
   /// that the score function has changed.
   template <bool of_changed = false>
   void weigh(const QueryBlock<Real>& block, Index t, const Run& run) const {
     constexpr bool has_slopes = changes_score && !only_adds<S> && !of_changed;
-    const Index lane = run.first_packet * w, begin = run.begin, rows = run.end - run.begin;
+    const Index lane = run.first_packet * w, begin = run.begin;
     Real *p = p_ + begin * tile + lane, *ds = ds_ + begin * group + t * tile + lane;
-    with_packets(run.packets, [&]<int packets>() {
-      multiply_rows<tile_rows, packets, false>(block.q.row(begin), block.q.row_stride, rows,
-                                               packed_k(t) + lane, tile, head_dim_, p, tile);
-      multiply_rows<tile_rows, packets, false>(block.dout.row(begin), block.dout.row_stride, rows,
-                                               packed_v(t) + lane, tile, value_dim_, ds, group);
-    });
+    make_products(block, t, run, p, ds);
     const bool hides = KeyMask<Real, M>::may_hide && run.partial != 0;
     for (Index i = begin; i < run.end; ++i, p += tile, ds += group) {
       alignas(64) Real slope[std::size_t(tile)];

@@ -48,7 +48,6 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
   using Base::first_key_;
   using Base::first_query_;
   using Base::head_;
-  using Base::head_dim_;
   using Base::is_finite;
   using Base::k_;
   using Base::keys_of;
@@ -57,7 +56,6 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
   using Base::packets_of;
   using Base::score_;
   using Base::tiles_;
-  using Base::value_dim_;
 
   static constexpr bool has_slopes = changes_score && !only_adds<S>;
   static constexpr Real hidden_score = FloatArithmetic<Real>::masked_score;
@@ -94,14 +92,9 @@ class ScoredKeyTiles : public KeyTiles<Real, M, S> {
 
  private:
   void score_run(const QueryBlock<Real>& block, Index t, const Run& run) const {
-    const Index lane = run.first_packet * w, begin = run.begin, rows = run.end - run.begin;
+    const Index lane = run.first_packet * w, begin = run.begin;
     Real *s = weight_at(begin, t * tile + lane), *dp = ds_ + begin * group + t * tile + lane;
-    with_packets(run.packets, [&]<int packets>() {
-      multiply_rows<tile_rows, packets, false>(block.q.row(begin), block.q.row_stride, rows,
-                                               this->packed_k(t) + lane, tile, head_dim_, s, tile);
-      multiply_rows<tile_rows, packets, false>(block.dout.row(begin), block.dout.row_stride, rows,
-                                               this->packed_v(t) + lane, tile, value_dim_, dp, group);
-    });
+    Base::make_products(block, t, run, s, dp);
     const bool hides = KeyMask<Real, M>::may_hide && run.partial != 0;
     if (!changes_score && !hides) return;
     const Packet<Real> zero = broadcast(Real(0)), lowest = broadcast(hidden_score);
