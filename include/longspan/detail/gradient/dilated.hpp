@@ -56,7 +56,7 @@ class DilatedBackward {
     Arena shared = scratch.shared();
     cut_shared(shared);
     for (Index first_head = 0; wave_.enter(executor, first_head); first_head += heads_in_wave_) {
-      for_each_block(executor, [&](MatrixView<Real> rows) {
+      for_each_block(executor, [&](Sum, Index, Index, const MatrixView<Real>& rows) {
         for (Index i = 0; i < rows.rows; ++i) std::fill_n(rows.row(i), rows.row_stride, Real(0));
       });
       for (std::size_t n = 0; n < dilation_.branches.size(); ++n) {
@@ -282,47 +282,43 @@ class DilatedBackward {
     return sum;
   }
 
-  /// work(rows) for blocks of the sums of dq, dk and dv, in parallel.
+  enum class Sum : unsigned char { dq, dk, dv };
+
+  /// work(sum, n, first, rows) for blocks of rows of the sums of each head n, from row `first` on, in parallel.
   template <class E, class Work>
   void for_each_block(const E& executor, const Work& work) const {
+    const auto take = [&](Sum sum, const MatrixView<Real>& all, Index n, Index block) {
+      const Index first = block * Tiles::rows_in_block;
+      work(sum, n, first, slice_rows(all, first, (std::min)(Tiles::rows_in_block, all.rows - first)));
+    };
     const Index of_queries = wave_.queries() * wave_.blocks();
-    const Index of_head = divide_up(forward().kv_len(), Tiles::rows_in_block),
-                of_keys = wave_.heads() * of_head;
-    executor.for_each(of_queries + 2 * of_keys, [&](Index task, Index) {
-      const bool is_query = task < of_queries, is_key = !is_query && task < of_queries + of_keys;
-      const Index block = is_query ? task : (task - of_queries) % of_keys;
-      const Index in_head = is_query ? wave_.blocks() : of_head,
-                  first = block % in_head * Tiles::rows_in_block;
-      const MatrixView<Real> all = is_query ? dq(block / in_head)
-                                   : is_key ? dk(block / in_head)
-                                            : dv(block / in_head);
-      work(slice_rows(all, first, (std::min)(Tiles::rows_in_block, all.rows - first)));
+    const Index of_head = divide_up(forward().kv_len(), Tiles::rows_in_block);
+    executor.for_each(of_queries + wave_.heads() * of_head, [&](Index task, Index) {
+      if (task < of_queries) {
+        const Index n = task / wave_.blocks();
+        return take(Sum::dq, dq(n), n, task % wave_.blocks());
+      }
+      const Index n = (task - of_queries) / of_head, block = (task - of_queries) % of_head;
+      take(Sum::dk, dk(n), n, block);
+      take(Sum::dv, dv(n), n, block);
     });
   }
 
   template <class E>
   void write(const E& executor) const {
-    for_each_block(executor, [&](MatrixView<Real> rows) {
-      const auto place = [&](const Real* sums, Index in_head) {
-        const Index row = (rows.data - sums) / rows.row_stride;
-        return std::pair<Index, Index>(row / in_head, row % in_head);
+    for_each_block(executor, [&](Sum sum, Index n, Index first, const MatrixView<Real>& rows) {
+      const auto [b, h] = sum == Sum::dq ? wave_.query_head(n) : wave_.kv_head(n);
+      const auto rows_of = [&, batch = b, head = h](const auto& to) {
+        return to.slice_rows(first, rows.rows).matrix(batch, head);
       };
-      const bool is_query = rows.data < dk_, is_key = !is_query && rows.data < dv_;
-      if (is_query) {
-        const auto [n, first] = place(dq_, forward().q_len());
-        const auto [b, h] = wave_.query_head(n);
-        finish_rows(rows, forward().scale, position_, forward().first_query + first, Role::query,
-                    call_.dq.slice_rows(first, rows.rows).matrix(b, h));
-        return;
-      }
-      const auto [n, first] = place(is_key ? dk_ : dv_, forward().kv_len());
-      const auto [b, h] = wave_.kv_head(n);
-      if (is_key) {
-        finish_rows(rows, forward().scale, position_, first, Role::key,
-                    call_.dk.slice_rows(first, rows.rows).matrix(b, h));
-      } else {
-        finish_rows(rows, 1, no_position{}, first, Role::key,
-                    call_.dv.slice_rows(first, rows.rows).matrix(b, h));
+      switch (sum) {
+        case Sum::dq:
+          return finish_rows(rows, forward().scale, position_, forward().first_query + first, Role::query,
+                             rows_of(call_.dq));
+        case Sum::dk:
+          return finish_rows(rows, forward().scale, position_, first, Role::key, rows_of(call_.dk));
+        case Sum::dv:
+          return finish_rows(rows, 1, no_position{}, first, Role::key, rows_of(call_.dv));
       }
     });
   }
