@@ -11,6 +11,7 @@
 #include "longspan/detail/simd/element_packets.hpp"
 #include "longspan/detail/storage/rows.hpp"
 #include "support/catch.hpp"
+#include "support/guarded_memory.hpp"
 #include "support/random.hpp"
 
 namespace {
@@ -115,5 +116,33 @@ TEMPLATE_TEST_CASE("score_landmarks: bits do not depend on which queries are sco
       }
       CHECK(worst <= double(std::numeric_limits<Real>::epsilon()) / 2);
     }
+  }
+}
+
+TEMPLATE_TEST_CASE(
+    "retrieve: the mean of a block's values, of any number of columns, without reading past them", "[memory]",
+    float, double, bfloat16, Eigen::half) {
+  using Real = longspan::Arithmetic<TestType>;
+  constexpr Index tokens = 5, keys = tokens + 1;  // the last key is the landmark, whose value is not read
+  Random random(6);
+  for (Index cols = 1; cols <= 140; ++cols) {
+    const test::GuardedArray<TestType> v(tokens * cols, test::Guard::behind);
+    for (Index n = 0; n < tokens * cols; ++n)
+      v.data()[n] = static_cast<TestType>(static_cast<float>(random.normal()));
+    const std::vector<TestType> k(static_cast<std::size_t>(keys), TestType(0));  // equal scores
+    const std::vector<Real> q(static_cast<std::size_t>(lanes<Real>), Real(0));
+    std::vector<Real> o(static_cast<std::size_t>(cols + 8 * lanes<Real>), Real(0)),
+        scores(static_cast<std::size_t>(keys + lanes<Real>));
+    RetrievedRow<Real> row{o.data(), scores.data()};
+    row.absorb(q.data(), Index{lanes<Real>},
+               KeyRun<TestType, TestType>{{k.data(), keys, 1, 1}, {v.data(), keys, cols, cols}});
+    CHECK(row.sum == Real(1));
+    double worst = 0;
+    for (Index c = 0; c < cols; ++c) {
+      double mean = 0;
+      for (Index j = 0; j < tokens; ++j) mean += static_cast<double>(v.data()[j * cols + c]) / double(tokens);
+      worst = std::max(worst, std::abs(double(o[static_cast<std::size_t>(c)]) - mean));
+    }
+    CHECK(worst <= 1e-6);
   }
 }

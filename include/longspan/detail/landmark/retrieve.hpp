@@ -197,15 +197,17 @@ struct RetrievedRow {
     constexpr Index w = lanes<Real>;
     constexpr int together =
         loads_in_pairs<Real, T> ? 3 : 4;  // an even number would be loaded in pairs, in interleaved order
-    for (Index column = 0, packets = 0; column < v.cols; column += packets * w) {
-      packets = divide_up(v.cols - column, w) >= together ? together : 1;
-      const Index last = (std::min)(w, v.cols - column - (packets - 1) * w);
-      if (packets == together) {
-        add_values<1, together, PrefetchHint::none>(v.data + column, v.row_stride, last, rows, scores, 1,
-                                                    o + column, 0, &rescale);
+    for (Index column = 0; column < v.cols;) {
+      const Index left = v.cols - column;
+      const auto add = [&]<int packets>() {
+        add_values<1, packets, PrefetchHint::none>(v.data + column, v.row_stride, left, rows, scores, 1,
+                                                   o + column, 0, &rescale);
+        column += packets * w;
+      };
+      if (left >= together * w) {
+        add.template operator()<together>();
       } else {
-        add_values<1, 1, PrefetchHint::none>(v.data + column, v.row_stride, last, rows, scores, 1, o + column,
-                                             0, &rescale);
+        add.template operator()<1>();
       }
     }
   }
